@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one instruction set offers. Each isa_*.cpp fills one table; dispatch.cpp picks a table at run time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace fused_attention::cpu {
+
+// A kernel splits its problem into independent tasks; a thread runs a contiguous range of them with its own scratch memory.
+struct Plan {
+  int64_t num_tasks;
+  int64_t rows_per_task;  // query rows that one forward task covers; the backward's tasks are whole (batch, head) pairs
+  size_t scratch_bytes;   // per thread, 64-byte aligned
+};
+
+struct Kernel {
+  Plan (*plan)(const AttentionProblem&, int num_threads);
+  void (*run)(const AttentionProblem&, const Plan&, int64_t first_task, int64_t last_task, char* scratch);
+};
+
+struct KernelTable {
+  const char* name;
+  Kernel forward[3], backward[3];  // indexed by Dtype
+};
+
+extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+
+}  // namespace fused_attention::cpu
