@@ -1,0 +1,232 @@
+"""The public attention functions.
+
+Method: FlashAttention (Dao et al., arXiv 2205.14135; Dao, arXiv 2307.08691): tiles of scores with an online softmax (Milakov and
+Gimelshein, arXiv 1805.02867), never the whole score matrix; the backward recomputes the weights from the saved log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .ops import run
+from .problem import Problem, make_problem
+from .reference import attention_weights_reference
+from .routing import Explanation, choose, explain_problem
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    is_causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * Q K^T + bias, masked) V, fused, forward and backward.
+
+    Masks say True = may attend. A query that may attend to nothing gives output 0, lse -inf and zero gradients, never NaN.
+    Differentiable in query, key, value, a float attn_mask, alibi_slopes and sinks, any number of times; so is lse.
+
+    Args:
+        query: (B, Hq, Lq, Dqk), float32, float64, float16 or bfloat16; any strides (a non-contiguous last dim is copied).
+        key: (B, Hkv, Lk, Dqk); Hq must be a multiple of Hkv (grouped-query attention, Ainslie et al., arXiv 2305.13245).
+        value: (B, Hkv, Lk, Dv).
+        attn_mask: bool (True = may attend) or float (added to the scaled scores; below -1e30 masks); (Lq, Lk), or 4-D and
+            broadcastable to (B, Hq, Lq, Lk).
+        key_mask: (B, Lk) bool, True = may attend: padding of any pattern. What absent keys hold never matters, not even NaN.
+        key_lengths: (B,) int32 or int64, clamped to [0, Lk]: keys at or past the length are absent.
+        query_lengths: (B,) likewise for queries: rows at or past the length give output 0, lse -inf and zero gradients.
+        is_causal: False; True or "top_left" (query i sees keys j <= i, as in torch); or "bottom_right", which aligns the last query
+            with the last key, per sequence where lengths are given.
+        window: (left, right), how many keys each side of the diagonal are visible; None in a place = unlimited.
+        scale: factor of the scores, finite; default 1 / sqrt(Dqk).
+        dropout_p: probability in [0, 1] of dropping a softmax weight; kept ones are scaled up.
+        rng_state: (2,) int64 seed and offset that replays a dropout mask; by default drawn from torch's generator.
+        softcap: s = softcap * tanh(s / softcap) on the scaled scores, > 0 (Gemma 2, arXiv 2408.00118).
+        alibi_slopes: (Hq,) or (B, Hq): slope * distance to the diagonal is subtracted (Press et al., arXiv 2108.12409).
+        sinks: (Hq,) logits that take part in the softmax but have no value (as in gpt-oss).
+        return_lse: also return lse, the natural log of the softmax denominator.
+        deterministic: ask for bit-reproducible gradients; None follows torch.are_deterministic_algorithms_enabled().
+        backend: None routes; "reference", "triton", "cuda" or "cpu" runs that one or raises with the reasons why it cannot.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in the query's dtype, a view of (B, Lq, Hq, Dv) memory - (Lq, B, Hq, Dv) for a sequence-first query - so
+        that merging the heads costs nothing; with return_lse also lse (B, Hq, Lq), float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    inputs = _autocast(query, key, value)
+    problem = make_problem(
+        "separate",
+        inputs,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        deterministic=deterministic,
+    )
+    return _run(problem, backend, return_lse)
+
+
+def attention_qkv_packed(
+    qkv: Tensor, *, return_lse: bool = False, backend: str | None = None, **options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention on one packed projection, with one packed gradient; `options` are those of `attention`.
+
+    qkv: (B, L, 3, H, D). Returns out (B, H, L, D), and lse (B, H, L) if asked. Separate views of one buffer would cost three
+    zero-filled gradients that autograd then adds up.
+    """
+    return _run(make_problem("qkv", _autocast(qkv), **options), backend, return_lse)
+
+
+def attention_kv_packed(
+    query: Tensor, kv: Tensor, *, return_lse: bool = False, backend: str | None = None, **options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-attention on a query and one packed key-value projection; `options` are those of `attention`.
+
+    query: (B, H, Lq, D); kv: (B, Lk, 2, H, D). Returns out (B, H, Lq, D), and lse (B, H, Lq) if asked.
+    """
+    return _run(make_problem("kv", _autocast(query, kv), **options), backend, return_lse)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention on the fused kernels: same signature, shapes and refusals.
+
+    Differs in one thing: a query that may attend to nothing gives 0, never NaN.
+
+    Args:
+        query: (..., Hq, Lq, E), 2-D and up; the leading dims of query, key and value broadcast against each other.
+        key: (..., H, Lk, E).
+        value: (..., H, Lk, Ev).
+        attn_mask: bool (True = may attend) or float, broadcastable to (..., Hq, Lq, Lk).
+        enable_gqa: let Hq be a multiple of H.
+
+    Returns:
+        (..., Hq, Lq, Ev). Differentiable in query, key, value and a float attn_mask.
+
+    Raises:
+        RuntimeError: attn_mask together with is_causal, as in torch.
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+    """
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("attn_mask must be None when is_causal=True: combine them, or call attention(), which takes both")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dims (..., seqlen, head_dim), got {tuple(tensor.shape)}")
+    head_dims = 3 if enable_gqa else 2  # how many trailing dims do not broadcast
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise ValueError("enable_gqa needs a head dim: query, key and value must have at least 3 dims")
+    try:
+        leading = torch.broadcast_shapes(*(tensor.shape[:-head_dims] for tensor in (query, key, value)))
+    except RuntimeError as error:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"the leading dims of query, key and value must broadcast, got {shapes}") from error
+    inputs = tuple(_as_4d(tensor.expand(*leading, *tensor.shape[-head_dims:])) for tensor in (query, key, value))
+    full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
+    if attn_mask is not None:
+        attn_mask = _mask_as_4d(attn_mask, full_shape)
+    out = attention(*inputs, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+    assert isinstance(out, Tensor)
+    return out.reshape(*full_shape[:-1], value.shape[-1])
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, lse: Tensor, *, average_heads: bool = False, dropout_p: float = 0.0, **options
+) -> Tensor:
+    """The weights that `attention` multiplied with the values, after dropout, from the lse it returned.
+
+    Args:
+        query: (B, Hq, Lq, Dqk).
+        key: (B, Hkv, Lk, Dqk).
+        lse: (B, Hq, Lq), from `attention(..., return_lse=True)` with the same masks and options.
+        average_heads: return the mean over heads without holding the weights of more than one head.
+        dropout_p: with the `rng_state` given to `attention`, replays its dropout mask.
+        options: the masks and options of `attention`.
+
+    Returns:
+        (B, Hq, Lq, Lk), or (B, Lq, Lk) with average_heads, in the query's dtype. Differentiable in query, key, lse and a float mask.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; dropout without rng_state.
+    """
+    if 0.0 < dropout_p < 1.0 and options.get("rng_state") is None:
+        raise ValueError("rng_state must be given when dropout_p > 0: the one that was passed to attention()")
+    query, key = _autocast(query, key)
+    problem = make_problem("separate", (query, key, key), dropout_p=dropout_p, **options)
+    if lse.shape != query.shape[:3]:
+        raise ValueError(f"lse must have shape (batch, num_heads, seqlen_q) = {tuple(query.shape[:3])}, got {tuple(lse.shape)}")
+    return attention_weights_reference(problem, lse, average_heads)
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, **options) -> Explanation:
+    """Which backend `attention` would choose for these arguments, and every reason why the others would not run."""
+    options.pop("return_lse", None)
+    options.pop("backend", None)
+    return explain_problem(make_problem("separate", _autocast(query, key, value), **options))
+
+
+def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    out, lse = run(problem, choose(problem, backend))
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Casts to the autocast dtype, as torch does for its own attention; float64 is left alone."""
+    first = inputs[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return inputs
+    dtype = torch.get_autocast_dtype(first.device.type)
+    half_or_single = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(tensor.to(dtype) if tensor.dtype in half_or_single else tensor for tensor in inputs)
+
+
+def _as_4d(tensor: Tensor) -> Tensor:
+    """(..., H, L, D) -> (B, H, L, D): leading dims merged, missing ones added."""
+    if tensor.dim() >= 4:
+        return tensor.flatten(0, tensor.dim() - 4)
+    return tensor[(None,) * (4 - tensor.dim())]
+
+
+def _mask_as_4d(mask: Tensor, full_shape: tuple[int, ...]) -> Tensor:
+    """A mask that broadcasts to (..., H, Lq, Lk) -> one that broadcasts to (B, H, Lq, Lk); expanded only where dims merge."""
+    try:
+        expanded = mask.expand(full_shape)
+    except RuntimeError as error:
+        raise ValueError(f"attn_mask must broadcast to {tuple(full_shape)}, got {tuple(mask.shape)}") from error
+    if mask.dim() <= 4 and math.prod(full_shape[:-3]) == (full_shape[-4] if len(full_shape) >= 4 else 1):
+        return mask[(None,) * (4 - mask.dim())]
+    return _as_4d(expanded)

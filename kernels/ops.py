@@ -1,0 +1,168 @@
+"""Runs a Problem on a backend: autograd, the registered operators with their fakes, and the cheap eager path.
+
+Eager calls on plain tensors skip torch's dispatcher (`_takes_cheap_path` says when); everything that must see an operator
+(torch.compile, export, dispatch modes, tensor subclasses) gets `torch.ops.fused_attention.attention_<layout>`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import native
+from .problem import NUM_INPUTS, Layout, Problem, empty_output, split
+from .reference import attention_reference
+
+KERNEL_BACKENDS = {"cpu": native}
+
+_INPUT_SCHEMAS: dict[Layout, str] = {
+    "separate": "Tensor query, Tensor key, Tensor value",
+    "qkv": "Tensor qkv",
+    "kv": "Tensor query, Tensor kv",
+}
+_PROBLEM_SCHEMA = (
+    "Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_lengths, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? rng_state, float scale, str causal, int? window_left, int? window_right, float? softcap, float dropout_p, "
+    "bool deterministic, str backend"
+)
+
+
+def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
+    if backend == "reference" or _transformed(problem):
+        return attention_reference(problem)
+    if not _takes_cheap_path(problem):
+        return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.inputs):
+        return _Attention.apply(problem, backend, *problem.inputs)
+    return KERNEL_BACKENDS[backend].forward(problem)
+
+
+def _transformed(problem: Problem) -> bool:
+    """Whether functorch or forward-mode differentiation is at work: these differentiate the formula itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _takes_cheap_path(problem: Problem) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if any(type(tensor) is not Tensor and type(tensor) is not Parameter for tensor in problem.inputs):
+        return False
+    return all(tensor is None or type(tensor) is Tensor or type(tensor) is Parameter for tensor in problem.side_tensors())
+
+
+class _Attention(torch.autograd.Function):
+    """The kernel with its gradient, straight from Python."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out, lse = KERNEL_BACKENDS[backend].forward(problem)
+        _save_for_backward(ctx, problem.layout, (*problem.op_arguments(), backend), out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, None, *_gradients(ctx, dout, dlse, _kernel_gradients))
+
+
+def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
+    ctx.layout = layout
+    ctx.num_tensors = NUM_INPUTS[layout] + 7  # inputs and side tensors; the options follow
+    ctx.options = arguments[ctx.num_tensors :]
+    ctx.save_for_backward(out, lse, *arguments[: ctx.num_tensors])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradients: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of a layout's inputs: by the kernel, or by the differentiable formula when they will be differentiated again."""
+    out, lse, *tensors = ctx.saved_tensors
+    num_inputs = NUM_INPUTS[ctx.layout]
+    if dout is None and dlse is None:
+        return (None,) * num_inputs
+    arguments = (*tensors, *ctx.options)
+    if torch.is_grad_enabled():
+        return _recomputed_gradients(Problem.from_op_arguments(ctx.layout, arguments[:-1]), dout, dlse)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    return kernel_gradients(ctx.layout, dout, dlse, out, lse, arguments)
+
+
+def _recomputed_gradients(problem: Problem, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, lse = attention_reference(problem)
+    outputs = [(value, gradient) for value, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
+    wanted = [tensor for tensor in problem.inputs if tensor.requires_grad]
+    gradients = iter(torch.autograd.grad([o for o, _ in outputs], wanted, [g for _, g in outputs], create_graph=True))
+    return tuple(next(gradients) if tensor.requires_grad else None for tensor in problem.inputs)
+
+
+def _kernel_gradients(
+    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple
+) -> tuple[Tensor, ...]:
+    problem = Problem.from_op_arguments(layout, arguments[:-1])
+    gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
+    KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, split(layout, gradients))
+    return gradients
+
+
+_library = torch.library.Library("fused_attention", "DEF")
+_REGISTERED: dict[str, Any] = {}
+
+
+def _register(layout: Layout) -> None:
+    """Defines the forward and backward operators of one layout, their fakes and their autograd."""
+    name, inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout]
+    returns = ", ".join(["Tensor"] * NUM_INPUTS[layout])
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
+    saved = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse"
+    _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}) -> ({returns})", tags=tags)
+    backward_op = getattr(torch.ops.fused_attention, f"{name}_backward").default
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return KERNEL_BACKENDS[arguments[-1]].forward(Problem.from_op_arguments(layout, arguments[:-1]))
+
+    def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        problem = Problem.from_op_arguments(layout, arguments[:-1])
+        query = problem.query
+        return empty_output(query, problem.value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    def unwrapped(gradients: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        return gradients if len(gradients) > 1 else gradients[0]  # a schema with one return takes a bare tensor
+
+    def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        return unwrapped(_kernel_gradients(layout, dout, dlse, out, lse, arguments))
+
+    def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        return unwrapped(tuple(torch.empty_like(tensor) for tensor in arguments[: NUM_INPUTS[layout]]))
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        _save_for_backward(ctx, layout, inputs, *output)
+
+    def registered_gradients(
+        layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple
+    ) -> tuple[Tensor, ...]:
+        gradients = backward_op(dout, dlse, out, lse, *arguments)
+        return gradients if isinstance(gradients, tuple) else (gradients,)
+
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = _gradients(ctx, dout, dlse, registered_gradients)
+        return (*gradients, *[None] * (7 + len(ctx.options)))
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, forward, device)
+        _library.impl(f"{name}_backward", backward, device)
+    torch.library.register_fake(f"fused_attention::{name}", fake_forward, lib=_library)
+    torch.library.register_fake(f"fused_attention::{name}_backward", fake_backward, lib=_library)
+    torch.library.register_autograd(f"fused_attention::{name}", differentiate, setup_context=setup_context, lib=_library)
+    _REGISTERED[layout] = getattr(torch.ops.fused_attention, name).default
+
+
+for _layout in NUM_INPUTS:
+    _register(_layout)

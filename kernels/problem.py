@@ -1,0 +1,320 @@
+"""Checks and normalises the arguments of an attention call into one Problem; every input error is raised here.
+
+Only shapes, dtypes, devices and strides are looked at, never tensor values: no device synchronisation, no graph break.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Causal = Literal["none", "top_left", "bottom_right"]
+Layout = Literal["separate", "qkv", "kv"]
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Problem:
+    """One attention call. `inputs` are the tensors that autograd sees, `query`, `key` and `value` views of them."""
+
+    layout: Layout  # which tensors `inputs` holds: separate (query, key, value), qkv (qkv,), kv (query, kv)
+    inputs: tuple[Tensor, ...]
+    query: Tensor  # (B, Hq, Lq, Dqk)
+    key: Tensor  # (B, Hkv, Lk, Dqk)
+    value: Tensor  # (B, Hkv, Lk, Dv)
+    attn_mask: Tensor | None  # 4-D, each dim 1 or that of (B, Hq, Lq, Lk); bool (True = may attend) or float (added)
+    key_mask: Tensor | None  # (B, Lk) bool, True = may attend
+    key_lengths: Tensor | None  # (B,) int32
+    query_lengths: Tensor | None  # (B,) int32
+    alibi_slopes: Tensor | None  # (Hq,) or (B, Hq)
+    sinks: Tensor | None  # (Hq,)
+    rng_state: Tensor | None  # (2,) int64: seed and offset of the dropout generator; None without dropout
+    scale: float
+    causal: Causal
+    window_left: int | None  # keys visible to the left of the diagonal; None = unlimited
+    window_right: int | None
+    softcap: float | None
+    dropout_p: float
+    deterministic: bool
+
+    def op_arguments(self) -> tuple:
+        """The arguments of the registered op of this layout, in the order of its schema."""
+        return (*self.inputs, *self.side_tensors(), *self.options())
+
+    def side_tensors(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.attn_mask,
+            self.key_mask,
+            self.key_lengths,
+            self.query_lengths,
+            self.alibi_slopes,
+            self.sinks,
+            self.rng_state,
+        )
+
+    def options(self) -> tuple:
+        return (
+            self.scale,
+            self.causal,
+            self.window_left,
+            self.window_right,
+            self.softcap,
+            self.dropout_p,
+            self.deterministic,
+        )
+
+    @classmethod
+    def from_op_arguments(cls, layout: Layout, arguments: tuple) -> Problem:
+        """The inverse of `op_arguments`; the arguments were checked when the problem was first made."""
+        num_inputs = NUM_INPUTS[layout]
+        inputs = arguments[:num_inputs]
+        return cls(layout, inputs, *split(layout, inputs), *arguments[num_inputs:])
+
+
+NUM_INPUTS: dict[Layout, int] = {"separate": 3, "qkv": 1, "kv": 2}
+
+
+def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The (B, H, L, D) query, key and value views of a layout's tensors, or of their gradients."""
+    if layout == "separate":
+        query, key, value = inputs
+        return query, key, value
+    if layout == "qkv":
+        query, key, value = inputs[0].permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+    key, value = inputs[1].permute(2, 0, 3, 1, 4).unbind(0)
+    return inputs[0], key, value
+
+
+def empty_output(query: Tensor, head_dim_v: int) -> Tensor:
+    """Uninitialised (B, Hq, Lq, Dv) output whose memory follows the query's: batch-first or sequence-first, heads merged for free."""
+    batch, num_heads, seqlen_q, _ = query.shape
+    if is_sequence_first(query):
+        return query.new_empty(seqlen_q, batch, num_heads, head_dim_v).permute(1, 2, 0, 3)
+    return query.new_empty(batch, seqlen_q, num_heads, head_dim_v).transpose(1, 2)
+
+
+def is_sequence_first(query: Tensor) -> bool:
+    return query.shape[0] > 1 and 0 < query.stride(0) < query.stride(2)
+
+
+def make_problem(
+    layout: Layout,
+    inputs: tuple[Tensor, ...],
+    *,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    is_causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    deterministic: bool | None = None,
+) -> Problem:
+    """Checks every argument of `attention()` and returns the normalised problem.
+
+    Raises:
+        TypeError: a tensor argument is not a tensor, or has the wrong dtype.
+        ValueError: a shape, device or value does not fit; the message names the argument, what was given and what is allowed.
+    """
+    inputs = _checked_inputs(layout, inputs)
+    query, key, value = split(layout, inputs)
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    seqlen_k = key.shape[2]
+    device = query.device
+    if attn_mask is not None:
+        attn_mask = _checked_attn_mask(attn_mask, (batch, num_heads, seqlen_q, seqlen_k), device)
+    if key_mask is not None:
+        _check_tensor("key_mask", key_mask, device, (torch.bool,), ((batch, seqlen_k),), "(batch, seqlen_k)")
+    if key_lengths is not None:
+        key_lengths = _checked_lengths("key_lengths", key_lengths, device, batch)
+    if query_lengths is not None:
+        query_lengths = _checked_lengths("query_lengths", query_lengths, device, batch)
+    if alibi_slopes is not None:
+        shapes = ((num_heads,), (batch, num_heads))
+        _check_tensor("alibi_slopes", alibi_slopes, device, FLOAT_DTYPES, shapes, "(num_heads,) or (batch, num_heads)")
+    if sinks is not None:
+        _check_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)")
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    else:
+        scale = _checked_number("scale", scale)
+    if softcap is not None:
+        softcap = _checked_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be > 0, got {softcap}")
+    dropout_p = _checked_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    window_left, window_right = _checked_window(window)
+    return Problem(
+        layout,
+        inputs,
+        query,
+        key,
+        value,
+        attn_mask,
+        key_mask,
+        key_lengths,
+        query_lengths,
+        alibi_slopes,
+        sinks,
+        _checked_rng_state(rng_state, dropout_p, device),
+        scale,
+        _checked_causal(is_causal),
+        window_left,
+        window_right,
+        softcap,
+        dropout_p,
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
+    )
+
+
+_INPUT_NAMES: dict[Layout, tuple[str, ...]] = {
+    "separate": ("query", "key", "value"),
+    "qkv": ("qkv",),
+    "kv": ("query", "kv"),
+}
+_PACKED_SHAPES = {"qkv": "(batch, seqlen, 3, num_heads, head_dim)", "kv": "(batch, seqlen_k, 2, num_heads, head_dim)"}
+
+
+def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    names = _INPUT_NAMES[layout]
+    first = inputs[0]
+    for name, tensor in zip(names, inputs, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {names[0]}, {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {tensor.device}")
+        if name in _PACKED_SHAPES:
+            if tensor.dim() != 5 or tensor.shape[2] != len(name):
+                raise ValueError(f"{name} must have shape {_PACKED_SHAPES[name]}, got {tuple(tensor.shape)}")
+        elif tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape (batch, num_heads, seqlen, head_dim), got {tuple(tensor.shape)}")
+    inputs = tuple(_with_contiguous_last_dim(tensor) for tensor in inputs)
+    query, key, value = split(layout, inputs)
+    if query.shape[3] == 0 or value.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)} and value {tuple(value.shape)}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key must have the head_dim of query, {query.shape[3]}, got {key.shape[3]}")
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value must have the batch, heads and length of key, {tuple(key.shape[:3])}, got {tuple(value.shape[:3])}")
+    num_heads, num_heads_kv = query.shape[1], key.shape[1]
+    if num_heads != num_heads_kv and (num_heads_kv == 0 or num_heads % num_heads_kv != 0):
+        raise ValueError(f"the {num_heads} heads of query must be a multiple of the {num_heads_kv} heads of key and value")
+    return inputs
+
+
+def _with_contiguous_last_dim(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check_tensor(
+    name: str,
+    tensor: Tensor,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    shape_words: str,
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
+    if tuple(tensor.shape) not in shapes:
+        allowed = " or ".join(str(tuple(int(n) for n in shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {shape_words} = {allowed}, got {tuple(tensor.shape)}")
+
+
+def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: int) -> Tensor:
+    _check_tensor(name, lengths, device, (torch.int32, torch.int64), ((batch,),), "(batch,)")
+    return lengths.to(torch.int32).contiguous()
+
+
+def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added to the scores), got {mask.dtype}")
+    if mask.device != device:
+        raise ValueError(f"attn_mask must be on the device of query, {device}, got {mask.device}")
+    if mask.dim() == 3:
+        raise ValueError(
+            f"attn_mask with 3 dims {tuple(mask.shape)} is ambiguous: write attn_mask[:, None] for one mask per batch element, "
+            "attn_mask[None] for one per head"
+        )
+    if mask.dim() == 2:
+        mask = mask[None, None]
+    if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, full_shape, strict=True)):
+        raise ValueError(
+            "attn_mask must have shape (seqlen_q, seqlen_k), or 4 dims that broadcast to (batch, num_heads, seqlen_q, seqlen_k) = "
+            f"{tuple(int(n) for n in full_shape)}, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def _checked_number(name: str, number: float) -> float:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return float(number)
+
+
+def _checked_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right), got {window!r}")
+    for name, side in zip(("left", "right"), window, strict=True):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise ValueError(f"window {name} must be None (unlimited) or an int >= 0, got {side!r}")
+    return window[0], window[1]
+
+
+def _checked_causal(is_causal: bool | str) -> Causal:
+    if is_causal is True or is_causal == "top_left":
+        return "top_left"
+    if is_causal is False:
+        return "none"
+    if is_causal == "bottom_right":
+        return "bottom_right"
+    raise ValueError(f"is_causal must be False, True, 'top_left' or 'bottom_right', got {is_causal!r}")
+
+
+def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    if rng_state is not None:
+        _check_tensor("rng_state", rng_state, device, (torch.int64,), ((2,),), "(2,)")
+        rng_state = rng_state.contiguous()
+    if not 0.0 < dropout_p < 1.0:
+        return None
+    if rng_state is None:
+        return torch.empty(2, dtype=torch.int64, device=device).random_()
+    return rng_state
+
+
+def check_backend_name(backend: str | None) -> None:
+    if backend is not None and backend not in get_args(BackendName):
+        raise ValueError(f"backend must be None or one of {get_args(BackendName)}, got {backend!r}")
+
+
+BackendName = Literal["cuda", "triton", "cpu", "reference"]

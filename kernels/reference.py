@@ -1,0 +1,149 @@
+"""The specification of attention in plain PyTorch: any device, any floating dtype, differentiable any number of times.
+
+Numbered like the formula:
+  1. absent keys and queries count as zeros, so that nothing stored in them can leak
+  2. s = scale * Q K^T
+  3. s = softcap * tanh(s / softcap)
+  4. s = s + attn_mask - alibi_slope * |j - i - offset|
+  5. what may not be attended to becomes -inf
+  6. P = softmax(s), with exp(sink) added to the denominator; lse = log of the denominator
+  7. dropout on P
+  8. out = P V
+Scores and softmax are float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dropout import dropout_factors
+from .problem import Problem, is_sequence_first
+
+MASKED_BELOW = -1e30  # a float mask value below this masks: Hugging Face writes finfo.min
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    return []
+
+
+def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) in the query's dtype and memory order, and lse (B, Hq, Lq), float32 (float64 for float64 inputs)."""
+    query = problem.query
+    with torch.autocast(query.device.type, enabled=False):
+        scores = masked_scores(problem)
+        queries_present, keys_present = present(problem)
+        value = problem.value.to(scores.dtype).masked_fill(~keys_present[:, None, :, None], 0.0)  # 1.
+        row_max = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        if problem.sinks is not None:
+            sinks = problem.sinks.to(scores.dtype)[None, :, None, None]
+            row_max = torch.maximum(row_max, sinks.detach())
+        row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+        weights = torch.exp(scores - row_max)  # 6.
+        row_sum = weights.sum(-1, keepdim=True)
+        if problem.sinks is not None:
+            row_sum = row_sum + torch.exp(sinks - row_max)
+        empty = (row_sum == 0) | ~queries_present[:, None, :, None]
+        row_sum = row_sum.masked_fill(empty, 1.0)
+        weights = weights / row_sum
+        lse = (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf).squeeze(-1)
+        if problem.dropout_p > 0.0:
+            weights = weights * dropout(problem, 0, query.shape[1]).to(weights.dtype)  # 7.
+        out = weights @ repeat_heads(value, query.shape[1])  # 8.
+        return follow_query_memory(out.to(query.dtype), query), lse
+
+
+def attention_weights_reference(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+    """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) summed up head by head."""
+    query, num_heads = problem.query, problem.query.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        chunks = [(head, head + 1) for head in range(num_heads)] if average_heads else [(0, num_heads)]
+        total: Tensor | None = None
+        for first, last in chunks:
+            chunk_lse = lse[:, first:last, :, None]
+            weights = torch.exp(masked_scores(problem, first, last) - chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0))
+            if problem.dropout_p > 0.0:
+                weights = weights * dropout(problem, first, last).to(weights.dtype)
+            total = weights if total is None else total + weights
+        assert total is not None
+        return (total.squeeze(1) / num_heads if average_heads else total).to(query.dtype)
+
+
+def masked_scores(problem: Problem, first_head: int = 0, last_head: int | None = None) -> Tensor:
+    """Steps 1 to 5 for a range of query heads: (B, heads, Lq, Lk) scores in float32 or float64, -inf where masked."""
+    query, num_heads = problem.query, problem.query.shape[1]
+    heads = slice(first_head, num_heads if last_head is None else last_head)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    queries_present, keys_present = present(problem)
+    query = query[:, heads].to(dtype).masked_fill(~queries_present[:, None, :, None], 0.0)  # 1.
+    key = repeat_heads(problem.key, num_heads)[:, heads].to(dtype).masked_fill(~keys_present[:, None, :, None], 0.0)
+    scores = problem.scale * (query @ key.transpose(-1, -2))  # 2.
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)  # 3.
+    distance = key_minus_diagonal(problem)  # (B, 1, Lq, Lk)
+    allowed = (queries_present[:, :, None] & keys_present[:, None, :])[:, None]
+    if problem.attn_mask is not None:
+        mask = problem.attn_mask
+        mask = mask[:, heads] if mask.shape[1] > 1 else mask
+        if mask.dtype == torch.bool:
+            allowed = allowed & mask
+        else:
+            masks = mask < MASKED_BELOW
+            allowed = allowed & ~masks
+            scores = scores + mask.masked_fill(masks, 0.0).to(dtype)  # 4.
+    if problem.alibi_slopes is not None:
+        slopes = problem.alibi_slopes.to(dtype)
+        slopes = (slopes if slopes.dim() == 2 else slopes[None])[:, heads]
+        scores = scores - slopes[:, :, None, None] * distance.abs()
+    if problem.causal != "none":
+        allowed = allowed & (distance <= 0)
+    if problem.window_left is not None:
+        allowed = allowed & (distance >= -problem.window_left)
+    if problem.window_right is not None:
+        allowed = allowed & (distance <= problem.window_right)
+    return scores.masked_fill(~allowed, -torch.inf)  # 5.
+
+
+def present(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Which queries (B, Lq) and keys (B, Lk) exist."""
+    batch, _, seqlen_q, _ = problem.query.shape
+    seqlen_k, device = problem.key.shape[2], problem.query.device
+    queries = torch.ones(batch, seqlen_q, dtype=torch.bool, device=device)
+    keys = torch.ones(batch, seqlen_k, dtype=torch.bool, device=device)
+    if problem.query_lengths is not None:
+        queries = torch.arange(seqlen_q, device=device) < problem.query_lengths[:, None]
+    if problem.key_lengths is not None:
+        keys = torch.arange(seqlen_k, device=device) < problem.key_lengths[:, None]
+    if problem.key_mask is not None:
+        keys = keys & problem.key_mask
+    return queries, keys
+
+
+def key_minus_diagonal(problem: Problem) -> Tensor:
+    """j - i - offset, int64, (B or 1, 1, Lq, Lk): 0 on the diagonal that causal, window and alibi refer to."""
+    seqlen_q, seqlen_k, device = problem.query.shape[2], problem.key.shape[2], problem.query.device
+    distance = torch.arange(seqlen_k, device=device)[None, :] - torch.arange(seqlen_q, device=device)[:, None]
+    distance = distance[None, None]
+    if problem.causal != "bottom_right":
+        return distance
+    lengths_k = problem.key_lengths.clamp(0, seqlen_k) if problem.key_lengths is not None else seqlen_k
+    lengths_q = problem.query_lengths.clamp(0, seqlen_q) if problem.query_lengths is not None else seqlen_q
+    offset = lengths_k - lengths_q
+    return distance - (offset.view(-1, 1, 1, 1) if isinstance(offset, Tensor) else offset)
+
+
+def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:
+    batch, num_heads, seqlen_q, _ = problem.query.shape
+    indices = torch.arange(batch * num_heads, device=problem.query.device).view(batch, num_heads)[:, first_head:last_head]
+    factors = dropout_factors(problem.rng_state, problem.dropout_p, indices.reshape(-1), seqlen_q, problem.key.shape[2])
+    return factors.view(batch, last_head - first_head, seqlen_q, problem.key.shape[2])
+
+
+def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    return tensor if tensor.shape[1] == num_heads else tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1)
+
+
+def follow_query_memory(out: Tensor, query: Tensor) -> Tensor:
+    if is_sequence_first(query):
+        return out.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

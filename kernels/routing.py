@@ -1,0 +1,68 @@
+"""Which backend runs a problem, and why the others do not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from . import native, reference
+from .problem import Problem, check_backend_name
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+NOT_INSTALLED = "this installation of fused_attention does not contain it"
+WARN_ABOVE_SCORES = 2**20  # a routed call that lands on the reference with more scores per head than this warns once
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that would run, and for each other backend the reasons why it would not."""
+
+    backend: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        others = [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items()]
+        return "\n".join([f"{self.backend} runs", *others])
+
+
+def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
+    """Why a backend cannot run this problem; empty when it can."""
+    if backend == "reference":
+        return reference.unsupported_reasons(problem)
+    if backend == "cpu":
+        return native.unsupported_reasons(problem)
+    return [NOT_INSTALLED]
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend None when this machine can run it, else the reason why not."""
+    return {"cuda": NOT_INSTALLED, "triton": NOT_INSTALLED, "cpu": native.status(), "reference": None}
+
+
+def choose(problem: Problem, backend: str | None) -> str:
+    """The backend to run: the named one, else the first in ORDER that covers the problem.
+
+    Raises:
+        ValueError: the name is unknown, or that backend cannot run this problem; the message lists the reasons.
+    """
+    check_backend_name(backend)
+    if backend is not None:
+        reasons = unsupported_reasons(backend, problem)
+        if reasons:
+            raise ValueError(f"backend {backend!r} cannot run this call: {'; '.join(reasons)}")
+        return backend
+    for name in ORDER[:-1]:
+        if not unsupported_reasons(name, problem):
+            return name
+    if problem.query.shape[2] * problem.key.shape[2] > WARN_ABOVE_SCORES and not torch.compiler.is_compiling():
+        warnings.warn(f"attention runs unfused: {explain_problem(problem)}", stacklevel=3)
+    return ORDER[-1]
+
+
+def explain_problem(problem: Problem) -> Explanation:
+    reasons = {name: unsupported_reasons(name, problem) for name in ORDER}
+    chosen = next(name for name in ORDER if not reasons[name])
+    others = {name: reasons[name] or [f"{chosen} comes first"] for name in ORDER if name != chosen}
+    return Explanation(chosen, others)
