@@ -6,8 +6,6 @@ Gimelshein, arXiv 1805.02867), never the whole score matrix; the backward recomp
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -227,6 +225,6 @@ def _mask_as_4d(mask: Tensor, full_shape: tuple[int, ...]) -> Tensor:
         expanded = mask.expand(full_shape)
     except RuntimeError as error:
         raise ValueError(f"attn_mask must broadcast to {tuple(full_shape)}, got {tuple(mask.shape)}") from error
-    if mask.dim() <= 4 and math.prod(full_shape[:-3]) == (full_shape[-4] if len(full_shape) >= 4 else 1):
+    if len(full_shape) <= 4:  # no leading dims to merge: the mask stays unexpanded
         return mask[(None,) * (4 - mask.dim())]
     return _as_4d(expanded)

@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# libgomp reads this when torch loads it: short spinning at barriers, so that two busy processes do not stall each other.
+export GOMP_SPINCOUNT ?= 2000
+
+.PHONY: help install build demo test test-oldest bench lint check-tools
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+demo: build ## train a translator for ten minutes and write demo/report.html
+	$(BIN)/python -m fused_attention demo
+
+test: build ## run the test suite
+	$(BIN)/python -m pytest
+
+bench: build ## compare with torch on this machine; prints one table and saves the run
+	$(BIN)/python -m fused_attention bench
+
+lint: install ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp')
+
+install: $(VENV)/installed ## create .venv with everything (a torch already in it is kept)
+
+build: install ## compile what changed in csrc/
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt | check-tools
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+check-tools:
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Debian: apt-get install python3)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "missing: Python 3.10 or newer ($(PYTHON) is $$($(PYTHON) -V))"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: venv (Debian: apt-get install python3-venv)"; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "missing: Python headers (Debian: apt-get install python3-dev)"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || { echo "missing: a C++17 compiler, $${CXX:-g++} (Debian: apt-get install g++)"; exit 1; }
+
+test-oldest: check-tools ## run the tests with the oldest supported torch (downloads several GB)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet 'torch==2.10.*'
+	$(MAKE) test VENV=.venv-oldest

@@ -1,0 +1,46 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fused_attention.kernels import native
+
+ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh floating-point memory holds NaN: an element that a kernel forgets to write shows up."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapper(*args, **kwargs) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.dtype.is_floating_point else tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=ALL_INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set in turn, forced; one that this machine lacks is a named skip."""
+    if native.status() is not None:
+        pytest.skip(f"no native kernels: {native.status()}")
+    available = native.instruction_sets()[1]
+    if request.param not in available:
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", request.param)
+    assert native.instruction_sets()[0] == request.param
+    yield request.param
