@@ -1,0 +1,64 @@
+"""Token embedding plus sinusoidal positions (Vaswani et al. 2017, sections 3.4 and 3.5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_attention.transformer.layers import dropout
+
+
+def sinusoidal_positions(length: int, d_model: int) -> Tensor:
+    """The table of position encodings, (length, d_model), float32.
+
+    Column 2i holds sin(position / 10000^(2i / d_model)) and column 2i + 1 the cosine of the same angle. Computed in
+    float64: in float32 the angle of a late position would already be off by more than the table's own rounding.
+    """
+    position = torch.arange(length, dtype=torch.float64).unsqueeze(1)
+    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model))
+    angle = position * frequency
+    table = torch.empty(length, d_model, dtype=torch.float64)
+    table[:, 0::2] = angle.sin()
+    table[:, 1::2] = angle[:, : d_model // 2].cos()
+    return table.float()
+
+
+class TokenEmbedding(nn.Module):
+    """weight[token] * sqrt(d_model) + position encoding, then dropout.
+
+    `weight` (vocab_size, d_model) is the only parameter. It starts as N(0, 1 / d_model), so that the scaled
+    embeddings have unit variance and the same matrix can serve as an output projection; the row of `pad_id` starts at
+    0 and gets no gradient from here. The positions are a buffer that is left out of the state_dict: they are computed
+    from (max_len, d_model).
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, max_len: int, pad_id: int, dropout: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(d_model)
+        self.pad_id = pad_id
+        self.dropout = dropout
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.register_buffer("positions", sinusoidal_positions(max_len, d_model), persistent=False)
+        self.positions: Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1 / self.scale)
+        with torch.no_grad():
+            self.weight[self.pad_id].zero_()
+
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """tokens (B, L) int64 -> (B, L, d_model); the first column stands at position `start`, start + L <=
+        max_len."""
+        embedded = F.embedding(tokens, self.weight, padding_idx=self.pad_id)
+        positions = self.positions[start : start + tokens.shape[1]]
+        return dropout(torch.add(positions, embedded, alpha=self.scale), self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        vocab_size, d_model = self.weight.shape
+        return (
+            f"{vocab_size}, {d_model}, max_len={self.positions.shape[0]}, pad_id={self.pad_id}, dropout={self.dropout}"
+        )

@@ -1,0 +1,306 @@
+"""The encoder-decoder Transformer (Vaswani et al. 2017) on fused attention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_attention.transformer import generate
+from fused_attention.transformer.cache import KVCache
+from fused_attention.transformer.embedding import TokenEmbedding
+from fused_attention.transformer.layers import (
+    CrossAttention,
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    SelfAttention,
+)
+
+MEMORY_LAYERS = ("last", "each", "mixed")
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where the tokens of a batch are, in the two forms the kernels use. Computed on the device, without reading it
+    back."""
+
+    key_mask: Tensor  # (B, L) bool, True = a token, False = padding
+    lengths: Tensor  # (B,) int32, the position of the last token + 1; 0 for a row of padding only
+
+    @classmethod
+    def of(cls, tokens: Tensor, pad_id: int) -> Padding:
+        key_mask = tokens != pad_id
+        if tokens.shape[1] == 0:
+            return cls(key_mask, tokens.new_zeros(tokens.shape[0], dtype=torch.int32))
+        ends = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
+        return cls(key_mask, (ends * key_mask).amax(1))
+
+    def as_keys(self) -> dict[str, Tensor]:
+        """The options of `attention` that hide the padding from the queries."""
+        return {"key_mask": self.key_mask, "key_lengths": self.lengths}
+
+    def select(self, rows: Tensor) -> Padding:
+        return Padding(self.key_mask[rows], self.lengths[rows])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the decoder reads of a source batch: the result of Transformer.encode."""
+
+    states: list[Tensor]  # (B, S, d_model): one for all decoder layers ("last"), or one for each
+    padding: Padding
+
+    @property
+    def batch_size(self) -> int:
+        return self.states[0].shape[0]
+
+    def select(self, rows: Tensor) -> Memory:
+        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i]."""
+        return Memory([state[rows] for state in self.states], self.padding.select(rows))
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder Transformer, batch-first.
+
+    Token embeddings times sqrt(d_model) plus sinusoidal positions; encoder layers of self-attention and feed-forward
+    network (relu); decoder layers of causal self-attention, attention to the encoder's memory and feed-forward
+    network; dropout and LayerNorm around every residual branch; a projection to the target vocabulary. Padding is
+    found by `pad_id`, in any pattern: a padding token is never attended to, and a source of nothing but padding gives
+    finite outputs and gradients.
+
+    src_vocab, tgt_vocab: vocabulary sizes. max_len: longest source and target, in tokens.
+    dropout: probability for embeddings, residual branches, the inside of the feed-forward network and attention
+    weights.
+    norm_first: False normalises after each residual sum (the paper), True before each sublayer. Both stacks end in
+        one more LayerNorm (encoder.norm, decoder.norm), as in torch.nn.Transformer.
+    tie_weights: the output projection is the target embedding's matrix, without a bias; if in addition src_vocab ==
+        tgt_vocab, the source embedding is that matrix too (Press & Wolf 2017; section 3.4 of the paper). A shared
+        matrix stands once in parameters() and in state_dict(), as tgt_embedding.weight. Untied, `output` is a Linear
+        with bias.
+    memory_layers: what decoder layer i attends to. "last": the last encoder layer (the paper). "each": encoder layer
+        i, which needs equal depths (He et al. 2018). "mixed": an average of all encoder layers with
+        softmax(memory_mix[i]) as weights, memory_mix (num_decoder_layers, num_encoder_layers) being learned from
+        zeros, i.e. from a plain mean (the transparent attention of Bapna et al. 2018, without their embedding layer).
+        Every height taken passes encoder.norm first.
+    pad_id, bos_id, eos_id: special tokens, the same ids in both vocabularies; pad_id differs from the other two.
+
+    `config` holds these arguments: Transformer(**model.config) builds the same architecture. Parameter names of
+    encoder and decoder are torch.nn.Transformer's: model.load_state_dict(torch_transformer.state_dict(),
+    strict=False) loads all of them, for the default activation and layer_norm_eps. Outputs are differentiable with
+    respect to every parameter.
+
+    Raises ValueError or TypeError, naming the argument, for sizes, ids and options outside what is written here.
+    """
+
+    def __init__(
+        self,
+        src_vocab: int,
+        tgt_vocab: int,
+        d_model: int = 512,
+        num_heads: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        norm_first: bool = False,
+        tie_weights: bool = False,
+        memory_layers: str = "last",
+        pad_id: int = 0,
+        bos_id: int = 1,
+        eos_id: int = 2,
+        max_len: int = 512,
+    ) -> None:
+        arguments = locals()
+        config = {name: arguments[name] for name in inspect.signature(Transformer).parameters}
+        _check_config(config)
+        super().__init__()
+        self.config: dict[str, Any] = config
+        self.pad_id, self.bos_id, self.eos_id, self.max_len = pad_id, bos_id, eos_id, max_len
+        self.memory_layers = memory_layers
+
+        self.tgt_embedding = TokenEmbedding(tgt_vocab, d_model, max_len, pad_id, dropout)
+        shared_source = tie_weights and src_vocab == tgt_vocab
+        self.src_embedding = None if shared_source else TokenEmbedding(src_vocab, d_model, max_len, pad_id, dropout)
+        sizes = (d_model, num_heads, dim_feedforward, dropout, norm_first)
+        self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(num_encoder_layers)], d_model)
+        self.decoder = Decoder([DecoderLayer(*sizes) for _ in range(num_decoder_layers)], d_model)
+        if memory_layers == "mixed":
+            self.memory_mix = nn.Parameter(torch.zeros(num_decoder_layers, num_encoder_layers))
+        self.output = None if tie_weights else nn.Linear(d_model, tgt_vocab)
+        if self.output is not None:
+            nn.init.xavier_uniform_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+        """Logits (B, T, tgt_vocab): position t scores the token after tgt[:, : t + 1].
+
+        src (B, S) and tgt (B, T): int64 token ids, padded with pad_id. For training, tgt starts with bos_id and lacks
+        the last token, and the labels are the target without bos_id. Positions of padding in tgt have finite logits
+        without meaning.
+        """
+        return self.decode(tgt, self.encode(src))
+
+    def encode(self, src: Tensor) -> Memory:
+        """src (B, S) int64, padded with pad_id -> the memory for decode. Differentiable with respect to the
+        parameters."""
+        _check_tokens("src", src, self.max_len)
+        padding = Padding.of(src, self.pad_id)
+        embedding = self.tgt_embedding if self.src_embedding is None else self.src_embedding
+        heights = self.encoder(
+            embedding(src), self.memory_layers != "last", query_lengths=padding.lengths, **padding.as_keys()
+        )
+        return Memory(self._mix(heights) if self.memory_layers == "mixed" else heights, padding)
+
+    def decode(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, tgt_vocab) for tgt (B, T) int64; without a cache differentiable with respect to memory.
+
+        With a cache, tgt holds only the tokens after those the cache has seen, and the cache takes them up; memory
+        must be the one of the first call (its rows selected as the cache's, if they were). The logits equal those of
+        decoding everything without a cache. RuntimeError if gradients are recorded: caches are for torch.no_grad().
+        """
+        return self.project(self.decode_states(tgt, memory, cache))
+
+    def decode_states(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
+        """decode without the output projection: (B, T, d_model). project() turns any rows of it into logits."""
+        start = 0 if cache is None else cache.length
+        _check_tokens("tgt", tgt, self.max_len, start)
+        if tgt.shape[0] != memory.batch_size:
+            raise ValueError(f"tgt has {tgt.shape[0]} rows, src (memory) has {memory.batch_size}; they must be equal")
+        cross_options: dict[str, Any] = memory.padding.as_keys()
+        if cache is None:
+            padding = Padding.of(tgt, self.pad_id)
+            self_options = {"is_causal": True, "query_lengths": padding.lengths, **padding.as_keys()}
+            cross_options["query_lengths"] = padding.lengths
+            return self.decoder(self.tgt_embedding(tgt), memory.states, self_options, cross_options)
+
+        if torch.is_grad_enabled():
+            raise RuntimeError("decode was given a cache while gradients are recorded; call it under torch.no_grad()")
+        if cache.batch_size not in (None, tgt.shape[0]):
+            raise ValueError(f"tgt has {tgt.shape[0]} rows but cache has {cache.batch_size}; they must be equal")
+        key_mask = cache.append(tgt != self.pad_id, len(self.decoder.layers))
+        # A single new token sees every key; several see each other causally, the last of them standing at the last key.
+        self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
+        return self.decoder(self.tgt_embedding(tgt, start), memory.states, self_options, cross_options, cache.layers)
+
+    def project(self, states: Tensor) -> Tensor:
+        """Decoder states (..., d_model) -> logits (..., tgt_vocab)."""
+        return F.linear(states, self.tgt_embedding.weight) if self.output is None else self.output(states)
+
+    def generate(self, src: Tensor, max_new_tokens: int | None = None) -> Tensor:
+        """Greedy decoding: src (B, S) int64 -> (B, T) int64, T <= max_new_tokens.
+
+        Each row starts after bos_id, which is not returned, ends with eos_id if it got that far, and is padded with
+        pad_id. pad_id is never generated, nor bos_id unless it is eos_id. max_new_tokens: at most and by default
+        max_len, or S + 50 where that is less (the paper's limit). A row that is finished leaves the batch.
+        Deterministic: dropout is off, whatever mode the model is in, and a row's tokens do not depend on the other
+        rows (up to rounding at equal scores).
+        """
+        _check_tokens("src", src, self.max_len)
+        if max_new_tokens is None:
+            max_new_tokens = min(self.max_len, src.shape[1] + 50)
+        _check_integer("max_new_tokens", max_new_tokens, 1, self.max_len)
+        with evaluating(self), torch.no_grad():
+            return generate.greedy(self, src, max_new_tokens)
+
+    def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
+        """The attention weights of every layer for one forward pass, without dropout and without gradients.
+
+        Returns {"encoder": [(B, H, S, S), ...], "decoder_self": [(B, H, T, T), ...], "cross": [(B, H, T, S), ...]},
+        one entry a layer. The rows of trailing padding are 0.
+        """
+        groups = {
+            "encoder": [layer.get_submodule("self_attn") for layer in self.encoder.layers],
+            "decoder_self": [layer.get_submodule("self_attn") for layer in self.decoder.layers],
+            "cross": [layer.get_submodule("multihead_attn") for layer in self.decoder.layers],
+        }
+        weights: dict[nn.Module, Tensor] = {}
+
+        def keep_weights(module: SelfAttention | CrossAttention, args: tuple, options: dict[str, Any]) -> None:
+            inputs = [arg for arg in args if arg is not None]
+            weights[module] = module.weights(*inputs, **options)
+
+        with evaluating(self), torch.no_grad(), ExitStack() as hooks:
+            for module in (module for group in groups.values() for module in group):
+                hooks.enter_context(_pre_hook(module, keep_weights))
+            self(src, tgt)
+        return {name: [weights[module] for module in group] for name, group in groups.items()}
+
+    def _mix(self, heights: list[Tensor]) -> list[Tensor]:
+        """One softmax-weighted average of all heights for each decoder layer."""
+        stacked = torch.stack(heights)  # (num_encoder_layers, B, S, d_model)
+        mixed = self.memory_mix.softmax(-1) @ stacked.flatten(1)
+        return list(mixed.view(-1, *stacked.shape[1:]).unbind(0))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every submodule into eval mode and afterwards back into the mode that each was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {limits}, got {value}")
+
+
+def _check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        given = f"dtype {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"{name} must be a tensor of int64 token ids, got {given}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions (batch, length), got shape {tuple(tokens.shape)}")
+    if start + tokens.shape[1] > max_len:
+        cached = f" after {start} cached ones" if start else ""
+        raise ValueError(f"{name} has {tokens.shape[1]} tokens a row{cached}, more than max_len = {max_len}")
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    d_model, num_heads, dropout = config["d_model"], config["num_heads"], config["dropout"]
+    depths = {name: config[name] for name in ("num_encoder_layers", "num_decoder_layers")}
+    for name in ("src_vocab", "tgt_vocab", "d_model", "num_heads", *depths, "dim_feedforward", "max_len"):
+        _check_integer(name, config[name], 1)
+    for name in ("norm_first", "tie_weights"):
+        if not isinstance(config[name], bool):
+            raise TypeError(f"{name} must be a bool, got {type(config[name]).__name__}")
+    if d_model % num_heads:
+        raise ValueError(f"d_model must be divisible by num_heads, got d_model = {d_model} and num_heads = {num_heads}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+    if config["memory_layers"] not in MEMORY_LAYERS:
+        allowed = ", ".join(map(repr, MEMORY_LAYERS))
+        raise ValueError(f"memory_layers must be one of {allowed}, got {config['memory_layers']!r}")
+    if config["memory_layers"] == "each" and len(set(depths.values())) > 1:
+        raise ValueError(f"memory_layers = 'each' needs an encoder and a decoder of equal depth, got {depths}")
+    _check_integer("pad_id", config["pad_id"], 0, min(config["src_vocab"], config["tgt_vocab"]) - 1)
+    for name in ("bos_id", "eos_id"):
+        _check_integer(name, config[name], 0, config["tgt_vocab"] - 1)
+        if config[name] == config["pad_id"]:
+            raise ValueError(f"{name} must differ from pad_id, both are {config[name]}")
