@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the float32-compute kernels are made of: a matrix product in register tiles, the packing of strided rows of any storage
+// type into float32 blocks, a prefetcher and the scratch arena. Included after simd.h.
+#pragma once
+
+namespace fused_attention::cpu::FA_ISA {
+
+// Hands out 64-byte aligned pieces of one buffer. On a null base it only counts, so one layout serves both planning and running.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uintptr_t base_;
+  size_t used_ = 0;
+};
+
+// Spreads software prefetches of strided rows - the next task's inputs, the current task's outputs - over the matrix products
+// of the current task. Rows of a (B, L, H, D) tensor are short pieces far apart, which the hardware prefetcher does not follow.
+class RowPrefetcher {
+ public:
+  void clear() { num_regions_ = current_ = 0; row_ = total_rows_ = 0; rows_per_tick_ = 0; }
+  void add_reads(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) { add(first_row, stride_bytes, rows, row_bytes, false); }
+  void add_writes(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) { add(first_row, stride_bytes, rows, row_bytes, true); }
+  void spread_over(int64_t ticks) { rows_per_tick_ = ticks > 0 ? (total_rows_ + ticks - 1) / ticks : 0; }
+
+  void tick() {
+    for (int64_t n = rows_per_tick_; n > 0 && current_ < num_regions_; --n) {
+      const Region& region = regions_[current_];
+      const char* row = region.first_row + row_ * region.stride_bytes;
+      if (region.for_writing) {
+        for (int64_t offset = 0; offset < region.row_bytes; offset += 64) __builtin_prefetch(row + offset, 1, 2);
+      } else {
+        for (int64_t offset = 0; offset < region.row_bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+      }
+      if (++row_ == region.rows) row_ = 0, ++current_;
+    }
+  }
+
+ private:
+  struct Region {
+    const char* first_row;
+    int64_t stride_bytes, rows, row_bytes;
+    bool for_writing;
+  };
+
+  void add(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes, bool for_writing) {
+    if (rows <= 0 || num_regions_ == kMaxRegions) return;
+    regions_[num_regions_++] = {static_cast<const char*>(first_row), stride_bytes, rows, row_bytes, for_writing};
+    total_rows_ += rows;
+  }
+
+  static constexpr int kMaxRegions = 8;
+  Region regions_[kMaxRegions];
+  int num_regions_ = 0, current_ = 0;
+  int64_t row_ = 0, total_rows_ = 0, rows_per_tick_ = 0;
+};
+
+// A register tile is 6 x 4 vectors with AVX-512 (24 of 32 registers accumulate), 6 x 2 with 16 registers.
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
+
+// c[kRows][kVecs * kLanes] (+)= a[kRows][depth] * b[depth][kVecs * kLanes], where a[i][k] = a[i * a_row + k * a_col].
+template <int kRows, int kVecs>
+FA_INLINE void matmul_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c, int64_t c_row,
+                           bool accumulate) {
+  Vec sum[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = accumulate ? load(c + i * c_row + j * kLanes) : broadcast(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec b_k[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) b_k[j] = load(b + k * b_row + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec a_ik = broadcast(a[i * a_row + k * a_col]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = fmadd(a_ik, b_k[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
+}
+
+template <int kVecs>
+FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
+                              int64_t c_row, bool accumulate, RowPrefetcher* prefetcher) {
+  for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * a_row, c += kTileRows * c_row) {
+    if (prefetcher) prefetcher->tick();
+    matmul_tile<kTileRows, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  }
+  switch (rows) {
+    case 5: return matmul_tile<5, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 4: return matmul_tile<4, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 3: return matmul_tile<3, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 2: return matmul_tile<2, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 1: return matmul_tile<1, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+  }
+}
+
+// c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; columns must be a multiple of kLanes.
+static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
+                   int64_t c_row, bool accumulate, RowPrefetcher* prefetcher = nullptr) {
+  int64_t j = 0;
+  for (; j + kTileVecs * kLanes <= columns; j += kTileVecs * kLanes)
+    matmul_panel<kTileVecs>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+  switch ((columns - j) / kLanes) {
+    case 3: return matmul_panel<kTileVecs == 4 ? 3 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+    case 2: return matmul_panel<kTileVecs == 4 ? 2 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+    case 1: return matmul_panel<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+  }
+}
+
+// Absent rows are packed as zeros, so that nothing stored in them (NaN included) reaches a product.
+FA_INLINE bool is_absent(const float* key_bias, int64_t row) { return key_bias && key_bias[row] != 0.0f; }
+
+// source: (rows, head_dim) with rows source_row apart -> packed: (rows, packed_row) float32, columns past head_dim zero.
+// key_bias: (rows,), non-zero where the row is absent; null when all are present.
+template <class T>
+static void pack_rows(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed, int64_t packed_row, const float* key_bias = nullptr) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = source + i * source_row;
+    float* to = packed + i * packed_row;
+    const int64_t present = is_absent(key_bias, i) ? 0 : head_dim;
+    int64_t d = 0;
+    for (; d + kLanes <= present; d += kLanes) store(to + d, load(from + d));
+    if (d < present) store(to + d, load_first(from + d, present - d)), d += kLanes;
+    for (; d < packed_row; d += kLanes) store(to + d, broadcast(0.0f));
+  }
+}
+
+constexpr int64_t kKeyTile = 64;  // columns of a packed K^T tile
+
+// source: (rows, head_dim) -> packed: (ceil(rows / kKeyTile), head_dim, kKeyTile) float32: tiles of the transpose. Columns past
+// `rows` are zero up to the next multiple of 16 and unspecified beyond.
+template <class T>
+static void pack_transposed(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed, const float* key_bias = nullptr) {
+  for (int64_t row0 = 0; row0 < rows; row0 += 16) {
+    float* tile = packed + row0 / kKeyTile * kKeyTile * head_dim + row0 % kKeyTile;
+    const int64_t present = min_of(rows - row0, int64_t{16});
+    for (int64_t d0 = 0; d0 < head_dim; d0 += 16) {
+      const T* from = source + row0 * source_row + d0;
+      float* to = tile + d0 * kKeyTile;
+      const int64_t columns = min_of(head_dim - d0, int64_t{16});
+#if defined(FA_AVX512)
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        r[i] = i < present && !is_absent(key_bias, row0 + i) ? _mm512_castps_si512(load_first(from + i * source_row, columns).x) : _mm512_setzero_si512();
+      transpose16(r);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j)
+        if (j < columns) _mm512_storeu_si512(to + j * kKeyTile, r[j]);
+#else
+      float block[16][16];
+      for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 16; j += kLanes)
+          store(&block[i][j], i < present && !is_absent(key_bias, row0 + i) ? load_first(from + i * source_row + j, columns - j) : broadcast(0.0f));
+      for (int j = 0; j < columns; ++j)
+        for (int i = 0; i < 16; ++i) to[j * kKeyTile + i] = block[i][j];
+#endif
+    }
+  }
+}
+
+}  // namespace fused_attention::cpu::FA_ISA
