@@ -1,0 +1,114 @@
+"""Batches of sentence pairs of similar length, so that little of a batch is padding; a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_attention.transformer.data import DataError
+from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+
+@dataclass(frozen=True)
+class Batch:
+    """src (B, S) ends with EOS; tgt_in (B, T) = BOS + sentence, tgt_out (B, T) = sentence + EOS; int64, right-padded."""
+
+    src: Tensor
+    tgt_in: Tensor
+    tgt_out: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.src, self.tgt_in, self.tgt_out)))
+
+    def tokens(self) -> int:
+        """Source and target tokens, padding not counted."""
+        return int((self.src != PAD_ID).sum() + (self.tgt_out != PAD_ID).sum())
+
+
+@dataclass
+class Position:
+    """Where the training data continues: the next batch to be drawn."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Right-pad rows of ids to one (len(rows), longest row) int64 tensor."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+
+class BatchSource:
+    """Cuts encoded pairs into batches of at most `batch_tokens` source and target tokens, ends and padding included.
+
+    Pairs with a side of `max_len` tokens or more are left out (`num_dropped`). Raises DataError if none remain or the
+    longest pair exceeds `batch_tokens`.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Sequence[int]],
+        target: Sequence[Sequence[int]],
+        *,
+        batch_tokens: int,
+        max_len: int,
+        seed: int = 0,
+    ) -> None:
+        # The decoder reads BOS + sentence and the encoder sentence + EOS: one token more than the sentence.
+        pairs = [(s, t) for s, t in zip(source, target, strict=True) if max(len(s), len(t)) < max_len]
+        if not pairs:
+            raise DataError(f"no sentence pair has fewer than max_len = {max_len} tokens on both sides")
+        self.num_dropped = len(source) - len(pairs)
+        self._pairs = pairs
+        self._sizes = [(len(s) + 1, len(t) + 1) for s, t in pairs]
+        longest = max(map(sum, self._sizes))
+        if longest > batch_tokens:
+            raise DataError(f"batch_tokens = {batch_tokens} is less than the longest sentence pair, {longest} tokens")
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch as indices of pairs, in training order."""
+        shuffle = random.Random(f"{self.seed}/{epoch}")
+        # Target length first: its side costs most (the output layer). Ties in random order, or every epoch would have
+        # the same batches.
+        order = sorted(range(len(self._pairs)), key=lambda i: (self._sizes[i][::-1], shuffle.random()))
+        batches: list[list[int]] = [[]]
+        src_width = tgt_width = 0
+        for index in order:
+            src_len, tgt_len = self._sizes[index]
+            src_width, tgt_width = max(src_width, src_len), max(tgt_width, tgt_len)
+            if (src_width + tgt_width) * (len(batches[-1]) + 1) > self.batch_tokens:
+                batches.append([])
+                src_width, tgt_width = src_len, tgt_len
+            batches[-1].append(index)
+        shuffle.shuffle(batches)
+        return batches
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """Pad the pairs with these indices to one batch."""
+        source, target = zip(*(self._pairs[index] for index in indices), strict=True)
+        return Batch(
+            src=pad([[*ids, EOS_ID] for ids in source]),
+            tgt_in=pad([[BOS_ID, *ids] for ids in target]),
+            tgt_out=pad([[*ids, EOS_ID] for ids in target]),
+        )
+
+    def from_position(self, position: Position) -> Iterator[Batch]:
+        """Endless batches from `position`, which is advanced before each batch is handed out."""
+        while True:
+            batches = self.epoch(position.epoch)
+            while position.batch < len(batches):
+                indices = batches[position.batch]
+                position.batch += 1
+                yield self.collate(indices)
+            position.epoch, position.batch = position.epoch + 1, 0
+
+    def once(self) -> Iterator[Batch]:
+        """Every pair once, for evaluation."""
+        return (self.collate(indices) for indices in self.epoch(0))

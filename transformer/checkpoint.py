@@ -1,0 +1,125 @@
+"""Checkpoints: one safetensors file that holds everything a training run or a translation needs.
+
+Tensors: `model.*`, `optimizer.<parameter>.*`, `rng.*`, `history.*` and the serialised tokenizers `tokenizer.*`.
+Metadata: training configuration, model configuration and progress (step, seconds, data position) as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_attention.transformer.atomic_write import atomic_write
+from fused_attention.transformer.model import Transformer
+from fused_attention.transformer.optional_modules import optional_module
+from fused_attention.transformer.tokenizer import Tokenizer
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+FORMAT = "fused_attention checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """The file is missing, damaged, or not one of ours; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Content of a checkpoint file: tensors by name, and the JSON values of the metadata."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+    progress: dict[str, Any]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose name starts with "prefix.", by the rest of their name."""
+        start = prefix + "."
+        return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+
+
+def save_checkpoint(
+    path: Path,
+    tensors: dict[str, Tensor],
+    *,
+    config: dict[str, Any],
+    model_config: dict[str, Any],
+    progress: dict[str, Any],
+) -> None:
+    """Write a checkpoint such that a kill at any moment leaves the previous one or this one. Raises OSError."""
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "model_config": json.dumps(model_config),
+        "progress": json.dumps(progress),
+    }
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, optional_module("safetensors.torch").save(on_cpu, metadata))
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint file, or the one in a training run's folder. Raises CheckpointError."""
+    safetensors = optional_module("safetensors")
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT_NAME
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of fused_attention")
+        values = {name: json.loads(metadata[name]) for name in ("config", "model_config", "progress")}
+    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"corrupt checkpoint {path}: {error}") from error
+    return Checkpoint(path, tensors, **values)
+
+
+def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+    """Copy saved tensors into the model in place. Raises CheckpointError unless names and shapes are the model's."""
+    expected = model.state_dict()
+    if saved.keys() != expected.keys():
+        difference = sorted(saved.keys() ^ expected.keys())
+        raise CheckpointError(f"{path} does not fit the model it describes: {', '.join(difference[:3])}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            if tensor.shape != saved[name].shape:
+                raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}")
+            tensor.copy_(saved[name])
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
+    """Build the model that the checkpoint describes, with its weights, in evaluation mode."""
+    try:
+        model = Transformer(**checkpoint.model_config).to(device)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path} describes a model that cannot be built: {error}") from error
+    load_model_tensors(model, checkpoint.group("model"), checkpoint.path)
+    return model.eval()
+
+
+def load_tokenizers(checkpoint: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
+    """Source and target tokenizer; the same object if the vocabulary is joint."""
+    saved = checkpoint.group("tokenizer")
+    try:
+        source = Tokenizer(saved["source"].numpy().tobytes())
+        target = Tokenizer(saved["target"].numpy().tobytes()) if "target" in saved else source
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: no usable tokenizer ({error})") from error
+    return source, target
+
+
+def tokenizer_tensors(source: Tokenizer, target: Tokenizer) -> dict[str, Tensor]:
+    """The serialised tokenizers as uint8 tensors; a joint one is saved once."""
+    tokenizers = {"source": source} if target is source else {"source": source, "target": target}
+    return {
+        f"tokenizer.{side}": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8)
+        for side, tokenizer in tokenizers.items()
+    }

@@ -1,0 +1,221 @@
+"""Parallel text: sentences in a source language and their translations, one a line.
+
+A corpus is a folder with the files `train.<lang>`, `val.<lang>` and any number of `test*.<lang>`, plain or gzipped.
+Two real corpora can be fetched by name: "multi30k" (image captions, en/de/fr/cs) and "libreoffice-help" (en-fr).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fused_attention.transformer.atomic_write import sync_folder
+
+DATA_VARIABLE = "FUSED_ATTENTION_DATA"
+MULTI30K_ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
+MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")
+NAMED_CORPORA = ("multi30k", "libreoffice-help")
+
+
+class DataError(ValueError):
+    """The corpus is missing, empty or inconsistent; the message is one line that names what and where."""
+
+
+@dataclass(frozen=True)
+class ParallelText:
+    """Sentence i of `source` is translated by sentence i of `target`."""
+
+    source: list[str]
+    target: list[str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def keep(self, wanted: Callable[[str, str], bool]) -> ParallelText:
+        """The pairs for which `wanted(source, target)` holds, in order."""
+        pairs = [(source, target) for source, target in zip(self.source, self.target, strict=True) if wanted(source, target)]
+        return ParallelText([source for source, _ in pairs], [target for _, target in pairs])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A training, a validation and any number of named test sets in one language pair."""
+
+    name: str
+    source_language: str
+    target_language: str
+    train: ParallelText
+    validation: ParallelText
+    tests: dict[str, ParallelText]
+
+    def fingerprint(self) -> str:
+        """Changes whenever the training text does: a resumed run must see the text it started with."""
+        digest = hashlib.sha256()
+        for sentence in (*self.train.source, *self.train.target):
+            digest.update(sentence.encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def held_out(self) -> tuple[str, ParallelText]:
+        """The text that scores are reported on: the first test set by name, or the validation set if there is none."""
+        return next(iter(self.tests.items()), ("val", self.validation))
+
+
+def load_corpus(
+    name_or_folder: str, source_language: str = "en", target_language: str = "fr", *, max_words: int | None = None
+) -> Corpus:
+    """Load a corpus by name (fetched into the cache folder on first use) or from a folder.
+
+    "multi30k" is read from the folder in FUSED_ATTENTION_DATA when that is set. `max_words` drops pairs with a longer
+    side, from every split. Raises DataError.
+    """
+    if max_words is not None and max_words < 1:
+        raise DataError(f"max_words must be at least 1, not {max_words}")
+    if source_language == target_language:
+        raise DataError(f"source and target language are both {source_language!r}")
+    if name_or_folder == "multi30k":
+        given = os.environ.get(DATA_VARIABLE)
+        folder = Path(given) if given else fetch_multi30k(source_language, target_language)
+    elif name_or_folder == "libreoffice-help":
+        from fused_attention.transformer.libreoffice_help import fetch_libreoffice_help
+
+        if (source_language, target_language) != ("en", "fr"):
+            raise DataError(f"libreoffice-help is en-fr only, not {source_language}-{target_language}")
+        folder = fetch_libreoffice_help()
+    else:
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            names = " or ".join(NAMED_CORPORA)
+            raise DataError(f"no corpus {name_or_folder!r}: neither a folder nor one of the names {names}")
+    return read_corpus(folder, source_language, target_language, name=Path(name_or_folder).name, max_words=max_words)
+
+
+def read_corpus(
+    folder: Path, source_language: str, target_language: str, *, name: str | None = None, max_words: int | None = None
+) -> Corpus:
+    """Read the splits of `folder`; train and val must be there, tests are whatever test* files both languages have."""
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}")
+
+    def read(split: str) -> ParallelText:
+        text = read_parallel(folder, split, source_language, target_language)
+        if max_words is None:
+            return text
+        short = text.keep(lambda source, target: max(len(source.split()), len(target.split())) <= max_words)
+        if not len(short):
+            raise DataError(f"{folder}/{split}: no pair has at most {max_words} words on both sides")
+        return short
+
+    suffixes = (f".{source_language}", f".{source_language}.gz")
+    found = {path.name.removesuffix(s) for path in folder.glob("test*") for s in suffixes if path.name.endswith(s)}
+    tests = {split: read(split) for split in sorted(found) if _find_file(folder, split, target_language) is not None}
+    return Corpus(name or folder.name, source_language, target_language, read("train"), read("val"), tests)
+
+
+def read_parallel(folder: Path, split: str, source_language: str, target_language: str) -> ParallelText:
+    """Read one split. Pairs with a blank side are left out; DataError if files are missing, unequal or empty."""
+    paths = []
+    for language in (source_language, target_language):
+        path = _find_file(folder, split, language)
+        if path is None:
+            raise DataError(f"{folder} has no file {split}.{language} or {split}.{language}.gz")
+        paths.append(path)
+    source, target = map(read_lines, paths)
+    if len(source) != len(target):
+        raise DataError(
+            f"parallel files must have equally many lines: {paths[0]} has {len(source)}, {paths[1]} has {len(target)}"
+        )
+    text = ParallelText(source, target).keep(lambda source, target: bool(source and target))
+    if not len(text):
+        raise DataError(f"empty corpus: {paths[0]} and {paths[1]} hold no sentence pair")
+    return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, gunzipped if its name ends in .gz, without surrounding white space."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a complete gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    # Only "\n" ends a line: str.splitlines would also split at form feeds and Unicode separators inside a sentence.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.strip() for line in lines]
+
+
+def _find_file(folder: Path, split: str, language: str) -> Path | None:
+    candidates = (folder / f"{split}.{language}", folder / f"{split}.{language}.gz")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def cache_folder() -> Path:
+    """Where fetched corpora are kept: $XDG_CACHE_HOME/fused_attention, by default ~/.cache/fused_attention."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fused_attention"
+
+
+def fill_cache(name: str, fill: Callable[[Path], None]) -> Path:
+    """Return the cache folder `name`; if it is not there yet, `fill` a temporary folder, then rename it into place."""
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"cannot write the cache folder {folder.parent}: {error.strerror}") from error
+    try:
+        fill(temporary)
+        sync_folder(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            # Another process finished the same corpus first.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(folder.parent)
+    return folder
+
+
+def fetch_multi30k(source_language: str, target_language: str) -> Path:
+    """Download the Multi30k texts (Elliott et al. 2016) of one language pair: train, val and test_2016_flickr.
+
+    From the public GitHub repository multi30k/dataset, whose texts are for research and education. Raises DataError.
+    """
+    for language in (source_language, target_language):
+        if language not in MULTI30K_LANGUAGES:
+            raise DataError(f"multi30k has no language {language!r}, only {', '.join(MULTI30K_LANGUAGES)}")
+
+    def download(folder: Path) -> None:
+        for split in ("train", "val", "test_2016_flickr"):
+            for language in (source_language, target_language):
+                file_name = f"{split}.{language}.gz"
+                (folder / file_name).write_bytes(_download(f"{MULTI30K_ADDRESS}/{file_name}"))
+                read_lines(folder / file_name)
+
+    return fill_cache(f"multi30k-{source_language}-{target_language}", download)
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=30) as response:
+            return response.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(
+            f"cannot download {address}: {reason}; set {DATA_VARIABLE} to a folder that holds the files instead"
+        ) from error
