@@ -6,6 +6,8 @@ Gimelshein, arXiv 1805.02867), never the whole score matrix; the backward recomp
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def attention(
 
 
 def attention_qkv_packed(
-    qkv: Tensor, *, return_lse: bool = False, backend: str | None = None, **options
+    qkv: Tensor, *, return_lse: bool = False, backend: str | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention on one packed projection, with one packed gradient; `options` are those of `attention`.
 
@@ -103,7 +105,7 @@ def attention_qkv_packed(
 
 
 def attention_kv_packed(
-    query: Tensor, kv: Tensor, *, return_lse: bool = False, backend: str | None = None, **options
+    query: Tensor, kv: Tensor, *, return_lse: bool = False, backend: str | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-attention on a query and one packed key-value projection; `options` are those of `attention`.
 
@@ -163,7 +165,7 @@ def scaled_dot_product_attention(
 
 
 def attention_weights(
-    query: Tensor, key: Tensor, lse: Tensor, *, average_heads: bool = False, dropout_p: float = 0.0, **options
+    query: Tensor, key: Tensor, lse: Tensor, *, average_heads: bool = False, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
     """The weights that `attention` multiplied with the values, after dropout, from the lse it returned.
 
@@ -190,7 +192,7 @@ def attention_weights(
     return attention_weights_reference(problem, lse, average_heads)
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, **options) -> Explanation:
+def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:
     """Which backend `attention` would choose for these arguments, and every reason why the others would not run."""
     options.pop("return_lse", None)
     options.pop("backend", None)

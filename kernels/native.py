@@ -11,7 +11,7 @@ from .problem import Problem, empty_output
 try:
     from fused_attention import _native
 except ImportError as error:  # installed without a compiler, or on a platform that has no native kernels
-    _native = None
+    _native = None  # type: ignore[assignment]
     NOT_BUILT = f"the compiled extension is not available ({error})"
 
 MAX_HEAD_DIM = 256

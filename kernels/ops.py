@@ -32,8 +32,6 @@ _PROBLEM_SCHEMA = (
 
 def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times."""
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
     if backend == "reference" or _transformed(problem):
         return attention_reference(problem)
     if not _takes_cheap_path(problem):
@@ -62,13 +60,13 @@ class _Attention(torch.autograd.Function):
     """The kernel with its gradient, straight from Python."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = KERNEL_BACKENDS[backend].forward(problem)
         _save_for_backward(ctx, problem.layout, (*problem.op_arguments(), backend), out, lse)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, *_gradients(ctx, dout, dlse, _kernel_gradients))
 
 
@@ -102,9 +100,7 @@ def _recomputed_gradients(problem: Problem, dout: Tensor | None, dlse: Tensor | 
     return tuple(next(gradients) if tensor.requires_grad else None for tensor in problem.inputs)
 
 
-def _kernel_gradients(
-    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple
-) -> tuple[Tensor, ...]:
+def _kernel_gradients(layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
     problem = Problem.from_op_arguments(layout, arguments[:-1])
     gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
     KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, split(layout, gradients))

@@ -126,7 +126,10 @@ def make_problem(
     Raises:
         TypeError: a tensor argument is not a tensor, or has the wrong dtype.
         ValueError: a shape, device or value does not fit; the message names the argument, what was given and what is allowed.
+        RuntimeError: torch.jit.trace is at work, which would freeze shapes and options.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
     inputs = _checked_inputs(layout, inputs)
     query, key, value = split(layout, inputs)
     batch, num_heads, seqlen_q, head_dim = query.shape

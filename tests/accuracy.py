@@ -71,7 +71,9 @@ def _assert_same_non_finite(name: str, actual: Tensor, exact: Tensor) -> None:
         different = ours != theirs
         if different.any():
             index = tuple(different.nonzero()[0].tolist())
-            raise AssertionError(f"{name}: {what} pattern differs, first at {index}: {actual[index].item()}, expected {exact[index].item()}")
+            raise AssertionError(
+                f"{name}: {what} pattern differs, first at {index}: {actual[index].item()}, expected {exact[index].item()}"
+            )
 
 
 def _report(title: str, actual: Tensor, exact: Tensor, error: Tensor, allowed: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=ALL_INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set in turn, forced; one that this machine lacks is a named skip."""
     if native.status() is not None:
         pytest.skip(f"no native kernels: {native.status()}")
@@ -43,4 +43,4 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", request.param)
     assert native.instruction_sets()[0] == request.param
-    yield request.param
+    return request.param

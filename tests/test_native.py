@@ -1,0 +1,234 @@
+"""The CPU kernels against the reference in float64 under the accuracy rule, on every instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager
+from conftest import ALL_INSTRUCTION_SETS
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fused_attention.kernels import native
+from fused_attention.kernels.attention import attention
+from fused_attention.kernels.problem import Problem, make_problem
+from fused_attention.kernels.reference import present
+
+pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# 1 and 3: less than a vector; 16 and 17, 31 and 32, 64 and 65: around the tile sides; 130: several tiles and a rest.
+SEQLENS = (0, 1, 3, 16, 17, 31, 32, 37, 64, 65, 130)
+HEAD_DIMS = (1, 5, 8, 16, 24, 40, 59, 64, 72, 96, 128, 200, 256)  # below, at and between multiples of 16 and 32
+
+
+def strided(shape: tuple[int, int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
+    """(B, H, L, D) random values in one of the memory orders that modules produce."""
+    batch, num_heads, seqlen, head_dim = shape
+    if memory == "heads first":
+        return torch.randn(shape).to(dtype)
+    if memory == "batch first":
+        return torch.randn(batch, seqlen, num_heads, head_dim).to(dtype).transpose(1, 2)
+    if memory == "sequence first":
+        return torch.randn(seqlen, batch, num_heads, head_dim).to(dtype).permute(1, 2, 0, 3)
+    if memory == "one batch element expanded":
+        return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
+    assert memory == "unaligned slices"
+    return torch.randn(batch, num_heads, seqlen + 1, head_dim + 3).to(dtype)[:, :, 1:, 1 : head_dim + 1]
+
+
+MEMORY = ("heads first", "batch first", "sequence first", "one batch element expanded", "unaligned slices")
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of `attention` in plain values, so that a failing case prints as a call."""
+    return {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "sizes": (draw(st.sampled_from((0, 1, 2, 3))), draw(st.sampled_from((1, 2, 3)))),
+        "seqlens": (draw(st.sampled_from(SEQLENS)), draw(st.sampled_from(SEQLENS))),
+        "head_dims": (draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(HEAD_DIMS))),
+        "memory": draw(st.tuples(*[st.sampled_from(MEMORY)] * 4)),
+        "is_causal": draw(st.sampled_from((False, "top_left", "bottom_right"))),
+        "attn_mask": draw(st.sampled_from((None, None, "bool", "float", "per key", "per head", "half"))),
+        "key_mask": draw(st.booleans()),
+        "key_lengths": draw(st.booleans()),
+        "query_lengths": draw(st.booleans()),
+        "dropout_p": draw(st.sampled_from((0.0, 0.0, 0.25, 1.0))),
+        "scale": draw(st.sampled_from((None, 0.05, 2.0))),
+        "lse_gradient": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+def build(call: dict[str, Any]) -> tuple[Problem, Tensor, Tensor | None]:
+    """The problem of a call and its output gradients."""
+    torch.manual_seed(call["seed"])
+    batch, num_heads = call["sizes"]
+    seqlen_q, seqlen_k = call["seqlens"]
+    head_dim, head_dim_v = call["head_dims"]
+    dtype, memory = call["dtype"], call["memory"]
+    inputs = (
+        strided((batch, num_heads, seqlen_q, head_dim), memory[0], dtype),
+        strided((batch, num_heads, seqlen_k, head_dim), memory[1], dtype),
+        strided((batch, num_heads, seqlen_k, head_dim_v), memory[2], dtype),
+    )
+    attn_mask = {
+        None: lambda: None,
+        "bool": lambda: torch.rand(batch, 1, seqlen_q, seqlen_k) > 0.3,
+        "float": lambda: torch.randn(seqlen_q, seqlen_k).masked_fill(torch.rand(seqlen_q, seqlen_k) < 0.2, -torch.inf),
+        "per key": lambda: torch.randn(batch, 1, 1, seqlen_k),
+        "per head": lambda: torch.randn(1, num_heads, seqlen_q, 1),
+        "half": lambda: torch.randn(1, num_heads, seqlen_q, seqlen_k).to(torch.bfloat16),
+    }[call["attn_mask"]]()
+    problem = make_problem(
+        "separate",
+        inputs,
+        attn_mask=attn_mask,
+        key_mask=torch.rand(batch, seqlen_k) > 0.3 if call["key_mask"] else None,
+        key_lengths=torch.randint(-1, seqlen_k + 2, (batch,)) if call["key_lengths"] else None,
+        query_lengths=torch.randint(-1, seqlen_q + 2, (batch,)) if call["query_lengths"] else None,
+        is_causal=call["is_causal"],
+        scale=call["scale"],
+        dropout_p=call["dropout_p"],
+    )
+    dout = strided((batch, num_heads, seqlen_q, head_dim_v), memory[3], dtype)
+    dlse = torch.randn(batch, num_heads, seqlen_q) if call["lse_gradient"] else None
+    return problem, dout, dlse
+
+
+def poison_absent(problem: Problem) -> Problem:
+    """The same problem with NaN in every absent key, value and query row."""
+    queries, keys = present(problem)
+    query, key, value = (
+        tensor.masked_fill(~rows[:, None, :, None], torch.nan)
+        for tensor, rows in ((problem.query, queries), (problem.key, keys), (problem.value, keys))
+    )
+    arguments = (query, key, value, *problem.op_arguments()[3:])
+    return Problem.from_op_arguments("separate", arguments)
+
+
+def check(problem: Problem, dout: Tensor, dlse: Tensor | None) -> None:
+    exact, eager = exact_and_eager(problem, dout, dlse)
+    poisoned = poison_absent(problem)
+    out, lse = native.forward(poisoned)
+    gradients = tuple(torch.empty_like(tensor) for tensor in poisoned.inputs)
+    native.backward(poisoned, out, lse, dout, dlse, gradients)
+    assert_accurate("out", "out", out, eager["out"], exact["out"])
+    assert_lse_accurate(lse, exact["lse"])
+    for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
+        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("instruction_set", ALL_INSTRUCTION_SETS, indirect=True)
+@settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(call=calls())
+def test_any_call(instruction_set: str, call: dict[str, Any]) -> None:
+    problem, dout, dlse = build(call)
+    assert native.unsupported_reasons(problem) == []
+    note(f"reproduce: check(*build({call}))")
+    check(problem, dout, dlse)
+
+
+BASE_CALL = {
+    "dtype": torch.float32, "sizes": (2, 2), "seqlens": (70, 75), "head_dims": (64, 64), "memory": ("batch first",) * 4,
+    "is_causal": False, "attn_mask": None, "key_mask": False, "key_lengths": False, "query_lengths": False,
+    "dropout_p": 0.0, "scale": None, "lse_gradient": False, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dims", [(d, d) for d in HEAD_DIMS] + [(192, 128), (40, 256), (256, 8)], ids=str)
+def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype) -> None:
+    check(*build(BASE_CALL | {"head_dims": head_dims, "dtype": dtype, "is_causal": "bottom_right", "key_mask": True}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": "top_left"}, {"key_mask": True, "dropout_p": 0.25}, {"attn_mask": "float"}], ids=str)
+def test_many_key_blocks(options: dict, dtype: torch.dtype, instruction_set: str) -> None:
+    """Longer than any block of keys or rows, so that the online softmax rescales and dq adds up over blocks."""
+    check(*build(BASE_CALL | {"sizes": (1, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options))
+
+
+RISES = {  # log2 units that the scores change by from one key to the next, and by tile of 64 keys
+    "rising by 3": 3.0, "rising by 7.9": 7.9, "rising by 8.1": 8.1, "rising by 50": 50.0, "falling by 8.1": -8.1, "falling by 50": -50.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rise", RISES)
+def test_online_softmax_with_moving_maxima(rise: str, dtype: torch.dtype, instruction_set: str) -> None:
+    problem, dout, dlse = build(BASE_CALL | {"sizes": (1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype})
+    steps = torch.arange(700) // 64 * RISES[rise] * 0.6931
+    problem.attn_mask = steps.expand(1, 1, 20, 700).contiguous()
+    check(problem, dout, dlse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["first tile masked", "spike in the last key"])
+def test_online_softmax_edges(case: str, dtype: torch.dtype, instruction_set: str) -> None:
+    problem, dout, dlse = build(BASE_CALL | {"sizes": (1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype})
+    mask = torch.zeros(20, 700)
+    if case == "first tile masked":
+        mask[:, :600] = -torch.inf
+    else:
+        mask[:, -1] = 60.0
+    problem.attn_mask = mask[None, None]
+    check(problem, dout, dlse)
+
+
+def test_float16_scores_beyond_its_range(instruction_set: str) -> None:
+    problem, dout, dlse = build(BASE_CALL | {"dtype": torch.float16, "scale": 1.0, "head_dims": (16, 16)})
+    problem.query[:], problem.key[:] = problem.query.sign() * 80, problem.key.sign() * 80  # |scores| up to 102,400
+    check(problem, dout, dlse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bit_identical_from_run_to_run(dtype: torch.dtype, instruction_set: str) -> None:
+    problem, dout, _ = build(BASE_CALL | {"dtype": dtype, "seqlens": (200, 300), "is_causal": "top_left", "dropout_p": 0.25})
+    runs = []
+    for _ in range(3):
+        out, lse = native.forward(problem)
+        gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
+        native.backward(problem, out, lse, dout, None, gradients)
+        runs.append((out, lse, *gradients))
+    for first, second, third in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_any_thread_count(num_threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        check(*build(BASE_CALL | {"sizes": (3, 3), "key_lengths": True, "is_causal": "top_left"}))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_stay_inside_packed_buffers() -> None:
+    """Views of one guarded buffer: what lies between the rows is not touched."""
+    problem, dout, _ = build(BASE_CALL | {"seqlens": (33, 33), "head_dims": (40, 40)})
+    buffer = torch.full((2, 33, 3, 2, 48), 7.0)
+    views = tuple(buffer[:, :, index, :, :40].transpose(1, 2) for index in range(3))
+    out, lse = native.forward(problem)
+    native.backward(problem, out, lse, dout, None, views)
+    assert (buffer[..., 40:] == 7.0).all()
+    expected = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
+    native.backward(problem, out, lse, dout, None, expected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(views, expected, strict=True))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match="FUSED_ATTENTION_CPU_ISA.*sse9"):
+        attention(*[torch.randn(1, 1, 4, 8)] * 3)

@@ -1,0 +1,207 @@
+"""The operation as a citizen of torch: operators, compile, higher derivatives, transforms, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_attention.kernels import native, ops
+from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, scaled_dot_product_attention
+from fused_attention.kernels.problem import make_problem
+
+needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+
+QKV_OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "padding": {"key_mask": torch.arange(12) < torch.tensor([[12], [5]]), "query_lengths": torch.tensor([12, 5])},
+    "bias": {"attn_mask": torch.linspace(-1, 1, 144).view(12, 12)},
+    "dropout": {"dropout_p": 0.3, "rng_state": torch.tensor([3, 4])},
+}
+
+
+def layout_inputs(layout: str, requires_grad: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    shapes = {
+        "separate": [(2, 4, 12, 8)] * 3,
+        "qkv": [(2, 12, 3, 4, 8)],
+        "kv": [(2, 4, 12, 8), (2, 12, 2, 4, 8)],
+    }[layout]
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes)
+
+
+CALLS = {"separate": attention, "qkv": attention_qkv_packed, "kv": attention_kv_packed}
+
+
+@needs_native
+@pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
+@pytest.mark.parametrize("layout", CALLS)
+def test_opcheck(layout: str, options: dict) -> None:
+    problem = make_problem(layout, layout_inputs(layout), **options)
+    torch.library.opcheck(getattr(torch.ops.fused_attention, f"attention_{layout}").default, (*problem.op_arguments(), "cpu"))
+
+
+@needs_native
+@pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
+@pytest.mark.parametrize("layout", CALLS)
+def test_cheap_path_operator_and_reference_agree(layout: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = layout_inputs(layout)
+    results = []
+    for path in ("cheap", "operator", "reference"):
+        if path == "operator":
+            monkeypatch.setattr(ops, "_takes_cheap_path", lambda problem: False)
+        out, lse = CALLS[layout](*inputs, **options, return_lse=True, backend="reference" if path == "reference" else "cpu")
+        loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + lse[0].sum()
+        results.append((out.detach(), lse.detach(), *torch.autograd.grad(loss, inputs)))
+    for cheap, operator, reference in zip(*results, strict=True):
+        assert torch.equal(cheap, operator)
+        torch.testing.assert_close(cheap, reference, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("options", [QKV_OPTIONS["causal"], {"dropout_p": 0.2}], ids=["causal", "dropout drawn inside"])
+@pytest.mark.parametrize("layout", CALLS)
+def test_compiles_without_a_graph_break(layout: str, options: dict) -> None:
+    def function(*inputs: Tensor) -> Tensor:
+        return CALLS[layout](*inputs, **options).sin()
+
+    inputs = layout_inputs(layout)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    out = compiled(*inputs)
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    if "dropout_p" in options:
+        assert out.isfinite().all()
+        return
+    expected = function(*inputs)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@needs_native
+def test_compiles_with_inductor_and_dynamic_shapes() -> None:
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, is_causal=True), fullgraph=True, dynamic=True)
+    for seqlen in (7, 12, 19):
+        query = torch.randn(2, 2, seqlen, 8)
+        torch.testing.assert_close(compiled(query, query, query), attention(query, query, query, is_causal=True))
+
+
+@needs_native
+@pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
+def test_second_derivatives_are_those_of_the_formula(options: dict) -> None:
+    inputs = layout_inputs("separate")
+
+    def second_derivative(backend: str) -> tuple[Tensor, ...]:
+        out, lse = attention(*inputs, **options, return_lse=True, backend=backend)
+        first = torch.autograd.grad((out**3).sum() + (lse[0] ** 2).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum((gradient**2).sum() for gradient in first), inputs)
+
+    for ours, theirs in zip(second_derivative("cpu"), second_derivative("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_gradients_of_part_of_the_inputs() -> None:
+    query, key, value = layout_inputs("separate", requires_grad=False)
+    value.requires_grad_()
+    (ours,) = torch.autograd.grad(attention(query, key, value).sum(), value)
+    (theirs,) = torch.autograd.grad(F.scaled_dot_product_attention(query, key, value).sum(), value)
+    torch.testing.assert_close(ours, theirs)
+    _, lse = attention(query.requires_grad_(), key, value, return_lse=True)
+    gradient = torch.autograd.grad(lse.sum(), [query, value], allow_unused=True)
+    assert gradient[0].abs().sum() > 0
+
+
+class _Subclass(Tensor):
+    pass
+
+
+@needs_native
+@pytest.mark.parametrize("condition", ["subclass", "dispatch mode", "functorch", "forward AD"])
+def test_what_must_see_an_operator_does_not_take_the_cheap_path(condition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    apply = ops._Attention.apply
+    monkeypatch.setattr(ops._Attention, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
+    query, key, value = layout_inputs("separate")
+    expected = F.scaled_dot_product_attention(query, key, value)
+    if condition == "subclass":
+        out = attention(query.as_subclass(_Subclass), key, value)
+    elif condition == "dispatch mode":
+        with FlopCounterMode(display=False):
+            out = attention(query, key, value)
+    elif condition == "functorch":
+        out = torch.vmap(lambda q, k, v: attention(q[None], k[None], v[None])[0])(query, key, value)
+    else:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
+            out, tangent = forward_ad.unpack_dual(attention(dual, key, value))
+            assert tangent is not None
+    torch.testing.assert_close(torch.as_tensor(out), expected)
+    assert calls == []
+    attention(query, key, value)
+    assert calls == [1]
+
+
+def test_per_sample_gradients_by_functorch() -> None:
+    query, key, value = layout_inputs("separate", requires_grad=False)
+    ours = torch.func.grad(lambda q: attention(q, key, value).pow(2).sum())(query)
+    theirs = torch.func.grad(lambda q: F.scaled_dot_product_attention(q, key, value).pow(2).sum())(query)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_jit_trace_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="cannot be traced by torch.jit.trace"):
+        torch.jit.trace(lambda q: attention(q, q, q), torch.randn(1, 1, 4, 4))
+
+
+def test_autocast_casts_and_gradients_return_in_the_input_dtype() -> None:
+    inputs = layout_inputs("separate")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs)
+    assert out.dtype == torch.bfloat16
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(out.float().sum(), inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(*layout_inputs("separate", dtype=torch.float64)).dtype == torch.float64
+
+
+def test_dropout_follows_torchs_generator_and_replays() -> None:
+    query, key, value = layout_inputs("separate", requires_grad=False)
+    torch.manual_seed(5)
+    first, second = attention(query, key, value, dropout_p=0.5), attention(query, key, value, dropout_p=0.5)
+    torch.manual_seed(5)
+    assert torch.equal(first, attention(query, key, value, dropout_p=0.5))
+    assert not torch.equal(first, second)
+    state = torch.tensor([1, 2])
+    assert torch.equal(*(attention(query, key, value, dropout_p=0.5, rng_state=state) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        ([(5, 8)] * 3, {}),
+        ([(3, 5, 8), (3, 6, 8), (3, 6, 4)], {"attn_mask": torch.randn(3, 5, 6)}),
+        ([(2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8)], {"is_causal": True, "scale": 0.3}),
+        ([(2, 4, 5, 8), (1, 4, 6, 8), (4, 6, 8)], {"attn_mask": torch.rand(5, 6) > 0.2}),
+        ([(2, 3, 4, 5, 8), (2, 1, 4, 6, 8), (3, 4, 6, 8)], {"attn_mask": torch.randn(2, 1, 4, 5, 6)}),
+        ([(2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 8)], {"enable_gqa": True}),
+    ],
+    ids=["2-D", "3-D with mask", "4-D causal", "broadcast", "5-D", "grouped"],
+)
+def test_scaled_dot_product_attention_is_torchs(shapes: list, options: dict) -> None:
+    inputs = [torch.randn(shape) for shape in shapes]
+    ours, theirs = scaled_dot_product_attention(*inputs, **options), F.scaled_dot_product_attention(*inputs, **options)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_scaled_dot_product_attention_refuses_what_torch_refuses() -> None:
+    query = torch.randn(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="attn_mask must be None when is_causal=True"):
+        scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(4, 4), is_causal=True)
+    with pytest.raises(ValueError, match="must broadcast"):
+        scaled_dot_product_attention(torch.randn(2, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4))
+    with pytest.raises(ValueError, match="attn_mask must broadcast to"):
+        scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(5, 4))

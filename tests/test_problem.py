@@ -1,0 +1,72 @@
+"""Bad input gets one clear error that names the argument."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
+
+QUERY = torch.zeros(2, 4, 5, 8)
+KEY = torch.zeros(2, 4, 6, 8)
+
+BAD_CALLS = {
+    "query is no tensor": ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+    "integer query": ({"query": QUERY.long()}, TypeError, "query must be float32.*int64"),
+    "mixed dtypes": ({"key": KEY.half()}, TypeError, "key must have the dtype of query, torch.float32, got torch.float16"),
+    "3-D query": ({"query": QUERY[0]}, ValueError, r"query must have shape \(batch, num_heads, seqlen, head_dim\), got \(4, 5, 8\)"),
+    "other device": ({"value": KEY.to("meta")}, ValueError, "value must be on the device of query, cpu, got meta"),
+    "head_dim 0": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, ValueError, "head_dim must be at least 1"),
+    "other head_dim": ({"key": KEY[..., :4]}, ValueError, "key must have the head_dim of query, 8, got 4"),
+    "other batch": ({"key": KEY[:1], "value": KEY[:1]}, ValueError, "key must have the batch size of query, 2, got 1"),
+    "value length": ({"value": KEY[:, :, :3]}, ValueError, "value must have the batch, heads and length of key"),
+    "heads do not divide": ({"key": KEY[:, :3], "value": KEY[:, :3]}, ValueError, "the 4 heads of query must be a multiple of the 3"),
+    "ambiguous mask": ({"attn_mask": torch.zeros(2, 5, 6)}, ValueError, r"attn_mask with 3 dims.*attn_mask\[:, None\]"),
+    "mask shape": ({"attn_mask": torch.zeros(5, 7)}, ValueError, "attn_mask must have shape.*got .1, 1, 5, 7."),
+    "integer mask": ({"attn_mask": torch.zeros(5, 6, dtype=torch.uint8)}, TypeError, "attn_mask must be bool .* got torch.uint8"),
+    "key_mask dtype": ({"key_mask": torch.zeros(2, 6)}, TypeError, "key_mask must be bool, got torch.float32"),
+    "key_mask shape": (
+        {"key_mask": torch.ones(2, 5, dtype=torch.bool)},
+        ValueError,
+        r"key_mask must have shape .* = \(2, 6\), got \(2, 5\)",
+    ),
+    "float lengths": ({"key_lengths": torch.ones(2)}, TypeError, "key_lengths must be int32 or int64"),
+    "lengths shape": ({"query_lengths": torch.ones(3, dtype=torch.int32)}, ValueError, r"query_lengths must have shape \(batch,\)"),
+    "dropout above 1": ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\], got 1.5"),
+    "dropout below 0": ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+    "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be finite"),
+    "scale": ({"scale": float("inf")}, ValueError, "scale must be finite"),
+    "scale type": ({"scale": "big"}, TypeError, "scale must be a number, got str"),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap must be > 0"),
+    "causal": ({"is_causal": "left"}, ValueError, "is_causal must be False, True, 'top_left' or 'bottom_right', got 'left'"),
+    "window": ({"window": (1, -1)}, ValueError, "window right must be None .* got -1"),
+    "window type": ({"window": 3}, TypeError, "window must be a pair"),
+    "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes must have shape"),
+    "sinks": ({"sinks": torch.ones(4, dtype=torch.int64)}, TypeError, "sinks must be"),
+    "rng_state": ({"rng_state": torch.ones(3, dtype=torch.int64), "dropout_p": 0.1}, ValueError, "rng_state must have shape"),
+    "backend": ({"backend": "cudnn"}, ValueError, "backend must be None or one of .* got 'cudnn'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input(name: str) -> None:
+    changes, error, message = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        attention(**({"query": QUERY, "key": KEY, "value": KEY} | changes))
+
+
+def test_bad_packed_input() -> None:
+    with pytest.raises(ValueError, match="qkv must have shape .*3, num_heads"):
+        attention_qkv_packed(torch.zeros(2, 5, 2, 4, 8))
+    with pytest.raises(ValueError, match="kv must have shape .*2, num_heads"):
+        attention_kv_packed(QUERY, torch.zeros(2, 5, 3, 4, 8))
+
+
+def test_weights_under_dropout_need_the_rng_state() -> None:
+    with pytest.raises(ValueError, match="rng_state"):
+        attention_weights(QUERY, KEY, torch.zeros(2, 4, 5), dropout_p=0.1)
+
+
+def test_lse_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="lse must have shape"):
+        attention_weights(QUERY, KEY, torch.zeros(2, 4, 6))

@@ -1,0 +1,82 @@
+"""Which backend runs, and what is said about the others."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from fused_attention.kernels import native, routing
+from fused_attention.kernels.attention import attention, explain
+
+needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+
+
+def tensors(**options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(torch.randn(1, 2, 8, 16, **options) for _ in range(3))
+
+
+@needs_native
+def test_a_covered_call_runs_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda problem: calls.append(1) or forward(problem))
+    assert explain(*tensors()).backend == "cpu"
+    attention(*tensors())
+    assert calls == [1]
+    attention(*tensors(), backend="reference")
+    assert calls == [1]
+
+
+REASONS = {
+    "float64": ({}, {"dtype": torch.float64}, "dtype torch.float64 is not covered"),
+    "softcap": ({"softcap": 2.0}, {}, "softcap"),
+    "window": ({"window": (1, 1)}, {}, "window"),
+    "alibi": ({"alibi_slopes": torch.ones(2)}, {}, "alibi_slopes"),
+    "sinks": ({"sinks": torch.ones(2)}, {}, "sinks"),
+    "negative scale": ({"scale": -1.0}, {}, "scale must be > 0"),
+    "gradient of the mask": ({"attn_mask": torch.zeros(8, 8, requires_grad=True)}, {}, "gradient of attn_mask"),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("case", REASONS)
+def test_what_the_cpu_kernels_do_not_cover_runs_on_the_reference(case: str) -> None:
+    options, tensor_options, reason = REASONS[case]
+    explanation = explain(*tensors(**tensor_options), **options)
+    assert explanation.backend == "reference"
+    assert reason in str(explanation.reasons["cpu"])
+    attention(*tensors(**tensor_options), **options)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call"):
+        attention(*tensors(**tensor_options), **options, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_is_not_there_says_so(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call: "):
+        attention(*tensors(), backend=backend)
+    assert routing.backend_status()[backend] is not None
+
+
+@needs_native
+def test_a_missing_extension_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "NOT_BUILT", "the compiled extension is not available", raising=False)
+    assert explain(*tensors()).backend == "reference"
+    assert routing.backend_status()["cpu"] == "the compiled extension is not available"
+
+
+def test_a_large_unfused_call_warns() -> None:
+    query = torch.zeros(1, 1, 2**11, 1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="(?s)attention runs unfused.*not cpu"):
+        attention(query, query, query)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(query[:, :, :64], query[:, :, :64], query[:, :, :64])
+        attention(query, query, query, backend="reference")
+
+
+def test_explanation_reads_well() -> None:
+    text = str(explain(*tensors(dtype=torch.float64)))
+    assert text.startswith("reference runs\n  not cuda: ")
