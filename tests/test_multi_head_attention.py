@@ -1,0 +1,476 @@
+"""MultiHeadAttention against torch.nn.MultiheadAttention with the same parameters."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import re
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from torch.testing import assert_close
+
+from fused_attention.transformer import attention as attention_module
+from fused_attention.transformer.attention import MultiHeadAttention
+
+BATCH, SEQLEN_Q, SEQLEN_K, HEADS, EMBED = 2, 7, 19, 3, 24
+
+
+def pair(*args, **kwargs) -> tuple[torch.nn.MultiheadAttention, MultiHeadAttention]:
+    """torch's module and ours with the same random parameters, biases included (torch starts them at zero)."""
+    theirs = torch.nn.MultiheadAttention(*args, **kwargs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    ours = MultiHeadAttention(*args, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def results_and_gradients(module, inputs, **kwargs) -> dict[str, torch.Tensor]:
+    """Output, weights, and the gradients of a weighted sum of both; float masks in kwargs count as inputs."""
+    differentiable = {f"input {i}": t for i, t in enumerate(inputs)}
+    differentiable |= {name: t for name, t in kwargs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    differentiable |= dict(module.named_parameters())
+    output, weights = module(*inputs, **kwargs)
+    results = {"output": output} if weights is None else {"output": output, "weights": weights}
+    generator = torch.Generator().manual_seed(5)
+    loss = torch.zeros((), dtype=torch.float64)
+    for t in results.values():
+        loss = loss + (t * torch.randn(t.shape, generator=generator).to(t.dtype)).sum()
+    gradients = torch.autograd.grad(loss, list(differentiable.values()), allow_unused=True)
+    return results | {f"gradient of {name}": g for name, g in zip(differentiable, gradients, strict=True)}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if expected is None:
+            assert ours[name] is None, name
+        else:
+            assert_close(ours[name], expected, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_as_accurate_as_torch(theirs, ours, inputs, autocast: torch.dtype | None = None, **kwargs) -> None:
+    """The accuracy rule, with torch's module in float64 as the truth and in the dtype at hand as the peer."""
+    doubled: dict[int, torch.Tensor] = {}  # by identity: one tensor given three times stays one
+
+    def double(t):
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            return doubled.setdefault(id(t), t.detach().double().requires_grad_(t.requires_grad))
+        return t
+
+    exact = results_and_gradients(
+        copy.deepcopy(theirs).double(), [double(t) for t in inputs], **{name: double(t) for name, t in kwargs.items()}
+    )
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        peer, actual = (results_and_gradients(module, inputs, **kwargs) for module in (theirs, ours))
+    for name, expected in exact.items():
+        if expected is None:
+            assert actual[name] is None, name
+        else:
+            assert actual[name].dtype is peer[name].dtype, name
+            kind = "gradient" if name.startswith("gradient") else "out"
+            assert_accurate(name, kind, actual[name], peer[name], expected)
+
+
+def make_inputs(kind: str, batch_first: bool, dtype=torch.float64, kdim=EMBED, vdim=EMBED) -> tuple[torch.Tensor, ...]:
+    """(query, key, value): one tensor three times ("self"), memory twice ("cross"), or three tensors ("separate")."""
+    seqlen_k = SEQLEN_Q if kind == "self" else SEQLEN_K
+
+    def tensor(seqlen: int, dim: int) -> torch.Tensor:
+        shape = (BATCH, seqlen, dim) if batch_first else (seqlen, BATCH, dim)
+        return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    query = tensor(SEQLEN_Q, EMBED)
+    if kind == "self":
+        return query, query, query
+    key = tensor(seqlen_k, kdim)
+    return query, key, key if kind == "cross" else tensor(seqlen_k, vdim)
+
+
+def make_masks(kind: str, seqlen_k: int, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    """torch's masks, True = blocked; every query keeps a key, because torch's module is NaN where none is left."""
+    padding = torch.zeros(BATCH, seqlen_k, dtype=torch.bool)
+    padding[0, -3:] = padding[1, 2] = True
+    blocked = torch.rand(BATCH * HEADS, SEQLEN_Q, seqlen_k) < 0.3
+    blocked[..., 0] = False
+    bias = torch.randn(BATCH * HEADS, SEQLEN_Q, seqlen_k, dtype=dtype)
+    as_float = torch.zeros(BATCH, seqlen_k, dtype=dtype).masked_fill(padding, float("-inf"))
+    return {
+        "no mask": {},
+        "padding": {"key_padding_mask": padding},
+        "float padding": {"key_padding_mask": as_float},
+        "finite padding": {"key_padding_mask": torch.randn(BATCH, seqlen_k, dtype=dtype, requires_grad=True)},
+        "2-D bool": {"attn_mask": blocked[0]},
+        "2-D float": {"attn_mask": bias[0].clone().requires_grad_()},
+        "3-D bool": {"attn_mask": blocked},
+        "3-D float": {"attn_mask": bias.clone().requires_grad_()},
+        "padding and 3-D bool": {"key_padding_mask": padding, "attn_mask": blocked},
+        "padding and 2-D float": {"key_padding_mask": as_float, "attn_mask": bias[0].clone().requires_grad_()},
+        "float padding and 2-D bool": {"key_padding_mask": as_float, "attn_mask": blocked[0]},
+        "padding and 3-D float": {"key_padding_mask": padding, "attn_mask": bias.clone().requires_grad_()},
+    }[kind]
+
+
+MASKS = (
+    "no mask",
+    "padding",
+    "float padding",
+    "finite padding",
+    "2-D bool",
+    "2-D float",
+    "3-D bool",
+    "3-D float",
+    "padding and 3-D bool",
+    "padding and 2-D float",
+    "float padding and 2-D bool",
+    "padding and 3-D float",
+)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
+def test_equals_torch(kind, batch_first, mask):
+    theirs, ours = pair(EMBED, HEADS, batch_first=batch_first, dtype=torch.float64)
+    inputs = make_inputs(kind, batch_first)
+    masks = make_masks(mask, SEQLEN_Q if kind == "self" else SEQLEN_K)
+    for options in ({"need_weights": False}, {}, {"average_attn_weights": False}):
+        expected = results_and_gradients(theirs, inputs, **masks, **options)
+        assert_same(results_and_gradients(ours, inputs, **masks, **options), expected)
+
+
+@pytest.mark.parametrize("mask", ["no mask", "padding", "2-D float", "padding and 3-D bool"])
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        {"bias": False},
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"add_bias_kv": True, "add_zero_attn": True, "bias": False},
+        {"kdim": 10, "vdim": 10},
+        {"kdim": 10, "vdim": 6},
+        {"kdim": 10, "vdim": 6, "bias": False, "add_bias_kv": True, "add_zero_attn": True},
+    ],
+    ids=lambda configuration: " ".join(f"{name}={value}" for name, value in configuration.items()),
+)
+def test_configurations_equal_torch(configuration, kind, mask):
+    kdim, vdim = configuration.get("kdim", EMBED), configuration.get("vdim", EMBED)
+    if (kind == "self" and kdim != EMBED) or (kind == "cross" and kdim != vdim):
+        kind = "separate"
+    theirs, ours = pair(EMBED, HEADS, batch_first=True, dtype=torch.float64, **configuration)
+    inputs = make_inputs(kind, True, kdim=kdim, vdim=vdim)
+    masks = make_masks(mask, inputs[1].shape[1])
+    for options in ({"need_weights": False}, {}, {"average_attn_weights": False}):
+        expected = results_and_gradients(theirs, inputs, **masks, **options)
+        assert_same(results_and_gradients(ours, inputs, **masks, **options), expected)
+
+
+def torch_samples(training: bool) -> list:
+    """The inputs torch tests its own module on (they ship in the wheel); all without a batch dimension."""
+    from torch.testing._internal.common_modules import module_inputs_torch_nn_MultiheadAttention
+
+    return module_inputs_torch_nn_MultiheadAttention(None, "cpu", torch.float64, True, training)
+
+
+NUM_TORCH_SAMPLES = 64
+
+
+def test_torch_still_ships_its_samples():
+    assert len(torch_samples(True)) == NUM_TORCH_SAMPLES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("index", range(NUM_TORCH_SAMPLES))
+def test_equals_torch_on_its_own_samples(index, training, dtype):
+    torch.manual_seed(index)
+    sample = torch_samples(training)[index]
+    theirs, ours = pair(*sample.constructor_input.args, **sample.constructor_input.kwargs, dtype=dtype)
+    theirs.train(training)
+    ours.train(training)
+    inputs = [t.detach().to(dtype).requires_grad_() for t in sample.forward_input.args]
+    kwargs = sample.forward_input.kwargs
+    # float32: the scores reach 81 and the softmax saturates, so differences of large terms are left in the gradients;
+    # with 9 to 27 elements torch's own error is luck, too thin for the accuracy rule.
+    tolerance = {} if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-4}
+    expected = results_and_gradients(theirs, inputs, **kwargs)
+    assert_same(results_and_gradients(ours, inputs, **kwargs), expected, **tolerance)
+    with torch.no_grad():
+        reference = sample.reference_fn(ours, *inputs, **kwargs)
+        assert_close(ours(*inputs, **kwargs), reference, **tolerance)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("with_padding", [True, False])
+def test_is_causal_promises_the_mask_so_the_mask_is_not_read(need_weights, with_padding):
+    theirs, ours = pair(EMBED, HEADS, batch_first=True, dtype=torch.float64)
+    inputs = make_inputs("self", True)
+    masks = make_masks("padding", SEQLEN_Q) if with_padding else {}
+    causal = torch.ones(SEQLEN_Q, SEQLEN_Q, dtype=torch.bool).triu(1)
+    expected = results_and_gradients(theirs, inputs, attn_mask=causal, need_weights=need_weights, **masks)
+    unreadable = torch.full((SEQLEN_Q, SEQLEN_Q), float("nan"))
+    options = {"attn_mask": unreadable, "is_causal": True, "need_weights": need_weights}
+    assert_same(results_and_gradients(ours, inputs, **options, **masks), expected)
+
+
+def test_is_causal_with_appended_keys_keeps_them_visible():
+    # torch's own is_causal=True hides the appended keys when need_weights=False: a hint must not change the result.
+    theirs, ours = pair(EMBED, HEADS, batch_first=True, add_bias_kv=True, add_zero_attn=True, dtype=torch.float64)
+    inputs = make_inputs("self", True)
+    causal = torch.ones(SEQLEN_Q, SEQLEN_Q, dtype=torch.bool).triu(1)
+    expected, _ = theirs(*inputs, attn_mask=causal)
+    assert_close(ours(*inputs, attn_mask=causal, is_causal=True, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+def test_fully_padded_sequence(kind, batch_first):
+    _, ours = pair(EMBED, HEADS, batch_first=batch_first)
+    inputs = make_inputs(kind, batch_first, torch.float32)
+    seqlen_k = SEQLEN_Q if kind == "self" else SEQLEN_K
+    for padding in (torch.zeros(BATCH, seqlen_k, dtype=torch.bool), torch.zeros(BATCH, seqlen_k)):
+        padding[1] = True if padding.dtype is torch.bool else float("-inf")
+        for mode, need_weights in itertools.product((True, False), (True, False)):
+            ours.train(mode)
+            named = results_and_gradients(ours, inputs, key_padding_mask=padding, need_weights=need_weights)
+            assert all(t.isfinite().all() for t in named.values())
+            output = named["output"] if batch_first else named["output"].transpose(0, 1)
+            assert_close(output[1], ours.out_proj.bias.expand(SEQLEN_Q, EMBED))
+            if need_weights:
+                assert not named["weights"][1].any()
+                assert_close(named["weights"][0].sum(-1), torch.ones(SEQLEN_Q))
+
+
+def test_values_of_absent_keys_have_no_influence():
+    _, ours = pair(EMBED, HEADS, batch_first=True)
+    query, key, _ = make_inputs("cross", True, torch.float32)
+    padding = torch.zeros(BATCH, SEQLEN_K, dtype=torch.bool)
+    padding[:, 11:] = True
+    poisoned = key.detach().masked_fill(padding[:, :, None], float("nan"))
+    for mask in (padding, torch.zeros(BATCH, SEQLEN_K).masked_fill(padding, float("-inf"))):
+        for need_weights in (True, False):
+            clean, weights = ours(query, key, key, key_padding_mask=mask, need_weights=need_weights)
+            output, poisoned_weights = ours(query, poisoned, poisoned, key_padding_mask=mask, need_weights=need_weights)
+            assert_close(output, clean, rtol=0, atol=0)
+            assert_close(poisoned_weights, weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_inputs"), [("self", 1), ("cross", 2), ("separate", 3)], ids=["self", "cross", "separate"]
+)
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+def test_projections_stay_packed_and_nothing_is_copied(kind, num_inputs, batch_first, monkeypatch):
+    seen = []
+    operation = attention_module._OPERATION_BY_INPUTS[num_inputs]
+
+    def spy(*inputs, **options):
+        seen.append((inputs, operation(*inputs, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setitem(attention_module._OPERATION_BY_INPUTS, num_inputs, spy)
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=batch_first)
+    merged = []
+    module.out_proj.register_forward_pre_hook(lambda _, args: merged.append(args[0]))
+    module(*make_inputs(kind, batch_first, torch.float32), need_weights=False)
+
+    [(inputs, out)] = seen
+    sequence_dim = 0 if not batch_first else 1
+    for tensor in inputs[num_inputs - 1 :]:
+        steps = tensor.stride(1 if tensor.dim() == 5 else 2), tensor.stride(0)
+        assert (steps[0] > steps[1]) == (sequence_dim == 0), "the projection's memory order was changed"
+    assert merged[0].untyped_storage().data_ptr() == out.untyped_storage().data_ptr(), "merging the heads copied"
+
+
+def test_dropout_is_drawn_from_torch_and_only_in_training():
+    module = MultiHeadAttention(EMBED, HEADS, dropout=0.5, batch_first=True)
+    inputs = make_inputs("cross", True, torch.float32)
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return module(*inputs, need_weights=False)[0]
+
+    assert_close(run(1), run(1), rtol=0, atol=0)
+    assert not torch.equal(run(1), run(2))
+    module.eval()
+    assert_close(run(1), run(2), rtol=0, atol=0)
+    plain, _ = pair(EMBED, HEADS, batch_first=True)
+    plain.load_state_dict(module.state_dict())
+    assert_close(run(1), plain(*inputs)[0])
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+def test_returned_weights_are_the_dropped_ones_that_made_the_output(kind):
+    torch.manual_seed(3)
+    dropout = 0.25
+    _, ours = pair(EMBED, HEADS, dropout=dropout, batch_first=True, dtype=torch.float64)
+    inputs = make_inputs(kind, True)
+    output, weights = ours(*inputs, average_attn_weights=False)
+    value = torch.nn.functional.linear(inputs[2], ours.in_proj_weight[2 * EMBED :], ours.in_proj_bias[2 * EMBED :])
+    heads = weights @ value.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    assert_close(output, ours.out_proj(heads.transpose(1, 2).flatten(2)))
+    undropped = ours.eval()(*inputs, average_attn_weights=False)[1]
+    kept = weights != 0
+    # torch's definition, with the probability rounded to 16 bits: kept weights are scaled by 1 / (1 - p)
+    assert_close(weights[kept], undropped[kept] / (1 - dropout))
+    # binomial: the standard deviation of the kept share is sqrt(p (1 - p) / n)
+    assert abs(kept.double().mean() - (1 - dropout)) < 4 * (dropout * (1 - dropout) / kept.numel()) ** 0.5
+
+
+def test_dropout_gradients_belong_to_the_same_draw():
+    module = MultiHeadAttention(EMBED, HEADS, dropout=0.3, batch_first=True, dtype=torch.float64)
+    x = torch.randn(1, 5, EMBED, dtype=torch.float64, requires_grad=True)
+
+    def run(x):
+        torch.manual_seed(11)
+        return module(x, x, x, need_weights=False)[0]
+
+    assert torch.autograd.gradcheck(run, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", ["no mask", "padding", "2-D float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+def test_every_dtype_is_as_accurate_as_torch(kind, dtype, mask):
+    theirs, ours = pair(EMBED, HEADS, batch_first=True, dtype=dtype)
+    inputs = make_inputs(kind, True, dtype)
+    masks = make_masks(mask, inputs[1].shape[1], dtype)
+    for need_weights in (False, True):
+        assert_as_accurate_as_torch(theirs, ours, inputs, need_weights=need_weights, **masks)
+
+
+@pytest.mark.parametrize(
+    "configuration", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 10, "vdim": 6}], ids=str
+)
+def test_autocast(configuration):
+    theirs, ours = pair(EMBED, HEADS, batch_first=True, **configuration)
+    kdim, vdim = configuration.get("kdim", EMBED), configuration.get("vdim", EMBED)
+    inputs = make_inputs("separate", True, torch.float32, kdim, vdim)
+    for need_weights in (False, True):
+        masks = make_masks("padding", SEQLEN_K)
+        assert_as_accurate_as_torch(theirs, ours, inputs, torch.bfloat16, need_weights=need_weights, **masks)
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 4), (3, 0)], ids=str)
+def test_empty_sequences(lengths, batch_first):
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=batch_first)
+    query, key = (torch.randn((2, n, EMBED) if batch_first else (n, 2, EMBED)) for n in lengths)
+    output, weights = module(query, key, key)
+    assert output.shape == query.shape
+    assert weights.shape == (2, *lengths)
+    if lengths[1] == 0:
+        assert_close(output, module.out_proj.bias.expand_as(query))
+
+
+BAD_CALLS = {
+    "1-D query": lambda t: ((t(6), t(5, 6), t(5, 6)), {}),
+    "4-D query": lambda t: ((t(1, 2, 3, 6), t(5, 6), t(5, 6)), {}),
+    "2-D key for 3-D query": lambda t: ((t(2, 3, 6), t(3, 6), t(2, 3, 6)), {}),
+    "3-D value for 2-D query": lambda t: ((t(3, 6), t(3, 6), t(2, 3, 6)), {}),
+    "embedding": lambda t: ((t(2, 3, 4), t(2, 3, 6), t(2, 3, 6)), {}),
+    "1-D padding": lambda t: ((t(2, 3, 6),) * 3, {"key_padding_mask": t(3) > 0}),
+    "2-D padding without batch": lambda t: ((t(3, 6),) * 3, {"key_padding_mask": t(1, 3) > 0}),
+    "padding batch": lambda t: ((t(2, 3, 6),) * 3, {"key_padding_mask": t(1, 3) > 0}),
+    "padding length": lambda t: ((t(2, 3, 6),) * 3, {"key_padding_mask": t(2, 4) > 0}),
+    "uint8 padding": lambda t: ((t(2, 3, 6),) * 3, {"key_padding_mask": t(2, 3).byte()}),
+    "4-D mask": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(2, 3, 3, 3) > 0}),
+    "1-D mask without batch": lambda t: ((t(3, 6),) * 3, {"attn_mask": t(3) > 0}),
+    "2-D mask size": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(3, 4) > 0}),
+    "3-D mask per batch element": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(2, 3, 3) > 0}),
+    "3-D mask without batch": lambda t: ((t(3, 6),) * 3, {"attn_mask": t(2, 3, 3) > 0}),
+    "int64 mask": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(3, 3).long()}),
+    "is_causal without a mask": lambda t: ((t(2, 3, 6),) * 3, {"is_causal": True, "need_weights": False}),
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_bad_calls_raise_what_torch_raises(call):
+    theirs, ours = pair(6, 3, batch_first=True)
+    args, kwargs = call(torch.ones)
+    with pytest.raises((AssertionError, RuntimeError)) as torch_error:
+        theirs(*args, **kwargs)
+    with pytest.raises(torch_error.type, match=re.escape(str(torch_error.value))):
+        ours(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:The PyTorch API of nested tensors")
+def test_other_refusals_are_clear():
+    module = MultiHeadAttention(6, 3, batch_first=True)
+    # torch's text shows shapes of its own making here, not those that were given
+    with pytest.raises(AssertionError, match=r"key shape .*5, 6.* does not match value shape .*4, 6"):
+        module(torch.ones(2, 3, 6), torch.ones(2, 5, 6), torch.ones(2, 4, 6))
+    with pytest.raises(AssertionError, match="key's batch size 4 does not match query's 2"):
+        module(torch.ones(2, 3, 6), torch.ones(4, 3, 6), torch.ones(4, 3, 6))
+    nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
+    with pytest.raises(AssertionError, match="does not support NestedTensor"):
+        module(nested, nested, nested)
+    for scripted in (module, torch.nn.Sequential(module)):
+        with pytest.raises(RuntimeError, match=r"cannot be compiled by torch\.jit\.script"):
+            torch.jit.script(scripted)
+    for arguments in ((0, 1), (5, 2)):
+        with pytest.raises(Exception) as torch_error:
+            torch.nn.MultiheadAttention(*arguments)
+        with pytest.raises(torch_error.type, match=re.escape(str(torch_error.value))):
+            MultiHeadAttention(*arguments)
+
+
+@pytest.mark.parametrize("configuration", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 5, "vdim": 7}], ids=str)
+def test_parameters_are_laid_out_and_initialised_as_torchs(configuration):
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(EMBED, HEADS, **configuration)
+    torch.manual_seed(0)
+    ours = MultiHeadAttention(EMBED, HEADS, **configuration)
+    assert isinstance(ours, torch.nn.MultiheadAttention)
+    for _ in range(2):
+        expected = theirs.state_dict()
+        assert list(ours.state_dict()) == list(expected)
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, expected[name])
+        for module in (theirs, ours):
+            torch.manual_seed(1)
+            module._reset_parameters()
+
+
+@pytest.mark.parametrize("configuration", [{}, {"kdim": 5, "vdim": 7}], ids=str)
+def test_copies_keep_the_forward(configuration):
+    module = MultiHeadAttention(EMBED, HEADS, **configuration)
+    unpickled_state = MultiHeadAttention.__new__(MultiHeadAttention)
+    unpickled_state.__setstate__(torch.nn.MultiheadAttention(EMBED, HEADS, **configuration).__dict__.copy())
+    for clone in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module)), unpickled_state):
+        assert type(clone) is MultiHeadAttention
+        # what torch.nn.TransformerEncoderLayer asks before it bypasses forward
+        assert clone._qkv_same_embed_dim is False
+        assert list(clone.state_dict()) == list(module.state_dict())
+
+
+def test_bias_of_another_dtype_is_cast():
+    theirs, ours = pair(4, 4, batch_first=True, dtype=torch.float64)
+    for module in (theirs, ours):
+        module.in_proj_bias = torch.nn.Parameter(module.in_proj_bias.detach().half())
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert_close(ours(x, x, x), theirs(x, x, x))
+
+
+def test_hooks_of_the_output_projection_run():
+    module = MultiHeadAttention(EMBED, HEADS)
+    calls = []
+    module.out_proj.register_forward_hook(lambda *_: calls.append("forward"))
+    module.out_proj.register_full_backward_hook(lambda *_: calls.append("backward"))
+    x = torch.randn(3, 2, EMBED)
+    module(x, x, x)[0].sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+def test_compiles_without_a_graph_break(kind):
+    _, ours = pair(EMBED, HEADS, batch_first=True)
+    inputs = make_inputs(kind, True, torch.float32)
+    masks = make_masks("padding", inputs[1].shape[1])
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(*inputs, **masks, need_weights=False), ours(*inputs, **masks, need_weights=False))

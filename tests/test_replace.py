@@ -1,0 +1,327 @@
+"""replace_attention: swapped models compute and train as before, and nothing bypasses the new forward."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fused_attention.transformer.attention import MultiHeadAttention
+from fused_attention.transformer.replace import replace_attention
+
+D_MODEL, HEADS = 16, 2
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:enable_nested_tensor is True",
+    "ignore:The PyTorch API of nested tensors",
+    "ignore:Complex modules are a new feature",
+    "ignore:.*torch.jit.script",
+)
+
+
+def encoder(num_layers: int = 2, **options) -> torch.nn.TransformerEncoder:
+    layer = torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, dropout=0.0, batch_first=True, **options)
+    return torch.nn.TransformerEncoder(layer, num_layers)
+
+
+def swapped(model: torch.nn.Module) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    replace_attention(model)
+    return model
+
+
+def count_calls(monkeypatch) -> list[MultiHeadAttention]:
+    calls: list[MultiHeadAttention] = []
+    forward = MultiHeadAttention.forward
+
+    def counting(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiHeadAttention, "forward", counting)
+    return calls
+
+
+LAYERS = {  # the number of samples that torch 2.10 and later ship for each, in eval mode
+    "TransformerEncoderLayer": 35,
+    "TransformerDecoderLayer": 67,
+    "TransformerEncoder": 35,
+    "Transformer": 64,
+}
+
+
+def torch_samples(name: str, dtype: torch.dtype, training: bool) -> list:
+    from torch.testing._internal import common_modules
+
+    make = getattr(common_modules, f"module_inputs_torch_nn_{name}")
+    return make(None, "cpu", dtype, True, training)
+
+
+def results_and_gradients(model, inputs, kwargs) -> list[torch.Tensor]:
+    output = model(*inputs, **kwargs)
+    weighted = output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return [output, *torch.autograd.grad(weighted.sum(), [*inputs, *model.parameters()])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_swapped_modules_equal_torch_on_its_own_samples(name, training, dtype):
+    torch.manual_seed(0)
+    samples = torch_samples(name, dtype, training)
+    assert len(samples) >= LAYERS[name]
+    for sample in samples:
+        construct = sample.constructor_input
+        options = {} if name == "TransformerEncoder" else {"dtype": dtype}
+        theirs = getattr(torch.nn, name)(*construct.args, **construct.kwargs, **options).train(training)
+        ours = swapped(theirs)
+        inputs, kwargs = sample.forward_input.args, sample.forward_input.kwargs
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        expected = results_and_gradients(theirs, inputs, kwargs)
+        assert_close(results_and_gradients(ours, inputs, kwargs), expected)
+        with torch.no_grad():
+            # not theirs(...): torch's own output changes here, its encoder zeroes the padded positions of the memory
+            assert_close(ours(*inputs, **kwargs), expected[0])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval with grad", "eval without grad"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("what", ["encoder layer", "encoder", "transformer"])
+def test_nothing_bypasses_the_forward(what, padded, mode, monkeypatch):
+    calls = count_calls(monkeypatch)
+    options = {"dropout": 0.0, "batch_first": True}
+    if what == "encoder layer":
+        model = torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, **options)
+    elif what == "encoder":
+        model = encoder()
+    else:
+        model = torch.nn.Transformer(D_MODEL, HEADS, 2, 2, 32, **options)
+    theirs, model = model, swapped(model)
+    x = torch.randn(2, 5, D_MODEL)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    args = (x, x) if what == "transformer" else (x,)
+    masks = {"src_key_padding_mask": padding}
+    if what == "transformer":
+        masks["memory_key_padding_mask"] = padding
+    replacements = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    # deepcopy and pickle must keep the forward in use as well
+    for clone in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls.clear()
+        for module in (theirs, clone):
+            module.train(mode == "train")
+        with torch.set_grad_enabled(mode != "eval without grad"):
+            output = clone(*args, **masks)
+            expected = theirs(*args, **masks)
+        assert len(calls) == len(replacements)
+        assert len(set(map(id, calls))) == len(replacements)
+        real = slice(None) if padding is None or what == "transformer" else ~padding
+        assert_close(output[real], expected[real])
+
+
+def test_torch_bypasses_a_subclass_without_the_precaution(monkeypatch):
+    """If this fails, torch has closed the bypass and _keep_forward_in_use is not needed any more."""
+    calls = count_calls(monkeypatch)
+    layer = swapped(torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, batch_first=True)).eval()
+    layer.self_attn._qkv_same_embed_dim = True
+    with torch.no_grad():
+        layer(torch.randn(2, 5, D_MODEL))
+    assert not calls
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "holes", "whole sequence"])
+def test_padded_encoder_in_eval_equals_torch_where_it_is_not_padded(padding):
+    theirs = encoder().eval()
+    ours = swapped(theirs)
+    assert theirs.use_nested_tensor
+    x = torch.randn(3, 6, D_MODEL)
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    if padding == "right":
+        mask[0, 4:] = mask[1, 1:] = True
+    elif padding == "left":
+        mask[0, :4] = mask[1, :1] = True
+    elif padding == "holes":
+        mask[0, 1] = mask[1, ::2] = True
+    else:
+        mask[1] = True
+    for enable_grad in (True, False):
+        with torch.set_grad_enabled(enable_grad):
+            output, expected = ours(x, src_key_padding_mask=mask), theirs(x, src_key_padding_mask=mask)
+        assert output.shape == x.shape
+        assert output.isfinite().all()
+        assert_close(output[~mask], expected[~mask])
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_optimizer_built_before_the_swap_trains_the_swapped_model(make_optimizer):
+    theirs = torch.nn.Transformer(D_MODEL, HEADS, 1, 1, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    optimizers = [make_optimizer(model.parameters(), lr=0.01) for model in (theirs, ours)]
+    before = [id(parameter) for parameter in ours.parameters()]
+    replace_attention(ours)
+    assert [id(parameter) for parameter in ours.parameters()] == before
+    start = copy.deepcopy(ours.state_dict())
+    src, tgt = torch.randn(2, 5, D_MODEL, dtype=torch.float64), torch.randn(2, 4, D_MODEL, dtype=torch.float64)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+    for _ in range(3):
+        for model, optimizer in zip((theirs, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(src, tgt, tgt_mask=causal, tgt_is_causal=True).square().mean().backward()
+            optimizer.step()
+    for name, tensor in ours.state_dict().items():
+        assert_close(tensor, theirs.state_dict()[name])
+        assert not torch.equal(tensor, start[name]), f"{name} was not trained"
+
+
+def test_everything_about_the_module_survives():
+    attention = torch.nn.MultiheadAttention(D_MODEL, HEADS, dropout=0.25, batch_first=True, dtype=torch.bfloat16).eval()
+    attention.in_proj_bias.requires_grad_(False)
+    attention.register_buffer("steps", torch.tensor(3))
+    attention.note = "kept"
+    calls = []
+    handles = [
+        attention.register_forward_pre_hook(lambda *_: calls.append("forward pre")),
+        attention.register_forward_hook(lambda *_: calls.append("forward")),
+        attention.register_full_backward_pre_hook(lambda *_: calls.append("backward pre")),
+        attention.register_full_backward_hook(lambda *_: calls.append("backward")),
+        attention.register_state_dict_pre_hook(lambda *_: calls.append("state_dict pre")),
+        attention.register_state_dict_post_hook(lambda *_: calls.append("state_dict post")),
+        attention.register_load_state_dict_pre_hook(lambda *_: calls.append("load pre")),
+        attention.register_load_state_dict_post_hook(lambda *_: calls.append("load post")),
+    ]
+    model = torch.nn.ModuleDict({"attention": attention})
+    report = replace_attention(model)
+    assert report.replaced == ["attention"]
+    assert model["attention"] is attention
+    assert type(attention) is MultiHeadAttention
+    assert not attention.training
+    assert attention.dropout == 0.25
+    assert attention.note == "kept"
+    assert not attention.in_proj_bias.requires_grad
+    assert attention.in_proj_weight.dtype is torch.bfloat16
+
+    def use() -> list[str]:
+        calls.clear()
+        x = torch.randn(2, 3, D_MODEL, dtype=torch.bfloat16, requires_grad=True)
+        attention(x, x, x)[0].sum().backward()
+        attention.load_state_dict(attention.state_dict())
+        return calls
+
+    assert use() == [
+        "forward pre",
+        "forward",
+        "backward pre",
+        "backward",
+        "state_dict pre",
+        "state_dict post",
+        "load pre",
+        "load post",
+    ]
+    for handle in handles:
+        handle.remove()
+    assert use() == []
+
+
+def test_shared_modules_stay_shared():
+    shared = torch.nn.MultiheadAttention(D_MODEL, HEADS)
+    model = torch.nn.ModuleList([shared, torch.nn.Sequential(shared), torch.nn.MultiheadAttention(D_MODEL, HEADS)])
+    tied = model[2]
+    tied.in_proj_weight = shared.in_proj_weight
+    report = replace_attention(model)
+    assert report.replaced == ["0", "2"]
+    assert model[0] is model[1][0]
+    assert model[0].in_proj_weight is model[2].in_proj_weight
+
+
+def test_what_may_compute_something_else_is_left_and_reported():
+    class Scaled(torch.nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            output, weights = super().forward(*args, **kwargs)
+            return 2 * output, weights
+
+    parametrised = torch.nn.MultiheadAttention(D_MODEL, HEADS)
+    torch.nn.utils.parametrizations.weight_norm(parametrised, "in_proj_weight")
+    patched = torch.nn.MultiheadAttention(D_MODEL, HEADS)
+    patched.forward = lambda query, *_: (query, None)
+    scripted = torch.jit.script(torch.nn.MultiheadAttention(D_MODEL, HEADS))
+    model = torch.nn.ModuleDict(
+        {
+            "subclass": Scaled(D_MODEL, HEADS),
+            "parametrised": parametrised,
+            "patched": patched,
+            "scripted": scripted,
+            "ours": MultiHeadAttention(D_MODEL, HEADS),
+            "plain": torch.nn.MultiheadAttention(D_MODEL, HEADS),
+            "linear": torch.nn.Linear(D_MODEL, D_MODEL),
+        }
+    )
+    types = {name: type(module) for name, module in model.items()}
+    report = replace_attention(model)
+    assert report.replaced == ["plain"]
+    assert report.left.keys() == {"subclass", "parametrised", "patched", "scripted", "ours"}
+    assert {name: type(module) for name, module in model.items()} == types | {"plain": MultiHeadAttention}
+    assert "Scaled" in report.left["subclass"]
+    assert "in_proj_weight" in report.left["parametrised"]
+    text = str(report)
+    assert "replaced 1 attention modules, left 5" in text
+    assert all(f"left {name}: {reason}" in text for name, reason in report.left.items())
+    assert replace_attention(model).replaced == []
+
+
+def test_model_that_is_an_attention_module_itself():
+    model = torch.nn.MultiheadAttention(D_MODEL, HEADS)
+    assert replace_attention(model).replaced == [""]
+    assert type(model) is MultiHeadAttention
+
+
+@pytest.mark.parametrize("breakage", ["complex weight", "dropout", "bias_k alone"])
+def test_unsupported_configuration_raises_before_anything_is_changed(breakage):
+    model = torch.nn.Sequential(encoder(), torch.nn.MultiheadAttention(D_MODEL, HEADS, add_bias_kv=True))
+    if breakage == "complex weight":
+        model[1].to(torch.complex64)
+    elif breakage == "dropout":
+        model[1].dropout = 1.5
+    else:
+        model[1].bias_v = None
+    with pytest.raises(ValueError, match=r"1 cannot be replaced: .*; nothing was changed"):
+        replace_attention(model)
+    assert not any(isinstance(module, MultiHeadAttention) for module in model.modules())
+    assert model[0].use_nested_tensor
+
+
+def test_nested_tensors_are_turned_off_only_around_swapped_modules():
+    class Subclass(torch.nn.MultiheadAttention):
+        pass
+
+    untouched = encoder(1)
+    untouched.layers[0].self_attn = Subclass(D_MODEL, HEADS, batch_first=True)
+    model = torch.nn.ModuleDict({"swapped": encoder(), "untouched": untouched})
+    report = replace_attention(model)
+    assert report.nested_tensor_off == ["swapped"]
+    assert not model["swapped"].use_nested_tensor
+    assert not model["swapped"].enable_nested_tensor
+    assert model["untouched"].use_nested_tensor
+
+
+def test_bad_argument():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        replace_attention([torch.nn.MultiheadAttention(D_MODEL, HEADS)])
+
+
+@pytest.mark.parametrize(("norm_first", "bias"), list(itertools.product([True, False], [True, False])))
+def test_causal_decoder_and_encoder_without_bias(norm_first, bias):
+    """The stacks recognise a causal mask and pass the hint on; encoder layers get padding as a float mask."""
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first, "bias": bias}
+    theirs = torch.nn.Transformer(D_MODEL, HEADS, 2, 2, 32, **options)
+    ours = swapped(theirs)
+    src, tgt = torch.randn(2, 5, D_MODEL), torch.randn(2, 4, D_MODEL)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    kwargs = {
+        "src_key_padding_mask": padding,
+        "memory_key_padding_mask": padding,
+        "tgt_mask": torch.nn.Transformer.generate_square_subsequent_mask(4),
+    }
+    assert_close(ours(src, tgt, **kwargs), theirs(src, tgt, **kwargs))
