@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .ops import run
 from .problem import Problem, make_problem
-from .reference import attention_weights_reference
 from .routing import Explanation, choose, explain_problem
+from .weights import weights_from_lse
 
 
 def attention(
@@ -189,7 +189,7 @@ def attention_weights(
     problem = make_problem("separate", (query, key, key), dropout_p=dropout_p, **options)
     if lse.shape != query.shape[:3]:
         raise ValueError(f"lse must have shape (batch, num_heads, seqlen_q) = {tuple(query.shape[:3])}, got {tuple(lse.shape)}")
-    return attention_weights_reference(problem, lse, average_heads)
+    return weights_from_lse(problem, lse, average_heads)
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:

@@ -78,7 +78,9 @@ def backward(
     if dlse is not None:
         dlse = dlse.contiguous()
     arguments, _keep_alive = _native_arguments(problem, out, lse)
-    _native.cpu_backward(*arguments, _strided(dout), 0 if dlse is None else dlse.data_ptr(), *map(_strided, gradients))
+    dquery, dkey, dvalue = gradients
+    dlse_address = 0 if dlse is None else dlse.data_ptr()
+    _native.cpu_backward(*arguments, _strided(dout), dlse_address, _strided(dquery), _strided(dkey), _strided(dvalue))
 
 
 def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple, tuple]:

@@ -99,6 +99,13 @@ def empty_output(query: Tensor, head_dim_v: int) -> Tensor:
     return query.new_empty(batch, seqlen_q, num_heads, head_dim_v).transpose(1, 2)
 
 
+def with_memory_of(query: Tensor, out: Tensor) -> Tensor:
+    """`out` in the memory order that `empty_output` gives."""
+    if is_sequence_first(query):
+        return out.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def is_sequence_first(query: Tensor) -> bool:
     return query.shape[0] > 1 and 0 < query.stride(0) < query.stride(2)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dropout import dropout_factors
-from .problem import Problem, is_sequence_first
+from .problem import Problem, with_memory_of
 
 MASKED_BELOW = -1e30  # a float mask value below this masks: Hugging Face writes finfo.min
 
@@ -50,23 +50,7 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
         if problem.dropout_p > 0.0:
             weights = weights * dropout(problem, 0, query.shape[1]).to(weights.dtype)  # 7.
         out = weights @ repeat_heads(value, query.shape[1])  # 8.
-        return follow_query_memory(out.to(query.dtype), query), lse
-
-
-def attention_weights_reference(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) summed up head by head."""
-    query, num_heads = problem.query, problem.query.shape[1]
-    with torch.autocast(query.device.type, enabled=False):
-        chunks = [(head, head + 1) for head in range(num_heads)] if average_heads else [(0, num_heads)]
-        total: Tensor | None = None
-        for first, last in chunks:
-            chunk_lse = lse[:, first:last, :, None]
-            weights = torch.exp(masked_scores(problem, first, last) - chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0))
-            if problem.dropout_p > 0.0:
-                weights = weights * dropout(problem, first, last).to(weights.dtype)
-            total = weights if total is None else total + weights
-        assert total is not None
-        return (total.squeeze(1) / num_heads if average_heads else total).to(query.dtype)
+        return with_memory_of(query, out.to(query.dtype)), lse
 
 
 def masked_scores(problem: Problem, first_head: int = 0, last_head: int | None = None) -> Tensor:
@@ -141,9 +125,3 @@ def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:
 
 def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
     return tensor if tensor.shape[1] == num_heads else tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1)
-
-
-def follow_query_memory(out: Tensor, query: Tensor) -> Tensor:
-    if is_sequence_first(query):
-        return out.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)

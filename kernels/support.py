@@ -1,0 +1,56 @@
+"""The table of features and backends, asked of routing itself: `python -m fused_attention.kernels.support` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .problem import Problem, make_problem
+from .routing import unsupported_reasons
+
+BACKENDS = ("reference", "cpu")
+
+
+def _problem(dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int = 64, num_heads_kv: int = 2, **options) -> Problem:
+    query = torch.zeros(2, 2, 8, head_dim, dtype=dtype, requires_grad=True)
+    key = torch.zeros(2, num_heads_kv, 12, head_dim, dtype=dtype)
+    value = torch.zeros(2, num_heads_kv, 12, head_dim_v, dtype=dtype)
+    return make_problem("separate", (query, key, value), **options)
+
+
+FEATURES: dict[str, Callable[[], Problem]] = {
+    "float32": _problem,
+    "bfloat16": lambda: _problem(torch.bfloat16),
+    "float16": lambda: _problem(torch.float16),
+    "float64": lambda: _problem(torch.float64),
+    "head_dim 1 to 256, any": lambda: _problem(head_dim=59, head_dim_v=59),
+    "head_dim above 256": lambda: _problem(head_dim=320, head_dim_v=320),
+    "value head_dim of its own": lambda: _problem(head_dim=192, head_dim_v=128),
+    "causal, top-left and bottom-right": lambda: _problem(is_causal="bottom_right"),
+    "key_mask": lambda: _problem(key_mask=torch.ones(2, 12, dtype=torch.bool)),
+    "key_lengths, query_lengths": lambda: _problem(key_lengths=torch.tensor([8, 3]), query_lengths=torch.tensor([8, 3])),
+    "attn_mask, bool": lambda: _problem(attn_mask=torch.ones(8, 12, dtype=torch.bool)),
+    "attn_mask, float": lambda: _problem(attn_mask=torch.zeros(8, 12)),
+    "attn_mask with its gradient": lambda: _problem(attn_mask=torch.zeros(8, 12, requires_grad=True)),
+    "dropout": lambda: _problem(dropout_p=0.1),
+    "lse and its gradient": _problem,
+    "grouped-query heads": lambda: _problem(num_heads_kv=1),
+    "window": lambda: _problem(window=(4, 4)),
+    "softcap": lambda: _problem(softcap=30.0),
+    "alibi_slopes": lambda: _problem(alibi_slopes=torch.ones(2)),
+    "sinks": lambda: _problem(sinks=torch.zeros(2)),
+}
+
+
+def support_table() -> str:
+    """A Markdown table: yes where a backend's kernels run the feature, forward and backward; the rest runs on the reference."""
+    lines = ["| feature | " + " | ".join(BACKENDS) + " |", "|---|" + "---|" * len(BACKENDS)]
+    for feature, problem in FEATURES.items():
+        answers = ["-" if unsupported_reasons(backend, problem()) else "yes" for backend in BACKENDS]
+        lines.append(f"| {feature} | " + " | ".join(answers) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(support_table())

@@ -1,0 +1,25 @@
+"""The attention weights themselves, from the scores and their log-sum-exp; in plain PyTorch, differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+from .reference import dropout, masked_scores
+
+
+def weights_from_lse(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+    """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) summed up head by head."""
+    query, num_heads = problem.query, problem.query.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        chunks = [(head, head + 1) for head in range(num_heads)] if average_heads else [(0, num_heads)]
+        total: Tensor | None = None
+        for first, last in chunks:
+            chunk_lse = lse[:, first:last, :, None]
+            weights = torch.exp(masked_scores(problem, first, last) - chunk_lse.masked_fill(chunk_lse == -torch.inf, 0.0))
+            if problem.dropout_p > 0.0:
+                weights = weights * dropout(problem, first, last).to(weights.dtype)
+            total = weights if total is None else total + weights
+        assert total is not None
+        return (total.squeeze(1) / num_heads if average_heads else total).to(query.dtype)

@@ -1,0 +1,42 @@
+"""The score matrix is never held: peak memory grows with the length, not with its square."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fused_attention.kernels import native
+
+pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+
+SEQLEN = 8192
+SCRIPT = """
+import resource, sys, torch
+from fused_attention.kernels.attention import attention
+
+def peak():  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(seqlen):
+    leaves = [torch.randn(1, 1, seqlen, 32, dtype=getattr(torch, sys.argv[1])).requires_grad_() for _ in range(3)]
+    before = peak()
+    out = attention(*leaves, is_causal=sys.argv[2] == "causal", backend="cpu")
+    forward = peak()
+    out.backward(torch.ones_like(out))
+    return forward - before, peak() - before
+
+step(256)  # code, thread pool and allocator are warm
+print(*step(int(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_peak_memory(dtype: str, mask: str) -> None:
+    run = subprocess.run([sys.executable, "-c", SCRIPT, dtype, mask, str(SEQLEN)], capture_output=True, text=True, check=True)
+    forward, both = map(int, run.stdout.split())
+    allowed = SEQLEN * SEQLEN / 8
+    assert forward < allowed, f"the forward took {forward} bytes"
+    assert both < allowed, f"forward and backward took {both} bytes"

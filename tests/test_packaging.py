@@ -1,0 +1,61 @@
+"""The package as a user installs it: from a downloaded ZIP, which has no symbolic links."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("kernels", "transformer", "benchmarks")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_a_wheel_from_a_zip_download_is_complete(tmp_path: Path) -> None:
+    archive = tmp_path / "source.zip"
+    subprocess.run(["git", "archive", "--format=zip", f"--output={archive}", "HEAD"], cwd=ROOT, check=True)
+    source = tmp_path / "source"
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(source)  # links become small text files, as on a system without them
+    assert (source / "src/fused_attention/kernels").is_file()
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    subprocess.run([*map(str, build)], check=True)
+    (wheel,) = tmp_path.glob("fused_attention-*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = set(content.namelist())
+        content.extractall(tmp_path / "installed")
+    expected = {f"fused_attention/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    assert expected <= names
+    assert not any(name.startswith(("kernels/", "transformer/", "benchmarks/")) for name in names)
+    script = "import fused_attention, torch; print(fused_attention.explain(*[torch.zeros(1, 1, 4, 8)] * 3).backend, fused_attention.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}, capture_output=True, text=True, check=True
+    )
+    backend, file = run.stdout.split()
+    assert backend == "cpu"
+    assert file.startswith(str(tmp_path))
+
+
+def test_a_rebuild_compiles_only_what_changed() -> None:
+    """Touching one kernel file recompiles that object alone."""
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (ROOT / "csrc/cpu/isa_base.cpp").touch()
+    run = subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "[1/2]" in run.stdout
+    assert "[2/2]" in run.stdout
+    assert "isa_base" in run.stdout
+    assert "isa_avx2" not in run.stdout.replace("isa_avx2.cpp.o", "")
+
+
+def test_importing_needs_only_torch() -> None:
+    """The optional packages are imported where they are used."""
+    script = (
+        "import sys\n"
+        "for name in ('sentencepiece', 'sacrebleu', 'safetensors', 'matplotlib', 'tqdm', 'triton', 'numpy'): sys.modules[name] = None\n"
+        "import fused_attention, fused_attention.transformer.model, fused_attention.transformer.replace"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
