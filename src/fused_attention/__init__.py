@@ -1,0 +1,22 @@
+"""Fused attention kernels, a drop-in MultiHeadAttention and an encoder-decoder Transformer: every public name."""
+
+from fused_attention.kernels.attention import attention, attention_weights, explain, scaled_dot_product_attention
+from fused_attention.kernels.routing import Explanation
+from fused_attention.transformer.attention import MultiHeadAttention
+from fused_attention.transformer.cache import KVCache
+from fused_attention.transformer.model import Transformer
+from fused_attention.transformer.replace import replace_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "KVCache",
+    "MultiHeadAttention",
+    "Transformer",
+    "attention",
+    "attention_weights",
+    "explain",
+    "replace_attention",
+    "scaled_dot_product_attention",
+]

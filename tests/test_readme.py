@@ -1,0 +1,42 @@
+"""Every example in the README runs as printed, and its generated table is up to date."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_attention.kernels import native
+from fused_attention.kernels.support import support_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_examples() -> None:
+    assert len(PYTHON_EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("example", PYTHON_EXAMPLES, ids=range(len(PYTHON_EXAMPLES)))
+def test_python_example(example: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-W", "error::UserWarning:__main__", "-c", example], cwd=tmp_path, check=True)
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+def test_the_support_table_is_what_routing_says() -> None:
+    assert support_table() in README, "run `python -m fused_attention.kernels.support` and paste its table into README.md"
+
+
+def test_the_layout_map_is_true() -> None:
+    paths = re.findall(r"^([\w./]+/?) {2,}\S", re.search(r"```text\n(.*?)```", README, re.DOTALL).group(1), re.MULTILINE)
+    assert len(paths) >= 8
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
+    assert [target for target in targets if not (ROOT / target).exists()] == []
