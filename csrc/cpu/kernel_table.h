@@ -27,4 +27,6 @@ struct KernelTable {
 
 extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;
 
+bool amx_available();  // whether this processor has AMX bf16 and the kernel lets this process use it; asks for permission once
+
 }  // namespace fused_attention::cpu

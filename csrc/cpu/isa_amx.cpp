@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// AMX: bfloat16 on tiles; float32 and float16 on the fp32-compute kernels, compiled for AVX-512. x86-64 Linux only.
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+
+#include "../philox.h"
+#include "kernel_table.h"
+
+namespace fused_attention::cpu {
+
+// Linux grants the 8 KiB of tile state per process, and only to those who ask. Stands before the target pragma: this function
+// must run on every machine.
+bool amx_available() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool available = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+                                __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return available;
+}
+
+}  // namespace fused_attention::cpu
+
+// GCC 12's own intrinsics headers trip these two on _mm512_undefined_ps().
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,amx-tile,amx-bf16")
+#define FA_ISA amx
+#define FA_AVX512
+#include "simd.h"
+#include "mask.h"
+#include "matmul.h"
+#include "forward.h"
+#include "backward.h"
+#include "fp32_compute_table.h"
+#include "amx_tiles.h"
+#include "amx_forward.h"
+#include "amx_backward.h"
+
+namespace fused_attention::cpu {
+
+constexpr KernelTable amx_table() {
+  KernelTable table = amx::fp32_compute_table("amx");
+  table.forward[static_cast<int>(Dtype::bfloat16)] = {amx::AmxForward::plan, amx::AmxForward::run};
+  table.backward[static_cast<int>(Dtype::bfloat16)] = {amx::AmxBackward::plan, amx::AmxBackward::run};
+  return table;
+}
+
+const KernelTable kAmxKernels = amx_table();
+
+}  // namespace fused_attention::cpu
