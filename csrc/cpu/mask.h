@@ -45,6 +45,20 @@ static inline bool fill_key_bias(const AttentionProblem& problem, int64_t b, int
   return holes;
 }
 
+constexpr float kMaskedBelow = -1e30f;  // attn_mask values below it mask the entry, as -inf does
+
+// kLanes scores in units of log2: scale * score + log2(e) * mask + key_bias, with -inf at masked entries. `mask` and `key_bias`
+// may be null; only the first `remaining` values of `mask` are read.
+FA_INLINE Vec biased_scores(Vec score, float scale, const float* mask, const float* key_bias, int64_t remaining) {
+  Vec x = mul(score, broadcast(scale));
+  if (mask) {
+    const Vec bias = remaining >= kLanes ? load(mask) : load_first(mask, remaining);
+    x = fmadd(bias, broadcast(kLog2e), x);
+    x = select(less_than(bias, broadcast(kMaskedBelow)), broadcast(-kInfinity), x);
+  }
+  return key_bias ? add(x, load(key_bias)) : x;
+}
+
 #if defined(FA_AVX512)
 
 // Eight Philox counters in the low halves of eight 64-bit lanes; the high halves hold garbage, which _mm512_mul_epu32 ignores.

@@ -9,6 +9,7 @@
 #pragma once
 
 #define FA_INLINE static inline __attribute__((always_inline))
+#define FA_MEMBER_INLINE inline __attribute__((always_inline))
 #define FA_NOINLINE static __attribute__((noinline))
 
 namespace fused_attention::cpu::FA_ISA {
@@ -61,9 +62,11 @@ FA_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 FA_INLINE void store_first(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.x); }
 
 FA_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+FA_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.x, b.x, c.x)}; }
 FA_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 FA_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 FA_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+FA_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 FA_INLINE Vec max_of(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 FA_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.x); }
 FA_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.x); }
@@ -78,6 +81,12 @@ FA_INLINE Vec exp2(Vec x) {
 #pragma GCC unroll 8
   for (int i = kDegree - 1; i >= 0; --i) p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(c[i]));
   return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ), p, x.x)};
+}
+
+// x = mantissa * 2^exponent for normal positive x, mantissa in [0.75, 1.5).
+FA_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
+  mantissa = {_mm512_getmant_ps(x.x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src)};
+  return {_mm512_getexp_ps(_mm512_div_ps(x.x, mantissa.x))};
 }
 
 FA_INLINE __m512 widen(__m256i bits, bfloat16_t) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
@@ -163,9 +172,11 @@ FA_INLINE Vec load_first(const float* p, int64_t n) {
 FA_INLINE void store(float* p, Vec a) { *reinterpret_cast<UnalignedFloatVector*>(p) = a.x; }
 
 FA_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }  // contracted where the machine has FMA (GCC's default)
+FA_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return {a.x * b.x - c.x}; }
 FA_INLINE Vec add(Vec a, Vec b) { return {a.x + b.x}; }
 FA_INLINE Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
 FA_INLINE Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
+FA_INLINE Vec div(Vec a, Vec b) { return {a.x / b.x}; }
 FA_INLINE Vec max_of(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
 FA_INLINE float reduce_max(Vec a) {
   float m = a.x[0];
@@ -192,6 +203,13 @@ FA_INLINE Vec exp2(Vec x) {
   for (int i = kDegree - 1; i >= 0; --i) p = p * remainder + c[i];
   const WordVector scaled = (WordVector)p + ((WordVector)shifted << 23);
   return {(FloatVector)(scaled & ~(WordVector)underflow)};
+}
+
+// x = mantissa * 2^exponent for normal positive x, mantissa in [0.75, 1.5).
+FA_INLINE Vec split_exponent(Vec x, Vec& mantissa) {
+  const IntVector bits = (IntVector)x.x, exponent = (bits - 0x3f400000) >> 23;  // 0x3f400000 is 0.75
+  mantissa = {(FloatVector)(bits - (exponent << 23))};
+  return {__builtin_convertvector(exponent, FloatVector)};
 }
 
 FA_INLINE FloatVector widen(HalfVector bits, bfloat16_t) { return (FloatVector)(__builtin_convertvector(bits, WordVector) << 16); }
@@ -238,5 +256,16 @@ FA_INLINE void store_first(T* p, Vec a, int64_t n) {
 }
 
 #endif
+
+// log2 of a normal positive number, absolute error 1e-7; NaN stays NaN. log2 m = 2 / ln 2 * atanh((m - 1) / (m + 1)), by its series.
+FA_INLINE Vec log2(Vec x) {
+  Vec mantissa;
+  const Vec exponent = split_exponent(x, mantissa);
+  const Vec t = div(sub(mantissa, broadcast(1.0f)), add(mantissa, broadcast(1.0f))), t2 = mul(t, t);
+  Vec series = broadcast(2 * kLog2e / 9);
+  for (int term = 7; term > 0; term -= 2) series = fmadd(series, t2, broadcast(2 * kLog2e / static_cast<float>(term)));
+  return fmadd(x, broadcast(0.0f), fmadd(t, series, exponent));
+}
+
 
 }  // namespace fused_attention::cpu::FA_ISA

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass with float32 arithmetic; query, key, value and out are stored as float32, bfloat16 or float16.
+//
+// A task covers some query rows of one head and walks over the keys in blocks of kBlockKeys:
+//   1. pack K^T and V of the key block to float32 (kept for the head's next task when one block holds all keys)
+//   2. for each block of query rows:  S = Q K^T                                 (rows, keys)
+//   3.   row by row, online softmax:  P = exp2(c S - row_max), c = scale log2 e (scores in units of log2: one multiply-add, exp2)
+//   4.   O = O * exp2(old row_max - row_max) + dropout(P) V                     (rows, head_dim_v)
+//   5. out = O * dropout_scale / row_sum,  lse = (row_max + log2 row_sum) ln 2
+// The recurrence is the online softmax of Milakov and Gimelshein (2018), as in FlashAttention (Dao et al., 2022).
+#pragma once
+
+namespace fused_attention::cpu::FA_ISA {
+
+constexpr int64_t kBlockKeys = 512;
+
+// Query rows in one block of scores, a multiple of 16. Small blocks waste less under a causal mask.
+static int64_t forward_block_rows(const AttentionProblem& problem) {
+  if (problem.seqlen_q <= 64) return round_up(max_of(problem.seqlen_q, int64_t{1}), 16);
+  return problem.causal != Causal::none && problem.seqlen_q <= 1024 ? 48 : 96;
+}
+
+// Keys that fit one block stay packed from task to task, so a task is one block of rows. With more keys every task packs all of
+// them once, so it covers several blocks of rows: as many as keep its Q and O in about 256 KiB and leave each thread some tasks.
+static int64_t forward_rows_per_task(const AttentionProblem& problem, int num_threads) {
+  const int64_t block_rows = forward_block_rows(problem);
+  if (problem.seqlen_k <= kBlockKeys) return block_rows;
+  int64_t blocks = max_of(65536 / (round_up(problem.head_dim_qk, 16) + round_up(problem.head_dim_v, 16)) / block_rows, int64_t{1});
+  const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
+  while (blocks > 1 && heads * ((problem.seqlen_q + block_rows * blocks - 1) / (block_rows * blocks)) < wanted_tasks) --blocks;
+  return block_rows * blocks;
+}
+
+template <class T>
+class ForwardPass {
+ public:
+  ForwardPass(const AttentionProblem& problem, int64_t rows_per_task, char* scratch)
+      : problem_(problem), block_rows_(forward_block_rows(problem)), rows_per_task_(rows_per_task),
+        tasks_per_head_((problem.seqlen_q + rows_per_task - 1) / rows_per_task), query_columns_(round_up(problem.head_dim_qk, 16)),
+        value_columns_(round_up(problem.head_dim_v, 16)), scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
+        log2_scale_(problem.softmax_scale * kLog2e) {
+    Arena arena(scratch);
+    const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
+    keys_t_ = arena.take<float>(block_keys * problem.head_dim_qk);
+    values_ = arena.take<float>(block_keys * value_columns_);
+    queries_ = arena.take<float>(rows_per_task * query_columns_);
+    out_ = arena.take<float>(rows_per_task * value_columns_);
+    scores_ = arena.take<float>(block_rows_ * scores_row_);  // NOTE: a row stride that is a multiple of 2 KiB would thrash L1
+    row_max_ = arena.take<float>(rows_per_task);
+    row_sum_ = arena.take<float>(rows_per_task);
+    key_bias_ = arena.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
+    keep_ = arena.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
+    scratch_bytes_ = arena.used();
+  }
+
+  size_t scratch_bytes() const { return scratch_bytes_; }
+  int64_t tasks_per_head() const { return tasks_per_head_; }
+
+  void run(int64_t first_task, int64_t last_task) {
+    for (int64_t task = first_task; task < last_task; ++task) {
+      enter(task);
+      const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
+      if (rows_present > 0) {
+        pack_rows(row_ptr<const T>(problem_.query, b_, h_, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_, query_columns_);
+        const int64_t keys_end = visible_keys(problem_, bounds_, row0_ + rows_present - 1);
+        for (int64_t key0 = 0; key0 < keys_end; key0 += kBlockKeys) {
+          load_keys(key0);
+          plan_prefetch(task, last_task, key0, keys_end, rows_present);
+          for (int64_t row = 0; row < rows_present; row += block_rows_) attend(row, min_of(block_rows_, rows_present - row), key0);
+        }
+      }
+      write_rows();
+    }
+  }
+
+ private:
+  static constexpr int64_t kKeepWords = kBlockKeys / 16;
+
+  void enter(int64_t task) {
+    batch_head_ = task / tasks_per_head_;
+    h_ = batch_head_ % problem_.num_heads;
+    row0_ = task % tasks_per_head_ * rows_per_task_;
+    rows_ = min_of(rows_per_task_, problem_.seqlen_q - row0_);
+    if (const int64_t b = batch_head_ / problem_.num_heads; b != b_) {
+      b_ = b;
+      bounds_ = sequence_bounds(problem_, b);
+      if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+    }
+    for (int64_t i = 0; i < rows_per_task_; i += kLanes) {
+      store(row_max_ + i, broadcast(-kInfinity));
+      store(row_sum_ + i, broadcast(0.0f));
+    }
+  }
+
+  void load_keys(int64_t key0) {
+    if (packed_head_ == batch_head_ && packed_key0_ == key0) return;
+    packed_head_ = batch_head_, packed_key0_ = key0;
+    const int64_t keys = min_of(kBlockKeys, bounds_.seqlen_k - key0);
+    const float* absent = holes_ ? key_bias_ + key0 : nullptr;
+    pack_transposed(row_ptr<const T>(problem_.key, b_, h_, key0), problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
+    pack_rows(row_ptr<const T>(problem_.value, b_, h_, key0), problem_.value.row, keys, problem_.head_dim_v, values_, value_columns_, absent);
+  }
+
+  // What the products of this key block fetch ahead: the next key block, or what the next task reads and writes.
+  void plan_prefetch(int64_t task, int64_t last_task, int64_t key0, int64_t keys_end, int64_t rows) {
+    prefetcher_.clear();
+    if (key0 + kBlockKeys < keys_end) {
+      prefetch_keys(b_, h_, key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
+    } else if (task + 1 < last_task) {
+      const int64_t next_head = (task + 1) / tasks_per_head_, part = task % tasks_per_head_, row = (task + 1) % tasks_per_head_ * rows_per_task_;
+      const int64_t b = next_head / problem_.num_heads, h = next_head % problem_.num_heads, next_rows = min_of(rows_per_task_, problem_.seqlen_q - row);
+      prefetcher_.add_reads(row_ptr<const T>(problem_.query, b, h, row), problem_.query.row * kSize, next_rows, problem_.head_dim_qk * kSize);
+      prefetcher_.add_writes(row_ptr<const T>(problem_.out, b, h, row), problem_.out.row * kSize, next_rows, problem_.head_dim_v * kSize);
+      if (problem_.seqlen_k > kBlockKeys) {
+        prefetch_keys(b, h, 0, kBlockKeys);
+      } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head fetches its share of the next head
+        const int64_t following = batch_head_ + 1, begin = problem_.seqlen_k * part / tasks_per_head_, end = problem_.seqlen_k * (part + 1) / tasks_per_head_;
+        prefetch_keys(following / problem_.num_heads, following % problem_.num_heads, begin, end - begin);
+      }
+    }
+    const int64_t keys = min_of(kBlockKeys, keys_end - key0);
+    prefetcher_.spread_over(rows / kTileRows * ((keys + kKeyTile - 1) / kKeyTile + (value_columns_ + 63) / 64));
+  }
+
+  void prefetch_keys(int64_t b, int64_t h, int64_t key0, int64_t keys) {
+    prefetcher_.add_reads(row_ptr<const T>(problem_.key, b, h, key0), problem_.key.row * kSize, keys, problem_.head_dim_qk * kSize);
+    prefetcher_.add_reads(row_ptr<const T>(problem_.value, b, h, key0), problem_.value.row * kSize, keys, problem_.head_dim_v * kSize);
+  }
+
+  // Rows [row, row + rows) of the task against the packed key block at key0.
+  void attend(int64_t row, int64_t rows, int64_t key0) {
+    const int64_t keys = min_of(visible_keys(problem_, bounds_, row0_ + row + rows - 1) - key0, kBlockKeys);
+    if (keys <= 0) return;
+    for (int64_t j = 0; j < keys; j += kKeyTile)
+      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * query_columns_, query_columns_, 1,
+             keys_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
+    if (problem_.dropout_threshold)
+      dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
+    for (int64_t i = 0; i < rows; ++i) softmax_row(row + i, scores_ + i * scores_row_, key0, keys, keep_ + i * kKeepWords);
+    matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_, value_columns_, out_ + row * value_columns_, value_columns_, key0 > 0, &prefetcher_);
+  }
+
+  // scores: (keys,) of one row, replaced by the weights that multiply V; O of earlier key blocks is rescaled to the new row_max.
+  void softmax_row(int64_t row, float* scores, int64_t key0, int64_t keys, const uint16_t* keep) {
+    const int64_t visible = min_of(visible_keys(problem_, bounds_, row0_ + row) - key0, keys);
+    const bool biased = holes_ || problem_.attn_mask.data;
+    const float scale = biased ? 1.0f : log2_scale_;
+    const float block_max = biased ? add_bias(row, scores, key0, visible) : leading_max(scores, visible) * log2_scale_;
+    const float old_max = row_max_[row], new_max = max_of(old_max, block_max);
+    const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
+    const float sum = problem_.dropout_threshold ? exponentials<true>(scores, visible, keys, scale, shift, keep)
+                                                 : exponentials<false>(scores, visible, keys, scale, shift, keep);
+    row_max_[row] = new_max;
+    if (key0 == 0) {
+      row_sum_[row] = sum;
+    } else if (new_max == old_max) {
+      row_sum_[row] += sum;
+    } else {
+      const float rescale = __builtin_exp2f(old_max - shift);
+      row_sum_[row] = row_sum_[row] * rescale + sum;
+      float* out = out_ + row * value_columns_;
+      for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, mul(load(out + d), broadcast(rescale)));
+    }
+  }
+
+  static float leading_max(const float* scores, int64_t visible) {
+    Vec even = broadcast(-kInfinity), odd = even;
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= visible; j += 2 * kLanes) {
+      even = max_of(even, load(scores + j));
+      odd = max_of(odd, load(scores + j + kLanes));
+    }
+    for (; j < visible; j += kLanes) even = max_of(even, select(first_lanes(visible - j), load(scores + j), even));
+    return reduce_max(max_of(even, odd));
+  }
+
+  // Replaces the visible scores by c * score + log2 e * attn_mask, -inf at masked entries; returns their maximum.
+  float add_bias(int64_t row, float* scores, int64_t key0, int64_t visible) const {
+    const float* mask_row = problem_.attn_mask.data ? row_ptr<const float>(problem_.attn_mask, b_, h_, row0_ + row) + key0 : nullptr;
+    const float* key_bias = holes_ ? key_bias_ + key0 : nullptr;
+    Vec max = broadcast(-kInfinity);
+    for (int64_t j = 0; j < visible; j += kLanes) {
+      const Vec biased = biased_scores(load(scores + j), log2_scale_, mask_row ? mask_row + j : nullptr, key_bias ? key_bias + j : nullptr, visible - j);
+      store(scores + j, biased);
+      max = max_of(max, select(first_lanes(visible - j), biased, max));
+    }
+    return reduce_max(max);
+  }
+
+  // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before dropout.
+  template <bool kDropout>
+  static float exponentials(float* scores, int64_t visible, int64_t keys, float scale, float shift, const uint16_t* keep) {
+    const Vec vscale = broadcast(scale), minus_shift = broadcast(-shift);
+    const auto weights = [&](int64_t j) __attribute__((always_inline)) { return exp2(fmadd(load(scores + j), vscale, minus_shift)); };
+    const auto put = [&](int64_t j, Vec weight) __attribute__((always_inline)) {
+      if constexpr (kDropout) weight = keep_where(lanes_of_bits(keep[j / 16], static_cast<int>(j % 16)), weight);
+      store(scores + j, weight);
+    };
+    Vec even = broadcast(0.0f), odd = even;
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= visible; j += 2 * kLanes) {
+      const Vec weight0 = weights(j), weight1 = weights(j + kLanes);
+      even = add(even, weight0), odd = add(odd, weight1);
+      put(j, weight0), put(j + kLanes, weight1);
+    }
+    for (; j < visible; j += kLanes) {
+      const Vec weight = keep_where(first_lanes(visible - j), weights(j));
+      even = add(even, weight);
+      put(j, weight);
+    }
+    for (; j < keys; j += kLanes) store(scores + j, broadcast(0.0f));
+    return reduce_add(add(even, odd));
+  }
+
+  // out and lse of all rows of the task; rows that see nothing, absent ones included, get 0 and -inf.
+  void write_rows() {
+    for (int64_t i = 0; i < rows_; ++i) {
+      T* to = row_ptr<T>(problem_.out, b_, h_, row0_ + i);
+      const float* from = out_ + i * value_columns_;
+      const bool empty = row_sum_[i] == 0.0f;  // then `from` was never written
+      const Vec factor = broadcast(empty ? 0.0f : problem_.dropout_scale() / row_sum_[i]);
+      for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
+        const Vec value = empty ? broadcast(0.0f) : mul(load(from + d), factor);
+        if (d + kLanes <= problem_.head_dim_v) store(to + d, value);
+        else store_first(to + d, value, problem_.head_dim_v - d);
+      }
+    }
+    float* lse = problem_.lse + batch_head_ * problem_.seqlen_q + row0_;
+    for (int64_t i = 0; i < rows_; i += kLanes) {
+      const Vec sum = load(row_sum_ + i), natural = mul(add(load(row_max_ + i), log2(sum)), broadcast(kLn2));
+      store_first(lse + i, select(less_than(sum, broadcast(1e-30f)), broadcast(-kInfinity), natural), rows_ - i);
+    }
+  }
+
+  static constexpr int64_t kSize = sizeof(T);
+  const AttentionProblem& problem_;
+  const int64_t block_rows_, rows_per_task_, tasks_per_head_, query_columns_, value_columns_, scores_row_;
+  const float log2_scale_;
+  size_t scratch_bytes_;
+
+  float* keys_t_;    // (tiles, head_dim_qk, kKeyTile), the key block transposed
+  float* values_;    // (keys, value_columns)
+  float* queries_;   // (rows_per_task, query_columns)
+  float* out_;       // (rows_per_task, value_columns), not yet normalised
+  float* scores_;    // (block_rows, scores_row)
+  float* row_max_;   // (rows_per_task,) in units of log2
+  float* row_sum_;   // (rows_per_task,)
+  float* key_bias_;  // (seqlen_k,) 0 or -inf
+  uint16_t* keep_;   // (block_rows, kKeepWords) dropout bits
+
+  int64_t b_ = -1, h_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
+  int64_t packed_head_ = -1, packed_key0_ = -1;
+  SequenceBounds bounds_{};
+  bool holes_ = false;
+  RowPrefetcher prefetcher_;
+};
+
+template <class T>
+static Plan plan_forward(const AttentionProblem& problem, int num_threads) {
+  const int64_t rows_per_task = forward_rows_per_task(problem, num_threads);
+  const ForwardPass<T> pass(problem, rows_per_task, nullptr);
+  return {problem.batch * problem.num_heads * pass.tasks_per_head(), rows_per_task, pass.scratch_bytes()};
+}
+
+template <class T>
+static void run_forward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+  ForwardPass<T>(problem, plan.rows_per_task, scratch).run(first_task, last_task);
+}
+
+}  // namespace fused_attention::cpu::FA_ISA

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of an instruction set on which every dtype is computed in float32. Included last.
+#pragma once
+
+namespace fused_attention::cpu::FA_ISA {
+
+constexpr KernelTable fp32_compute_table(const char* name) {
+  return {name,
+          {{plan_forward<float>, run_forward<float>},
+           {plan_forward<bfloat16_t>, run_forward<bfloat16_t>},
+           {plan_forward<float16_t>, run_forward<float16_t>}},
+          {{plan_backward<float>, run_backward<float>},
+           {plan_backward<bfloat16_t>, run_backward<bfloat16_t>},
+           {plan_backward<float16_t>, run_backward<float16_t>}}};
+}
+
+}  // namespace fused_attention::cpu::FA_ISA

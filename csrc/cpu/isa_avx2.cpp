@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for AVX2, FMA and F16C. Every header that is not ours comes before the target pragma.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../philox.h"
+#include "kernel_table.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#define FA_ISA avx2
+#define FA_LANES 8
+#include "simd.h"
+#include "mask.h"
+#include "matmul.h"
+#include "forward.h"
+#include "backward.h"
+#include "fp32_compute_table.h"
+
+namespace fused_attention::cpu {
+const KernelTable kAvx2Kernels = avx2::fp32_compute_table("avx2");
+}

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The portable kernels: 4-lane vectors, SSE2 on x86-64 and NEON on aarch64.
+#include <cstdint>
+
+#include "../philox.h"
+#include "kernel_table.h"
+
+#define FA_ISA base
+#define FA_LANES 4
+#include "simd.h"
+#include "mask.h"
+#include "matmul.h"
+#include "forward.h"
+#include "backward.h"
+#include "fp32_compute_table.h"
+
+namespace fused_attention::cpu {
+const KernelTable kBaseKernels = base::fp32_compute_table("base");
+}
