@@ -73,7 +73,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of fused_attention")
         values = {name: json.loads(metadata[name]) for name in ("config", "model_config", "progress")}
@@ -119,7 +119,4 @@ def load_tokenizers(checkpoint: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
 def tokenizer_tensors(source: Tokenizer, target: Tokenizer) -> dict[str, Tensor]:
     """The serialised tokenizers as uint8 tensors; a joint one is saved once."""
     tokenizers = {"source": source} if target is source else {"source": source, "target": target}
-    return {
-        f"tokenizer.{side}": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8)
-        for side, tokenizer in tokenizers.items()
-    }
+    return {f"tokenizer.{side}": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8) for side, tokenizer in tokenizers.items()}

@@ -69,9 +69,7 @@ class Corpus:
         return next(iter(self.tests.items()), ("val", self.validation))
 
 
-def load_corpus(
-    name_or_folder: str, source_language: str = "en", target_language: str = "fr", *, max_words: int | None = None
-) -> Corpus:
+def load_corpus(name_or_folder: str, source_language: str = "en", target_language: str = "fr", *, max_words: int | None = None) -> Corpus:
     """Load a corpus by name (fetched into the cache folder on first use) or from a folder.
 
     "multi30k" is read from the folder in FUSED_ATTENTION_DATA when that is set. `max_words` drops pairs with a longer
@@ -130,9 +128,7 @@ def read_parallel(folder: Path, split: str, source_language: str, target_languag
         paths.append(path)
     source, target = map(read_lines, paths)
     if len(source) != len(target):
-        raise DataError(
-            f"parallel files must have equally many lines: {paths[0]} has {len(source)}, {paths[1]} has {len(target)}"
-        )
+        raise DataError(f"parallel files must have equally many lines: {paths[0]} has {len(source)}, {paths[1]} has {len(target)}")
     text = ParallelText(source, target).keep(lambda source, target: bool(source and target))
     if not len(text):
         raise DataError(f"empty corpus: {paths[0]} and {paths[1]} hold no sentence pair")
@@ -216,6 +212,4 @@ def _download(address: str) -> bytes:
             return response.read()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise DataError(
-            f"cannot download {address}: {reason}; set {DATA_VARIABLE} to a folder that holds the files instead"
-        ) from error
+        raise DataError(f"cannot download {address}: {reason}; set {DATA_VARIABLE} to a folder that holds the files instead") from error

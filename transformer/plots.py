@@ -14,8 +14,8 @@ from fused_attention.transformer.train import History
 TEXT, MUTED, ACCENT, SECOND = "#1f2937", "#94a3b8", "#2563eb", "#d97706"
 # White means exactly no attention; one hue, so that darker always means more.
 ATTENTION_COLORS = ["#ffffff", "#dbeafe", "#93c5fd", "#3b82f6", "#1e40af", "#172554"]
-# The mean over this many steps smooths the training loss.
-SMOOTHING_STEPS = 25
+# The training loss is smoothed by a running mean over this part of the run.
+SMOOTHING_PART = 0.03
 
 
 def png(figure: Any) -> bytes:
@@ -30,9 +30,10 @@ def loss_curve(history: History) -> Any:
     figure = _new_figure(8.0, 3.6)
     axes = figure.subplots()
     _style(axes)
+    width = max(1, round(SMOOTHING_PART * len(history.losses)))
     steps = range(1, len(history.losses) + 1)
     axes.plot(steps, history.losses, color=ACCENT, alpha=0.2, linewidth=0.8)
-    axes.plot(steps, running_mean(history.losses, SMOOTHING_STEPS), color=ACCENT, linewidth=2, label="training loss (label-smoothed)")
+    axes.plot(steps, running_mean(history.losses, width), color=ACCENT, linewidth=2, label="training loss (label-smoothed)")
     if history.validations:
         axes.plot(*zip(*history.validations, strict=True), color=SECOND, marker="o", markersize=5, label="validation cross entropy")
     axes.set_xlabel("optimizer step")

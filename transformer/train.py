@@ -255,9 +255,7 @@ def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer,
 
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Mean cross entropy in nats over the labels (B, T) that are not padding, for logits (B, T, vocabulary), in float32."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=PAD_ID, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=PAD_ID, label_smoothing=label_smoothing)
 
 
 def rng_states() -> dict[str, Tensor]:

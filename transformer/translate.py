@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fused_attention.transformer.batches import pad
 from fused_attention.transformer.checkpoint import load_model, load_tokenizers, read_checkpoint
 from fused_attention.transformer.data import ParallelText
@@ -85,10 +83,10 @@ def score(translations: Sequence[str], references: Sequence[str]) -> Scores:
     """sacreBLEU (Post 2018) with its default tokenizer and chrF2 (Popovic 2015); one reference a sentence."""
     metrics = optional_module("sacrebleu.metrics")
     bleu, chrf = metrics.BLEU(), metrics.CHRF()
-    references = [list(references)]
+    hypotheses, reference_sets = list(translations), [list(references)]
     return Scores(
-        bleu=bleu.corpus_score(list(translations), references).score,
-        chrf=chrf.corpus_score(list(translations), references).score,
-        num_sentences=len(translations),
+        bleu=bleu.corpus_score(hypotheses, reference_sets).score,
+        chrf=chrf.corpus_score(hypotheses, reference_sets).score,
+        num_sentences=len(hypotheses),
         bleu_signature=bleu.get_signature().format(short=True),
     )

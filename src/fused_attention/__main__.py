@@ -1,0 +1,10 @@
+"""`python -m fused_attention`, the same as the command `fused-attention`."""
+
+from __future__ import annotations
+
+import sys
+
+from fused_attention.transformer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, demo, bench.
+
+A user's error is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fused_attention.transformer.optional_modules import optional_module
+from fused_attention.transformer.training_config import RECIPES, TrainingConfig
+
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
+# Settings of TrainingConfig that are arguments of `train`, with their types; None stands for "as in the recipe".
+TRAIN_SETTINGS = {
+    **{name: int for name in ("vocab_size", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers")},
+    **{name: int for name in ("dim_feedforward", "max_len", "max_words", "batch_tokens", "warmup_steps", "seed")},
+    **{name: float for name in ("dropout", "learning_rate_scale", "cooldown", "label_smoothing", "weight_decay")},
+    **{name: int for name in ("checkpoint_every", "validate_every")},
+    **{name: float for name in ("clip_norm",)},
+    **{name: str for name in ("source_language", "target_language", "memory_layers", "autocast")},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    if arguments is None:
+        restart_with_short_spinning()
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except KeyboardInterrupt:
+        return fail("interrupted", status=130)
+    except BrokenPipeError:
+        # The reader of stdout has gone; without this, Python complains once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (ValueError, ImportError, RuntimeError) as error:
+        return fail(str(error))
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(f"fused-attention: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def restart_with_short_spinning() -> None:
+    """Set GOMP_SPINCOUNT and start Python anew, once, unless the variable is set.
+
+    libgomp reads it when torch loads it. Its default, spinning for milliseconds at every barrier, makes small operations tens of
+    times slower when other processes want the same cores.
+    """
+    if sys.platform != "linux" or SPIN_VARIABLE in os.environ or "OMP_WAIT_POLICY" in os.environ:
+        return
+    os.environ[SPIN_VARIABLE] = "2000"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fused-attention", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    info = commands.add_parser("info", help="this machine, and which attention backends run on it")
+    info.set_defaults(command=run_info)
+
+    train = commands.add_parser("train", help="train a translator on parallel text")
+    train.add_argument("output", type=Path, help="folder for the checkpoint")
+    train.add_argument("--data", help="corpus folder, multi30k or libreoffice-help (default: the recipe's)")
+    train.add_argument("--recipe", choices=sorted(RECIPES), default="multi30k", help="settings to start from")
+    budget = train.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="train for this many optimizer steps")
+    budget.add_argument("--minutes", type=float, help="train for this long")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the checkpoint in OUTPUT with its settings")
+    existing.add_argument("--overwrite", action="store_true", help="replace the checkpoint in OUTPUT")
+    train.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    settings = train.add_argument_group("settings in place of the recipe's")
+    for name, value_type in TRAIN_SETTINGS.items():
+        settings.add_argument(f"--{name.replace('_', '-')}", type=value_type, metavar=value_type.__name__.upper())
+    for name in ("norm_first", "joint_vocabulary"):
+        settings.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction)
+    train.set_defaults(command=run_train)
+
+    translate = commands.add_parser("translate", help="translate the lines of stdin to stdout")
+    translate.add_argument("checkpoint", type=Path, help="checkpoint file, or a folder that `train` or `demo` wrote")
+    translate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    translate.set_defaults(command=run_translate)
+
+    demo = commands.add_parser("demo", help="train, translate and write a report, in one go")
+    demo.add_argument("--minutes", type=float, help="training time (default: 10 on a CPU, 3 on a GPU)")
+    demo.add_argument("--data", help="corpus folder, multi30k or libreoffice-help (default: what can be had)")
+    demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for report and checkpoint (default: demo)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier report and checkpoint")
+    demo.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    demo.set_defaults(command=run_demo)
+
+    bench = commands.add_parser("bench", help="compare with torch on this machine")
+    bench.add_argument("pytest_arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
+    bench.set_defaults(command=run_bench)
+    return parser
+
+
+def run_info(options: argparse.Namespace) -> None:
+    from fused_attention.transformer.machine import machine_report
+
+    print(machine_report())
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint
+    from fused_attention.transformer.data import load_corpus
+    from fused_attention.transformer.output_folder import claim_output_folder
+    from fused_attention.transformer.precision import choose_device
+    from fused_attention.transformer.train import Trainer
+    from fused_attention.transformer.translate import Translator
+
+    for name in ("sentencepiece", "safetensors", "tqdm", "sacrebleu"):
+        optional_module(name)
+    device = choose_device(options.device)
+    settings = {field.name: getattr(options, field.name, None) for field in fields(TrainingConfig)}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    budget: dict[str, Any] = {name: given.pop(name) for name in ("steps", "minutes") if name in given}
+    if options.resume:
+        checkpoint = read_checkpoint(options.output)
+        if given:
+            raise ValueError(f"--resume keeps the run's settings; not allowed with it: {', '.join(sorted(given))}")
+        try:
+            config = TrainingConfig.from_dict(checkpoint.config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {error}") from error
+        config = with_budget(config, budget)
+    else:
+        claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
+        config = with_budget(replace(RECIPES[options.recipe], **given), budget)
+
+    corpus = load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words)
+    if options.resume:
+        trainer = Trainer.resume(checkpoint, config, corpus, device)
+    else:
+        trainer = Trainer(config, corpus, options.output, device)
+    trainer.run()
+    name, text = corpus.held_out()
+    translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
+    print(f"{name}: {translator.score(text)[0]}")
+
+
+def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfig:
+    """The configuration with the given steps or minutes in place of its own."""
+    return replace(config, **{"steps": None, "minutes": None, **budget}) if budget else config
+
+
+def run_translate(options: argparse.Namespace) -> None:
+    from fused_attention.transformer.translate import Translator
+
+    translator = Translator.load(options.checkpoint, options.device)
+    try:
+        lines = sys.stdin.buffer.read().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if lines[-1] == "":
+        lines.pop()
+    for index in translator.too_long(lines):
+        print(f"fused-attention: line {index + 1} is longer than {translator.model.max_len - 1} tokens and was cut", file=sys.stderr)
+    translations = translator.translate(lines)
+    sys.stdout.buffer.write("".join(f"{line}\n" for line in translations).encode())
+    sys.stdout.flush()
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from fused_attention.transformer import demo
+
+    demo.run_demo(options.output, minutes=options.minutes, data=options.data, overwrite=options.overwrite, device=options.device)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    folder = Path(str(files("fused_attention"))) / "benchmarks"
+    if not any(folder.glob("benchmark_*.py")):
+        raise ValueError(f"this installation has no benchmarks in {folder}; run them from a checkout of the repository")
+    for module in ("pytest", "pytest_benchmark"):
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise ImportError(f"{module} cannot be imported ({error}); pip install 'fused-attention[bench]'") from error
+    import pytest
+
+    return int(pytest.main([str(folder), *options.pytest_arguments]))

@@ -1,0 +1,224 @@
+"""The demonstration: from text to a translating Transformer and a report, in one go, on whatever the machine has.
+
+1. Say what the machine is. 2. Get parallel text. 3. Train for a time budget. 4. Score on held-out text and translate ten
+unseen sentences. 5. Swap the attention of a stock torch.nn.Transformer. 6. Write report.html.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_attention.transformer import plots, report
+from fused_attention.transformer.atomic_write import atomic_write
+from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
+from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, load_corpus
+from fused_attention.transformer.embedding import sinusoidal_positions
+from fused_attention.transformer.machine import backend_lines, machine_facts, machine_report
+from fused_attention.transformer.optional_modules import optional_module
+from fused_attention.transformer.output_folder import claim_output_folder
+from fused_attention.transformer.precision import choose_device
+from fused_attention.transformer.swap_demo import SwapResult, swap_attention
+from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID
+from fused_attention.transformer.train import Trainer
+from fused_attention.transformer.training_config import TrainingConfig
+from fused_attention.transformer.translate import Scores, Translator
+
+REPORT_NAME = "report.html"
+LANGUAGES = {"en": "English", "fr": "French", "de": "German", "cs": "Czech"}
+DEFAULT_MINUTES = {"cpu": 10.0, "cuda": 3.0}
+NUM_EXAMPLES = 10
+# Long sentences of the help pages would take most of a short budget.
+HELP_MAX_WORDS = 20
+# Imported before the work starts, so that a missing one does not show after ten minutes of training.
+NEEDED_MODULES = ("sentencepiece", "safetensors", "tqdm", "sacrebleu", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out sentence with the model's translation."""
+
+    source: str
+    translation: str
+    reference: str
+
+
+def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = None, overwrite: bool = False, device: str = "auto") -> Path:
+    """Run the demonstration and return the path of the report; the checkpoint lies beside it.
+
+    Raises DataError if no corpus can be had, FileExistsError if the folder holds results and `overwrite` is False.
+    """
+    for name in NEEDED_MODULES:
+        optional_module(name)
+    chosen = choose_device(device)
+    claim_output_folder(folder, (REPORT_NAME, CHECKPOINT_NAME), overwrite=overwrite)
+    print(machine_report(), flush=True)
+
+    corpus = load_corpus(data) if data is not None else find_corpus()
+    minutes = DEFAULT_MINUTES.get(chosen.type, DEFAULT_MINUTES["cpu"]) if minutes is None else minutes
+    print(f"\ntraining {minutes:g} minutes on {corpus.name}: {len(corpus.train):,} sentence pairs", flush=True)
+    trainer = Trainer(demo_config(corpus, chosen, minutes), corpus, folder, chosen)
+    trainer.run()
+
+    translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
+    test_name, test = corpus.held_out()
+    scores, translated = translator.score(test)
+    print(f"\n{test_name}: {scores}")
+    examples = [Example(test.source[i], translated[i], test.target[i]) for i in choose_examples(test.source)]
+    for example in examples:
+        print(f"\n  {example.source}\n  -> {example.translation}")
+
+    swap = swap_attention(chosen)
+    print("\nthe attention of a stock torch.nn.Transformer, replaced")
+    for label, value in swap.rows().items():
+        print(f"  {label:<27} {value}")
+    path = folder / REPORT_NAME
+    atomic_write(path, demo_report(trainer, translator, test_name, scores, examples, swap).encode())
+    print(f"\nreport: {path}\ntranslate more: fused-attention translate {folder} < text.{corpus.source_language}")
+    return path
+
+
+def find_corpus() -> Corpus:
+    """Multi30k (from the folder in FUSED_ATTENTION_DATA, else from GitHub), else LibreOffice help, else DataError."""
+    if os.environ.get(DATA_VARIABLE):
+        return load_corpus("multi30k")
+    try:
+        return load_corpus("multi30k")
+    except DataError as error:
+        print(f"\nmulti30k: {error}", flush=True)
+    try:
+        return load_corpus("libreoffice-help", max_words=HELP_MAX_WORDS)
+    except DataError as error:
+        print(f"libreoffice-help: {error}", flush=True)
+    raise DataError(
+        f"no parallel text: set {DATA_VARIABLE} to a folder with train, val and test files in en and fr, "
+        "or give access to github.com (multi30k), or to a Debian or Ubuntu package mirror through apt (libreoffice-help)"
+    )
+
+
+def demo_config(corpus: Corpus, device: torch.device, minutes: float) -> TrainingConfig:
+    """A model that learns most in the budget: small on a CPU, where it sees the text a few times, larger on a GPU."""
+    text: dict[str, Any] = {
+        "data": corpus.name,
+        "source_language": corpus.source_language,
+        "target_language": corpus.target_language,
+        "minutes": minutes,
+    }
+    if device.type == "cuda":
+        return TrainingConfig(
+            **text,
+            d_model=256,
+            dim_feedforward=1024,
+            dropout=0.3,  # the text is seen tens of times
+            batch_tokens=8192,
+            warmup_steps=500,
+            cooldown=0.6,
+            validate_every=500,
+            checkpoint_every=1000,
+        )
+    return TrainingConfig(**text, warmup_steps=200, learning_rate_scale=0.6, cooldown=0.6)
+
+
+def choose_examples(sentences: list[str]) -> list[int]:
+    """Indices of ten sentences of 6 to 14 words, spread evenly over the text; fewer if it has fewer."""
+    candidates = [i for i, sentence in enumerate(sentences) if 6 <= len(sentence.split()) <= 14]
+    candidates = candidates or list(range(len(sentences)))
+    count = min(NUM_EXAMPLES, len(candidates))
+    return [candidates[position * len(candidates) // count] for position in range(count)]
+
+
+def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores: Scores, examples: list[Example], swap: SwapResult) -> str:
+    """The text of report.html."""
+    config, corpus, history = trainer.config, trainer.corpus, trainer.history
+    minutes = history.seconds[-1] / 60
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    source, target = (LANGUAGES.get(code, code) for code in (corpus.source_language, corpus.target_language))
+    tiles = {
+        f"BLEU on {test_name}": f"{scores.bleu:.1f}",
+        "chrF": f"{scores.chrf:.1f}",
+        "minutes of training": f"{minutes:.1f}",
+        "tokens a second": f"{history.tokens / history.seconds[-1]:,.0f}",
+        "parameters": f"{parameters / 1e6:.1f} M",
+    }
+    # Long enough to show something, short enough for the labels to be read.
+    example = min(examples, key=lambda example: abs(len(example.source.split()) - 9))
+    facts = {
+        **machine_facts(),
+        **{f"backend {name}": status for name, status in backend_lines().items()},
+        "model": f"{config.num_encoder_layers} + {config.num_decoder_layers} layers, {config.d_model} wide, "
+        f"{config.num_heads} heads, feed-forward {config.dim_feedforward}, {len(trainer.source_tokenizer):,} BPE pieces",
+        "training": f"{trainer.step:,} steps on {len(corpus.train):,} sentence pairs of {corpus.name}",
+        "scores": str(scores),
+    }
+    sections = [
+        report.section(
+            "Ten sentences it has never seen",
+            f"Greedy translations of sentences from {test_name}, chosen before training by their position and length alone.",
+            report.translations((e.source, e.translation, e.reference) for e in examples),
+        ),
+        report.section(
+            "Learning",
+            "Loss of every training step and its running mean; cross entropy on held-out sentences.",
+            report.figures([report.Picture("Loss by optimizer step", plots.png(plots.loss_curve(history)))]),
+        ),
+        report.section(
+            "Where it looks",
+            f"Attention weights for “{example.source}” and its translation “{example.translation}”. Each row of a panel "
+            "is a token and shows over which tokens its attention is spread; darker is more. "
+            "A dot marks a piece that continues a word.",
+            report.figures(attention_pictures(translator, example)),
+        ),
+        report.section(
+            "How it knows the order of words",
+            "Attention alone ignores order, so these waves, a different mix at every position, are added to the embeddings.",
+            report.figures(
+                [
+                    report.Picture(
+                        "Sinusoidal positional encoding",
+                        plots.png(plots.positional_encoding(sinusoidal_positions(100, config.d_model))),
+                    )
+                ]
+            ),
+        ),
+        report.section(
+            "The same attention in a stock torch.nn.Transformer",
+            "replace_attention swaps the attention modules of an existing model; weights and results stay. "
+            "A training step is forward and backward, 512 wide, 3 + 3 layers, batch 8 of up to 128 tokens; medians.",
+            report.table(swap.rows()),
+        ),
+        report.section("The machine and the run", "What produced this page.", report.table(facts)),
+    ]
+    lead = f"An encoder-decoder Transformer on fused attention, trained from nothing in {minutes:.1f} minutes to translate {languages}."
+    return report.page("A Transformer that translates", lead, tiles, sections)
+
+
+def attention_pictures(translator: Translator, example: Example) -> list[report.Picture]:
+    """Attention maps of all layers and heads for a sentence and its translation by the model."""
+    (source,), (target,) = (
+        translator.source_tokenizer.encode([example.source]),
+        translator.target_tokenizer.encode([example.translation]),
+    )
+    src, tgt = [*source, EOS_ID], [BOS_ID, *target]
+    maps = translator.model.attention_maps(torch.tensor([src], device=translator.device), torch.tensor([tgt], device=translator.device))
+    source_labels = readable_pieces(translator.source_tokenizer.pieces(src))
+    read_labels = readable_pieces(translator.target_tokenizer.pieces(tgt))
+    written_labels = readable_pieces(translator.target_tokenizer.pieces([*target, EOS_ID]))
+    kinds = {
+        "encoder": ("Encoder: each source token looks at the source", source_labels, source_labels),
+        "decoder_self": ("Decoder: each token of the translation looks at itself and those before it", read_labels, read_labels),
+        "cross": ("Cross-attention: writing each token of the translation (rows), it looks at the source", written_labels, source_labels),
+    }
+    return [
+        report.Picture(caption, plots.png(plots.attention_grid([layer[0].cpu() for layer in maps[kind]], queries, keys)))
+        for kind, (caption, queries, keys) in kinds.items()
+    ]
+
+
+def readable_pieces(pieces: list[str]) -> list[str]:
+    """Labels of BPE pieces: begin and end as words, "▁" at the start of a word left out, continuations with a dot."""
+    names = {"<s>": "[begin]", "</s>": "[end]"}
+    return [names.get(piece) or (piece[1:] or "▁" if piece.startswith("▁") else f"·{piece}") for piece in pieces]
