@@ -44,7 +44,7 @@ def add_residual(x: Tensor, sublayer_output: Tensor, p: float, training: bool) -
 
 
 class _PackedAttention(nn.Module):
-    """The parameters of torch.nn.MultiheadAttention under the same names, with the same initial distribution."""
+    """The parameters of torch.nn.MultiheadAttention under the same names; initial values as in torch.nn.Transformer."""
 
     def __init__(self, d_model: int, num_heads: int, dropout: float) -> None:
         super().__init__()

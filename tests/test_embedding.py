@@ -1,0 +1,53 @@
+"""Token embedding and sinusoidal positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fused_attention.transformer.embedding import TokenEmbedding, sinusoidal_positions
+
+
+@pytest.mark.parametrize("d_model", [8, 7, 1], ids=["even", "odd", "one"])
+def test_positions_follow_the_papers_formula(d_model: int) -> None:
+    table = sinusoidal_positions(50, d_model)
+    for position in (0, 1, 17, 49):
+        for column in range(d_model):
+            angle = position / 10000 ** ((column - column % 2) / d_model)
+            expected = math.cos(angle) if column % 2 else math.sin(angle)
+            assert table[position, column].item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_embedding_is_scaled_row_plus_position() -> None:
+    embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+    tokens = torch.tensor([[3, 10, 4], [5, 0, 0]])
+    expected = embedding.weight[tokens] * math.sqrt(6) + sinusoidal_positions(9, 6)[2:5]
+    torch.testing.assert_close(embedding(tokens, start=2), expected)
+
+
+def test_padding_row_starts_at_zero_and_gets_no_gradient() -> None:
+    embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=4, dropout=0.0)
+    assert embedding.weight[4].count_nonzero() == 0
+    embedding(torch.tensor([[3, 4, 4]])).square().sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.any(1).nonzero().flatten().tolist() == [3]
+
+
+def test_positions_are_no_part_of_the_checkpoint() -> None:
+    embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+    assert list(embedding.state_dict()) == ["weight"]
+
+
+def test_scaled_embeddings_start_with_unit_variance() -> None:
+    embedding = TokenEmbedding(vocab_size=1000, d_model=64, max_len=4, pad_id=0, dropout=0.0)
+    assert (embedding.weight * embedding.scale).std().item() == pytest.approx(1.0, rel=0.02)
+
+
+def test_dropout_only_while_training() -> None:
+    embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.5)
+    tokens = torch.tensor([[3, 10, 4, 5, 6, 7, 8, 9]])
+    assert (embedding(tokens) == 0).any()
+    embedding.eval()
+    assert (embedding(tokens) == embedding(tokens)).all()
