@@ -261,9 +261,7 @@ def test_values_of_absent_keys_have_no_influence():
             assert_close(poisoned_weights, weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_inputs"), [("self", 1), ("cross", 2), ("separate", 3)], ids=["self", "cross", "separate"]
-)
+@pytest.mark.parametrize(("kind", "num_inputs"), [("self", 1), ("cross", 2), ("separate", 3)], ids=["self", "cross", "separate"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
 def test_projections_stay_packed_and_nothing_is_copied(kind, num_inputs, batch_first, monkeypatch):
     seen = []
@@ -344,9 +342,7 @@ def test_every_dtype_is_as_accurate_as_torch(kind, dtype, mask):
         assert_as_accurate_as_torch(theirs, ours, inputs, need_weights=need_weights, **masks)
 
 
-@pytest.mark.parametrize(
-    "configuration", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 10, "vdim": 6}], ids=str
-)
+@pytest.mark.parametrize("configuration", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 10, "vdim": 6}], ids=str)
 def test_autocast(configuration):
     theirs, ours = pair(EMBED, HEADS, batch_first=True, **configuration)
     kdim, vdim = configuration.get("kdim", EMBED), configuration.get("vdim", EMBED)

@@ -52,9 +52,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise RuntimeError(
-            "MultiHeadAttention cannot be compiled by torch.jit.script; use torch.compile or torch.export"
-        )
+        raise RuntimeError("MultiHeadAttention cannot be compiled by torch.jit.script; use torch.compile or torch.export")
 
     def forward(
         self,
@@ -261,9 +259,7 @@ def _check_inputs(
         raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.shape[-1]}")
     if module.in_proj_weight is None:
         if key.shape[:-1] != value.shape[:-1]:
-            raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
-            )
+            raise AssertionError(f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}")
     elif key.shape != value.shape:
         raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
 
@@ -284,9 +280,7 @@ def _check_inputs(
             )
         for dim, size in enumerate((batch_size, seqlen_k)[3 - dims :]):
             if key_padding_mask.shape[dim] != size:
-                raise AssertionError(
-                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
-                )
+                raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}")
 
     if attn_mask is None:
         if is_causal:
@@ -298,16 +292,13 @@ def _check_inputs(
     _check_mask_dtype(attn_mask, "attn_mask")
     if attn_mask.dim() not in (2, 3):
         raise AssertionError(
-            f"For {kind} `query`, expected `attn_mask` to be `None`, 2-D or 3-D"
-            f" but found {attn_mask.dim()}-D tensor instead"
+            f"For {kind} `query`, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
         )
     expected = (seqlen_q, seqlen_k) if attn_mask.dim() == 2 else (batch_size * module.num_heads, seqlen_q, seqlen_k)
     if attn_mask.shape != expected:
         if dims == 2 and attn_mask.dim() == 3:
             raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}")
-        raise RuntimeError(
-            f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
-        )
+        raise RuntimeError(f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}.")
 
 
 def _check_mask_dtype(mask: Tensor, name: str) -> None:

@@ -1,0 +1,113 @@
+"""The `compare` fixture, which every benchmark uses, and the table at the end of a run.
+
+`make bench` and `fused-attention bench` run them all. To run some, from a checkout:
+
+    python -m pytest benchmarks --benchmark-quiet -k multi_head
+
+--benchmark-max-time is the time given to each comparison, both sides together; --benchmark-storage says where runs are saved.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pytest
+
+from fused_attention.benchmarks.report import Comparison, machine_line, table
+
+COMPARISONS = pytest.StashKey[list[Comparison]]()
+MIN_ROUNDS, MAX_ROUNDS = 5, 300
+
+
+class Compare(Protocol):
+    def __call__(
+        self,
+        ours: Callable[[], Any],
+        peer: Callable[[], Any],
+        *,
+        check: Callable[[], None],
+        group: str,
+        case: dict[str, str],
+        measure: str,
+        peer_name: str = "torch",
+        bar: float | None = None,
+        note: str = "",
+    ) -> float: ...
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
+    """Times `ours` and `peer` in turn, one call each per round, and returns the ratio of the medians (> 1: ours is faster).
+
+    Taking turns gives both the same share of whatever else the machine does; only ratios are meant to be compared between
+    runs. `check` runs first and raises if ours is wrong: wrong results are not timed. `group`, `case` and `measure` place the
+    comparison in the table (see report.Comparison), `bar` is the ratio it is meant to reach, `note` ends its line.
+
+    pytest-benchmark records our rounds; the peer's median, the ratio and the labels are saved with them as extra_info.
+    """
+
+    def run(
+        ours: Callable[[], Any],
+        peer: Callable[[], Any],
+        *,
+        check: Callable[[], None],
+        group: str,
+        case: dict[str, str],
+        measure: str,
+        peer_name: str = "torch",
+        bar: float | None = None,
+        note: str = "",
+    ) -> float:
+        check()
+        if benchmark.disabled:
+            benchmark.pedantic(ours)
+            return math.nan
+        for function in (ours, peer):  # the first call allocates, and torch may choose a kernel
+            function()
+        seconds = float(request.config.getoption("benchmark_max_time"))
+        rounds = int(seconds / (_seconds(ours) + _seconds(peer)))
+        rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
+
+        peer_seconds: list[float] = []
+        benchmark.group = group
+        # The setup of a round is not part of its time: that is where the peer takes its turn.
+        benchmark.pedantic(ours, setup=lambda: peer_seconds.append(_seconds(peer)), rounds=rounds)
+        comparison = Comparison(
+            group=group,
+            case=case,
+            measure=measure,
+            ours_ms=1e3 * benchmark.stats.stats.median,
+            peer_ms=1e3 * statistics.median(peer_seconds),
+            peer=peer_name,
+            rounds=rounds,
+            bar=bar,
+            note=note,
+        )
+        benchmark.extra_info |= vars(comparison) | {"ratio": comparison.ratio}
+        request.config.stash[COMPARISONS].append(comparison)
+        return comparison.ratio
+
+    return run
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COMPARISONS] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    comparisons = config.stash[COMPARISONS]
+    if comparisons:
+        terminalreporter.section("medians of interleaved rounds; ratio = peer / ours")
+        terminalreporter.write_line(machine_line())
+        terminalreporter.write_line("")
+        terminalreporter.write_line(table(comparisons))
