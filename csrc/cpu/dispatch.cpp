@@ -9,11 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(FUSED_ATTENTION_HAVE_AMX_KERNELS)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace fused_attention::cpu {
 namespace {
 
@@ -25,14 +20,6 @@ constexpr int64_t kRangesPerThread = 4;
 // Multiply-adds below which waking other threads costs more than it saves.
 constexpr double kSerialWork = 1 << 18;
 
-#if defined(FUSED_ATTENTION_HAVE_AMX_KERNELS)
-// Linux enables the tile registers for a process that asks for them.
-bool amx_permitted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#endif
-
 std::vector<const KernelTable*> find_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
@@ -40,10 +27,7 @@ std::vector<const KernelTable*> find_tables() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#if defined(FUSED_ATTENTION_HAVE_AMX_KERNELS)
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && amx_permitted())
-    tables.push_back(&kAmxKernels);
-#endif
+  if (avx512 && amx_available()) tables.push_back(&kAmxKernels);
   if (avx512) tables.push_back(&kAvx512Kernels);
   if (avx2) tables.push_back(&kAvx2Kernels);
 #endif
