@@ -192,7 +192,10 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
         ),
         report.section("The machine and the run", "What produced this page.", report.table(facts)),
     ]
-    lead = f"An encoder-decoder Transformer on fused attention, trained from nothing in {minutes:.1f} minutes to translate {source} to {target}."
+    lead = (
+        f"An encoder-decoder Transformer on fused attention, trained from nothing in {minutes:.1f} minutes "
+        f"to translate {source} to {target}."
+    )
     return report.page("A Transformer that translates", lead, tiles, sections)
 
 

@@ -59,7 +59,7 @@ def positional_encoding(table: Tensor) -> Any:
     figure = _new_figure(8.0, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, columns, title in zip(panels, (table[:, 0::2], table[:, 1::2]), ("sine", "cosine"), strict=True):
-        image = axes.imshow(columns.T, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest", origin="lower")
+        image = axes.imshow(columns.T.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest", origin="lower")
         _style(axes)
         axes.set_title(title, fontsize=10, color=TEXT)
         axes.set_xlabel("position in the sentence")
@@ -83,7 +83,7 @@ def attention_grid(maps: Sequence[Tensor], query_tokens: Sequence[str], key_toke
     panels = figure.subplots(num_layers, num_heads, squeeze=False)
     for layer, row in enumerate(panels):
         for head, axes in enumerate(row):
-            axes.imshow(maps[layer][head].float(), cmap=colors, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.imshow(maps[layer][head].float().numpy(), cmap=colors, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             _style(axes)
             axes.tick_params(labelsize=7)
             axes.set_xticks(range(len(key_tokens)), key_tokens, rotation=90)

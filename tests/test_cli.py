@@ -1,0 +1,212 @@
+"""The command line: what it prints, what it refuses, and that it never overwrites or shows a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_translation import trained_folder, write_corpus
+
+from fused_attention.transformer import cli, optional_modules
+from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from fused_attention.transformer.data import load_corpus
+
+TINY = (
+    *("--steps", "3", "--vocab-size", "60", "--d-model", "16", "--num-heads", "2", "--dim-feedforward", "16"),
+    *("--num-encoder-layers", "1", "--num-decoder-layers", "1", "--batch-tokens", "300"),
+)
+
+
+def run_command(*arguments: object, text: str = "", environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m fused_attention` in a process of its own."""
+    command = [sys.executable, "-m", "fused_attention", *map(str, arguments)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail with status 2 and exactly one line on stderr; returns that line."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("fused-attention: ")
+    return lines[0].removeprefix("fused-attention: ")
+
+
+class TestInfo:
+    def test_every_backend_with_its_reason(self) -> None:
+        without = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        finished = run_command("info", environment=without)
+        assert finished.returncode == 0, finished.stderr
+        lines = dict(line.split(maxsplit=1) for line in finished.stdout.splitlines() if line.startswith("  "))
+        for backend in ("cuda", "triton", "cpu", "reference"):
+            assert lines[backend] == "available" or lines[backend].startswith("not available: ")
+        assert lines["reference"] == "available"
+        if sys.platform == "linux":
+            # Started anew with the variable, because it was not set.
+            assert lines["GOMP_SPINCOUNT"] == "2000"
+
+    @pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+    def test_a_choice_of_the_user_is_left_alone(self, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(variable, "7")
+        monkeypatch.setattr(os, "execv", lambda *arguments: pytest.fail("started anew"))
+        cli.restart_with_short_spinning()
+        assert os.environ[variable] == "7"
+
+
+class TestTrain:
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> Path:
+        return write_corpus(tmp_path / "data")
+
+    def test_train_then_resume(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        output = tmp_path / "run"
+        assert cli.main(["train", str(output), "--data", str(data), *TINY]) == 0
+        assert capsys.readouterr().out.startswith("test: BLEU ")
+        assert read_checkpoint(output).progress["step"] == 3
+        assert cli.main(["train", str(output), "--resume", "--steps", "5"]) == 0
+        checkpoint = read_checkpoint(output)
+        assert checkpoint.progress["step"] == 5
+        assert checkpoint.config["d_model"] == 16
+
+    def test_an_existing_checkpoint_is_not_replaced(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / CHECKPOINT_NAME).write_bytes(b"precious")
+        message = error_line(capsys, "train", tmp_path, "--data", data, *TINY)
+        assert message == f"{tmp_path / CHECKPOINT_NAME} exists; choose another folder or allow overwriting with --overwrite"
+        assert (tmp_path / CHECKPOINT_NAME).read_bytes() == b"precious"
+        assert cli.main(["train", str(tmp_path), "--data", str(data), "--overwrite", *TINY]) == 0
+        assert read_checkpoint(tmp_path).progress["step"] == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--data", "nowhere"], "no corpus 'nowhere': neither a folder nor one of the names"),
+            (["--data", "DATA", "--target-language", "de"], "has no file train.de"),
+            (["--data", "DATA", *TINY, "--num-heads", "3"], "num_heads"),
+            (["--data", "DATA", *TINY, "--vocab-size", "9000"], "cannot learn a vocabulary of 9000 pieces"),
+            (["--data", "DATA", *TINY, "--dropout", "2"], "dropout must lie in [0, 1], got 2.0"),
+            (["--data", "DATA", *TINY, "--memory-layers", "top"], "memory_layers must be one of"),
+            (["--data", "DATA", *TINY, "--batch-tokens", "3"], "batch_tokens = 3 is less than the longest"),
+            (["--data", "DATA", "--steps", "0"], "steps must be positive, not 0"),
+            (["--data", "DATA", "--minutes", "-1"], "minutes must be positive, not -1.0"),
+            (["--data", "DATA", "--autocast", "int8"], "autocast must be one of auto, bf16, off"),
+            (["--data", "DATA", "--device", "abacus"], "device 'abacus' cannot be used"),
+            (["--resume"], "no checkpoint"),
+        ],
+    )
+    def test_bad_input_is_one_line(
+        self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    ) -> None:
+        given = [str(data) if argument == "DATA" else argument for argument in arguments]
+        assert message in error_line(capsys, "train", tmp_path / "run", *given)
+        assert not (tmp_path / "run" / CHECKPOINT_NAME).exists()
+
+    def test_settings_with_resume(self, capsys: pytest.CaptureFixture[str]) -> None:
+        message = error_line(capsys, "train", trained_folder(), "--resume", "--dropout", "0.5")
+        assert message == "--resume keeps the run's settings; not allowed with it: dropout"
+
+    def test_output_below_a_file(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").write_text("kept")
+        assert "Not a directory" in error_line(capsys, "train", tmp_path / "file" / "run", "--data", data, *TINY)
+        assert (tmp_path / "file").read_text() == "kept"
+
+    def test_read_only_output(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        if os.geteuid() == 0:
+            pytest.skip("root may write to read-only folders")
+        (tmp_path / "run").mkdir(mode=0o500)
+        assert "Permission denied" in error_line(capsys, "train", tmp_path / "run", "--data", data, *TINY)
+
+    def test_a_missing_package_names_the_extra(
+        self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "sentencepiece", None)
+        message = error_line(capsys, "train", tmp_path / "run", "--data", data, *TINY)
+        assert message.startswith("sentencepiece cannot be imported")
+        assert message.endswith("install it with: pip install 'fused-attention[translation]'")
+        with pytest.raises(optional_modules.MissingModuleError):
+            optional_modules.optional_module("sentencepiece")
+
+
+class TestTranslate:
+    def test_stdin_to_stdout(self) -> None:
+        train = load_corpus(read_checkpoint(trained_folder()).config["data"]).train
+        finished = run_command("translate", trained_folder(), text=f"{train.source[4]}\n\n{train.source[2]}")
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout == f"{train.target[4]}\n\n{train.target[2]}\n"
+        assert finished.stderr == ""
+
+    def test_empty_input(self) -> None:
+        finished = run_command("translate", trained_folder())
+        assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+    def test_long_line_is_named(self) -> None:
+        finished = run_command("translate", trained_folder(), text="cat\n" + "big dog " * 90)
+        assert finished.returncode == 0
+        assert finished.stderr == "fused-attention: line 2 is longer than 31 tokens and was cut\n"
+        assert len(finished.stdout.splitlines()) == 2
+
+    def test_corrupt_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / CHECKPOINT_NAME
+        path.write_bytes((trained_folder() / CHECKPOINT_NAME).read_bytes()[:5000])
+        assert error_line(capsys, "translate", path).startswith(f"corrupt checkpoint {path}: ")
+
+    def test_missing_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert error_line(capsys, "translate", tmp_path) == f"no checkpoint {tmp_path / CHECKPOINT_NAME}"
+
+    def test_stdin_that_is_not_text(self) -> None:
+        command = [sys.executable, "-m", "fused_attention", "translate", trained_folder()]
+        finished = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=120)
+        assert finished.returncode == 2
+        assert finished.stderr.decode() == "fused-attention: stdin is not UTF-8 text: invalid continuation byte at byte 3\n"
+
+
+class TestBench:
+    def test_no_benchmarks_installed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli, "files", lambda package: tmp_path)
+        assert error_line(capsys, "bench").startswith(f"this installation has no benchmarks in {tmp_path / 'benchmarks'}")
+
+    def test_no_pytest_benchmark(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "benchmarks").mkdir()
+        (tmp_path / "benchmarks" / "benchmark_nothing.py").touch()
+        monkeypatch.setattr(cli, "files", lambda package: tmp_path)
+        monkeypatch.setitem(sys.modules, "pytest_benchmark", None)
+        assert error_line(capsys, "bench").endswith("pip install 'fused-attention[bench]'")
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "x", "--steps", "many"]])
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_info", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "fused-attention: interrupted\n"
+
+
+def test_reader_of_stdout_that_leaves_early() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fused_attention", "translate", trained_folder()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate("red cat\n" * 50_000, timeout=120)
+    assert process.returncode == 141
+    assert errors == ""

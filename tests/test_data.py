@@ -1,0 +1,311 @@
+"""Parallel text, tokenizers and batches."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import shutil
+import urllib.error
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_translation import made_up_text, write_corpus, write_text
+
+from fused_attention.transformer import data, libreoffice_help
+from fused_attention.transformer.batches import BatchSource, Position
+from fused_attention.transformer.data import DataError, ParallelText, load_corpus, read_parallel
+from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
+
+
+class TestReading:
+    def test_plain_and_gzipped_files_read_alike(self, tmp_path: Path) -> None:
+        plain = load_corpus(str(write_corpus(tmp_path / "plain")))
+        folder = write_corpus(tmp_path / "gz")
+        for path in list(folder.iterdir()):
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+        zipped = load_corpus(str(folder))
+        assert (zipped.train, zipped.validation, zipped.tests) == (plain.train, plain.validation, plain.tests)
+        assert len(plain.train) == 60
+        assert plain.held_out() == ("test", plain.tests["test"])
+
+    def test_every_test_set_that_both_languages_have(self, tmp_path: Path) -> None:
+        folder = write_corpus(tmp_path)
+        write_text(folder, "test_2016", made_up_text(3))
+        (folder / "test_2017.en").write_text("only English\n")
+        assert list(load_corpus(str(folder)).tests) == ["test", "test_2016"]
+
+    def test_without_a_test_set_scores_are_on_val(self, tmp_path: Path) -> None:
+        folder = write_corpus(tmp_path)
+        for path in folder.glob("test*"):
+            path.unlink()
+        corpus = load_corpus(str(folder))
+        assert corpus.held_out() == ("val", corpus.validation)
+
+    def test_pairs_with_a_blank_side_are_left_out_and_the_rest_stays_aligned(self, tmp_path: Path) -> None:
+        (tmp_path / "train.en").write_text(" one \n\ntwo\nthree\n")
+        (tmp_path / "train.fr").write_text("un\nrien\n  \ntrois")
+        assert read_parallel(tmp_path, "train", "en", "fr") == ParallelText(["one", "three"], ["un", "trois"])
+
+    def test_only_a_newline_ends_a_line(self, tmp_path: Path) -> None:
+        # Real corpora hold form feeds and U+2028 inside sentences; splitting there would misalign all that follows.
+        (tmp_path / "train.en").write_bytes("a\x0cb\u2028c\r\nd\n".encode())
+        (tmp_path / "train.fr").write_text("x\ny\n")
+        assert read_parallel(tmp_path, "train", "en", "fr").source == ["a\x0cb\u2028c", "d"]
+
+    def test_max_words_counts_the_longer_side(self, tmp_path: Path) -> None:
+        folder = write_corpus(tmp_path)
+        (folder / "val.en").write_text("one two\none\none two three\n")
+        (folder / "val.fr").write_text("un\nun deux trois\nun\n")
+        assert load_corpus(str(folder), max_words=2).validation == ParallelText(["one two"], ["un"])
+
+    def test_fingerprint_follows_the_training_text(self, tmp_path: Path) -> None:
+        folder = write_corpus(tmp_path)
+        before = load_corpus(str(folder)).fingerprint()
+        assert load_corpus(str(folder)).fingerprint() == before
+        text = (folder / "train.fr").read_text()
+        (folder / "train.fr").write_text(text.replace("chat", "chaton", 1))
+        assert load_corpus(str(folder)).fingerprint() != before
+
+
+class TestBadCorpora:
+    def test_mismatched_line_counts_name_files_and_counts(self, tmp_path: Path) -> None:
+        folder = write_corpus(tmp_path)
+        (folder / "train.fr").write_text("un\ndeux\n")
+        with pytest.raises(DataError, match=r"train\.en has 60, .*train\.fr has 2"):
+            load_corpus(str(folder))
+
+    @pytest.mark.parametrize("content", ["", "\n", " \n \n"], ids=["no bytes", "one blank line", "blank lines"])
+    def test_empty(self, tmp_path: Path, content: str) -> None:
+        folder = write_corpus(tmp_path)
+        for language in ("en", "fr"):
+            (folder / f"val.{language}").write_text(content)
+        with pytest.raises(DataError, match=r"empty corpus: .*val\.en and .*val\.fr"):
+            load_corpus(str(folder))
+
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"no corpus '.*nowhere': neither a folder nor one of the names multi30k"):
+            load_corpus(str(tmp_path / "nowhere"))
+
+    def test_missing_language(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"has no file train\.de or train\.de\.gz"):
+            load_corpus(str(write_corpus(tmp_path)), "en", "de")
+
+    def test_one_language_twice(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="both 'en'"):
+            load_corpus(str(write_corpus(tmp_path)), "en", "en")
+
+    def test_not_utf8(self, tmp_path: Path) -> None:
+        folder = write_corpus(tmp_path)
+        (folder / "train.fr").write_bytes("été\n".encode("latin-1"))
+        with pytest.raises(DataError, match=r"train\.fr is not UTF-8 text: .* at byte 0"):
+            load_corpus(str(folder))
+
+    @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"plain text"], ids=["cut off", "not gzip"])
+    def test_damaged_gzip(self, tmp_path: Path, damage) -> None:
+        folder = write_corpus(tmp_path)
+        text = (folder / "train.en").read_bytes()
+        (folder / "train.en").unlink()
+        (folder / "train.en.gz").write_bytes(damage(gzip.compress(text)))
+        with pytest.raises(DataError, match=r"train\.en\.gz is not a complete gzip file"):
+            load_corpus(str(folder))
+
+    def test_max_words_that_leaves_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no pair has at most 1 words"):
+            load_corpus(str(write_corpus(tmp_path)), max_words=1)
+
+
+class TestMulti30k:
+    @pytest.fixture(autouse=True)
+    def _private_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def test_real_text(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not os.environ.get(data.DATA_VARIABLE):
+            pytest.skip(f"{data.DATA_VARIABLE} is not set to a folder with Multi30k")
+        corpus = load_corpus("multi30k")
+        name, test = corpus.held_out()
+        assert (len(corpus.train), len(corpus.validation), name, len(test)) == (29000, 1014, "test_2016_flickr", 1000)
+
+    def test_download_fills_the_cache_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
+        asked = []
+
+        def answer(address: str, timeout: float) -> io.BytesIO:
+            asked.append(address.rpartition("/")[2])
+            return io.BytesIO(gzip.compress(f"{address[-5:]}\n".encode()))
+
+        monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+        corpus = load_corpus("multi30k", "en", "de")
+        assert corpus.train == ParallelText(["en.gz"], ["de.gz"])
+        assert corpus.held_out()[0] == "test_2016_flickr"
+        assert len(asked) == 6
+        load_corpus("multi30k", "en", "de")
+        assert len(asked) == 6
+
+    def test_broken_download_leaves_no_corpus_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
+
+        def answer(address: str, timeout: float) -> io.BytesIO:
+            if "val" in address:
+                raise urllib.error.URLError("Network is unreachable")
+            return io.BytesIO(gzip.compress(b"a\n"))
+
+        monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+        with pytest.raises(DataError, match="cannot download .*Network is unreachable; set FUSED_ATTENTION_DATA"):
+            load_corpus("multi30k")
+        assert list((tmp_path / "cache" / "fused_attention").iterdir()) == []
+
+    def test_unknown_language(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
+        with pytest.raises(DataError, match="multi30k has no language 'es', only en, de, fr, cs"):
+            load_corpus("multi30k", "en", "es")
+
+
+class TestLibreOfficeHelp:
+    def test_visible_text_of_elements_with_an_id(self) -> None:
+        page = """<h1 id="h" dir="auto">Menu <span class="emph">Insert</span></h1><p dir="auto">no id</p>
+            <p id="keys"><span class="switchinline"><span hidden="true" class="MAC">Command</span>
+            <span hidden="true">Ctrl</span></span>+F2 &amp; Enter<br>now</p><p class="code" id="c">PRINT 1</p>
+            <p id="image"><img src="x" alt="Icon"></p>"""
+        assert libreoffice_help.paragraphs_of(page) == {"h": "Menu Insert", "keys": "Ctrl+F2 & Enter now", "image": ""}
+
+    def test_sentences_split_only_where_both_sides_agree(self) -> None:
+        assert libreoffice_help.align_sentences("Open it. Close it.", "Ouvrez-le. Éteignez-le.") == [
+            ("Open it.", "Ouvrez-le."),
+            ("Close it.", "Éteignez-le."),
+        ]
+        assert libreoffice_help.align_sentences("Open it. Close it.", "Ouvrez puis fermez.") == [
+            ("Open it. Close it.", "Ouvrez puis fermez.")
+        ]
+
+    def test_pages_pair_by_path_and_paragraphs_by_id(self, tmp_path: Path) -> None:
+        pages = {
+            "en/a/1.html": '<p id="x">Good day.</p><p id="y">Only here.</p><p id="z">SUM</p>',
+            "fr/a/1.html": '<p id="z">SUM</p><p id="x">Bonjour.</p>',
+            "en/2.html": '<p id="x">good day!</p><p id="w">Thank you.</p>',
+            "fr/2.html": '<p id="x">Salut.</p><p id="w">Merci.</p>',
+            "en/3.html": '<p id="x">No such page.</p>',
+        }
+        for name, text in pages.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        # "Good day." is the same sentence as "good day!" of the page that comes first; SUM is not translated.
+        text = libreoffice_help.align_pages(tmp_path / "en", tmp_path / "fr")
+        assert text == ParallelText(["good day!", "Thank you."], ["Salut.", "Merci."])
+
+    def test_splits_are_disjoint_and_complete(self, tmp_path: Path) -> None:
+        text = made_up_text(100)
+        libreoffice_help.write_splits(tmp_path, text)
+        corpus = data.read_corpus(tmp_path, "en", "fr")
+        parts = [corpus.train, corpus.validation, corpus.tests["test"]]
+        assert [len(part) for part in parts] == [80, 10, 10]
+        assert sorted(sentence for part in parts for sentence in part.source) == sorted(text.source)
+        translation = dict(zip(text.source, text.target, strict=True))
+        assert all(part.target == [translation[sentence] for sentence in part.source] for part in parts)
+
+    def test_without_apt(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(libreoffice_help.shutil, "which", lambda tool: None)
+        with pytest.raises(DataError, match="needs apt-get .*set FUSED_ATTENTION_DATA"):
+            load_corpus("libreoffice-help")
+
+    def test_apt_failure_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = tmp_path / "bin" / "apt-get"
+        fake.parent.mkdir()
+        fake.write_text("#!/bin/sh\necho 'W: slow' >&2\necho 'E: Failed to fetch the list' >&2\nexit 100\n")
+        fake.chmod(0o755)
+        shutil.copy(fake, fake.with_name("dpkg-deb"))
+        monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        with pytest.raises(DataError, match=r"^libreoffice-help: apt-get failed: E: Failed to fetch the list$"):
+            load_corpus("libreoffice-help")
+
+    def test_other_language_pair(self) -> None:
+        with pytest.raises(DataError, match="libreoffice-help is en-fr only, not en-de"):
+            load_corpus("libreoffice-help", "en", "de")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    text = made_up_text(60)
+    return Tokenizer.train(text.source + text.target, 60)
+
+
+class TestTokenizer:
+    def test_special_ids_and_size(self, tokenizer: Tokenizer) -> None:
+        assert len(tokenizer) == 60
+        assert tokenizer.pieces([0, 1, 2, 3]) == ["<pad>", "<s>", "</s>", "<unk>"]
+
+    def test_decode_undoes_encode(self, tokenizer: Tokenizer) -> None:
+        sentences = [*made_up_text(20, seed=5).target, ""]
+        assert tokenizer.decode(tokenizer.encode(sentences)) == sentences
+
+    def test_decode_ends_at_eos_and_skips_padding(self, tokenizer: Tokenizer) -> None:
+        cat, dog = tokenizer.encode(["cat", "dog"])
+        assert tokenizer.decode([[BOS_ID, *cat, EOS_ID, *dog], [*cat, *dog, PAD_ID, PAD_ID]]) == ["cat", "cat dog"]
+
+    def test_survives_serialisation(self, tokenizer: Tokenizer) -> None:
+        assert Tokenizer(tokenizer.model).encode(["big red dog"]) == tokenizer.encode(["big red dog"])
+
+    @pytest.mark.parametrize(("size", "message"), [(5000, "too high"), (5, "smaller than required")])
+    def test_impossible_vocabulary(self, size: int, message: str) -> None:
+        with pytest.raises(DataError, match=f"cannot learn a vocabulary of {size} pieces from this text: .*{message}"):
+            Tokenizer.train(made_up_text(60).source, size)
+
+
+rows = st.lists(st.integers(4, 50), max_size=12)
+pairs = st.lists(st.tuples(rows, rows), min_size=1, max_size=60)
+
+
+class TestBatches:
+    @given(pairs, st.integers(26, 100), st.integers(0, 3))
+    def test_every_pair_once_an_epoch_within_the_token_limit(self, pairs, batch_tokens: int, epoch: int) -> None:
+        source, target = zip(*pairs, strict=True)
+        batches = BatchSource(source, target, batch_tokens=batch_tokens, max_len=13)
+        indices = batches.epoch(epoch)
+        assert sorted(index for batch in indices for index in batch) == list(range(len(pairs)))
+        assert indices == BatchSource(source, target, batch_tokens=batch_tokens, max_len=13).epoch(epoch)
+        for batch in map(batches.collate, indices):
+            assert batch.src.numel() + batch.tgt_out.numel() <= batch_tokens
+
+    @given(pairs, st.integers(0, 20))
+    def test_a_position_continues_where_it_was_taken(self, pairs, drawn: int) -> None:
+        source, target = zip(*pairs, strict=True)
+        batches = BatchSource(source, target, batch_tokens=60, max_len=13)
+        position = Position()
+        stream = batches.from_position(position)
+        for _ in range(drawn):
+            next(stream)
+        resumed = batches.from_position(Position(position.epoch, position.batch))
+        for _ in range(5):
+            expected, got = next(stream), next(resumed)
+            assert expected.src.equal(got.src)
+            assert expected.tgt_out.equal(got.tgt_out)
+
+    def test_layout(self) -> None:
+        batch = BatchSource([[7, 8], [9]], [[5], [6, 4]], batch_tokens=100, max_len=10).collate([0, 1])
+        assert batch.src.tolist() == [[7, 8, EOS_ID], [9, EOS_ID, PAD_ID]]
+        assert batch.tgt_in.tolist() == [[BOS_ID, 5, PAD_ID], [BOS_ID, 6, 4]]
+        assert batch.tgt_out.tolist() == [[5, EOS_ID, PAD_ID], [6, 4, EOS_ID]]
+        assert batch.tokens() == 10
+
+    def test_epochs_and_seeds_differ(self) -> None:
+        rows = [[4] * (1 + index % 5) for index in range(100)]
+        batches = BatchSource(rows, rows, batch_tokens=60, max_len=10)
+        assert batches.epoch(0) != batches.epoch(1)
+        assert batches.epoch(0) != BatchSource(rows, rows, batch_tokens=60, max_len=10, seed=1).epoch(0)
+
+    def test_long_pairs_are_left_out(self) -> None:
+        batches = BatchSource([[4] * 9, [4]], [[4], [4] * 10], batch_tokens=60, max_len=10)
+        assert batches.num_dropped == 1
+        assert batches.collate([0]).src.shape == (1, 10)
+
+    def test_nothing_fits(self) -> None:
+        with pytest.raises(DataError, match="no sentence pair has fewer than max_len = 3 tokens"):
+            BatchSource([[4] * 5], [[4]], batch_tokens=60, max_len=3)
+        with pytest.raises(DataError, match="batch_tokens = 5 is less than the longest sentence pair, 8 tokens"):
+            BatchSource([[4] * 5], [[4]], batch_tokens=5, max_len=30)

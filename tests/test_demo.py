@@ -1,0 +1,156 @@
+"""The demonstration from text to report, on a made-up language; and the report in a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_translation import tiny_config, write_corpus
+
+from fused_attention.transformer import demo, report, swap_demo
+from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
+from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, ParallelText
+from fused_attention.transformer.swap_demo import swap_attention
+from fused_attention.transformer.translate import Translator
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Counts images and errors, and writes the counts where --dump-dom shows them.
+BROWSER_PROBE = """<script>
+let errors = 0;
+addEventListener("error", () => { errors += 1; }, true);
+addEventListener("load", () => {
+  const images = [...document.images];
+  const shown = images.filter(image => image.naturalWidth > 100 && image.clientWidth > 100).length;
+  document.title = `images ${shown} of ${images.length}, errors ${errors}`;
+});
+</script>"""
+
+
+@pytest.fixture
+def small_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"D_MODEL": 32, "NUM_HEADS": 4, "NUM_LAYERS": 1, "DIM_FEEDFORWARD": 32, "BATCH_SIZE": 2, "LENGTH": 16, "REPETITIONS": 1}
+    for name, size in sizes.items():
+        monkeypatch.setattr(swap_demo, name, size)
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one short demonstration."""
+    base = tmp_path_factory.mktemp("demo")
+    data = write_corpus(base / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in {"D_MODEL": 32, "NUM_HEADS": 4, "LENGTH": 16, "REPETITIONS": 1}.items():
+            patch.setattr(swap_demo, name, size)
+        patch.setattr(demo, "demo_config", lambda corpus, device, minutes: tiny_config(data, minutes=minutes, num_decoder_layers=2))
+        demo.run_demo(base / "out", minutes=0.02, data=str(data))
+    return base / "out"
+
+
+class TestOutput:
+    def test_checkpoint_translates(self, demo_folder: Path) -> None:
+        assert len(Translator.load(demo_folder).translate(["red cat", "dog"])) == 2
+
+    def test_report_has_every_part_and_needs_no_other_file(self, demo_folder: Path) -> None:
+        text = (demo_folder / demo.REPORT_NAME).read_text()
+        for title in ("Ten sentences", "Learning", "Where it looks", "order of words", "torch.nn.Transformer", "The machine"):
+            assert re.search(f"<h2>[^<]*{title}", text), title
+        assert text.count("<li>") == 10
+        # Loss curve, positional encoding, three kinds of attention map.
+        assert text.count("<img ") == text.count('src="data:image/png;base64,') == 5
+        assert not re.search(r'(src|href)="(?!data:)', text)
+        assert "BLEU on test" in text
+
+    def test_report_opens_in_a_browser(self, demo_folder: Path, tmp_path: Path) -> None:
+        browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+        if browser is None:
+            pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
+        text = (demo_folder / demo.REPORT_NAME).read_text()
+        probed = tmp_path / "report.html"
+        probed.write_text(text.replace("<head>", f"<head>{BROWSER_PROBE}", 1))
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        shown = subprocess.run([browser, *options, probed.as_uri()], capture_output=True, text=True, timeout=120)
+        assert re.search("<title>([^<]*)</title>", shown.stdout)[1] == "images 5 of 5, errors 0", shown.stderr[-500:]
+
+    def test_earlier_results_are_kept(self, demo_folder: Path) -> None:
+        before = {path: path.read_bytes() for path in demo_folder.iterdir()}
+        assert {path.name for path in before} == {demo.REPORT_NAME, CHECKPOINT_NAME}
+        with pytest.raises(FileExistsError, match="report.html exists; .*--overwrite"):
+            demo.run_demo(demo_folder, minutes=0.01)
+        assert {path: path.read_bytes() for path in demo_folder.iterdir()} == before
+
+
+class TestCorpusSearch:
+    """Each source that fails leads to the next, in the documented order."""
+
+    def search(self, monkeypatch: pytest.MonkeyPatch, available: set[str]) -> list[tuple[str, int | None]]:
+        tried = []
+
+        def load(name: str, max_words: int | None = None) -> Corpus:
+            tried.append((name, max_words))
+            if name not in available:
+                raise DataError(f"no {name} here")
+            empty = ParallelText([], [])
+            return Corpus(name, "en", "fr", empty, empty, {})
+
+        monkeypatch.setattr(demo, "load_corpus", load)
+        try:
+            demo.find_corpus()
+        finally:
+            monkeypatch.undo()
+        return tried
+
+    @pytest.fixture(autouse=True)
+    def _no_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(DATA_VARIABLE, raising=False)
+
+    def test_multi30k_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.search(monkeypatch, {"multi30k", "libreoffice-help"}) == [("multi30k", None)]
+
+    def test_then_short_sentences_of_libreoffice_help(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.search(monkeypatch, {"libreoffice-help"}) == [("multi30k", None), ("libreoffice-help", 20)]
+
+    def test_then_one_line_that_names_the_ways(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(DataError, match=f"no parallel text: set {DATA_VARIABLE} to .*github.com .*apt"):
+            self.search(monkeypatch, set())
+
+    def test_a_given_folder_is_not_passed_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(DATA_VARIABLE, "/given")
+        with pytest.raises(DataError, match="no multi30k here"):
+            self.search(monkeypatch, {"libreoffice-help"})
+
+
+class TestSwap:
+    @pytest.mark.usefixtures("small_swap")
+    def test_same_output_and_times(self) -> None:
+        result = swap_attention(torch.device("cpu"))
+        assert result.num_replaced == 3
+        # float32 through 2 layers: some tens of roundings of 6e-8 each.
+        assert result.relative_difference < 1e-5
+        assert all(before > 0 and after > 0 for before, after in result.seconds.values())
+        assert "fp32" in result.seconds
+        assert "times as fast" in result.rows()["fp32 training step"]
+
+
+class TestParts:
+    def test_examples_are_ten_of_medium_length_spread_over_the_text(self) -> None:
+        sentences = ["too short"] * 5 + ["one two three four five six seven"] * 100
+        chosen = demo.choose_examples(sentences)
+        assert len(set(chosen)) == 10
+        assert min(chosen) == 5
+        assert max(chosen) >= 90
+
+    @pytest.mark.parametrize("sentences", [["a b"] * 3, ["one two three four five six"]])
+    def test_few_sentences(self, sentences: list[str]) -> None:
+        assert demo.choose_examples(sentences) == list(range(len(sentences)))
+
+    def test_labels_of_pieces(self) -> None:
+        assert demo.readable_pieces(["<s>", "▁star", "ring", "▁", ".", "</s>"]) == ["[begin]", "star", "·ring", "▁", "·.", "[end]"]
+
+    def test_text_is_escaped(self) -> None:
+        text = report.page("<t>", "<l>", {"<k>": "<v>"}, [report.section("<s>", "<n>", report.translations([("<a>", "<b>", "<c>")]))])
+        assert not re.search("<[tlkvnabc]>(?!</)", text.replace("<b><", ""))
+        assert all(f"&lt;{letter}&gt;" in text for letter in "tlkvsnabc")
