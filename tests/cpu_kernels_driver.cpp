@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs every CPU kernel without Python, so that it can be built with AddressSanitizer and UndefinedBehaviorSanitizer, and
+// compares it with double loops. Every tensor lies in a heap block of exactly its size, absent rows hold NaN, outputs and scratch
+// memory start as NaN, and the gaps between the rows of a strided output must stay untouched.
+// Prints one line per instruction set and exits with 1 at the first failure.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "philox.h"
+
+using namespace fused_attention;
+
+namespace {
+
+// 16-bit floats, written independently of the kernels.
+float widen(uint16_t bits, Dtype dtype) {
+  if (dtype == Dtype::bfloat16) {
+    const uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return static_cast<float>(bits & 0x8000 ? -magnitude : magnitude);
+}
+
+uint16_t narrow(float value, Dtype dtype) {  // truncates: only used to make inputs, which are read back through widen()
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if (dtype == Dtype::bfloat16) return static_cast<uint16_t>(word >> 16);
+  if (std::isnan(value)) return 0x7e00;
+  if (std::fabs(value) < 1e-4f) return 0;
+  return static_cast<uint16_t>((word >> 16 & 0x8000) | ((word >> 13 & 0x3ffff) - (112 << 10)));
+}
+
+enum Layout { heads_first, rows_first, packed, gaps };  // (B,H,L,D), (B,L,H,D), one of three in (B,L,3,H,D), rows with gaps
+
+constexpr unsigned char kGuard = 0xff;  // NaN in every dtype
+
+struct Tensor {  // (batch, heads, rows, columns)
+  Dtype dtype;
+  int64_t batch, heads, rows, columns;
+  StridedTensor view;
+  std::unique_ptr<unsigned char[]> memory;
+  size_t bytes;
+
+  Tensor(Dtype type, int64_t b, int64_t h, int64_t l, int64_t d, Layout layout) : dtype(type), batch(b), heads(h), rows(l), columns(d) {
+    const int64_t size = element_size();
+    int64_t elements = b * h * l * d, first = 0;
+    switch (layout) {
+      case heads_first: view.batch = h * l * d, view.head = l * d, view.row = d; break;
+      case rows_first: view.batch = l * h * d, view.head = d, view.row = h * d; break;
+      case packed: view.batch = l * 3 * h * d, view.head = d, view.row = 3 * h * d, elements *= 3, first = h * d; break;
+      case gaps: view.row = d + 3, view.head = l * view.row, view.batch = h * view.head, elements = b * view.batch, first = elements ? 1 : 0; break;
+    }
+    bytes = static_cast<size_t>(elements * size);
+    memory.reset(new unsigned char[bytes]);
+    std::memset(memory.get(), kGuard, bytes);
+    view.data = memory.get() + (elements ? first * size : 0);
+  }
+  int64_t element_size() const { return dtype == Dtype::float32 ? 4 : 2; }
+  unsigned char* address(int64_t b, int64_t h, int64_t r, int64_t c) const {
+    return static_cast<unsigned char*>(view.data) + (b * view.batch + h * view.head + r * view.row + c) * element_size();
+  }
+  float get(int64_t b, int64_t h, int64_t r, int64_t c) const {
+    const unsigned char* p = address(b, h, r, c);
+    if (dtype == Dtype::float32) {
+      float value;
+      std::memcpy(&value, p, 4);
+      return value;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+    return widen(bits, dtype);
+  }
+  void set(int64_t b, int64_t h, int64_t r, int64_t c, float value) {
+    unsigned char* p = address(b, h, r, c);
+    const uint16_t bits = narrow(value, dtype);
+    if (dtype == Dtype::float32) std::memcpy(p, &value, 4);
+    else std::memcpy(p, &bits, 2);
+  }
+  // Bytes outside the view must still hold the guard.
+  bool gaps_untouched() const {
+    std::vector<bool> inside(bytes, false);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < columns * element_size(); ++i) inside[static_cast<size_t>(address(b, h, r, 0) - memory.get() + i)] = true;
+    for (size_t i = 0; i < bytes; ++i)
+      if (!inside[i] && memory[i] != kGuard) return false;
+    return true;
+  }
+};
+
+struct Case {
+  int64_t batch, heads, seqlen_q, seqlen_k, head_dim_qk, head_dim_v;
+  Causal causal;
+  bool key_mask, lengths, attn_mask, dropout, dlse;
+  Layout layout;
+};
+
+constexpr Causal kNone = Causal::none, kTopLeft = Causal::top_left, kBottomRight = Causal::bottom_right;
+
+// Odd sizes sit one off the kernels' blocks: 16 lanes, 32 and 64 columns, 48 and 96 rows, 512 keys.
+const Case kCases[] = {
+    {2, 2, 37, 53, 40, 40, kNone, false, false, false, false, false, rows_first},
+    {1, 1, 1, 1, 1, 1, kTopLeft, false, false, false, true, true, gaps},
+    {2, 1, 5, 5, 128, 128, kBottomRight, false, true, false, false, true, packed},
+    {1, 2, 65, 63, 17, 33, kTopLeft, true, false, true, true, true, heads_first},
+    {2, 2, 70, 70, 64, 64, kTopLeft, true, true, false, true, false, packed},
+    {1, 1, 97, 129, 8, 24, kBottomRight, true, true, true, false, true, gaps},
+    {1, 1, 49, 513, 72, 72, kNone, true, false, false, true, true, rows_first},
+    {1, 2, 130, 600, 16, 16, kBottomRight, false, true, false, true, true, rows_first},
+    {1, 1, 17, 1030, 32, 20, kNone, false, false, true, true, false, gaps},
+    {1, 1, 200, 31, 48, 80, kTopLeft, true, false, false, false, false, packed},
+    {1, 1, 33, 20, 256, 255, kBottomRight, false, false, true, true, true, gaps},
+    {0, 2, 8, 8, 16, 16, kNone, false, false, false, false, false, rows_first},
+    {2, 0, 8, 8, 16, 16, kNone, false, false, false, false, false, rows_first},
+    {2, 2, 0, 8, 16, 16, kNone, false, true, false, true, false, rows_first},
+    {2, 2, 8, 0, 16, 16, kTopLeft, false, false, false, true, true, gaps},
+};
+
+// Owns what a problem points to.
+struct Inputs {
+  Case c;
+  Tensor query, key, value, out, dout, dquery, dkey, dvalue;
+  std::vector<float> lse, dlse, attn_mask;
+  std::vector<uint8_t> key_mask;
+  std::vector<int32_t> key_lengths, query_lengths;
+  std::vector<int64_t> rng_state{0x123456789abcdef, 0x1234500000007};
+  AttentionProblem problem;
+
+  Inputs(const Case& spec, Dtype dtype)
+      : c(spec), query(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout), key(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout),
+        value(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout), out(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
+        dout(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout), dquery(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
+        dkey(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout), dvalue(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout) {
+    std::mt19937 generator(static_cast<unsigned>(c.seqlen_q * 131 + c.seqlen_k));
+    std::normal_distribution<float> normal;
+    if (c.lengths) {
+      for (int64_t b = 0; b < c.batch; ++b) {
+        key_lengths.push_back(static_cast<int32_t>(b == 0 ? c.seqlen_k * 2 / 3 : c.seqlen_k + 5));  // the second is clamped
+        query_lengths.push_back(static_cast<int32_t>(b == 0 ? (c.seqlen_q + 1) / 2 : -1));
+      }
+    }
+    if (c.key_mask)
+      for (int64_t i = 0; i < c.batch * c.seqlen_k; ++i) key_mask.push_back(i % 5 != 2 && i % c.seqlen_k < c.seqlen_k - 4);
+    for (int64_t b = 0; b < c.batch; ++b) {
+      for (int64_t h = 0; h < c.heads; ++h) {
+        fill(query, b, h, generator, normal, [&](int64_t i) { return query_present(b, i); });
+        fill(dout, b, h, generator, normal, [&](int64_t i) { return query_present(b, i); });
+        fill(key, b, h, generator, normal, [&](int64_t j) { return key_present(b, j); });
+        fill(value, b, h, generator, normal, [&](int64_t j) { return key_present(b, j); });
+      }
+    }
+    lse.assign(static_cast<size_t>(c.batch * c.heads * c.seqlen_q), NAN);
+    if (c.dlse)
+      for (size_t i = 0; i < lse.size(); ++i) dlse.push_back(normal(generator));
+    if (c.attn_mask)  // (H, Lq, Lk), broadcast over the batch
+      for (int64_t i = 0; i < c.heads * c.seqlen_q * c.seqlen_k; ++i) attn_mask.push_back(i % 7 == 3 ? -INFINITY : i % 11 == 4 ? -2e38f : normal(generator));
+
+    problem.dtype = dtype;
+    problem.batch = c.batch, problem.num_heads = c.heads, problem.seqlen_q = c.seqlen_q, problem.seqlen_k = c.seqlen_k;
+    problem.head_dim_qk = c.head_dim_qk, problem.head_dim_v = c.head_dim_v;
+    problem.softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim_qk));
+    problem.causal = c.causal;
+    problem.query = query.view, problem.key = key.view, problem.value = value.view, problem.out = out.view, problem.dout = dout.view;
+    problem.dquery = dquery.view, problem.dkey = dkey.view, problem.dvalue = dvalue.view;
+    problem.lse = lse.data();
+    if (c.dlse) problem.dlse = dlse.data();
+    if (c.attn_mask) problem.attn_mask = {attn_mask.data(), 0, c.seqlen_q * c.seqlen_k, c.seqlen_k};
+    if (c.key_mask) problem.key_mask = key_mask.data(), problem.key_mask_batch = c.seqlen_k, problem.key_mask_key = 1;
+    if (c.lengths) problem.key_lengths = key_lengths.data(), problem.query_lengths = query_lengths.data();
+    if (c.dropout) problem.dropout_threshold = 13107, problem.rng_state = rng_state.data();
+  }
+
+  template <class Present>
+  static void fill(Tensor& tensor, int64_t b, int64_t h, std::mt19937& generator, std::normal_distribution<float>& normal, Present present) {
+    for (int64_t r = 0; r < tensor.rows; ++r)
+      for (int64_t d = 0; d < tensor.columns; ++d) tensor.set(b, h, r, d, present(r) ? normal(generator) : NAN);
+  }
+
+  int64_t keys(int64_t b) const { return c.lengths ? std::clamp<int64_t>(key_lengths[static_cast<size_t>(b)], 0, c.seqlen_k) : c.seqlen_k; }
+  int64_t queries(int64_t b) const { return c.lengths ? std::clamp<int64_t>(query_lengths[static_cast<size_t>(b)], 0, c.seqlen_q) : c.seqlen_q; }
+  bool query_present(int64_t b, int64_t i) const { return i < queries(b); }
+  bool key_present(int64_t b, int64_t j) const { return j < keys(b) && (!c.key_mask || key_mask[static_cast<size_t>(b * c.seqlen_k + j)]); }
+  float bias(int64_t h, int64_t i, int64_t j) const { return c.attn_mask ? attn_mask[static_cast<size_t>((h * c.seqlen_q + i) * c.seqlen_k + j)] : 0.0f; }
+  bool visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const int64_t diagonal = c.causal == kBottomRight ? keys(b) - queries(b) : 0;
+    return query_present(b, i) && key_present(b, j) && (c.causal == kNone || j <= i + diagonal) && bias(h, i, j) >= -1e30f;
+  }
+  double keep_factor(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (!c.dropout) return 1.0;
+    const PhiloxKey seed = PhiloxKey::from_rng_state(rng_state.data());
+    uint32_t words[4] = {static_cast<uint32_t>(j / 16 * 4 + j % 8 / 2), static_cast<uint32_t>(i / 16 * 8 + i % 8), static_cast<uint32_t>(b * c.heads + h), seed.offset};
+    philox4x32(words, seed.key0, seed.key1);
+    const int64_t lane = i / 8 % 2 * 4 + j / 8 % 2 * 2 + j % 2;
+    const uint32_t number = lane % 2 ? words[lane / 2] >> 16 : words[lane / 2] & 0xffff;
+    return number >= problem.dropout_threshold ? problem.dropout_scale() : 0.0;
+  }
+  void poison_outputs() {
+    for (Tensor* tensor : {&out, &dquery, &dkey, &dvalue}) std::memset(tensor->memory.get(), kGuard, tensor->bytes);
+    std::fill(lse.begin(), lse.end(), NAN);
+  }
+};
+
+using Matrix = std::vector<double>;
+
+struct Expected {  // (B, H, rows, columns), dense
+  Matrix out, lse, dquery, dkey, dvalue;
+};
+
+// The formula, one score at a time.
+Expected expect(const Inputs& in) {
+  const Case& c = in.c;
+  const auto zeros = [&](int64_t rows, int64_t columns) { return Matrix(static_cast<size_t>(c.batch * c.heads * rows * columns), 0.0); };
+  Expected e{zeros(c.seqlen_q, c.head_dim_v), zeros(c.seqlen_q, 1), zeros(c.seqlen_q, c.head_dim_qk), zeros(c.seqlen_k, c.head_dim_qk), zeros(c.seqlen_k, c.head_dim_v)};
+  const double scale = in.problem.softmax_scale;
+  Matrix weights(static_cast<size_t>(c.seqlen_k)), dweights(weights.size());
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t h = 0; h < c.heads; ++h) {
+      const int64_t head = b * c.heads + h;
+      for (int64_t i = 0; i < c.seqlen_q; ++i) {
+        double max = -INFINITY, sum = 0, delta = 0;
+        for (int64_t j = 0; j < c.seqlen_k; ++j) {
+          double score = -INFINITY;
+          if (in.visible(b, h, i, j)) {
+            score = 0;
+            for (int64_t d = 0; d < c.head_dim_qk; ++d) score += static_cast<double>(in.query.get(b, h, i, d)) * in.key.get(b, h, j, d);
+            score = score * scale + in.bias(h, i, j);
+          }
+          weights[static_cast<size_t>(j)] = score;
+          max = std::max(max, score);
+        }
+        if (max == -INFINITY) {
+          e.lse[static_cast<size_t>(head * c.seqlen_q + i)] = -INFINITY;
+          continue;
+        }
+        for (double& weight : weights) sum += weight = std::exp(weight - max);
+        e.lse[static_cast<size_t>(head * c.seqlen_q + i)] = max + std::log(sum);
+        for (int64_t j = 0; j < c.seqlen_k; ++j) {
+          double &weight = weights[static_cast<size_t>(j)], &dweight = dweights[static_cast<size_t>(j)];
+          weight /= sum, dweight = 0;
+          if (weight == 0) continue;
+          const double keep = in.keep_factor(b, h, i, j);
+          for (int64_t d = 0; d < c.head_dim_v; ++d) {
+            const double v = in.value.get(b, h, j, d), g = in.dout.get(b, h, i, d);
+            e.out[static_cast<size_t>((head * c.seqlen_q + i) * c.head_dim_v + d)] += weight * keep * v;
+            e.dvalue[static_cast<size_t>((head * c.seqlen_k + j) * c.head_dim_v + d)] += weight * keep * g;
+            dweight += keep * g * v;
+          }
+          delta += weight * dweight;
+        }
+        if (c.dlse) delta -= in.dlse[static_cast<size_t>(head * c.seqlen_q + i)];
+        for (int64_t j = 0; j < c.seqlen_k; ++j) {
+          const double dscore = weights[static_cast<size_t>(j)] * (dweights[static_cast<size_t>(j)] - delta) * scale;
+          if (weights[static_cast<size_t>(j)] == 0) continue;
+          for (int64_t d = 0; d < c.head_dim_qk; ++d) {
+            e.dquery[static_cast<size_t>((head * c.seqlen_q + i) * c.head_dim_qk + d)] += dscore * in.key.get(b, h, j, d);
+            e.dkey[static_cast<size_t>((head * c.seqlen_k + j) * c.head_dim_qk + d)] += dscore * in.query.get(b, h, i, d);
+          }
+        }
+      }
+    }
+  }
+  return e;
+}
+
+// A coarse bound, here to catch a wrong index or mask: 16 units in the last place of the largest value (bfloat16: 8, its unit is
+// 2^-8). Rounding is judged by the Python tests.
+double tolerance(Dtype dtype) { return dtype == Dtype::float32 ? 2e-6 : dtype == Dtype::float16 ? 16.0 / 2048 : 8.0 / 256; }
+
+[[noreturn]] void fail(const char* isa, const Inputs& in, const std::string& what) {
+  const Case& c = in.c;
+  std::printf("FAILED %s dtype %d B%lld H%lld Lq%lld Lk%lld Dqk%lld Dv%lld causal %d: %s\n", isa, static_cast<int>(in.problem.dtype), static_cast<long long>(c.batch),
+              static_cast<long long>(c.heads), static_cast<long long>(c.seqlen_q), static_cast<long long>(c.seqlen_k), static_cast<long long>(c.head_dim_qk),
+              static_cast<long long>(c.head_dim_v), static_cast<int>(c.causal), what.c_str());
+  std::exit(1);
+}
+
+void compare(const char* isa, const Inputs& in, const char* name, const Tensor& got, const Matrix& want) {
+  double largest = 1.0;
+  for (double value : want) largest = std::max(largest, std::fabs(value));
+  size_t index = 0;
+  for (int64_t b = 0; b < got.batch; ++b)
+    for (int64_t h = 0; h < got.heads; ++h)
+      for (int64_t r = 0; r < got.rows; ++r)
+        for (int64_t d = 0; d < got.columns; ++d, ++index)
+          if (!(std::fabs(got.get(b, h, r, d) - want[index]) <= tolerance(got.dtype) * largest))
+            fail(isa, in, std::string(name) + " at (" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(r) + ", " + std::to_string(d) + "): got " +
+                              std::to_string(got.get(b, h, r, d)) + ", want " + std::to_string(want[index]));
+  if (!got.gaps_untouched()) fail(isa, in, std::string(name) + ": memory outside the tensor was written");
+}
+
+void check(const char* isa, const Inputs& in, const Expected& want) {
+  compare(isa, in, "out", in.out, want.out);
+  compare(isa, in, "dquery", in.dquery, want.dquery);
+  compare(isa, in, "dkey", in.dkey, want.dkey);
+  compare(isa, in, "dvalue", in.dvalue, want.dvalue);
+  for (size_t i = 0; i < want.lse.size(); ++i)
+    if (!(std::isinf(want.lse[i]) ? in.lse[i] == want.lse[i] : std::fabs(in.lse[i] - want.lse[i]) <= 1e-5 + 2e-6 * std::fabs(want.lse[i])))
+      fail(isa, in, "lse " + std::to_string(i) + ": got " + std::to_string(in.lse[i]) + ", want " + std::to_string(want.lse[i]));
+}
+
+// In two ranges of tasks, each with scratch memory of exactly the planned size that starts as NaN.
+void run_in_ranges(const cpu::Kernel& kernel, const AttentionProblem& problem) {
+  const cpu::Plan plan = kernel.plan(problem, 2);
+  const int64_t cuts[] = {0, plan.num_tasks / 2, plan.num_tasks};
+  for (int range = 0; range < 2; ++range) {
+    if (cuts[range] == cuts[range + 1]) continue;
+    const size_t bytes = (plan.scratch_bytes + 63) / 64 * 64;
+    std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes)), &std::free);
+    std::memset(scratch.get(), kGuard, bytes);
+    kernel.run(problem, plan, cuts[range], cuts[range + 1], scratch.get());
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+    for (const Case& spec : kCases) {
+      Inputs in(spec, dtype);
+      const Expected want = expect(in);
+      for (const cpu::KernelTable* table : cpu::available_tables()) {
+        in.poison_outputs();
+        run_in_ranges(table->forward[static_cast<int>(dtype)], in.problem);
+        run_in_ranges(table->backward[static_cast<int>(dtype)], in.problem);
+        check(table->name, in, want);
+        in.poison_outputs();
+        setenv("FUSED_ATTENTION_CPU_ISA", table->name, 1);
+        cpu::forward(in.problem, 2);
+        cpu::backward(in.problem, 2);
+        check(table->name, in, want);
+      }
+    }
+  }
+  for (const cpu::KernelTable* table : cpu::available_tables()) std::printf("%s ok: %zu problems in 3 dtypes\n", table->name, std::size(kCases));
+  return 0;
+}
