@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import shutil
 import urllib.error
 from pathlib import Path
 
@@ -213,15 +212,25 @@ class TestLibreOfficeHelp:
         with pytest.raises(DataError, match="needs apt-get .*set FUSED_ATTENTION_DATA"):
             load_corpus("libreoffice-help")
 
-    def test_apt_failure_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = tmp_path / "bin" / "apt-get"
-        fake.parent.mkdir()
-        fake.write_text("#!/bin/sh\necho 'W: slow' >&2\necho 'E: Failed to fetch the list' >&2\nexit 100\n")
-        fake.chmod(0o755)
-        shutil.copy(fake, fake.with_name("dpkg-deb"))
-        monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+    @pytest.fixture
+    def fake_tools(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder first on PATH for stand-ins of apt-get and dpkg-deb."""
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        with pytest.raises(DataError, match=r"^libreoffice-help: apt-get failed: E: Failed to fetch the list$"):
+        return folder
+
+    @pytest.mark.parametrize(("failing", "expected"), [("update", "no update"), ("download", "no download"), ("*", "no update")])
+    def test_apt_failure_is_one_line(self, fake_tools: Path, failing: str, expected: str) -> None:
+        script = '#!/bin/sh\nfor last; do case "$last" in update|download) command=$last;; esac; done\n'
+        script += f'case "$command" in {failing}) echo "W: slow" >&2; echo "E: no $command" >&2; exit 100;; esac\n'
+        # A failed update alone is no failure; without packages the pages are missing then.
+        message = "no sentence pairs in the help pages" if failing == "update" else f"apt-get failed: E: {expected}$"
+        for tool in ("apt-get", "dpkg-deb"):
+            (fake_tools / tool).write_text(script)
+            (fake_tools / tool).chmod(0o755)
+        with pytest.raises(DataError, match=message):
             load_corpus("libreoffice-help")
 
     def test_other_language_pair(self) -> None:

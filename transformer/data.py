@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fused_attention.transformer.atomic_write import sync_folder
+from fused_attention.transformer.atomic_write import atomic_write, sync_folder
 
 DATA_VARIABLE = "FUSED_ATTENTION_DATA"
 MULTI30K_ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
@@ -163,7 +163,10 @@ def cache_folder() -> Path:
 
 
 def fill_cache(name: str, fill: Callable[[Path], None]) -> Path:
-    """Return the cache folder `name`; if it is not there yet, `fill` a temporary folder, then rename it into place."""
+    """Return the cache folder `name`; if it is not there yet, `fill` a temporary folder, then rename it into place.
+
+    `fill` writes its files with atomic_write, so that they are on disk before the folder has its name.
+    """
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
@@ -174,7 +177,6 @@ def fill_cache(name: str, fill: Callable[[Path], None]) -> Path:
         raise DataError(f"cannot write the cache folder {folder.parent}: {error.strerror}") from error
     try:
         fill(temporary)
-        sync_folder(temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -200,7 +202,7 @@ def fetch_multi30k(source_language: str, target_language: str) -> Path:
         for split in ("train", "val", "test_2016_flickr"):
             for language in (source_language, target_language):
                 file_name = f"{split}.{language}.gz"
-                (folder / file_name).write_bytes(_download(f"{MULTI30K_ADDRESS}/{file_name}"))
+                atomic_write(folder / file_name, _download(f"{MULTI30K_ADDRESS}/{file_name}"))
                 read_lines(folder / file_name)
 
     return fill_cache(f"multi30k-{source_language}-{target_language}", download)

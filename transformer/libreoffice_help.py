@@ -16,6 +16,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+from fused_attention.transformer.atomic_write import atomic_write
 from fused_attention.transformer.data import DATA_VARIABLE, DataError, ParallelText, fill_cache
 
 PACKAGES = {"en": "libreoffice-help-en-us", "fr": "libreoffice-help-fr"}
@@ -49,22 +50,30 @@ def fetch_packages(folder: Path) -> None:
     state, cache = folder / "apt-state", folder / "apt-cache"
     for private in (state / "lists" / "partial", cache / "archives" / "partial"):
         private.mkdir(parents=True)
-    options = [f"-oDir::State::Lists={state / 'lists'}", f"-oDir::Cache={cache}", "-oAcquire::Languages=none", "-q"]
-    _run_tool(["apt-get", *options, "update"], folder)
-    _run_tool(["apt-get", *options, "download", *PACKAGES.values()], folder)
+    options = [
+        *(f"-oDir::State::Lists={state / 'lists'}", f"-oDir::Cache={cache}"),
+        *("-oAcquire::Languages=none", "-oAPT::Update::Error-Mode=any", "-q"),
+    ]
+    # A list that cannot be fetched matters only if the packages are not found without it, and is then the reason why.
+    update_failure = tool_failure(["apt-get", *options, "update"], folder)
+    download_failure = tool_failure(["apt-get", *options, "download", *PACKAGES.values()], folder)
+    if download_failure:
+        raise DataError(f"libreoffice-help: {update_failure or download_failure}")
     for package in sorted(folder.glob("*.deb")):
-        _run_tool(["dpkg-deb", "-x", package.name, "."], folder)
+        if failure := tool_failure(["dpkg-deb", "-x", package.name, "."], folder):
+            raise DataError(f"libreoffice-help: {failure}")
 
 
-def _run_tool(command: list[str], folder: Path) -> None:
+def tool_failure(command: list[str], folder: Path) -> str | None:
+    """Run a command in `folder`; None if it succeeds, else one line that says why it did not."""
     try:
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired as error:
-        raise DataError(f"{command[0]} did not finish within {error.timeout:.0f} s (no network?)") from error
-    if finished.returncode:
-        errors = [line for line in finished.stderr.splitlines() if line.startswith(("E:", "dpkg-deb:"))]
-        reason = errors[0] if errors else f"exit status {finished.returncode}"
-        raise DataError(f"libreoffice-help: {command[0]} failed: {reason}")
+        return f"{command[0]} did not finish within {error.timeout:.0f} s"
+    if finished.returncode == 0:
+        return None
+    errors = [line for line in finished.stderr.splitlines() if line.startswith(("E:", "dpkg-deb:"))]
+    return f"{command[0]} failed: {errors[0] if errors else f'exit status {finished.returncode}'}"
 
 
 class ParagraphParser(HTMLParser):
@@ -143,4 +152,4 @@ def write_splits(folder: Path, text: ParallelText) -> None:
     for split, indices in splits.items():
         for language, sentences in (("en", text.source), ("fr", text.target)):
             lines = "".join(f"{sentences[index]}\n" for index in indices)
-            (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+            atomic_write(folder / f"{split}.{language}.gz", gzip.compress(lines.encode(), mtime=0))
