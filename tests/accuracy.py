@@ -4,12 +4,14 @@ For out and gradients t:
     max|t - exact|  <= factor * max|eager - exact| + 2 ulp of t's dtype at max|exact|       (factor 2 for out, 3 for gradients)
     mean|t - exact| <= 1.1 * mean|eager - exact| + the mean of 2 ulp at |exact|
 float32 may in both lines use 16 * eps * |exact| instead where that is larger. For lse: |lse - exact| <= 1e-5 + 2e-6 * max(1, |exact|).
+Gradients get the budget of `saved_rounding` on top, for what the fused backward is given: lse in float32 and out in its own dtype.
 Inf and NaN patterns are compared first.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,8 +26,11 @@ FLOAT32_EPS_FACTOR = 16
 LSE_ABSOLUTE, LSE_RELATIVE = 1e-5, 2e-6
 
 
-def assert_accurate(name: str, kind: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Fails with the tensor's name, the worst coordinate, both values and the budget; kind is "out" or "gradient"."""
+def assert_accurate(name: str, kind: str, actual: Tensor, eager: Tensor, exact: Tensor, extra: Tensor | float = 0.0) -> None:
+    """Fails with the tensor's name, the worst coordinate, both values and the budget.
+
+    kind: "out" or "gradient". extra: for gradients, the budget of `saved_rounding`.
+    """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if actual.numel() == 0:
         return
@@ -34,7 +39,7 @@ def assert_accurate(name: str, kind: str, actual: Tensor, eager: Tensor, exact: 
     target = exact.masked_fill(~finite, 0.0).double()
     error = (actual.double() - target).masked_fill(~finite, 0.0).abs()
     eager_error = (eager.double() - target).masked_fill(~finite, 0.0).abs()
-    budget = _budget(target.abs(), actual.dtype)
+    budget = _budget(target.abs(), actual.dtype) + extra
     max_allowed = MAX_FACTOR[kind] * eager_error.max().item() + budget.max().item()
     if error.max().item() > max_allowed:
         raise AssertionError(_report(f"{name}: max error", actual, target, error, max_allowed))
@@ -89,9 +94,31 @@ def exact_and_eager(problem: Problem, dout: Tensor, dlse: Tensor | None) -> tupl
     exact = _with_gradients(attention_reference, _cast(problem, torch.float64), dout.double(), None if dlse is None else dlse.double())
     eager = _with_gradients(_eager, problem, dout, dlse)
     if not all(tensor.isfinite().all() for name, tensor in eager.items() if name != "lse"):
-        widened = _with_gradients(_eager, _cast(problem, torch.float32), dout.float(), dlse)
-        eager = {name: tensor.to(problem.query.dtype) for name, tensor in widened.items()}
+        eager = _with_gradients(partial(_eager, scores_dtype=torch.float32), problem, dout, dlse)
     return exact, eager
+
+
+def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far the gradients may move because the backward starts from a float32 lse and from the stored out.
+
+    P = exp(s - lse) changes by the relative rounding of lse, eps32 * |lse|; and in dS = P * (dP - delta), delta = rowsum(dout * out)
+    changes by the rounding of out, eps * rowsum(|dout| * |out|), while eager keeps its weights and sums what it rounded. Where dP and
+    delta cancel (one key takes all the weight) the second is all that is left of the gradient.
+    """
+    problem = _cast(problem, torch.float64)
+    queries_present, keys_present = present(problem)
+    query = problem.query.masked_fill(~queries_present[:, None, :, None], 0.0)
+    key = problem.key.masked_fill(~keys_present[:, None, :, None], 0.0)
+    finite_lse = exact["lse"].masked_fill(~exact["lse"].isfinite(), 0.0)
+    weights = torch.exp(masked_scores(problem) - finite_lse[..., None])
+    delta_rounding = torch.finfo(dout.dtype).eps * (dout.double() * exact["out"]).abs().sum(-1, keepdim=True)
+    delta_rounding = problem.scale * delta_rounding.masked_fill(~queries_present[:, None, :, None], 0.0)
+    lse_rounding = torch.finfo(torch.float32).eps * (finite_lse.abs().max().item() if finite_lse.numel() else 0.0)
+    return {
+        "query": delta_rounding * (weights @ key).abs() + lse_rounding * exact["query"].abs(),
+        "key": (weights * delta_rounding).transpose(-1, -2) @ query.abs() + lse_rounding * exact["key"].abs(),
+        "value": lse_rounding * exact["value"].abs(),
+    }
 
 
 def _cast(problem: Problem, dtype: torch.dtype) -> Problem:
@@ -112,9 +139,10 @@ def _with_gradients(function, problem: Problem, dout: Tensor, dlse: Tensor | Non
     return {"out": out.detach(), "lse": lse.detach(), "query": dquery, "key": dkey, "value": dvalue}
 
 
-def _eager(problem: Problem) -> tuple[Tensor, Tensor]:
-    """What a user would write: the score matrix in the inputs' dtype, torch's softmax, and nothing fused."""
+def _eager(problem: Problem, scores_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """What a user would write: the score matrix in the inputs' dtype (or the given one), torch's softmax, and nothing fused."""
     dtype, num_heads = problem.query.dtype, problem.query.shape[1]
+    scores_dtype = scores_dtype or dtype
     queries_present, keys_present = present(problem)
     query = problem.query.masked_fill(~queries_present[:, None, :, None], 0.0)
     key, value = (
@@ -123,9 +151,9 @@ def _eager(problem: Problem) -> tuple[Tensor, Tensor]:
     with torch.no_grad():  # everything that is added to the scores, -inf where masked
         zeros = torch.zeros_like(problem.query, dtype=torch.float32)
         bias = masked_scores(replace(problem, query=zeros, key=torch.zeros_like(problem.key, dtype=torch.float32)))
-    scores = problem.scale * (query @ key.transpose(-1, -2)) + bias.to(dtype)
+    scores = problem.scale * (query.to(scores_dtype) @ key.to(scores_dtype).transpose(-1, -2)) + bias.to(scores_dtype)
     nothing = (bias == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0).to(dtype)
     if problem.dropout_p > 0.0:
         weights = weights * dropout(problem, 0, num_heads).to(dtype)
     lse = torch.logsumexp(scores.float().masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing.squeeze(-1), -torch.inf)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager
+from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 from conftest import ALL_INSTRUCTION_SETS
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -114,6 +114,7 @@ def poison_absent(problem: Problem) -> Problem:
 
 def check(problem: Problem, dout: Tensor, dlse: Tensor | None) -> None:
     exact, eager = exact_and_eager(problem, dout, dlse)
+    rounding = saved_rounding(problem, dout, exact)
     poisoned = poison_absent(problem)
     out, lse = native.forward(poisoned)
     gradients = tuple(torch.empty_like(tensor) for tensor in poisoned.inputs)
@@ -121,7 +122,7 @@ def check(problem: Problem, dout: Tensor, dlse: Tensor | None) -> None:
     assert_accurate("out", "out", out, eager["out"], exact["out"])
     assert_lse_accurate(lse, exact["lse"])
     for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
-        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name])
+        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name], rounding[name])
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -180,7 +181,7 @@ def test_online_softmax_edges(case: str, dtype: torch.dtype, instruction_set: st
     if case == "first tile masked":
         mask[:, :600] = -torch.inf
     else:
-        mask[:, -1] = 60.0
+        mask[:, -1] = 12.0  # 160,000 times the others: they count for half a percent
     problem.attn_mask = mask[None, None]
     check(problem, dout, dlse)
 
