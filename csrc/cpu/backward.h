@@ -103,8 +103,10 @@ class BackwardPass {
         sum = fmadd(remaining >= kLanes ? load(out + d) : load_first(out + d, remaining), load(dout + d), sum);
       }
       delta_[i] = reduce_add(sum) - (dlse ? dlse[i] : 0.0f);
-      row_shift_[i] = lse[i] * kLog2e;
-      row_factor_[i] = 1.0f;
+      // lse log2 e does not fit a float32; what rounding takes from it is put back as a factor.
+      const float shift = lse[i] * kLog2e, lost = __builtin_fmaf(lse[i], kLog2e, -shift) + lse[i] * kLog2eRest;
+      row_shift_[i] = shift;
+      row_factor_[i] = 1.0f - lost * kLn2;
     }
   }
 

@@ -227,9 +227,15 @@ class ForwardPass {
     }
     float* lse = problem_.lse + batch_head_ * problem_.seqlen_q + row0_;
     for (int64_t i = 0; i < rows_; i += kLanes) {
-      const Vec sum = load(row_sum_ + i), natural = mul(add(load(row_max_ + i), log2(sum)), broadcast(kLn2));
+      const Vec sum = load(row_sum_ + i), natural = natural_lse(load(row_max_ + i), log2(sum));
       store_first(lse + i, select(less_than(sum, broadcast(1e-30f)), broadcast(-kInfinity), natural), rows_ - i);
     }
+  }
+
+  // (row_max + log2_sum) ln 2, rounded once: the backward recomputes every weight of the row from this number.
+  static Vec natural_lse(Vec row_max, Vec log2_sum) {
+    const Vec total = add(row_max, log2_sum), rest = add(sub(row_max, total), log2_sum);
+    return fmadd(total, broadcast(kLn2), fmadd(total, broadcast(kLn2Rest), mul(rest, broadcast(kLn2))));
   }
 
   static constexpr int64_t kSize = sizeof(T);

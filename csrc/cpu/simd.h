@@ -18,6 +18,7 @@ struct bfloat16_t { uint16_t bits; };
 struct float16_t { uint16_t bits; };
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+constexpr float kLog2eRest = 1.92596303e-8f, kLn2Rest = -1.90465432e-9f;  // what float32 loses of the two
 constexpr float kInfinity = __builtin_inff();
 
 FA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
