@@ -97,8 +97,8 @@ class AmxBackward {
     first_row = bounds.seqlen_k > 0 ? first_row_seeing(p, bounds, 0) / 32 * 32 : rows_padded;  // rows before it see nothing
     for (int64_t key0 = 0; key0 < bounds.seqlen_k; key0 += kKeys) run_key_block(key0);
     for (int64_t key = bounds.seqlen_k; key < p.seqlen_k; ++key) {
-      store_zero_row(p.dkey.at<Bf16Bits>(batch, head, key), p.head_dim_qk);
-      store_zero_row(p.dvalue.at<Bf16Bits>(batch, head, key), p.head_dim_v);
+      store_zero_row(row_ptr<Bf16Bits>(p.dkey, batch, head, key), p.head_dim_qk);
+      store_zero_row(row_ptr<Bf16Bits>(p.dvalue, batch, head, key), p.head_dim_v);
     }
     store_dquery();
   }
@@ -113,13 +113,13 @@ class AmxBackward {
   }
 
   void pack_query_side() {
-    const RowSource query{p.query.at<const Bf16Bits>(batch, head, 0), p.query.row, bounds.seqlen_q, p.head_dim_qk, nullptr};
-    const RowSource dout{p.dout.at<const Bf16Bits>(batch, head, 0), p.dout.row, bounds.seqlen_q, p.head_dim_v, nullptr};
+    const RowSource query{row_ptr<const Bf16Bits>(p.query, batch, head, 0), p.query.row, bounds.seqlen_q, p.head_dim_qk, nullptr};
+    const RowSource dout{row_ptr<const Bf16Bits>(p.dout, batch, head, 0), p.dout.row, bounds.seqlen_q, p.head_dim_v, nullptr};
     pack_pairs_along_head_dim(query, rows_padded, dim_qk, query_tiles);
     pack_pairs_along_sequence(query, rows_padded, dim_qk, query_pairs);
     pack_pairs_along_head_dim(dout, rows_padded, dim_v, dout_tiles);
     pack_pairs_along_sequence(dout, rows_padded, dim_v, dout_pairs);
-    const RowSource out{p.out.at<const Bf16Bits>(batch, head, 0), p.out.row, bounds.seqlen_q, p.head_dim_v, nullptr};
+    const RowSource out{row_ptr<const Bf16Bits>(p.out, batch, head, 0), p.out.row, bounds.seqlen_q, p.head_dim_v, nullptr};
     const int64_t statistics = (batch * p.num_heads + head) * p.seqlen_q;
     for (int64_t row = 0; row < rows_padded; row += 16) {
       const LaneMask live = first_lanes(bounds.seqlen_q - row);
@@ -149,8 +149,8 @@ class AmxBackward {
   void run_key_block(int64_t key0) {
     const int64_t keys = min_of(kKeys, bounds.seqlen_k - key0), keys_padded = round_up(keys, 32);
     const uint16_t* present = has_holes ? present_bits + key0 / 16 : nullptr;
-    const RowSource key{p.key.at<const Bf16Bits>(batch, head, key0), p.key.row, keys, p.head_dim_qk, present};
-    const RowSource value{p.value.at<const Bf16Bits>(batch, head, key0), p.value.row, keys, p.head_dim_v, present};
+    const RowSource key{row_ptr<const Bf16Bits>(p.key, batch, head, key0), p.key.row, keys, p.head_dim_qk, present};
+    const RowSource value{row_ptr<const Bf16Bits>(p.value, batch, head, key0), p.value.row, keys, p.head_dim_v, present};
     const int64_t block_first_row = first_row_seeing(p, bounds, key0) / 32 * 32;
     if (block_first_row < rows_padded) {
       pack_rows(key, keys_padded, dim_qk, key_rows);
@@ -162,25 +162,31 @@ class AmxBackward {
       const int64_t rows = min_of(kRows, rows_padded - row0);
       const bool more = row0 > block_first_row;
       // S^T (keys, rows) = K Q^T, dP^T = V dO^T
-      tile_matmul(keys_padded, rows, dim_qk, key_rows, dim_qk, {query_tiles + row0 * dim_qk, dim_qk / 32, 1}, scores, kScoreStride, false, tick);
-      tile_matmul(keys_padded, rows, dim_v, value_rows, dim_v, {dout_tiles + row0 * dim_v, dim_v / 32, 1}, dweights, kScoreStride, false, tick);
+      tile_matmul(keys_padded, rows, dim_qk, key_rows, dim_qk, {query_tiles + row0 * dim_qk, dim_qk / 32, 1}, scores, kScoreStride, false,
+                  tick);
+      tile_matmul(keys_padded, rows, dim_v, value_rows, dim_v, {dout_tiles + row0 * dim_v, dim_v / 32, 1}, dweights, kScoreStride, false,
+                  tick);
       if (dropping)
         dropout_keep_bits_transposed<kRows>(p, batch * p.num_heads + head, row0, rows, key0, keys_padded, keep_bits, kRows / 16);
       const bool masked = keys < keys_padded || has_holes || row0 < first_row_seeing(p, bounds, key0 + keys - 1);
       if (masked)
-        dropping ? softmax_gradient<true, true>(row0, rows, key, key0, keys_padded) : softmax_gradient<true, false>(row0, rows, key, key0, keys_padded);
+        dropping ? softmax_gradient<true, true>(row0, rows, key, key0, keys_padded)
+                 : softmax_gradient<true, false>(row0, rows, key, key0, keys_padded);
       else
-        dropping ? softmax_gradient<false, true>(row0, rows, key, key0, keys_padded) : softmax_gradient<false, false>(row0, rows, key, key0, keys_padded);
+        dropping ? softmax_gradient<false, true>(row0, rows, key, key0, keys_padded)
+                 : softmax_gradient<false, false>(row0, rows, key, key0, keys_padded);
       // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
       tile_matmul(keys_padded, dim_v, rows, weights, kWeightStride, {dout_pairs + row0 * dim_v, 1, dim_v / 16}, dvalue, dim_v, more, tick);
-      tile_matmul(keys_padded, dim_qk, rows, dscores, kWeightStride, {query_pairs + row0 * dim_qk, 1, dim_qk / 16}, dkey, dim_qk, more, tick);
-      tile_matmul(dim_qk, rows, keys_padded, key_t, kKeyStride, {dscore_pairs, 1, kRows / 16}, dquery_t + row0, dquery_stride, key0 > 0, tick);
+      tile_matmul(keys_padded, dim_qk, rows, dscores, kWeightStride, {query_pairs + row0 * dim_qk, 1, dim_qk / 16}, dkey, dim_qk, more,
+                  tick);
+      tile_matmul(dim_qk, rows, keys_padded, key_t, kKeyStride, {dscore_pairs, 1, kRows / 16}, dquery_t + row0, dquery_stride, key0 > 0,
+                  tick);
     }
     const bool seen = block_first_row < rows_padded;
     const __m512 dkey_scale = _mm512_set1_ps(p.softmax_scale), dvalue_scale = _mm512_set1_ps(p.dropout_scale());
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(p.dkey.at<Bf16Bits>(batch, head, key0 + j), dkey + j * dim_qk, p.head_dim_qk, dkey_scale, seen && key.present(j));
-      store_row(p.dvalue.at<Bf16Bits>(batch, head, key0 + j), dvalue + j * dim_v, p.head_dim_v, dvalue_scale, seen && key.present(j));
+      store_row(row_ptr<Bf16Bits>(p.dkey, batch, head, key0 + j), dkey + j * dim_qk, p.head_dim_qk, dkey_scale, seen && key.present(j));
+      store_row(row_ptr<Bf16Bits>(p.dvalue, batch, head, key0 + j), dvalue + j * dim_v, p.head_dim_v, dvalue_scale, seen && key.present(j));
     }
   }
 
@@ -209,7 +215,8 @@ class AmxBackward {
       for (int64_t i = 0; i < rows; i += 16) {
         const __m512 lse = _mm512_load_ps(lse_log2 + row0 + i), row_delta = _mm512_load_ps(delta + row0 + i);
         const int64_t at0 = j * kScoreStride + i, at1 = at0 + kScoreStride;
-        const __mmask16 visible0 = kMasked ? lanes_from(first0, row0 + i) : 0xffff, visible1 = kMasked ? lanes_from(first1, row0 + i) : 0xffff;
+        const __mmask16 visible0 = kMasked ? lanes_from(first0, row0 + i) : 0xffff,
+                        visible1 = kMasked ? lanes_from(first1, row0 + i) : 0xffff;
         __mmask16 nonzero0, nonzero1;
         __m512 p0 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores + at0), scale, lse), visible0, &nonzero0);
         __m512 p1 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores + at1), scale, lse), visible1, &nonzero1);
@@ -242,25 +249,27 @@ class AmxBackward {
   void store_dquery() {
     const __m512 scale = _mm512_set1_ps(p.softmax_scale);
     for (int64_t row = 0; row < p.seqlen_q; ++row)
-      if (row < first_row || row >= bounds.seqlen_q) store_zero_row(p.dquery.at<Bf16Bits>(batch, head, row), p.head_dim_qk);
+      if (row < first_row || row >= bounds.seqlen_q) store_zero_row(row_ptr<Bf16Bits>(p.dquery, batch, head, row), p.head_dim_qk);
     for (int64_t row = first_row; row < bounds.seqlen_q; row += 16) {
       const int64_t rows = min_of(bounds.seqlen_q - row, int64_t{16});
       for (int64_t d = 0; d < p.head_dim_qk; d += 32) {
         __m512i low[16], high[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) low[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t + (d + i) * dquery_stride + row)));
+        for (int i = 0; i < 16; ++i)
+          low[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t + (d + i) * dquery_stride + row)));
         transpose16(low);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
           high[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t + (d + 16 + i) * dquery_stride + row)));
         transpose16(high);
-        Bf16Bits* to = p.dquery.at<Bf16Bits>(batch, head, row) + d;
+        Bf16Bits* to = row_ptr<Bf16Bits>(p.dquery, batch, head, row) + d;
         const __mmask32 lanes = first_lanes32(p.head_dim_qk - d);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
           if (i < rows)
-            _mm512_mask_storeu_epi16(to + i * p.dquery.row, lanes,
-                                     reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high[i]), _mm512_castsi512_ps(low[i]))));
+            _mm512_mask_storeu_epi16(
+                to + i * p.dquery.row, lanes,
+                reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high[i]), _mm512_castsi512_ps(low[i]))));
       }
     }
   }
@@ -269,7 +278,7 @@ class AmxBackward {
   void plan_prefetch(int64_t task, int64_t last_task) {
     prefetcher.clear();
     const auto writes = [&](const StridedTensor& tensor, int64_t rows, int64_t head_dim) {
-      prefetcher.add_writes(tensor.at<const Bf16Bits>(batch, head, 0), tensor.row * 2, rows, head_dim * 2);
+      prefetcher.add_writes(row_ptr<const Bf16Bits>(tensor, batch, head, 0), tensor.row * 2, rows, head_dim * 2);
     };
     writes(p.dkey, p.seqlen_k, p.head_dim_qk);
     writes(p.dvalue, p.seqlen_k, p.head_dim_v);
@@ -277,7 +286,7 @@ class AmxBackward {
     if (task + 1 < last_task) {
       const int64_t next_batch = (task + 1) / p.num_heads, next_head = (task + 1) % p.num_heads;
       const auto reads = [&](const StridedTensor& tensor, int64_t rows, int64_t head_dim) {
-        prefetcher.add_reads(tensor.at<const Bf16Bits>(next_batch, next_head, 0), tensor.row * 2, rows, head_dim * 2);
+        prefetcher.add_reads(row_ptr<const Bf16Bits>(tensor, next_batch, next_head, 0), tensor.row * 2, rows, head_dim * 2);
       };
       reads(p.query, p.seqlen_q, p.head_dim_qk);
       reads(p.dout, p.seqlen_q, p.head_dim_v);
@@ -285,8 +294,11 @@ class AmxBackward {
       reads(p.key, p.seqlen_k, p.head_dim_qk);
       reads(p.value, p.seqlen_k, p.head_dim_v);
     }
-    const int64_t tiles = divide_up(rows_padded, 32) * divide_up(bounds.seqlen_k, 32);  // 32 x 32 score blocks
-    prefetcher.spread_over(p.causal == Causal::none ? 2 * tiles : tiles);
+    // 32 x 32 blocks of all five products; under a causal mask about half of them are computed.
+    const int64_t row_tiles = rows_padded / 32, key_tiles = divide_up(bounds.seqlen_k, 32);
+    const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded, kRows) * key_tiles * (dim_qk + dim_v) / 32 +
+                          divide_up(bounds.seqlen_k, kKeys) * row_tiles * dim_qk / 32;
+    prefetcher.spread_over(p.causal == Causal::none ? ticks : ticks / 2);
   }
 
   static constexpr int64_t kScoreStride = kRows + 16, kWeightStride = kRows + 32, kKeyStride = kKeys + 32;
@@ -299,7 +311,8 @@ class AmxBackward {
 
   Bf16Bits *query_tiles = nullptr, *query_pairs = nullptr, *dout_tiles = nullptr, *dout_pairs = nullptr;
   Bf16Bits *key_rows = nullptr, *key_t = nullptr, *value_rows = nullptr, *weights = nullptr, *dscores = nullptr, *dscore_pairs = nullptr;
-  float *dquery_t = nullptr, *lse_log2 = nullptr, *delta = nullptr, *dkey = nullptr, *dvalue = nullptr, *scores = nullptr, *dweights = nullptr;
+  float *dquery_t = nullptr, *lse_log2 = nullptr, *delta = nullptr, *dkey = nullptr, *dvalue = nullptr, *scores = nullptr,
+        *dweights = nullptr;
   uint16_t *keep_bits = nullptr, *present_bits = nullptr;
 
   int64_t batch = -1, head = 0, rows_padded = 0, first_row = 0;

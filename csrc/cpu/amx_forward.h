@@ -109,15 +109,15 @@ class AmxForward {
   }
 
   RowSource query_rows(int64_t row0, int64_t rows) const {
-    return {p.query.at<const Bf16Bits>(batch, head, row0), p.query.row, rows, p.head_dim_qk, nullptr};
+    return {row_ptr<const Bf16Bits>(p.query, batch, head, row0), p.query.row, rows, p.head_dim_qk, nullptr};
   }
 
   void pack_key_block(int64_t key0, int64_t keys) {
     const uint16_t* present = has_holes ? present_bits + key0 / 16 : nullptr;
     const int64_t keys_padded = round_up(keys, 32);
-    pack_pairs_along_head_dim({p.key.at<const Bf16Bits>(batch, head, key0), p.key.row, keys, p.head_dim_qk, present}, keys_padded, dim_qk,
-                              packed_key);
-    pack_pairs_along_sequence({p.value.at<const Bf16Bits>(batch, head, key0), p.value.row, keys, p.head_dim_v, present}, keys_padded,
+    pack_pairs_along_head_dim({row_ptr<const Bf16Bits>(p.key, batch, head, key0), p.key.row, keys, p.head_dim_qk, present}, keys_padded,
+                              dim_qk, packed_key);
+    pack_pairs_along_sequence({row_ptr<const Bf16Bits>(p.value, batch, head, key0), p.value.row, keys, p.head_dim_v, present}, keys_padded,
                               dim_v, packed_value);
     packed_head = batch * p.num_heads + head;
   }
@@ -166,12 +166,13 @@ class AmxForward {
       float* row = scores + (first + i) * score_stride;
       __m512 max0 = minus_infinity, max1 = minus_infinity;
       if constexpr (kHasMask) {
-        const float* mask = p.attn_mask.at<const float>(batch, head, row0 + min_of(i, live - 1)) + key0;
+        const float* mask = row_ptr<const float>(p.attn_mask, batch, head, row0 + min_of(i, live - 1)) + key0;
         for (int64_t j = 0; j < visible[i]; j += 16) {
           const __mmask16 seen = visible_lanes(true, key0, j, visible[i]);
           const __m512 bias = _mm512_maskz_loadu_ps(seen, mask + j);
           const __mmask16 unmasked = _mm512_mask_cmp_ps_mask(seen, bias, _mm512_set1_ps(kMaskedBelow), _CMP_NLT_UQ);
-          const __m512 biased = _mm512_fmadd_ps(bias, _mm512_set1_ps(kLog2e), _mm512_mul_ps(_mm512_load_ps(row + j), _mm512_set1_ps(score_scale)));
+          const __m512 biased =
+              _mm512_fmadd_ps(bias, _mm512_set1_ps(kLog2e), _mm512_mul_ps(_mm512_load_ps(row + j), _mm512_set1_ps(score_scale)));
           const __m512 x = _mm512_mask_mov_ps(minus_infinity, unmasked, biased);
           _mm512_store_ps(row + j, x);
           max0 = _mm512_max_ps(max0, x);
@@ -253,11 +254,12 @@ class AmxForward {
       const int anything = p.dropout_threshold < 65536 ? nonempty : 0;
       for (int64_t r = 0; r < min_of(int64_t{16}, rows - i); ++r) {
         const float* from = acc + (held + i + r) * dim_v;
-        Bf16Bits* to = p.out.at<Bf16Bits>(batch, head, row0 + i + r);
+        Bf16Bits* to = row_ptr<Bf16Bits>(p.out, batch, head, row0 + i + r);
         const __m512 factor = _mm512_set1_ps(inverse[r]);
         const __mmask32 some = anything >> r & 1 ? 0xffffffffu : 0u;
         for (int64_t d = 0; d < p.head_dim_v; d += 32) {
-          const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_load_ps(from + d + 16), factor), _mm512_mul_ps(_mm512_load_ps(from + d), factor));
+          const __m512bh both =
+              _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_load_ps(from + d + 16), factor), _mm512_mul_ps(_mm512_load_ps(from + d), factor));
           _mm512_mask_storeu_epi16(to + d, first_lanes32(p.head_dim_v - d), _mm512_maskz_mov_epi16(some, reinterpret_cast<__m512i>(both)));
         }
       }
@@ -266,16 +268,18 @@ class AmxForward {
 
   void store_absent_rows(int64_t row0, int64_t rows) {
     for (int64_t row = row0; row < row0 + rows; ++row) {
-      store_zero_row(p.out.at<Bf16Bits>(batch, head, row), p.head_dim_v);
+      store_zero_row(row_ptr<Bf16Bits>(p.out, batch, head, row), p.head_dim_v);
       p.lse[(batch * p.num_heads + head) * p.seqlen_q + row] = -kInfinity;
     }
   }
 
   void prefetch_reads(const StridedTensor& tensor, int64_t batch_head, int64_t row, int64_t rows, int64_t head_dim) {
-    prefetcher.add_reads(tensor.at<const Bf16Bits>(batch_head / p.num_heads, batch_head % p.num_heads, row), tensor.row * 2, rows, head_dim * 2);
+    prefetcher.add_reads(row_ptr<const Bf16Bits>(tensor, batch_head / p.num_heads, batch_head % p.num_heads, row), tensor.row * 2, rows,
+                         head_dim * 2);
   }
   void prefetch_writes(const StridedTensor& tensor, int64_t batch_head, int64_t row, int64_t rows, int64_t head_dim) {
-    prefetcher.add_writes(tensor.at<const Bf16Bits>(batch_head / p.num_heads, batch_head % p.num_heads, row), tensor.row * 2, rows, head_dim * 2);
+    prefetcher.add_writes(row_ptr<const Bf16Bits>(tensor, batch_head / p.num_heads, batch_head % p.num_heads, row), tensor.row * 2, rows,
+                          head_dim * 2);
   }
 
   // Spreads over the ticks of one step the rows that later steps pack and write: the next query rows with their output, and a
@@ -286,8 +290,10 @@ class AmxForward {
     const int64_t batch_head = task / tasks_per_head;
     int64_t next_row = row0 + rows, next_head = batch_head;
     if (next_row >= task_row0 + task_rows) {
-      if (task + 1 < last_task) next_head = (task + 1) / tasks_per_head, next_row = (task + 1) % tasks_per_head * rows_per_task;
-      else next_row = p.seqlen_q;
+      if (task + 1 < last_task)
+        next_head = (task + 1) / tasks_per_head, next_row = (task + 1) % tasks_per_head * rows_per_task;
+      else
+        next_row = p.seqlen_q;
     }
     if (key0 == 0 && next_row < p.seqlen_q) {
       prefetch_reads(p.query, next_head, next_row, min_of(kRows, p.seqlen_q - next_row), p.head_dim_qk);

@@ -47,8 +47,8 @@ FA_INLINE __mmask32 first_lanes32(int64_t n) { return n >= 32 ? 0xffffffffu : n 
 // Rows of one head as they lie in memory. Rows at or past num_rows, and rows whose presence bit is 0, read as zeros: whatever is
 // stored there cannot reach a product.
 struct RowSource {
-  const Bf16Bits* rows;          // (num_rows, head_dim)
-  int64_t row_stride;            // in elements
+  const Bf16Bits* rows;  // (num_rows, head_dim)
+  int64_t row_stride;    // in elements
   int64_t num_rows;
   int64_t head_dim;
   const uint16_t* present_bits;  // bit i % 16 of word i / 16 tells whether row i is present; null: all are
@@ -105,7 +105,8 @@ static inline void pack_pairs_along_sequence(const RowSource& source, int64_t ro
 }
 
 // packed (dim_padded, stride) with stride >= rows_padded, a multiple of 32
-static inline void pack_transposed_rows(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed, int64_t stride) {
+static inline void pack_transposed_rows(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed,
+                                        int64_t stride) {
   alignas(64) uint16_t index[64];
   for (int i = 0; i < 32; ++i) {
     index[i] = static_cast<uint16_t>(2 * i);
@@ -139,8 +140,8 @@ struct TileGrid {
 
 // One block of C: kRowTiles x kColumnTiles tiles, each 1 or 2. C tiles are registers 0-3, A 4-5, B 6-7.
 template <int kRowTiles, int kColumnTiles>
-FA_INLINE void matmul_block(int64_t depth, const Bf16Bits* a, int64_t a_stride, const TileGrid& b, int64_t column, float* c, int64_t c_stride,
-                            bool accumulate) {
+FA_INLINE void matmul_block(int64_t depth, const Bf16Bits* a, int64_t a_stride, const TileGrid& b, int64_t column, float* c,
+                            int64_t c_stride, bool accumulate) {
   const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
   if (accumulate) {
     _tile_loadd(0, c, c_bytes);
@@ -228,15 +229,20 @@ FA_INLINE __m512 natural_log(__m512 x) {
   return _mm512_fmadd_ps(exponent, _mm512_set1_ps(kLn2), _mm512_mul_ps(series, t));
 }
 
-struct Max { static __attribute__((always_inline)) __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); } };
-struct Sum { static __attribute__((always_inline)) __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); } };
+struct Max {
+  static __attribute__((always_inline)) __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+};
+struct Sum {
+  static __attribute__((always_inline)) __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
 
 // Lane i of the result is the sum (or the maximum) of the 16 lanes of v[i].
 template <class Combine>
 FA_INLINE __m512 reduce_16_vectors(const __m512* v, Combine) {
   __m512 pairs[8], quads[4];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) pairs[i] = Combine::of(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = Combine::of(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
