@@ -20,7 +20,7 @@ import pytest
 from fused_attention.benchmarks.report import Comparison, machine_line, table
 
 COMPARISONS = pytest.StashKey[list[Comparison]]()
-MIN_ROUNDS, MAX_ROUNDS = 5, 300
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
 class Compare(Protocol):
