@@ -26,7 +26,7 @@ def greedy(model: Transformer, src: Tensor, max_new_tokens: int) -> Tensor:
     length = 0
     while length < max_new_tokens and rows.shape[0] > 0:
         logits = model.decode(tokens, memory, cache)[:, -1]
-        tokens = logits.index_fill(1, never_generated, -torch.inf).argmax(-1, keepdim=True)
+        tokens = logits.index_fill_(1, never_generated, -torch.inf).max(-1, keepdim=True).indices  # faster than argmax
         output[rows, length] = tokens[:, 0]
         length += 1
         unfinished = (tokens[:, 0] != model.eos_id).nonzero()[:, 0]
