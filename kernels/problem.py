@@ -285,7 +285,7 @@ def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], devi
 def _checked_number(name: str, number: float) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # not math.isfinite: torch.compile may hold the number as a symbol
         raise ValueError(f"{name} must be finite, got {number}")
     return float(number)
 
@@ -318,7 +318,7 @@ def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch
     if not 0.0 < dropout_p < 1.0:
         return None
     if rng_state is None:
-        return torch.empty(2, dtype=torch.int64, device=device).random_()
+        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)  # torch.compile does not take Tensor.random_
     return rng_state
 
 
