@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_translation import write_corpus
 
 from fused_attention.kernels import native
 from fused_attention.kernels.support import support_table
@@ -15,6 +17,7 @@ from fused_attention.kernels.support import support_table
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL_EXAMPLES = [example for example in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "fused-attention " in example]
 
 
 def test_there_are_examples() -> None:
@@ -24,6 +27,15 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("example", PYTHON_EXAMPLES, ids=range(len(PYTHON_EXAMPLES)))
 def test_python_example(example: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error::UserWarning:__main__", "-c", example], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("example", SHELL_EXAMPLES, ids=range(len(SHELL_EXAMPLES)))
+def test_shell_example(example: str, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", example], cwd=tmp_path, env=environment, check=True)
+    lines = (tmp_path / "corpus/test.en").read_text().splitlines()
+    assert len((tmp_path / "test.fr").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
