@@ -119,3 +119,15 @@ def test_compiles_without_a_graph_break(kind):
     masks = make_masks("padding", inputs[1].shape[1])
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     assert_close(compiled(*inputs, **masks, need_weights=False), ours(*inputs, **masks, need_weights=False))
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "separate"])
+def test_compiles_dropout_and_weights(kind):
+    _, module = pair(EMBED, HEADS, dropout=0.5, batch_first=True)
+    inputs = make_inputs(kind, True, torch.float32)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    output, weights = compiled(*inputs, average_attn_weights=False)
+    value = torch.nn.functional.linear(inputs[2], module.in_proj_weight[2 * EMBED :], module.in_proj_bias[2 * EMBED :])
+    heads = weights @ value.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    assert_close(output, module.out_proj(heads.transpose(1, 2).flatten(2)))
+    assert 0 < (weights == 0).sum() < weights.numel()

@@ -105,7 +105,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             options["dropout_p"] = self.dropout
             if need_weights:
                 # Drawn here instead of inside the operation: the weights are recomputed with the output's dropout mask.
-                options["rng_state"] = torch.empty(2, dtype=torch.int64, device=query.device).random_()
+                options["rng_state"] = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device)
 
         weights = None
         operation = _OPERATION_BY_INPUTS[len(projected)]
