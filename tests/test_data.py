@@ -302,11 +302,16 @@ class TestBatches:
             assert expected.tgt_out.equal(got.tgt_out)
 
     def test_layout(self) -> None:
-        batch = BatchSource([[7, 8], [9]], [[5], [6, 4]], batch_tokens=100, max_len=10).collate([0, 1])
-        assert batch.src.tolist() == [[7, 8, EOS_ID], [9, EOS_ID, PAD_ID]]
-        assert batch.tgt_in.tolist() == [[BOS_ID, 5, PAD_ID], [BOS_ID, 6, 4]]
-        assert batch.tgt_out.tolist() == [[5, EOS_ID, PAD_ID], [6, 4, EOS_ID]]
-        assert batch.tokens() == 10
+        batch = BatchSource([[7, 8], [9]], [[5], [6, 4, 5, 6]], batch_tokens=100, max_len=10).collate([0, 1])
+        assert batch.src.tolist() == [[7, 8, EOS_ID, PAD_ID], [9, EOS_ID, PAD_ID, PAD_ID]]
+        assert batch.tgt_in.tolist() == [[BOS_ID, 5, *[PAD_ID] * 6], [BOS_ID, 6, 4, 5, 6, *[PAD_ID] * 3]]
+        assert batch.tgt_out.tolist() == [[5, EOS_ID, *[PAD_ID] * 6], [6, 4, 5, 6, EOS_ID, *[PAD_ID] * 3]]
+        assert batch.tokens() == 5 + 7
+
+    def test_few_shapes_but_never_wider_than_the_model_takes(self) -> None:
+        rows = [[4] * (1 + index % 13) for index in range(300)]
+        batches = BatchSource(rows, rows, batch_tokens=60, max_len=14)
+        assert {batch.src.shape[1] for batch in batches.once()} == {4, 8, 12, 14}
 
     def test_epochs_and_seeds_differ(self) -> None:
         rows = [[4] * (1 + index % 5) for index in range(100)]
@@ -322,5 +327,5 @@ class TestBatches:
     def test_nothing_fits(self) -> None:
         with pytest.raises(DataError, match="no sentence pair has fewer than max_len = 3 tokens"):
             BatchSource([[4] * 5], [[4]], batch_tokens=60, max_len=3)
-        with pytest.raises(DataError, match="batch_tokens = 5 is less than the longest sentence pair, 8 tokens"):
+        with pytest.raises(DataError, match="batch_tokens = 5 is less than the longest sentence pair, 12 tokens"):
             BatchSource([[4] * 5], [[4]], batch_tokens=5, max_len=30)
