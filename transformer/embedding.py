@@ -59,6 +59,4 @@ class TokenEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         vocab_size, d_model = self.weight.shape
-        return (
-            f"{vocab_size}, {d_model}, max_len={self.positions.shape[0]}, pad_id={self.pad_id}, dropout={self.dropout}"
-        )
+        return f"{vocab_size}, {d_model}, max_len={self.positions.shape[0]}, pad_id={self.pad_id}, dropout={self.dropout}"

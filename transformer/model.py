@@ -154,9 +154,7 @@ class Transformer(nn.Module):
         _check_tokens("src", src, self.max_len)
         padding = Padding.of(src, self.pad_id)
         embedding = self.tgt_embedding if self.src_embedding is None else self.src_embedding
-        heights = self.encoder(
-            embedding(src), self.memory_layers != "last", query_lengths=padding.lengths, **padding.as_keys()
-        )
+        heights = self.encoder(embedding(src), self.memory_layers != "last", query_lengths=padding.lengths, **padding.as_keys())
         return Memory(self._mix(heights) if self.memory_layers == "mixed" else heights, padding)
 
     def decode(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
