@@ -28,6 +28,7 @@ def run_command(*arguments: object, text: str = "", environment: dict[str, str] 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run a command that must fail with status 2 and exactly one line on stderr; returns that line."""
+    capsys.readouterr()  # what making the arguments has printed
     assert cli.main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -167,19 +168,25 @@ class TestTranslate:
 
 
 class TestBench:
-    def test_no_benchmarks_installed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli, "files", lambda package: tmp_path)
-        assert error_line(capsys, "bench").startswith(f"this installation has no benchmarks in {tmp_path / 'benchmarks'}")
+    @pytest.mark.parametrize(
+        ("missing", "message"),
+        [
+            ("fused_attention.benchmarks", "this installation has no benchmarks"),
+            ("pytest_benchmark", "pip install 'fused-attention[bench]'"),
+        ],
+    )
+    def test_what_is_missing_is_named(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str, message: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, missing, None)
+        assert message in error_line(capsys, "bench")
 
-    def test_no_pytest_benchmark(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "benchmarks").mkdir()
-        (tmp_path / "benchmarks" / "benchmark_nothing.py").touch()
-        monkeypatch.setattr(cli, "files", lambda package: tmp_path)
-        monkeypatch.setitem(sys.modules, "pytest_benchmark", None)
-        assert error_line(capsys, "bench").endswith("pip install 'fused-attention[bench]'")
+    def test_further_arguments_go_to_pytest(self) -> None:
+        finished = run_command("bench", "--collect-only", "-k", "no_such_benchmark")
+        assert "deselected" in finished.stdout, finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "x", "--steps", "many"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["info", "--more"], ["train", "x", "--steps", "many"]])
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments)

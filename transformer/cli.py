@@ -6,11 +6,11 @@ A user's error is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     if arguments is None:
         restart_with_short_spinning()
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and options.command is not run_bench:
+        parser.error(f"unknown arguments: {' '.join(more)}")
+    options.pytest_arguments = more
     try:
         return int(options.command(options) or 0)
     except KeyboardInterrupt:
@@ -104,8 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     demo.set_defaults(command=run_demo)
 
-    bench = commands.add_parser("bench", help="compare with torch on this machine")
-    bench.add_argument("pytest_arguments", nargs=argparse.REMAINDER, help="passed on to pytest")
+    bench = commands.add_parser("bench", help="compare with torch on this machine; further arguments go to pytest")
     bench.set_defaults(command=run_bench)
     return parser
 
@@ -183,14 +186,15 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    folder = Path(str(files("fused_attention"))) / "benchmarks"
-    if not any(folder.glob("benchmark_*.py")):
-        raise ValueError(f"this installation has no benchmarks in {folder}; run them from a checkout of the repository")
     for module in ("pytest", "pytest_benchmark"):
         try:
-            __import__(module)
+            importlib.import_module(module)
         except ImportError as error:
             raise ImportError(f"{module} cannot be imported ({error}); pip install 'fused-attention[bench]'") from error
+    try:
+        benchmarks = importlib.import_module("fused_attention.benchmarks")
+    except ImportError as error:
+        raise ImportError(f"this installation has no benchmarks ({error}); run them from a checkout of the repository") from error
     import pytest
 
-    return int(pytest.main([str(folder), *options.pytest_arguments]))
+    return int(pytest.main([str(Path(str(benchmarks.__file__)).parent), *benchmarks.PYTEST_ARGUMENTS, *options.pytest_arguments]))
