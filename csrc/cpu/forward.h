@@ -16,8 +16,9 @@ constexpr int64_t kBlockKeys = 512;
 
 // Query rows in one block of scores, a multiple of 16. Small blocks waste less under a causal mask.
 static int64_t forward_block_rows(const AttentionProblem& problem) {
-  if (problem.seqlen_q <= 64) return round_up(max_of(problem.seqlen_q, int64_t{1}), 16);
-  return problem.causal != Causal::none && problem.seqlen_q <= 1024 ? 48 : 96;
+  const bool causal = problem.causal != Causal::none;
+  if (problem.seqlen_q <= 64) return causal ? 32 : round_up(max_of(problem.seqlen_q, int64_t{1}), 16);
+  return causal && problem.seqlen_q <= 1024 ? 48 : 96;
 }
 
 // Keys that fit one block stay packed from task to task, so a task is one block of rows. With more keys every task packs all of
