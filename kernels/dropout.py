@@ -51,7 +51,9 @@ def _random_numbers(rng_state: Tensor, batch_heads: Tensor, blocks_q: int, block
     words = _philox(words, seed & WORD, ((seed >> 32) & WORD) ^ ((offset >> 32) & WORD))
     # number[lane] with lane = ((i // 8) % 2) * 4 + ((j // 8) % 2) * 2 + j % 2 is a half of word lane // 2
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    halves = halves.view(len(batch_heads), blocks_q, 8, blocks_k, 4, 2, 2, 2)  # N, i // 16, i % 8, j // 16, (j % 8) // 2, i // 8, j // 8, j % 2
+    halves = halves.view(
+        len(batch_heads), blocks_q, 8, blocks_k, 4, 2, 2, 2
+    )  # N, i // 16, i % 8, j // 16, (j % 8) // 2, i // 8, j // 8, j % 2
     return halves.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(len(batch_heads), 16 * blocks_q, 16 * blocks_k)
 
 

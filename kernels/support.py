@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,9 @@ from .routing import unsupported_reasons
 BACKENDS = ("reference", "cpu")
 
 
-def _problem(dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int = 64, num_heads_kv: int = 2, **options) -> Problem:
+def _problem(
+    dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int = 64, num_heads_kv: int = 2, **options: Any
+) -> Problem:
     query = torch.zeros(2, 2, 8, head_dim, dtype=dtype, requires_grad=True)
     key = torch.zeros(2, num_heads_kv, 12, head_dim, dtype=dtype)
     value = torch.zeros(2, num_heads_kv, 12, head_dim_v, dtype=dtype)
