@@ -120,7 +120,7 @@ def demo_config(corpus: Corpus, device: torch.device, minutes: float) -> Trainin
             validate_every=500,
             checkpoint_every=1000,
         )
-    return TrainingConfig(**text, warmup_steps=200, learning_rate_scale=0.6, cooldown=0.6)
+    return TrainingConfig(**text, warmup_steps=250, learning_rate_scale=1.2, cooldown=0.6)
 
 
 def choose_examples(sentences: list[str]) -> list[int]:
