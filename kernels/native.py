@@ -80,8 +80,8 @@ def backward(
     arguments, _keep_alive = _native_arguments(problem, out, lse)
     dquery, dkey, dvalue = gradients
     dlse_address = 0 if dlse is None else dlse.data_ptr()
-    own = (_strided(dout), dlse_address, _strided(dquery), _strided(dkey), _strided(dvalue))
-    _native.cpu_backward(*arguments, *own)
+    arguments += (_strided(dout), dlse_address, _strided(dquery), _strided(dkey), _strided(dvalue))
+    _native.cpu_backward(*arguments)
 
 
 def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple, tuple]:

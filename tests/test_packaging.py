@@ -30,10 +30,9 @@ def test_a_wheel_from_a_zip_download_is_complete(tmp_path: Path) -> None:
     expected = {f"fused_attention/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
     assert expected <= names
     assert not any(name.startswith(("kernels/", "transformer/", "benchmarks/")) for name in names)
-    script = "import fused_attention, torch; print(fused_attention.explain(*[torch.zeros(1, 1, 4, 8)] * 3).backend, fused_attention.__file__)"
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}, capture_output=True, text=True, check=True
-    )
+    script = "import fused_attention as f, torch; print(f.explain(*[torch.zeros(1, 1, 4, 8)] * 3).backend, f.__file__)"
+    environment = {"PYTHONPATH": str(tmp_path / "installed")}
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     backend, file = run.stdout.split()
     assert backend == "cpu"
     assert file.startswith(str(tmp_path))
