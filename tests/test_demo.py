@@ -13,7 +13,7 @@ from tiny_translation import tiny_config, write_corpus
 
 from fused_attention.transformer import demo, report, swap_demo
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
-from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, ParallelText
+from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, ParallelText, load_corpus
 from fused_attention.transformer.swap_demo import swap_attention
 from fused_attention.transformer.translate import Translator
 
@@ -94,7 +94,7 @@ class TestCorpusSearch:
             if name not in available:
                 raise DataError(f"no {name} here")
             empty = ParallelText([], [])
-            return Corpus(name, "en", "fr", empty, empty, {})
+            return Corpus(name, "en", "fr", max_words, empty, empty, {})
 
         monkeypatch.setattr(demo, "load_corpus", load)
         try:
@@ -136,6 +136,14 @@ class TestSwap:
 
 
 class TestParts:
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_settings_load_the_same_text_again(self, tmp_path: Path, device: str) -> None:
+        corpus = load_corpus(str(write_corpus(tmp_path)), max_words=4)
+        config = demo.demo_config(corpus, torch.device(device), minutes=2)
+        again = load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words)
+        assert again == corpus
+        assert (config.minutes, config.steps) == (2, None)
+
     def test_examples_are_ten_of_medium_length_spread_over_the_text(self) -> None:
         sentences = ["too short"] * 5 + ["one two three four five six seven"] * 100
         chosen = demo.choose_examples(sentences)

@@ -50,9 +50,10 @@ class ParallelText:
 class Corpus:
     """A training, a validation and any number of named test sets in one language pair."""
 
-    name: str
+    name: str  # as given to load_corpus: with the next three fields it loads the same text again
     source_language: str
     target_language: str
+    max_words: int | None
     train: ParallelText
     validation: ParallelText
     tests: dict[str, ParallelText]
@@ -93,7 +94,7 @@ def load_corpus(name_or_folder: str, source_language: str = "en", target_languag
         if not folder.is_dir():
             names = " or ".join(NAMED_CORPORA)
             raise DataError(f"no corpus {name_or_folder!r}: neither a folder nor one of the names {names}")
-    return read_corpus(folder, source_language, target_language, name=Path(name_or_folder).name, max_words=max_words)
+    return read_corpus(folder, source_language, target_language, name=name_or_folder, max_words=max_words)
 
 
 def read_corpus(
@@ -115,7 +116,7 @@ def read_corpus(
     suffixes = (f".{source_language}", f".{source_language}.gz")
     found = {path.name.removesuffix(s) for path in folder.glob("test*") for s in suffixes if path.name.endswith(s)}
     tests = {split: read(split) for split in sorted(found) if _find_file(folder, split, target_language) is not None}
-    return Corpus(name or folder.name, source_language, target_language, read("train"), read("val"), tests)
+    return Corpus(name or str(folder), source_language, target_language, max_words, read("train"), read("val"), tests)
 
 
 def read_parallel(folder: Path, split: str, source_language: str, target_language: str) -> ParallelText:

@@ -106,6 +106,7 @@ def demo_config(corpus: Corpus, device: torch.device, minutes: float) -> Trainin
         "data": corpus.name,
         "source_language": corpus.source_language,
         "target_language": corpus.target_language,
+        "max_words": corpus.max_words,
         "minutes": minutes,
     }
     if device.type == "cuda":
