@@ -54,39 +54,39 @@ class AmxBackward {
   static constexpr int64_t kRows = 128, kKeys = 64;  // of one block of scores
 
   explicit AmxBackward(const AttentionProblem& problem)
-      : p(problem),
-        dim_qk(round_up(problem.head_dim_qk, 32)),
-        dim_v(round_up(problem.head_dim_v, 32)),
-        rows_capacity(round_up(problem.seqlen_q, 32)),
-        dquery_stride(rows_capacity + 16),
-        score_scale(problem.softmax_scale * kLog2e),
-        dropping(problem.dropout_threshold > 0) {
+      : problem_(problem),
+        dim_qk_(round_up(problem.head_dim_qk, 32)),
+        dim_v_(round_up(problem.head_dim_v, 32)),
+        rows_capacity_(round_up(problem.seqlen_q, 32)),
+        dquery_stride_(rows_capacity_ + 16),
+        score_scale_(problem.softmax_scale * kLog2e),
+        dropping_(problem.dropout_threshold > 0) {
     alignas(64) uint16_t index[32];
     for (int i = 0; i < 16; ++i) index[2 * i] = static_cast<uint16_t>(i), index[2 * i + 1] = static_cast<uint16_t>(16 + i);
-    pair_lanes = _mm512_load_si512(index);
+    pair_lanes_ = _mm512_load_si512(index);
   }
 
   size_t carve(char* memory) {
     Arena arena(memory);
-    query_tiles = arena.take<Bf16Bits>(rows_capacity * dim_qk);
-    query_pairs = arena.take<Bf16Bits>(rows_capacity * dim_qk);
-    dout_tiles = arena.take<Bf16Bits>(rows_capacity * dim_v);
-    dout_pairs = arena.take<Bf16Bits>(rows_capacity * dim_v);
-    dquery_t = arena.take<float>(dim_qk * dquery_stride);
-    lse_log2 = arena.take<float>(rows_capacity);
-    delta = arena.take<float>(rows_capacity);
-    key_rows = arena.take<Bf16Bits>(kKeys * dim_qk);
-    key_t = arena.take<Bf16Bits>(dim_qk * kKeyStride);
-    value_rows = arena.take<Bf16Bits>(kKeys * dim_v);
-    dkey = arena.take<float>(kKeys * dim_qk);
-    dvalue = arena.take<float>(kKeys * dim_v);
-    scores = arena.take<float>(kKeys * kScoreStride);
-    dweights = arena.take<float>(kKeys * kScoreStride);
-    weights = arena.take<Bf16Bits>(kKeys * kWeightStride);
-    dscores = arena.take<Bf16Bits>(kKeys * kWeightStride);
-    dscore_pairs = arena.take<Bf16Bits>(kKeys * kRows);
-    if (dropping) keep_bits = arena.take<uint16_t>(kKeys * kRows / 16);
-    if (p.key_mask) present_bits = arena.take<uint16_t>(round_up(p.seqlen_k, 32) / 16);
+    query_tiles_ = arena.take<Bf16Bits>(rows_capacity_ * dim_qk_);
+    query_pairs_ = arena.take<Bf16Bits>(rows_capacity_ * dim_qk_);
+    dout_tiles_ = arena.take<Bf16Bits>(rows_capacity_ * dim_v_);
+    dout_pairs_ = arena.take<Bf16Bits>(rows_capacity_ * dim_v_);
+    dquery_t_ = arena.take<float>(dim_qk_ * dquery_stride_);
+    lse_log2_ = arena.take<float>(rows_capacity_);
+    delta_ = arena.take<float>(rows_capacity_);
+    key_rows_ = arena.take<Bf16Bits>(kKeys * dim_qk_);
+    key_t_ = arena.take<Bf16Bits>(dim_qk_ * kKeyStride);
+    value_rows_ = arena.take<Bf16Bits>(kKeys * dim_v_);
+    dkey_ = arena.take<float>(kKeys * dim_qk_);
+    dvalue_ = arena.take<float>(kKeys * dim_v_);
+    scores_ = arena.take<float>(kKeys * kScoreStride);
+    dweights_ = arena.take<float>(kKeys * kScoreStride);
+    weights_ = arena.take<Bf16Bits>(kKeys * kWeightStride);
+    dscores_ = arena.take<Bf16Bits>(kKeys * kWeightStride);
+    dscore_pairs_ = arena.take<Bf16Bits>(kKeys * kRows);
+    if (dropping_) keep_bits_ = arena.take<uint16_t>(kKeys * kRows / 16);
+    if (problem_.key_mask) present_bits_ = arena.take<uint16_t>(round_up(problem_.seqlen_k, 32) / 16);
     return arena.used();
   }
 
@@ -94,51 +94,54 @@ class AmxBackward {
     set_head(task);
     pack_query_side();
     plan_prefetch(task, last_task);
-    first_row = bounds.seqlen_k > 0 ? first_row_seeing(p, bounds, 0) / 32 * 32 : rows_padded;  // rows before it see nothing
-    for (int64_t key0 = 0; key0 < bounds.seqlen_k; key0 += kKeys) run_key_block(key0);
-    for (int64_t key = bounds.seqlen_k; key < p.seqlen_k; ++key) {
-      store_zero_row(row_ptr<Bf16Bits>(p.dkey, batch, head, key), p.head_dim_qk);
-      store_zero_row(row_ptr<Bf16Bits>(p.dvalue, batch, head, key), p.head_dim_v);
+    first_row_ = bounds_.seqlen_k > 0 ? first_row_seeing(problem_, bounds_, 0) / 32 * 32 : rows_padded_;  // rows before it see nothing
+    for (int64_t key0 = 0; key0 < bounds_.seqlen_k; key0 += kKeys) run_key_block(key0);
+    for (int64_t key = bounds_.seqlen_k; key < problem_.seqlen_k; ++key) {
+      store_zero_row(row_ptr<Bf16Bits>(problem_.dkey, batch_, head_, key), problem_.head_dim_qk);
+      store_zero_row(row_ptr<Bf16Bits>(problem_.dvalue, batch_, head_, key), problem_.head_dim_v);
     }
     store_dquery();
   }
 
   void set_head(int64_t task) {
-    head = task % p.num_heads;
-    if (batch == task / p.num_heads) return;
-    batch = task / p.num_heads;
-    bounds = sequence_bounds(p, batch);
-    rows_padded = round_up(bounds.seqlen_q, 32);
-    has_holes = p.key_mask && fill_present_bits(p, batch, bounds.seqlen_k, present_bits);
+    head_ = task % problem_.num_heads;
+    if (batch_ == task / problem_.num_heads) return;
+    batch_ = task / problem_.num_heads;
+    bounds_ = sequence_bounds(problem_, batch_);
+    rows_padded_ = round_up(bounds_.seqlen_q, 32);
+    has_holes_ = problem_.key_mask && fill_present_bits(problem_, batch_, bounds_.seqlen_k, present_bits_);
   }
 
   void pack_query_side() {
-    const RowSource query{row_ptr<const Bf16Bits>(p.query, batch, head, 0), p.query.row, bounds.seqlen_q, p.head_dim_qk, nullptr};
-    const RowSource dout{row_ptr<const Bf16Bits>(p.dout, batch, head, 0), p.dout.row, bounds.seqlen_q, p.head_dim_v, nullptr};
-    pack_pairs_along_head_dim(query, rows_padded, dim_qk, query_tiles);
-    pack_pairs_along_sequence(query, rows_padded, dim_qk, query_pairs);
-    pack_pairs_along_head_dim(dout, rows_padded, dim_v, dout_tiles);
-    pack_pairs_along_sequence(dout, rows_padded, dim_v, dout_pairs);
-    const RowSource out{row_ptr<const Bf16Bits>(p.out, batch, head, 0), p.out.row, bounds.seqlen_q, p.head_dim_v, nullptr};
-    const int64_t statistics = (batch * p.num_heads + head) * p.seqlen_q;
-    for (int64_t row = 0; row < rows_padded; row += 16) {
-      const LaneMask live = first_lanes(bounds.seqlen_q - row);
+    const RowSource query{row_ptr<const Bf16Bits>(problem_.query, batch_, head_, 0), problem_.query.row, bounds_.seqlen_q,
+                          problem_.head_dim_qk, nullptr};
+    const RowSource dout{row_ptr<const Bf16Bits>(problem_.dout, batch_, head_, 0), problem_.dout.row, bounds_.seqlen_q, problem_.head_dim_v,
+                         nullptr};
+    pack_pairs_along_head_dim(query, rows_padded_, dim_qk_, query_tiles_);
+    pack_pairs_along_sequence(query, rows_padded_, dim_qk_, query_pairs_);
+    pack_pairs_along_head_dim(dout, rows_padded_, dim_v_, dout_tiles_);
+    pack_pairs_along_sequence(dout, rows_padded_, dim_v_, dout_pairs_);
+    const RowSource out{row_ptr<const Bf16Bits>(problem_.out, batch_, head_, 0), problem_.out.row, bounds_.seqlen_q, problem_.head_dim_v,
+                        nullptr};
+    const int64_t statistics = (batch_ * problem_.num_heads + head_) * problem_.seqlen_q;
+    for (int64_t row = 0; row < rows_padded_; row += 16) {
+      const LaneMask live = first_lanes(bounds_.seqlen_q - row);
       __m512 products[16];
       for (int64_t i = 0; i < 16; ++i) products[i] = row_product(dout, out, row + i);
       __m512 sums = reduce_16_vectors(products, Sum{});
-      if (p.dlse) sums = _mm512_sub_ps(sums, _mm512_maskz_loadu_ps(live, p.dlse + statistics + row));
-      _mm512_storeu_ps(delta + row, _mm512_maskz_mov_ps(live, sums));
+      if (problem_.dlse) sums = _mm512_sub_ps(sums, _mm512_maskz_loadu_ps(live, problem_.dlse + statistics + row));
+      _mm512_storeu_ps(delta_ + row, _mm512_maskz_mov_ps(live, sums));
       // Rows that are absent or see nothing get lse = +inf, which makes all their weights exactly 0.
-      const __m512 lse = _mm512_maskz_loadu_ps(live, p.lse + statistics + row), infinity = _mm512_set1_ps(kInfinity);
+      const __m512 lse = _mm512_maskz_loadu_ps(live, problem_.lse + statistics + row), infinity = _mm512_set1_ps(kInfinity);
       const __mmask16 seeing = _mm512_mask_cmp_ps_mask(live, lse, _mm512_set1_ps(-kInfinity), _CMP_NEQ_UQ);
-      _mm512_storeu_ps(lse_log2 + row, _mm512_mask_mul_ps(infinity, seeing, lse, _mm512_set1_ps(kLog2e)));
+      _mm512_storeu_ps(lse_log2_ + row, _mm512_mask_mul_ps(infinity, seeing, lse, _mm512_set1_ps(kLog2e)));
     }
   }
 
   // Partial sums of dout * out over one row, 16 lanes of them.
   __m512 row_product(const RowSource& dout, const RowSource& out, int64_t row) const {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t d = 0; d < dim_v; d += 32) {
+    for (int64_t d = 0; d < dim_v_; d += 32) {
       const __m512i a = dout.load32(row, d), b = out.load32(row, d), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
       sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
       sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
@@ -147,46 +150,51 @@ class AmxBackward {
   }
 
   void run_key_block(int64_t key0) {
-    const int64_t keys = min_of(kKeys, bounds.seqlen_k - key0), keys_padded = round_up(keys, 32);
-    const uint16_t* present = has_holes ? present_bits + key0 / 16 : nullptr;
-    const RowSource key{row_ptr<const Bf16Bits>(p.key, batch, head, key0), p.key.row, keys, p.head_dim_qk, present};
-    const RowSource value{row_ptr<const Bf16Bits>(p.value, batch, head, key0), p.value.row, keys, p.head_dim_v, present};
-    const int64_t block_first_row = first_row_seeing(p, bounds, key0) / 32 * 32;
-    if (block_first_row < rows_padded) {
-      pack_rows(key, keys_padded, dim_qk, key_rows);
-      pack_rows(value, keys_padded, dim_v, value_rows);
-      pack_transposed_rows(key, keys_padded, dim_qk, key_t, kKeyStride);
+    const int64_t keys = min_of(kKeys, bounds_.seqlen_k - key0), keys_padded = round_up(keys, 32);
+    const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
+    const RowSource key{row_ptr<const Bf16Bits>(problem_.key, batch_, head_, key0), problem_.key.row, keys, problem_.head_dim_qk, present};
+    const RowSource value{row_ptr<const Bf16Bits>(problem_.value, batch_, head_, key0), problem_.value.row, keys, problem_.head_dim_v,
+                          present};
+    const int64_t block_first_row = first_row_seeing(problem_, bounds_, key0) / 32 * 32;
+    if (block_first_row < rows_padded_) {
+      pack_rows(key, keys_padded, dim_qk_, key_rows_);
+      pack_rows(value, keys_padded, dim_v_, value_rows_);
+      pack_transposed_rows(key, keys_padded, dim_qk_, key_t_, kKeyStride);
     }
-    const auto tick = [this] { prefetcher.tick(); };
-    for (int64_t row0 = block_first_row; row0 < rows_padded; row0 += kRows) {
-      const int64_t rows = min_of(kRows, rows_padded - row0);
+    const auto tick = [this] { prefetcher_.tick(); };
+    for (int64_t row0 = block_first_row; row0 < rows_padded_; row0 += kRows) {
+      const int64_t rows = min_of(kRows, rows_padded_ - row0);
       const bool more = row0 > block_first_row;
       // S^T (keys, rows) = K Q^T, dP^T = V dO^T
-      tile_matmul(keys_padded, rows, dim_qk, key_rows, dim_qk, {query_tiles + row0 * dim_qk, dim_qk / 32, 1}, scores, kScoreStride, false,
-                  tick);
-      tile_matmul(keys_padded, rows, dim_v, value_rows, dim_v, {dout_tiles + row0 * dim_v, dim_v / 32, 1}, dweights, kScoreStride, false,
-                  tick);
-      if (dropping)
-        dropout_keep_bits_transposed<kRows>(p, batch * p.num_heads + head, row0, rows, key0, keys_padded, keep_bits, kRows / 16);
-      const bool masked = keys < keys_padded || has_holes || row0 < first_row_seeing(p, bounds, key0 + keys - 1);
+      tile_matmul(keys_padded, rows, dim_qk_, key_rows_, dim_qk_, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_, kScoreStride,
+                  false, tick);
+      tile_matmul(keys_padded, rows, dim_v_, value_rows_, dim_v_, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_, kScoreStride,
+                  false, tick);
+      if (dropping_)
+        dropout_keep_bits_transposed<kRows>(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0, keys_padded, keep_bits_,
+                                            kRows / 16);
+      const bool masked = keys < keys_padded || has_holes_ || row0 < first_row_seeing(problem_, bounds_, key0 + keys - 1);
       if (masked)
-        dropping ? softmax_gradient<true, true>(row0, rows, key, key0, keys_padded)
-                 : softmax_gradient<true, false>(row0, rows, key, key0, keys_padded);
+        dropping_ ? softmax_gradient<true, true>(row0, rows, key, key0, keys_padded)
+                  : softmax_gradient<true, false>(row0, rows, key, key0, keys_padded);
       else
-        dropping ? softmax_gradient<false, true>(row0, rows, key, key0, keys_padded)
-                 : softmax_gradient<false, false>(row0, rows, key, key0, keys_padded);
+        dropping_ ? softmax_gradient<false, true>(row0, rows, key, key0, keys_padded)
+                  : softmax_gradient<false, false>(row0, rows, key, key0, keys_padded);
       // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
-      tile_matmul(keys_padded, dim_v, rows, weights, kWeightStride, {dout_pairs + row0 * dim_v, 1, dim_v / 16}, dvalue, dim_v, more, tick);
-      tile_matmul(keys_padded, dim_qk, rows, dscores, kWeightStride, {query_pairs + row0 * dim_qk, 1, dim_qk / 16}, dkey, dim_qk, more,
+      tile_matmul(keys_padded, dim_v_, rows, weights_, kWeightStride, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16}, dvalue_, dim_v_, more,
                   tick);
-      tile_matmul(dim_qk, rows, keys_padded, key_t, kKeyStride, {dscore_pairs, 1, kRows / 16}, dquery_t + row0, dquery_stride, key0 > 0,
-                  tick);
+      tile_matmul(keys_padded, dim_qk_, rows, dscores_, kWeightStride, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16}, dkey_, dim_qk_,
+                  more, tick);
+      tile_matmul(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_,
+                  key0 > 0, tick);
     }
-    const bool seen = block_first_row < rows_padded;
-    const __m512 dkey_scale = _mm512_set1_ps(p.softmax_scale), dvalue_scale = _mm512_set1_ps(p.dropout_scale());
+    const bool seen = block_first_row < rows_padded_;
+    const __m512 dkey_scale = _mm512_set1_ps(problem_.softmax_scale), dvalue_scale = _mm512_set1_ps(problem_.dropout_scale());
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(row_ptr<Bf16Bits>(p.dkey, batch, head, key0 + j), dkey + j * dim_qk, p.head_dim_qk, dkey_scale, seen && key.present(j));
-      store_row(row_ptr<Bf16Bits>(p.dvalue, batch, head, key0 + j), dvalue + j * dim_v, p.head_dim_v, dvalue_scale, seen && key.present(j));
+      store_row(row_ptr<Bf16Bits>(problem_.dkey, batch_, head_, key0 + j), dkey_ + j * dim_qk_, problem_.head_dim_qk, dkey_scale,
+                seen && key.present(j));
+      store_row(row_ptr<Bf16Bits>(problem_.dvalue, batch_, head_, key0 + j), dvalue_ + j * dim_v_, problem_.head_dim_v, dvalue_scale,
+                seen && key.present(j));
     }
   }
 
@@ -207,23 +215,23 @@ class AmxBackward {
   template <bool kMasked, bool kDropping>
   void softmax_gradient(int64_t row0, int64_t rows, const RowSource& key, int64_t key0, int64_t keys_padded) {
     constexpr int64_t kNever = INT64_MAX / 2;
-    const __m512 scale = _mm512_set1_ps(score_scale), dropout_scale = _mm512_set1_ps(p.dropout_scale());
+    const __m512 scale = _mm512_set1_ps(score_scale_), dropout_scale = _mm512_set1_ps(problem_.dropout_scale());
     for (int64_t j = 0; j < keys_padded; j += 2) {
-      const int64_t first0 = kMasked ? (key.present(j) ? first_row_seeing(p, bounds, key0 + j) : kNever) : 0;
-      const int64_t first1 = kMasked ? (key.present(j + 1) ? first_row_seeing(p, bounds, key0 + j + 1) : kNever) : 0;
-      Bf16Bits* pairs = dscore_pairs + (j / 32) * (kRows / 16) * kTileElements + (j % 32 / 2) * 32;
+      const int64_t first0 = kMasked ? (key.present(j) ? first_row_seeing(problem_, bounds_, key0 + j) : kNever) : 0;
+      const int64_t first1 = kMasked ? (key.present(j + 1) ? first_row_seeing(problem_, bounds_, key0 + j + 1) : kNever) : 0;
+      Bf16Bits* pairs = dscore_pairs_ + (j / 32) * (kRows / 16) * kTileElements + (j % 32 / 2) * 32;
       for (int64_t i = 0; i < rows; i += 16) {
-        const __m512 lse = _mm512_load_ps(lse_log2 + row0 + i), row_delta = _mm512_load_ps(delta + row0 + i);
+        const __m512 lse = _mm512_load_ps(lse_log2_ + row0 + i), row_delta = _mm512_load_ps(delta_ + row0 + i);
         const int64_t at0 = j * kScoreStride + i, at1 = at0 + kScoreStride;
         const __mmask16 visible0 = kMasked ? lanes_from(first0, row0 + i) : 0xffff,
                         visible1 = kMasked ? lanes_from(first1, row0 + i) : 0xffff;
         __mmask16 nonzero0, nonzero1;
-        __m512 p0 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores + at0), scale, lse), visible0, &nonzero0);
-        __m512 p1 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores + at1), scale, lse), visible1, &nonzero1);
-        __m512 dp0 = _mm512_load_ps(dweights + at0), dp1 = _mm512_load_ps(dweights + at1);
+        __m512 p0 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at0), scale, lse), visible0, &nonzero0);
+        __m512 p1 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at1), scale, lse), visible1, &nonzero1);
+        __m512 dp0 = _mm512_load_ps(dweights_ + at0), dp1 = _mm512_load_ps(dweights_ + at1);
         __mmask32 kept = 0xffffffffu;
         if constexpr (kDropping) {
-          const __mmask16 keep0 = keep_bits[j * (kRows / 16) + i / 16], keep1 = keep_bits[(j + 1) * (kRows / 16) + i / 16];
+          const __mmask16 keep0 = keep_bits_[j * (kRows / 16) + i / 16], keep1 = keep_bits_[(j + 1) * (kRows / 16) + i / 16];
           kept = keep0 | static_cast<__mmask32>(keep1) << 16;
           dp0 = _mm512_maskz_mul_ps(keep0, dp0, dropout_scale);
           dp1 = _mm512_maskz_mul_ps(keep1, dp1, dropout_scale);
@@ -234,9 +242,9 @@ class AmxBackward {
         __m512i both_p = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0));
         const __m512i both_ds = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(ds1, ds0));
         if constexpr (kDropping) both_p = _mm512_maskz_mov_epi16(kept, both_p);
-        store_halves(weights + j * kWeightStride + i, both_p);
-        store_halves(dscores + j * kWeightStride + i, both_ds);
-        _mm512_store_si512(pairs + i / 16 * kTileElements, _mm512_permutexvar_epi16(pair_lanes, both_ds));
+        store_halves(weights_ + j * kWeightStride + i, both_p);
+        store_halves(dscores_ + j * kWeightStride + i, both_ds);
+        _mm512_store_si512(pairs + i / 16 * kTileElements, _mm512_permutexvar_epi16(pair_lanes_, both_ds));
       }
     }
   }
@@ -247,28 +255,29 @@ class AmxBackward {
   }
 
   void store_dquery() {
-    const __m512 scale = _mm512_set1_ps(p.softmax_scale);
-    for (int64_t row = 0; row < p.seqlen_q; ++row)
-      if (row < first_row || row >= bounds.seqlen_q) store_zero_row(row_ptr<Bf16Bits>(p.dquery, batch, head, row), p.head_dim_qk);
-    for (int64_t row = first_row; row < bounds.seqlen_q; row += 16) {
-      const int64_t rows = min_of(bounds.seqlen_q - row, int64_t{16});
-      for (int64_t d = 0; d < p.head_dim_qk; d += 32) {
+    const __m512 scale = _mm512_set1_ps(problem_.softmax_scale);
+    for (int64_t row = 0; row < problem_.seqlen_q; ++row)
+      if (row < first_row_ || row >= bounds_.seqlen_q)
+        store_zero_row(row_ptr<Bf16Bits>(problem_.dquery, batch_, head_, row), problem_.head_dim_qk);
+    for (int64_t row = first_row_; row < bounds_.seqlen_q; row += 16) {
+      const int64_t rows = min_of(bounds_.seqlen_q - row, int64_t{16});
+      for (int64_t d = 0; d < problem_.head_dim_qk; d += 32) {
         __m512i low[16], high[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          low[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t + (d + i) * dquery_stride + row)));
+          low[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t_ + (d + i) * dquery_stride_ + row)));
         transpose16(low);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          high[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t + (d + 16 + i) * dquery_stride + row)));
+          high[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t_ + (d + 16 + i) * dquery_stride_ + row)));
         transpose16(high);
-        Bf16Bits* to = row_ptr<Bf16Bits>(p.dquery, batch, head, row) + d;
-        const __mmask32 lanes = first_lanes32(p.head_dim_qk - d);
+        Bf16Bits* to = row_ptr<Bf16Bits>(problem_.dquery, batch_, head_, row) + d;
+        const __mmask32 lanes = first_lanes32(problem_.head_dim_qk - d);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
           if (i < rows)
             _mm512_mask_storeu_epi16(
-                to + i * p.dquery.row, lanes,
+                to + i * problem_.dquery.row, lanes,
                 reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high[i]), _mm512_castsi512_ps(low[i]))));
       }
     }
@@ -276,49 +285,50 @@ class AmxBackward {
 
   // This head's gradients and the next head's inputs, spread over the matmuls of this head.
   void plan_prefetch(int64_t task, int64_t last_task) {
-    prefetcher.clear();
+    prefetcher_.clear();
     const auto writes = [&](const StridedTensor& tensor, int64_t rows, int64_t head_dim) {
-      prefetcher.add_writes(row_ptr<const Bf16Bits>(tensor, batch, head, 0), tensor.row * 2, rows, head_dim * 2);
+      prefetcher_.add_writes(row_ptr<const Bf16Bits>(tensor, batch_, head_, 0), tensor.row * 2, rows, head_dim * 2);
     };
-    writes(p.dkey, p.seqlen_k, p.head_dim_qk);
-    writes(p.dvalue, p.seqlen_k, p.head_dim_v);
-    writes(p.dquery, p.seqlen_q, p.head_dim_qk);
+    writes(problem_.dkey, problem_.seqlen_k, problem_.head_dim_qk);
+    writes(problem_.dvalue, problem_.seqlen_k, problem_.head_dim_v);
+    writes(problem_.dquery, problem_.seqlen_q, problem_.head_dim_qk);
     if (task + 1 < last_task) {
-      const int64_t next_batch = (task + 1) / p.num_heads, next_head = (task + 1) % p.num_heads;
+      const int64_t next_batch = (task + 1) / problem_.num_heads, next_head = (task + 1) % problem_.num_heads;
       const auto reads = [&](const StridedTensor& tensor, int64_t rows, int64_t head_dim) {
-        prefetcher.add_reads(row_ptr<const Bf16Bits>(tensor, next_batch, next_head, 0), tensor.row * 2, rows, head_dim * 2);
+        prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, next_batch, next_head, 0), tensor.row * 2, rows, head_dim * 2);
       };
-      reads(p.query, p.seqlen_q, p.head_dim_qk);
-      reads(p.dout, p.seqlen_q, p.head_dim_v);
-      reads(p.out, p.seqlen_q, p.head_dim_v);
-      reads(p.key, p.seqlen_k, p.head_dim_qk);
-      reads(p.value, p.seqlen_k, p.head_dim_v);
+      reads(problem_.query, problem_.seqlen_q, problem_.head_dim_qk);
+      reads(problem_.dout, problem_.seqlen_q, problem_.head_dim_v);
+      reads(problem_.out, problem_.seqlen_q, problem_.head_dim_v);
+      reads(problem_.key, problem_.seqlen_k, problem_.head_dim_qk);
+      reads(problem_.value, problem_.seqlen_k, problem_.head_dim_v);
     }
     // 32 x 32 blocks of all five products; under a causal mask about half of them are computed.
-    const int64_t row_tiles = rows_padded / 32, key_tiles = divide_up(bounds.seqlen_k, 32);
-    const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded, kRows) * key_tiles * (dim_qk + dim_v) / 32 +
-                          divide_up(bounds.seqlen_k, kKeys) * row_tiles * dim_qk / 32;
-    prefetcher.spread_over(p.causal == Causal::none ? ticks : ticks / 2);
+    const int64_t row_tiles = rows_padded_ / 32, key_tiles = divide_up(bounds_.seqlen_k, 32);
+    const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded_, kRows) * key_tiles * (dim_qk_ + dim_v_) / 32 +
+                          divide_up(bounds_.seqlen_k, kKeys) * row_tiles * dim_qk_ / 32;
+    prefetcher_.spread_over(problem_.causal == Causal::none ? ticks : ticks / 2);
   }
 
   static constexpr int64_t kScoreStride = kRows + 16, kWeightStride = kRows + 32, kKeyStride = kKeys + 32;
 
-  const AttentionProblem& p;
-  const int64_t dim_qk, dim_v, rows_capacity, dquery_stride;
-  const float score_scale;  // scores to exponents of 2
-  const bool dropping;
-  __m512i pair_lanes;  // {a0 .. a15, b0 .. b15} to {a0, b0, a1, b1, ...}
+  const AttentionProblem& problem_;
+  const int64_t dim_qk_, dim_v_, rows_capacity_, dquery_stride_;
+  const float score_scale_;  // scores to exponents of 2
+  const bool dropping_;
+  __m512i pair_lanes_;  // {a0 .. a15, b0 .. b15} to {a0, b0, a1, b1, ...}
 
-  Bf16Bits *query_tiles = nullptr, *query_pairs = nullptr, *dout_tiles = nullptr, *dout_pairs = nullptr;
-  Bf16Bits *key_rows = nullptr, *key_t = nullptr, *value_rows = nullptr, *weights = nullptr, *dscores = nullptr, *dscore_pairs = nullptr;
-  float *dquery_t = nullptr, *lse_log2 = nullptr, *delta = nullptr, *dkey = nullptr, *dvalue = nullptr, *scores = nullptr,
-        *dweights = nullptr;
-  uint16_t *keep_bits = nullptr, *present_bits = nullptr;
+  Bf16Bits *query_tiles_ = nullptr, *query_pairs_ = nullptr, *dout_tiles_ = nullptr, *dout_pairs_ = nullptr;
+  Bf16Bits *key_rows_ = nullptr, *key_t_ = nullptr, *value_rows_ = nullptr, *weights_ = nullptr, *dscores_ = nullptr,
+           *dscore_pairs_ = nullptr;
+  float *dquery_t_ = nullptr, *lse_log2_ = nullptr, *delta_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr, *scores_ = nullptr,
+        *dweights_ = nullptr;
+  uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr;
 
-  int64_t batch = -1, head = 0, rows_padded = 0, first_row = 0;
-  SequenceBounds bounds{};
-  bool has_holes = false;
-  RowPrefetcher prefetcher;
+  int64_t batch_ = -1, head_ = 0, rows_padded_ = 0, first_row_ = 0;
+  SequenceBounds bounds_{};
+  bool has_holes_ = false;
+  RowPrefetcher prefetcher_;
 };
 
 }  // namespace fused_attention::cpu::FA_ISA
