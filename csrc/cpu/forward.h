@@ -22,11 +22,13 @@ static int64_t forward_block_rows(const AttentionProblem& problem) {
 }
 
 // Keys that fit one block stay packed from task to task, so a task is one block of rows. With more keys every task packs all of
-// them once, so it covers several blocks of rows: as many as keep its Q and O in about 256 KiB and leave each thread some tasks.
+// them once, so it covers several blocks of rows: packing costs about as much as 30 rows of products. Its Q and O stay within
+// 768 KiB and each thread keeps some tasks.
 static int64_t forward_rows_per_task(const AttentionProblem& problem, int num_threads) {
   const int64_t block_rows = forward_block_rows(problem);
   if (problem.seqlen_k <= kBlockKeys) return block_rows;
-  int64_t blocks = max_of(65536 / (round_up(problem.head_dim_qk, 16) + round_up(problem.head_dim_v, 16)) / block_rows, int64_t{1});
+  const int64_t columns = round_up(problem.head_dim_qk, 16) + round_up(problem.head_dim_v, 16);
+  int64_t blocks = max_of(min_of(196608 / columns, int64_t{960}) / block_rows, int64_t{1});
   const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
   while (blocks > 1 && heads * ((problem.seqlen_q + block_rows * blocks - 1) / (block_rows * blocks)) < wanted_tasks) --blocks;
   return block_rows * blocks;
