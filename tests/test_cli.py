@@ -186,6 +186,16 @@ class TestBench:
         assert "deselected" in finished.stdout, finished.stdout + finished.stderr
 
 
+def test_without_the_optional_packages_the_rest_works() -> None:
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(('sentencepiece', 'sacrebleu', 'safetensors', 'tqdm', 'matplotlib'))); "
+        "import fused_attention; from fused_attention.transformer import cli; sys.exit(cli.main(['info']))"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "reference" in finished.stdout
+
+
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["info", "--more"], ["train", "x", "--steps", "many"]])
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:

@@ -145,7 +145,7 @@ class TestParts:
         assert (config.minutes, config.steps) == (2, None)
 
     def test_examples_are_ten_of_medium_length_spread_over_the_text(self) -> None:
-        sentences = ["too short"] * 5 + ["one two three four five six seven"] * 100
+        sentences = ["too short"] * 4 + ["=SUM(A1) has two three four five six"] + ["one two three four five six seven"] * 100
         chosen = demo.choose_examples(sentences)
         assert len(set(chosen)) == 10
         assert min(chosen) == 5

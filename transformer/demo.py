@@ -7,6 +7,7 @@ unseen sentences. 5. Swap the attention of a stock torch.nn.Transformer. 6. Writ
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,12 @@ def demo_config(corpus: Corpus, device: torch.device, minutes: float) -> Trainin
 
 
 def choose_examples(sentences: list[str]) -> list[int]:
-    """Indices of ten sentences of 6 to 14 words, spread evenly over the text; fewer if it has fewer."""
-    candidates = [i for i, sentence in enumerate(sentences) if 6 <= len(sentence.split()) <= 14]
-    candidates = candidates or list(range(len(sentences)))
+    """Indices of ten sentences of 6 to 14 plain words, spread evenly over the text; fewer if it has fewer.
+
+    Plain: no digits or symbols, which formulas and code samples in help pages consist of.
+    """
+    plain = [i for i, sentence in enumerate(sentences) if not re.search(r"[\d=_<>()]", sentence)]
+    candidates = [i for i in plain if 6 <= len(sentences[i].split()) <= 14] or list(range(len(sentences)))
     count = min(NUM_EXAMPLES, len(candidates))
     return [candidates[position * len(candidates) // count] for position in range(count)]
 
@@ -158,7 +162,7 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
     sections = [
         report.section(
             "Ten sentences it has never seen",
-            f"Greedy translations of sentences from {test_name}, chosen before training by their position and length alone.",
+            f"Greedy translations of sentences from {test_name}, chosen by position and length, not by how they turned out.",
             report.translations((e.source, e.translation, e.reference) for e in examples),
         ),
         report.section(
