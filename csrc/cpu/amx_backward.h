@@ -113,16 +113,13 @@ class AmxBackward {
   }
 
   void pack_query_side() {
-    const RowSource query{row_ptr<const Bf16Bits>(problem_.query, batch_, head_, 0), problem_.query.row, bounds_.seqlen_q,
-                          problem_.head_dim_qk, nullptr};
-    const RowSource dout{row_ptr<const Bf16Bits>(problem_.dout, batch_, head_, 0), problem_.dout.row, bounds_.seqlen_q, problem_.head_dim_v,
-                         nullptr};
+    const RowSource query = rows_of(problem_.query, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_qk);
+    const RowSource dout = rows_of(problem_.dout, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v);
     pack_pairs_along_head_dim(query, rows_padded_, dim_qk_, query_tiles_);
     pack_pairs_along_sequence(query, rows_padded_, dim_qk_, query_pairs_);
     pack_pairs_along_head_dim(dout, rows_padded_, dim_v_, dout_tiles_);
     pack_pairs_along_sequence(dout, rows_padded_, dim_v_, dout_pairs_);
-    const RowSource out{row_ptr<const Bf16Bits>(problem_.out, batch_, head_, 0), problem_.out.row, bounds_.seqlen_q, problem_.head_dim_v,
-                        nullptr};
+    const RowSource out = rows_of(problem_.out, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v);
     const int64_t statistics = (batch_ * problem_.num_heads + head_) * problem_.seqlen_q;
     for (int64_t row = 0; row < rows_padded_; row += 16) {
       const LaneMask live = first_lanes(bounds_.seqlen_q - row);
@@ -152,9 +149,8 @@ class AmxBackward {
   void run_key_block(int64_t key0) {
     const int64_t keys = min_of(kKeys, bounds_.seqlen_k - key0), keys_padded = round_up(keys, 32);
     const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
-    const RowSource key{row_ptr<const Bf16Bits>(problem_.key, batch_, head_, key0), problem_.key.row, keys, problem_.head_dim_qk, present};
-    const RowSource value{row_ptr<const Bf16Bits>(problem_.value, batch_, head_, key0), problem_.value.row, keys, problem_.head_dim_v,
-                          present};
+    const RowSource key = rows_of(problem_.key, batch_, head_, key0, keys, problem_.head_dim_qk, present);
+    const RowSource value = rows_of(problem_.value, batch_, head_, key0, keys, problem_.head_dim_v, present);
     const int64_t block_first_row = first_row_seeing(problem_, bounds_, key0) / 32 * 32;
     if (block_first_row < rows_padded_) {
       pack_rows(key, keys_padded, dim_qk_, key_rows_);
@@ -188,13 +184,16 @@ class AmxBackward {
       tile_matmul(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_,
                   key0 > 0, tick);
     }
-    const bool seen = block_first_row < rows_padded_;
+    store_key_gradients(key0, keys, key, block_first_row < rows_padded_);
+  }
+
+  void store_key_gradients(int64_t key0, int64_t keys, const RowSource& key, bool seen) {
     const __m512 dkey_scale = _mm512_set1_ps(problem_.softmax_scale), dvalue_scale = _mm512_set1_ps(problem_.dropout_scale());
     for (int64_t j = 0; j < keys; ++j) {
-      store_row(row_ptr<Bf16Bits>(problem_.dkey, batch_, head_, key0 + j), dkey_ + j * dim_qk_, problem_.head_dim_qk, dkey_scale,
-                seen && key.present(j));
+      const bool written = seen && key.present(j);
+      store_row(row_ptr<Bf16Bits>(problem_.dkey, batch_, head_, key0 + j), dkey_ + j * dim_qk_, problem_.head_dim_qk, dkey_scale, written);
       store_row(row_ptr<Bf16Bits>(problem_.dvalue, batch_, head_, key0 + j), dvalue_ + j * dim_v_, problem_.head_dim_v, dvalue_scale,
-                seen && key.present(j));
+                written);
     }
   }
 

@@ -81,7 +81,8 @@ class AmxForward {
       for (int64_t first = 0; first < live_rows; first += kRows) {
         const int64_t block_rows = min_of(kRows, live_rows - first), held = single_block_ ? 0 : first;
         if (key0 == 0) {
-          pack_rows(query_rows(row0 + first, block_rows), round_up(block_rows, 16), dim_qk_, packed_query_ + held * dim_qk_);
+          pack_rows(rows_of(problem_.query, batch_, head_, row0 + first, block_rows, problem_.head_dim_qk), round_up(block_rows, 16),
+                    dim_qk_, packed_query_ + held * dim_qk_);
           if (single_block_) clear_statistics(0), clear_statistics(16);
         }
         plan_prefetch(task, last_task, row0 + first, block_rows, key0);
@@ -108,19 +109,13 @@ class AmxForward {
     _mm512_store_ps(row_sum_ + held, _mm512_setzero_ps());
   }
 
-  RowSource query_rows(int64_t row0, int64_t rows) const {
-    return {row_ptr<const Bf16Bits>(problem_.query, batch_, head_, row0), problem_.query.row, rows, problem_.head_dim_qk, nullptr};
-  }
-
   void pack_key_block(int64_t key0, int64_t keys) {
     const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
     const int64_t keys_padded = round_up(keys, 32);
-    pack_pairs_along_head_dim(
-        {row_ptr<const Bf16Bits>(problem_.key, batch_, head_, key0), problem_.key.row, keys, problem_.head_dim_qk, present}, keys_padded,
-        dim_qk_, packed_key_);
-    pack_pairs_along_sequence(
-        {row_ptr<const Bf16Bits>(problem_.value, batch_, head_, key0), problem_.value.row, keys, problem_.head_dim_v, present}, keys_padded,
-        dim_v_, packed_value_);
+    pack_pairs_along_head_dim(rows_of(problem_.key, batch_, head_, key0, keys, problem_.head_dim_qk, present), keys_padded, dim_qk_,
+                              packed_key_);
+    pack_pairs_along_sequence(rows_of(problem_.value, batch_, head_, key0, keys, problem_.head_dim_v, present), keys_padded, dim_v_,
+                              packed_value_);
     packed_head_ = batch_ * problem_.num_heads + head_;
   }
 

@@ -59,6 +59,12 @@ struct RowSource {
   }
 };
 
+// Rows [row0, row0 + num_rows) of one head.
+FA_INLINE RowSource rows_of(const StridedTensor& tensor, int64_t b, int64_t h, int64_t row0, int64_t num_rows, int64_t head_dim,
+                            const uint16_t* present_bits = nullptr) {
+  return {row_ptr<const Bf16Bits>(tensor, b, h, row0), tensor.row, num_rows, head_dim, present_bits};
+}
+
 // packed (rows_padded, dim_padded)
 static inline void pack_rows(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
   for (int64_t row = 0; row < rows_padded; ++row)
