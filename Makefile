@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: build ## train a translator for ten minutes and write demo/report.html
-	$(BIN)/python -m fused_attention demo
+	$(BIN)/python -m fused_attention demo --overwrite
 
 test: build ## run the test suite
 	$(BIN)/python -m pytest
