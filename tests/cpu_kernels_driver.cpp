@@ -124,6 +124,8 @@ const Case kCases[] = {
     {1, 1, 17, 1030, 32, 20, kNone, false, false, true, true, false, gaps},
     {1, 1, 200, 31, 48, 80, kTopLeft, true, false, false, false, false, packed},
     {1, 1, 33, 20, 256, 255, kBottomRight, false, false, true, true, true, gaps},
+    {1, 2, 1, 45, 64, 64, kNone, true, false, false, true, true, rows_first},  // one or two rows: K and V are read where they lie
+    {2, 1, 2, 530, 40, 24, kBottomRight, true, true, true, true, false, gaps},
     {0, 2, 8, 8, 16, 16, kNone, false, false, false, false, false, rows_first},
     {2, 0, 8, 8, 16, 16, kNone, false, false, false, false, false, rows_first},
     {2, 2, 0, 8, 16, 16, kNone, false, true, false, true, false, rows_first},

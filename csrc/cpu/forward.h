@@ -7,12 +7,14 @@
 //   3.   row by row, online softmax:  P = exp2(c S - row_max), c = scale log2 e (scores in units of log2: one multiply-add, exp2)
 //   4.   O = O * exp2(old row_max - row_max) + dropout(P) V                     (rows, head_dim_v)
 //   5. out = O * dropout_scale / row_sum,  lse = (row_max + log2 row_sum) ln 2
+// With at most kFewRows query rows (decoding) packing a key would cost more than using it: 2 and 4 read K and V where they lie.
 // The recurrence is the online softmax of Milakov and Gimelshein (2018), as in FlashAttention (Dao et al., 2022).
 #pragma once
 
 namespace fused_attention::cpu::FA_ISA {
 
 constexpr int64_t kBlockKeys = 512;
+constexpr int64_t kFewRows = 2;
 
 // Query rows in one block of scores, a multiple of 16. Small blocks waste less under a causal mask.
 static int64_t forward_block_rows(const AttentionProblem& problem) {
@@ -52,6 +54,7 @@ class ForwardPass {
     row_max_ = arena.take<float>(rows_per_task);
     row_sum_ = arena.take<float>(rows_per_task);
     key_bias_ = arena.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
+    zero_row_ = arena.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
     keep_ = arena.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
     scratch_bytes_ = arena.used();
   }
@@ -60,6 +63,7 @@ class ForwardPass {
   int64_t tasks_per_head() const { return tasks_per_head_; }
 
   void run(int64_t first_task, int64_t last_task) {
+    __builtin_memset(zero_row_, 0, static_cast<size_t>(max_of(problem_.head_dim_qk, problem_.head_dim_v)) * sizeof(T));
     for (int64_t task = first_task; task < last_task; ++task) {
       enter(task);
       const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
@@ -67,6 +71,10 @@ class ForwardPass {
         pack_rows(row_ptr<const T>(problem_.query, b_, h_, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_, query_columns_);
         const int64_t keys_end = visible_keys(problem_, bounds_, row0_ + rows_present - 1);
         for (int64_t key0 = 0; key0 < keys_end; key0 += kBlockKeys) {
+          if (problem_.seqlen_q <= kFewRows) {
+            attend_in_place(rows_present, key0, min_of(kBlockKeys, keys_end - key0));
+            continue;
+          }
           load_keys(key0);
           plan_prefetch(task, last_task, key0, keys_end, rows_present);
           for (int64_t row = 0; row < rows_present; row += block_rows_) attend(row, min_of(block_rows_, rows_present - row), key0);
@@ -141,6 +149,64 @@ class ForwardPass {
       dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
     for (int64_t i = 0; i < rows; ++i) softmax_row(row + i, scores_ + i * scores_row_, key0, keys, keep_ + i * kKeepWords);
     matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_, value_columns_, out_ + row * value_columns_, value_columns_, key0 > 0, &prefetcher_);
+  }
+
+  // All rows against the keys [key0, key0 + keys), which are not packed. Four keys at a time: one load of the query or of out for
+  // the four, and independent sums.
+  void attend_in_place(int64_t rows, int64_t key0, int64_t keys) {
+    if (problem_.dropout_threshold) dropout_keep_bits(problem_, batch_head_, row0_, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
+    const int64_t next_head = min_of(batch_head_ + 1, problem_.batch * problem_.num_heads - 1);
+    const T* value0 = row_ptr<const T>(problem_.value, b_, h_, key0);
+    const T* next_key0 = row_ptr<const T>(problem_.key, next_head / problem_.num_heads, next_head % problem_.num_heads, 0);
+    const T* sources[4];
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < keys; j += 4) {
+        locate_rows(problem_.key, key0, j, keys, value0, problem_.value.row, sources);
+        dot_products(queries_ + i * query_columns_, sources, problem_.head_dim_qk, scores_ + j);
+      }
+      softmax_row(i, scores_, key0, keys, keep_ + i * kKeepWords);
+      for (int64_t j = keys; j < round_up(keys, 4); ++j) scores_[j] = 0.0f;
+      float* out = out_ + i * value_columns_;
+      if (key0 == 0) for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, broadcast(0.0f));
+      for (int64_t j = 0; j < keys; j += 4) {
+        locate_rows(problem_.value, key0, j, keys, next_key0, problem_.key.row, sources);
+        add_weighted(out, scores_ + j, sources, problem_.head_dim_v);
+      }
+    }
+  }
+
+  // The rows of K or V of keys j to j + 3, zeros for absent ones and past the last. Fetches the four rows that are needed a little
+  // later: of the same tensor, or past its end of the one that is read next.
+  void locate_rows(const StridedTensor& tensor, int64_t key0, int64_t j, int64_t keys, const T* next, int64_t next_row, const T* sources[4]) const {
+    constexpr int64_t kRowsAhead = 32;
+    const T* first = row_ptr<const T>(tensor, b_, h_, key0);
+    for (int n = 0; n < 4; ++n) {
+      const int64_t ahead = j + n + kRowsAhead;
+      const char* line = reinterpret_cast<const char*>(ahead < keys ? first + ahead * tensor.row : next + min_of(ahead - keys, keys - 1) * next_row);
+      for (int64_t offset = 0; offset < problem_.head_dim_qk * kSize; offset += 64) __builtin_prefetch(line + offset, 0, 2);
+      sources[n] = j + n >= keys || (holes_ && is_absent(key_bias_, key0 + j + n)) ? zero_row_ : first + (j + n) * tensor.row;
+    }
+  }
+
+  static void dot_products(const float* query, const T* const keys[4], int64_t head_dim, float products[4]) {
+    Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes)
+      for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(query + d), load(keys[n] + d), sums[n]);
+    if (d < head_dim)
+      for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(query + d), load_first(keys[n] + d, head_dim - d), sums[n]);
+    reduce_add4(sums, products);
+  }
+
+  static void add_weighted(float* out, const float weights[4], const T* const values[4], int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      Vec sum = load(out + d);
+      for (int n = 0; n < 4; ++n) {
+        const Vec value = d + kLanes <= head_dim ? load(values[n] + d) : load_first(values[n] + d, head_dim - d);
+        sum = fmadd(broadcast(weights[n]), value, sum);
+      }
+      store(out + d, sum);
+    }
   }
 
   // scores: (keys,) of one row, replaced by the weights that multiply V; O of earlier key blocks is rescaled to the new row_max.
@@ -255,6 +321,7 @@ class ForwardPass {
   float* row_max_;   // (rows_per_task,) in units of log2
   float* row_sum_;   // (rows_per_task,)
   float* key_bias_;  // (seqlen_k,) 0 or -inf
+  T* zero_row_;      // (head_dim,)
   uint16_t* keep_;   // (block_rows, kKeepWords) dropout bits
 
   int64_t b_ = -1, h_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;

@@ -71,6 +71,14 @@ FA_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 FA_INLINE Vec max_of(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 FA_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.x); }
 FA_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.x); }
+FA_INLINE void reduce_add4(const Vec v[4], float sums[4]) {
+  const __m512 v01 = _mm512_add_ps(_mm512_unpacklo_ps(v[0].x, v[1].x), _mm512_unpackhi_ps(v[0].x, v[1].x));
+  const __m512 v23 = _mm512_add_ps(_mm512_unpacklo_ps(v[2].x, v[3].x), _mm512_unpackhi_ps(v[2].x, v[3].x));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(v01), _mm512_castps_pd(v23)), high = _mm512_unpackhi_pd(_mm512_castps_pd(v01), _mm512_castps_pd(v23));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
 
 // 2^x for x <= 127; 0 below -126; NaN stays NaN.
 // NOTE: a scalef result that underflows takes a microcode assist (masked scores are -inf), hence the zero mask.
@@ -188,6 +196,9 @@ FA_INLINE float reduce_add(Vec a) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += a.x[i];
   return sum;
+}
+FA_INLINE void reduce_add4(const Vec v[4], float sums[4]) {
+  for (int i = 0; i < 4; ++i) sums[i] = reduce_add(v[i]);
 }
 
 // 2^x for x <= 127; 0 below -126; NaN stays NaN.
