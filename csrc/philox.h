@@ -11,7 +11,7 @@
 #if defined(__CUDACC__)
 #define FA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FA_HOST_DEVICE inline
+#define FA_HOST_DEVICE inline __attribute__((always_inline))  // never a shared copy compiled for one instruction set
 #endif
 
 namespace fused_attention {

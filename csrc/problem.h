@@ -17,11 +17,6 @@ enum class Causal : int { none = 0, top_left = 1, bottom_right = 2 };
 struct StridedTensor {  // element (b, h, row, d) lies at data + b * batch + h * head + row * row + d
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
-
-  template <class T>
-  T* at(int64_t b, int64_t h, int64_t r) const {
-    return static_cast<T*>(data) + b * batch + h * head + r * row;
-  }
 };
 
 struct AttentionProblem {
@@ -51,7 +46,8 @@ struct AttentionProblem {
   const float* dlse = nullptr;   // (B, H, Lq) contiguous, may be null
   StridedTensor dquery, dkey, dvalue;  // every element is written, with 0 where there is no gradient
 
-  float dropout_scale() const { return dropout_threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - dropout_threshold); }
+  // Always inline: a shared copy, compiled for one instruction set, must not serve the others.
+  __attribute__((always_inline)) float dropout_scale() const { return dropout_threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - dropout_threshold); }
 };
 
 }  // namespace fused_attention

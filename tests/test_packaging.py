@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from fused_attention.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "transformer", "benchmarks")
@@ -48,6 +52,20 @@ def test_a_rebuild_compiles_only_what_changed() -> None:
     assert "[2/2]" in run.stdout
     assert "isa_base" in run.stdout
     assert "isa_avx2" not in run.stdout.replace("isa_avx2.cpp.o", "")
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is missing")
+def test_an_instruction_set_shares_no_function_with_another() -> None:
+    """A function that two objects define is linked once, from either: compiled for AVX-512 it would end the program elsewhere."""
+    objects = sorted((ROOT / "build" / sysconfig.get_config_var("SOABI")).glob("csrc_cpu_isa_*.o"))
+    assert objects
+    for path in objects:
+        namespace = f"fused_attention::cpu::{path.name.removeprefix('csrc_cpu_isa_').split('.')[0]}::"
+        symbols = subprocess.run(["nm", "--demangle", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        shared = [line for line in symbols.splitlines() if line.split()[1] in "WVu" and "__gxx_personality" not in line]
+        assert shared
+        assert [line for line in shared if namespace not in line] == []
 
 
 def test_importing_needs_only_torch() -> None:
