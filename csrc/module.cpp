@@ -29,9 +29,10 @@ Enum checked(const char* name, int value) {
   return static_cast<Enum>(value);
 }
 
-AttentionProblem make_problem(int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query, const TensorArgument& key,
-                              const TensorArgument& value, const TensorArgument& out, Address lse, const TensorArgument& attn_mask,
-                              const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths, uint32_t dropout_threshold, Address rng_state) {
+AttentionProblem make_problem(int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query,
+                              const TensorArgument& key, const TensorArgument& value, const TensorArgument& out, Address lse,
+                              const TensorArgument& attn_mask, const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths,
+                              uint32_t dropout_threshold, Address rng_state) {
   AttentionProblem problem;
   problem.dtype = checked<Dtype>("dtype", dtype);
   std::tie(problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k, problem.head_dim_qk, problem.head_dim_v) = shape;
@@ -53,21 +54,23 @@ AttentionProblem make_problem(int dtype, const Shape& shape, double scale, int c
   return problem;
 }
 
-void cpu_forward(int num_threads, int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query, const TensorArgument& key,
-                 const TensorArgument& value, const TensorArgument& out, Address lse, const TensorArgument& attn_mask, const KeyMaskArgument& key_mask,
-                 Address key_lengths, Address query_lengths, uint32_t dropout_threshold, Address rng_state) {
-  const AttentionProblem problem = make_problem(dtype, shape, scale, causal, query, key, value, out, lse, attn_mask, key_mask, key_lengths, query_lengths,
-                                                dropout_threshold, rng_state);
+void cpu_forward(int num_threads, int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query,
+                 const TensorArgument& key, const TensorArgument& value, const TensorArgument& out, Address lse,
+                 const TensorArgument& attn_mask, const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths,
+                 uint32_t dropout_threshold, Address rng_state) {
+  const AttentionProblem problem = make_problem(dtype, shape, scale, causal, query, key, value, out, lse, attn_mask, key_mask, key_lengths,
+                                                query_lengths, dropout_threshold, rng_state);
   py::gil_scoped_release released;
   cpu::forward(problem, num_threads);
 }
 
-void cpu_backward(int num_threads, int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query, const TensorArgument& key,
-                  const TensorArgument& value, const TensorArgument& out, Address lse, const TensorArgument& attn_mask, const KeyMaskArgument& key_mask,
-                  Address key_lengths, Address query_lengths, uint32_t dropout_threshold, Address rng_state, const TensorArgument& dout, Address dlse,
-                  const TensorArgument& dquery, const TensorArgument& dkey, const TensorArgument& dvalue) {
-  AttentionProblem problem = make_problem(dtype, shape, scale, causal, query, key, value, out, lse, attn_mask, key_mask, key_lengths, query_lengths,
-                                          dropout_threshold, rng_state);
+void cpu_backward(int num_threads, int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query,
+                  const TensorArgument& key, const TensorArgument& value, const TensorArgument& out, Address lse,
+                  const TensorArgument& attn_mask, const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths,
+                  uint32_t dropout_threshold, Address rng_state, const TensorArgument& dout, Address dlse, const TensorArgument& dquery,
+                  const TensorArgument& dkey, const TensorArgument& dvalue) {
+  AttentionProblem problem = make_problem(dtype, shape, scale, causal, query, key, value, out, lse, attn_mask, key_mask, key_lengths,
+                                          query_lengths, dropout_threshold, rng_state);
   problem.dout = strided(dout);
   problem.dlse = reinterpret_cast<const float*>(dlse);
   problem.dquery = strided(dquery);
@@ -83,10 +86,14 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Native attention kernels. Import torch first, so that both share one OpenMP runtime.";
   module.def("cpu_forward", &cpu_forward, "Writes out and lse; see kernels/native.py for the arguments.");
   module.def("cpu_backward", &cpu_backward, "Writes dquery, dkey and dvalue; the arguments of cpu_forward, then dout, dlse and the three.");
-  module.def("cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");
-  module.def("cpu_isas", [] {
-    py::list names;
-    for (const cpu::KernelTable* table : cpu::available_tables()) names.append(table->name);
-    return names;
-  }, "Every instruction set that this machine can run, best first.");
+  module.def(
+      "cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");
+  module.def(
+      "cpu_isas",
+      [] {
+        py::list names;
+        for (const cpu::KernelTable* table : cpu::available_tables()) names.append(table->name);
+        return names;
+      },
+      "Every instruction set that this machine can run, best first.");
 }

@@ -30,7 +30,9 @@ float widen(uint16_t bits, Dtype dtype) {
     return value;
   }
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  const double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                           : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
+                                          : std::ldexp(mantissa, -24);
   return static_cast<float>(bits & 0x8000 ? -magnitude : magnitude);
 }
 
@@ -58,10 +60,18 @@ struct Tensor {  // (batch, heads, rows, columns)
     const int64_t size = element_size();
     int64_t elements = b * h * l * d, first = 0;
     switch (layout) {
-      case heads_first: view.batch = h * l * d, view.head = l * d, view.row = d; break;
-      case rows_first: view.batch = l * h * d, view.head = d, view.row = h * d; break;
-      case packed: view.batch = l * 3 * h * d, view.head = d, view.row = 3 * h * d, elements *= 3, first = h * d; break;
-      case gaps: view.row = d + 3, view.head = l * view.row, view.batch = h * view.head, elements = b * view.batch, first = elements ? 1 : 0; break;
+      case heads_first:
+        view.batch = h * l * d, view.head = l * d, view.row = d;
+        break;
+      case rows_first:
+        view.batch = l * h * d, view.head = d, view.row = h * d;
+        break;
+      case packed:
+        view.batch = l * 3 * h * d, view.head = d, view.row = 3 * h * d, elements *= 3, first = h * d;
+        break;
+      case gaps:
+        view.row = d + 3, view.head = l * view.row, view.batch = h * view.head, elements = b * view.batch, first = elements ? 1 : 0;
+        break;
     }
     bytes = static_cast<size_t>(elements * size);
     memory.reset(new unsigned char[bytes]);
@@ -86,8 +96,10 @@ struct Tensor {  // (batch, heads, rows, columns)
   void set(int64_t b, int64_t h, int64_t r, int64_t c, float value) {
     unsigned char* p = address(b, h, r, c);
     const uint16_t bits = narrow(value, dtype);
-    if (dtype == Dtype::float32) std::memcpy(p, &value, 4);
-    else std::memcpy(p, &bits, 2);
+    if (dtype == Dtype::float32)
+      std::memcpy(p, &value, 4);
+    else
+      std::memcpy(p, &bits, 2);
   }
   // Bytes outside the view must still hold the guard.
   bool gaps_untouched() const {
@@ -143,10 +155,15 @@ struct Inputs {
   AttentionProblem problem;
 
   Inputs(const Case& spec, Dtype dtype)
-      : c(spec), query(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout), key(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout),
-        value(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout), out(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
-        dout(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout), dquery(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
-        dkey(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout), dvalue(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout) {
+      : c(spec),
+        query(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
+        key(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout),
+        value(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout),
+        out(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
+        dout(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
+        dquery(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
+        dkey(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout),
+        dvalue(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout) {
     std::mt19937 generator(static_cast<unsigned>(c.seqlen_q * 131 + c.seqlen_k));
     std::normal_distribution<float> normal;
     if (c.lengths) {
@@ -169,7 +186,8 @@ struct Inputs {
     if (c.dlse)
       for (size_t i = 0; i < lse.size(); ++i) dlse.push_back(normal(generator));
     if (c.attn_mask)  // (H, Lq, Lk), broadcast over the batch
-      for (int64_t i = 0; i < c.heads * c.seqlen_q * c.seqlen_k; ++i) attn_mask.push_back(i % 7 == 3 ? -INFINITY : i % 11 == 4 ? -2e38f : normal(generator));
+      for (int64_t i = 0; i < c.heads * c.seqlen_q * c.seqlen_k; ++i)
+        attn_mask.push_back(i % 7 == 3 ? -INFINITY : i % 11 == 4 ? -2e38f : normal(generator));
 
     problem.dtype = dtype;
     problem.batch = c.batch, problem.num_heads = c.heads, problem.seqlen_q = c.seqlen_q, problem.seqlen_k = c.seqlen_k;
@@ -187,16 +205,21 @@ struct Inputs {
   }
 
   template <class Present>
-  static void fill(Tensor& tensor, int64_t b, int64_t h, std::mt19937& generator, std::normal_distribution<float>& normal, Present present) {
+  static void fill(Tensor& tensor, int64_t b, int64_t h, std::mt19937& generator, std::normal_distribution<float>& normal,
+                   Present present) {
     for (int64_t r = 0; r < tensor.rows; ++r)
       for (int64_t d = 0; d < tensor.columns; ++d) tensor.set(b, h, r, d, present(r) ? normal(generator) : NAN);
   }
 
   int64_t keys(int64_t b) const { return c.lengths ? std::clamp<int64_t>(key_lengths[static_cast<size_t>(b)], 0, c.seqlen_k) : c.seqlen_k; }
-  int64_t queries(int64_t b) const { return c.lengths ? std::clamp<int64_t>(query_lengths[static_cast<size_t>(b)], 0, c.seqlen_q) : c.seqlen_q; }
+  int64_t queries(int64_t b) const {
+    return c.lengths ? std::clamp<int64_t>(query_lengths[static_cast<size_t>(b)], 0, c.seqlen_q) : c.seqlen_q;
+  }
   bool query_present(int64_t b, int64_t i) const { return i < queries(b); }
   bool key_present(int64_t b, int64_t j) const { return j < keys(b) && (!c.key_mask || key_mask[static_cast<size_t>(b * c.seqlen_k + j)]); }
-  float bias(int64_t h, int64_t i, int64_t j) const { return c.attn_mask ? attn_mask[static_cast<size_t>((h * c.seqlen_q + i) * c.seqlen_k + j)] : 0.0f; }
+  float bias(int64_t h, int64_t i, int64_t j) const {
+    return c.attn_mask ? attn_mask[static_cast<size_t>((h * c.seqlen_q + i) * c.seqlen_k + j)] : 0.0f;
+  }
   bool visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const int64_t diagonal = c.causal == kBottomRight ? keys(b) - queries(b) : 0;
     return query_present(b, i) && key_present(b, j) && (c.causal == kNone || j <= i + diagonal) && bias(h, i, j) >= -1e30f;
@@ -204,7 +227,8 @@ struct Inputs {
   double keep_factor(int64_t b, int64_t h, int64_t i, int64_t j) const {
     if (!c.dropout) return 1.0;
     const PhiloxKey seed = PhiloxKey::from_rng_state(rng_state.data());
-    uint32_t words[4] = {static_cast<uint32_t>(j / 16 * 4 + j % 8 / 2), static_cast<uint32_t>(i / 16 * 8 + i % 8), static_cast<uint32_t>(b * c.heads + h), seed.offset};
+    uint32_t words[4] = {static_cast<uint32_t>(j / 16 * 4 + j % 8 / 2), static_cast<uint32_t>(i / 16 * 8 + i % 8),
+                         static_cast<uint32_t>(b * c.heads + h), seed.offset};
     philox4x32(words, seed.key0, seed.key1);
     const int64_t lane = i / 8 % 2 * 4 + j / 8 % 2 * 2 + j % 2;
     const uint32_t number = lane % 2 ? words[lane / 2] >> 16 : words[lane / 2] & 0xffff;
@@ -226,7 +250,8 @@ struct Expected {  // (B, H, rows, columns), dense
 Expected expect(const Inputs& in) {
   const Case& c = in.c;
   const auto zeros = [&](int64_t rows, int64_t columns) { return Matrix(static_cast<size_t>(c.batch * c.heads * rows * columns), 0.0); };
-  Expected e{zeros(c.seqlen_q, c.head_dim_v), zeros(c.seqlen_q, 1), zeros(c.seqlen_q, c.head_dim_qk), zeros(c.seqlen_k, c.head_dim_qk), zeros(c.seqlen_k, c.head_dim_v)};
+  Expected e{zeros(c.seqlen_q, c.head_dim_v), zeros(c.seqlen_q, 1), zeros(c.seqlen_q, c.head_dim_qk), zeros(c.seqlen_k, c.head_dim_qk),
+             zeros(c.seqlen_k, c.head_dim_v)};
   const double scale = in.problem.softmax_scale;
   Matrix weights(static_cast<size_t>(c.seqlen_k)), dweights(weights.size());
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -284,9 +309,10 @@ double tolerance(Dtype dtype) { return dtype == Dtype::float32 ? 2e-6 : dtype ==
 
 [[noreturn]] void fail(const char* isa, const Inputs& in, const std::string& what) {
   const Case& c = in.c;
-  std::printf("FAILED %s dtype %d B%lld H%lld Lq%lld Lk%lld Dqk%lld Dv%lld causal %d: %s\n", isa, static_cast<int>(in.problem.dtype), static_cast<long long>(c.batch),
-              static_cast<long long>(c.heads), static_cast<long long>(c.seqlen_q), static_cast<long long>(c.seqlen_k), static_cast<long long>(c.head_dim_qk),
-              static_cast<long long>(c.head_dim_v), static_cast<int>(c.causal), what.c_str());
+  std::printf("FAILED %s dtype %d B%lld H%lld Lq%lld Lk%lld Dqk%lld Dv%lld causal %d: %s\n", isa, static_cast<int>(in.problem.dtype),
+              static_cast<long long>(c.batch), static_cast<long long>(c.heads), static_cast<long long>(c.seqlen_q),
+              static_cast<long long>(c.seqlen_k), static_cast<long long>(c.head_dim_qk), static_cast<long long>(c.head_dim_v),
+              static_cast<int>(c.causal), what.c_str());
   std::exit(1);
 }
 
@@ -299,8 +325,9 @@ void compare(const char* isa, const Inputs& in, const char* name, const Tensor& 
       for (int64_t r = 0; r < got.rows; ++r)
         for (int64_t d = 0; d < got.columns; ++d, ++index)
           if (!(std::fabs(got.get(b, h, r, d) - want[index]) <= tolerance(got.dtype) * largest))
-            fail(isa, in, std::string(name) + " at (" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(r) + ", " + std::to_string(d) + "): got " +
-                              std::to_string(got.get(b, h, r, d)) + ", want " + std::to_string(want[index]));
+            fail(isa, in,
+                 std::string(name) + " at (" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(r) + ", " +
+                     std::to_string(d) + "): got " + std::to_string(got.get(b, h, r, d)) + ", want " + std::to_string(want[index]));
   if (!got.gaps_untouched()) fail(isa, in, std::string(name) + ": memory outside the tensor was written");
 }
 
@@ -347,6 +374,7 @@ int main() {
       }
     }
   }
-  for (const cpu::KernelTable* table : cpu::available_tables()) std::printf("%s ok: %zu problems in 3 dtypes\n", table->name, std::size(kCases));
+  for (const cpu::KernelTable* table : cpu::available_tables())
+    std::printf("%s ok: %zu problems in 3 dtypes\n", table->name, std::size(kCases));
   return 0;
 }

@@ -20,7 +20,9 @@ template <class T>
 class BackwardPass {
  public:
   BackwardPass(const AttentionProblem& problem, char* scratch)
-      : problem_(problem), query_columns_(round_up(problem.head_dim_qk, 16)), value_columns_(round_up(problem.head_dim_v, 16)),
+      : problem_(problem),
+        query_columns_(round_up(problem.head_dim_qk, 16)),
+        value_columns_(round_up(problem.head_dim_v, 16)),
         log2_scale_(problem.softmax_scale * kLog2e) {
     Arena arena(scratch);
     queries_ = arena.take<float>(problem.seqlen_q * query_columns_);
@@ -60,7 +62,8 @@ class BackwardPass {
       write_rows(problem_.dvalue, bounds_.seqlen_k, problem_.seqlen_k, problem_.head_dim_v, nullptr, 0, 0.0f);
       const int64_t first_row = bounds_.seqlen_k > 0 ? min_of(first_block_seeing(0), bounds_.seqlen_q) : bounds_.seqlen_q;
       write_rows(problem_.dquery, 0, first_row, problem_.head_dim_qk, nullptr, 0, 0.0f);
-      write_rows(problem_.dquery, first_row, bounds_.seqlen_q, problem_.head_dim_qk, dqueries_ + first_row * query_columns_, query_columns_, problem_.softmax_scale);
+      write_rows(problem_.dquery, first_row, bounds_.seqlen_q, problem_.head_dim_qk, dqueries_ + first_row * query_columns_, query_columns_,
+                 problem_.softmax_scale);
       write_rows(problem_.dquery, bounds_.seqlen_q, problem_.seqlen_q, problem_.head_dim_qk, nullptr, 0, 0.0f);
     }
   }
@@ -121,18 +124,24 @@ class BackwardPass {
   // What the products of this head fetch ahead: the gradients' lines, then the next head's inputs.
   void plan_prefetch(bool more) {
     prefetcher_.clear();
-    prefetcher_.add_writes(row_ptr<T>(problem_.dkey, b_, h_, 0), problem_.dkey.row * kSize, problem_.seqlen_k, problem_.head_dim_qk * kSize);
-    prefetcher_.add_writes(row_ptr<T>(problem_.dvalue, b_, h_, 0), problem_.dvalue.row * kSize, problem_.seqlen_k, problem_.head_dim_v * kSize);
-    prefetcher_.add_writes(row_ptr<T>(problem_.dquery, b_, h_, 0), problem_.dquery.row * kSize, problem_.seqlen_q, problem_.head_dim_qk * kSize);
+    prefetcher_.add_writes(row_ptr<T>(problem_.dkey, b_, h_, 0), problem_.dkey.row * kSize, problem_.seqlen_k,
+                           problem_.head_dim_qk * kSize);
+    prefetcher_.add_writes(row_ptr<T>(problem_.dvalue, b_, h_, 0), problem_.dvalue.row * kSize, problem_.seqlen_k,
+                           problem_.head_dim_v * kSize);
+    prefetcher_.add_writes(row_ptr<T>(problem_.dquery, b_, h_, 0), problem_.dquery.row * kSize, problem_.seqlen_q,
+                           problem_.head_dim_qk * kSize);
     if (more) {
       const int64_t b = (batch_head_ + 1) / problem_.num_heads, h = (batch_head_ + 1) % problem_.num_heads;
-      prefetcher_.add_reads(row_ptr<T>(problem_.query, b, h, 0), problem_.query.row * kSize, problem_.seqlen_q, problem_.head_dim_qk * kSize);
+      prefetcher_.add_reads(row_ptr<T>(problem_.query, b, h, 0), problem_.query.row * kSize, problem_.seqlen_q,
+                            problem_.head_dim_qk * kSize);
       prefetcher_.add_reads(row_ptr<T>(problem_.dout, b, h, 0), problem_.dout.row * kSize, problem_.seqlen_q, problem_.head_dim_v * kSize);
       prefetcher_.add_reads(row_ptr<T>(problem_.out, b, h, 0), problem_.out.row * kSize, problem_.seqlen_q, problem_.head_dim_v * kSize);
       prefetcher_.add_reads(row_ptr<T>(problem_.key, b, h, 0), problem_.key.row * kSize, problem_.seqlen_k, problem_.head_dim_qk * kSize);
-      prefetcher_.add_reads(row_ptr<T>(problem_.value, b, h, 0), problem_.value.row * kSize, problem_.seqlen_k, problem_.head_dim_v * kSize);
+      prefetcher_.add_reads(row_ptr<T>(problem_.value, b, h, 0), problem_.value.row * kSize, problem_.seqlen_k,
+                            problem_.head_dim_v * kSize);
     }
-    const int64_t row_blocks = (bounds_.seqlen_q + kBackwardRows - 1) / kBackwardRows, key_blocks = (bounds_.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
+    const int64_t row_blocks = (bounds_.seqlen_q + kBackwardRows - 1) / kBackwardRows,
+                  key_blocks = (bounds_.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
     const int64_t blocks = problem_.causal == Causal::none ? row_blocks * key_blocks : (row_blocks * key_blocks + 1) / 2;
     prefetcher_.spread_over(blocks * (5 * kBackwardRows / kTileRows));
   }
@@ -142,7 +151,8 @@ class BackwardPass {
     const float *q = queries_ + row0 * query_columns_, *dout = douts_ + row0 * value_columns_;
     const int64_t columns = round_up(keys, kLanes);
     matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t_, kBackwardKeys, weights_, kScoresRow, false, &prefetcher_);
-    matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t_, kBackwardKeys, dscores_, kScoresRow, false, &prefetcher_);
+    matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t_, kBackwardKeys, dscores_, kScoresRow, false,
+           &prefetcher_);
     if (problem_.dropout_threshold) {
       dropout_keep_bits(problem_, batch_head_, row0, rows, key0, kKeepWords, keep_, kKeepWords);
       for (int64_t i = 0; i < rows; ++i) weights_row<true>(i, row0 + i, key0, keys);
@@ -151,7 +161,8 @@ class BackwardPass {
     }
     matmul(keys, value_columns_, rows, weights_, 1, kScoresRow, dout, value_columns_, dvalues_, value_columns_, add_to_keys, &prefetcher_);
     matmul(keys, query_columns_, rows, dscores_, 1, kScoresRow, q, query_columns_, dkeys_, query_columns_, add_to_keys, &prefetcher_);
-    matmul(rows, query_columns_, keys, dscores_, kScoresRow, 1, keys_, query_columns_, dqueries_ + row0 * query_columns_, query_columns_, key0 > 0, &prefetcher_);
+    matmul(rows, query_columns_, keys, dscores_, kScoresRow, 1, keys_, query_columns_, dqueries_ + row0 * query_columns_, query_columns_,
+           key0 > 0, &prefetcher_);
   }
 
   // Row i of the block: scores -> dropout(P) / dropout_scale in weights_, dP -> dS in dscores_; both 0 where the row does not see the key.
@@ -162,16 +173,21 @@ class BackwardPass {
     const int64_t visible = empty ? 0 : min_of(visible_keys(problem_, bounds_, row) - key0, keys);
     const float* mask_row = problem_.attn_mask.data && !empty ? row_ptr<const float>(problem_.attn_mask, b_, h_, row) + key0 : nullptr;
     const float* key_bias = holes_ ? key_bias_ + key0 : nullptr;
-    const Vec scale = broadcast(log2_scale_), shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]), delta = broadcast(delta_[row]);
+    const Vec scale = broadcast(log2_scale_), shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]),
+              delta = broadcast(delta_[row]);
     const Vec dropout_scale = broadcast(problem_.dropout_scale());
     int64_t j = 0;
     for (; j < visible; j += kLanes) {
       const Vec score = load(weights + j);
-      const Vec exponent = mask_row || key_bias ? sub(biased_scores(score, log2_scale_, mask_row ? mask_row + j : nullptr, key_bias ? key_bias + j : nullptr, visible - j), shift)
-                                                : fmsub(score, scale, shift);
+      const Vec exponent =
+          mask_row || key_bias
+              ? sub(biased_scores(score, log2_scale_, mask_row ? mask_row + j : nullptr, key_bias ? key_bias + j : nullptr, visible - j),
+                    shift)
+              : fmsub(score, scale, shift);
       const LaneMask seen = first_lanes(visible - j);
       Vec weight = keep_where(seen, mul(exp2(exponent), factor)), dweight = load(dscores + j);
-      if constexpr (kDropout) dweight = keep_where(lanes_of_bits(keep_[i * kKeepWords + j / 16], static_cast<int>(j % 16)), mul(dweight, dropout_scale));
+      if constexpr (kDropout)
+        dweight = keep_where(lanes_of_bits(keep_[i * kKeepWords + j / 16], static_cast<int>(j % 16)), mul(dweight, dropout_scale));
       store(dscores + j, keep_where(seen, mul(weight, sub(dweight, delta))));
       if constexpr (kDropout) weight = keep_where(lanes_of_bits(keep_[i * kKeepWords + j / 16], static_cast<int>(j % 16)), weight);
       store(weights + j, weight);
@@ -184,21 +200,25 @@ class BackwardPass {
 
   void write_keys(int64_t key0, int64_t keys, bool seen) {
     const float* absent = holes_ ? key_bias_ + key0 : nullptr;
-    write_rows(problem_.dkey, key0, key0 + keys, problem_.head_dim_qk, seen ? dkeys_ : nullptr, query_columns_, problem_.softmax_scale, absent);
-    write_rows(problem_.dvalue, key0, key0 + keys, problem_.head_dim_v, seen ? dvalues_ : nullptr, value_columns_, problem_.dropout_scale(), absent);
+    write_rows(problem_.dkey, key0, key0 + keys, problem_.head_dim_qk, seen ? dkeys_ : nullptr, query_columns_, problem_.softmax_scale,
+               absent);
+    write_rows(problem_.dvalue, key0, key0 + keys, problem_.head_dim_v, seen ? dvalues_ : nullptr, value_columns_, problem_.dropout_scale(),
+               absent);
   }
 
   // gradient[begin, end) = factor * source, or 0 where there is no source or the key is absent.
-  void write_rows(const StridedTensor& gradient, int64_t begin, int64_t end, int64_t head_dim, const float* source, int64_t source_row, float factor,
-                  const float* absent = nullptr) {
+  void write_rows(const StridedTensor& gradient, int64_t begin, int64_t end, int64_t head_dim, const float* source, int64_t source_row,
+                  float factor, const float* absent = nullptr) {
     const Vec vfactor = broadcast(factor);
     for (int64_t row = begin; row < end; ++row) {
       T* to = row_ptr<T>(gradient, b_, h_, row);
       const float* from = source && !is_absent(absent, row - begin) ? source + (row - begin) * source_row : nullptr;
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         const Vec value = from ? mul(load(from + d), vfactor) : broadcast(0.0f);
-        if (d + kLanes <= head_dim) store(to + d, value);
-        else store_first(to + d, value, head_dim - d);
+        if (d + kLanes <= head_dim)
+          store(to + d, value);
+        else
+          store_first(to + d, value, head_dim - d);
       }
     }
   }
@@ -208,15 +228,15 @@ class BackwardPass {
   const float log2_scale_;
   size_t scratch_bytes_;
 
-  float *queries_, *dqueries_;   // (seqlen_q, query_columns)
-  float* douts_;                 // (seqlen_q, value_columns)
+  float *queries_, *dqueries_;               // (seqlen_q, query_columns)
+  float* douts_;                             // (seqlen_q, value_columns)
   float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *keys_t_, *values_t_;    // (head_dim, kBackwardKeys), the key block transposed
-  float *keys_, *dkeys_;         // (kBackwardKeys, query_columns)
-  float* dvalues_;               // (kBackwardKeys, value_columns)
-  float *weights_, *dscores_;    // (kBackwardRows, kScoresRow)
-  float* key_bias_;              // (seqlen_k,) 0 or -inf
-  uint16_t* keep_;               // (kBackwardRows, kKeepWords) dropout bits
+  float *keys_t_, *values_t_;                // (head_dim, kBackwardKeys), the key block transposed
+  float *keys_, *dkeys_;                     // (kBackwardKeys, query_columns)
+  float* dvalues_;                           // (kBackwardKeys, value_columns)
+  float *weights_, *dscores_;                // (kBackwardRows, kScoresRow)
+  float* key_bias_;                          // (seqlen_k,) 0 or -inf
+  uint16_t* keep_;                           // (kBackwardRows, kKeepWords) dropout bits
 
   int64_t b_ = -1, h_ = 0, batch_head_ = 0;
   SequenceBounds bounds_{};

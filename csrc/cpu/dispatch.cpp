@@ -102,7 +102,8 @@ const KernelTable& selected_table() {
     if (std::string(wanted) == table->name) return *table;
     offered += (offered.empty() ? "" : ", ") + std::string(table->name);
   }
-  throw std::runtime_error(std::string(kIsaVariable) + "=" + wanted + " is not an instruction set of this machine, which offers " + offered);
+  throw std::runtime_error(std::string(kIsaVariable) + "=" + wanted + " is not an instruction set of this machine, which offers " +
+                           offered);
 }
 
 void forward(const AttentionProblem& problem, int num_threads) {

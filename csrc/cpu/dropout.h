@@ -32,7 +32,8 @@ FA_INLINE uint64_t kept(const Words even[2], const Words odd[2], uint16_t thresh
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     const __m512i numbers = _mm512_mask_shuffle_epi32(even[half], 0xaaaa, odd[half], _MM_PERM_CCAA);
-    bits |= _pdep_u64(_mm512_cmpge_epu16_mask(numbers, _mm512_set1_epi16(static_cast<int16_t>(threshold))), 0x00ff00ff00ff00ffull << (8 * half));
+    bits |= _pdep_u64(_mm512_cmpge_epu16_mask(numbers, _mm512_set1_epi16(static_cast<int16_t>(threshold))),
+                      0x00ff00ff00ff00ffull << (8 * half));
   }
   return bits;
 }
@@ -61,13 +62,17 @@ FA_INLINE uint64_t kept(const Words even[2], const Words odd[2], uint16_t thresh
 }
 #endif
 
-struct PhiloxColumns { Words low0, low1, round3_high, round3_low; };
-struct PhiloxRows { Words high, low; };
+struct PhiloxColumns {
+  Words low0, low1, round3_high, round3_low;
+};
+struct PhiloxRows {
+  Words high, low;
+};
 
 static void draw_keep_bits(const AttentionProblem& problem, int64_t batch_head, int64_t row0, int64_t rows, int64_t key0, int64_t words,
                            uint16_t* keep, int64_t words_stride) {
   constexpr int kRows = kCountersPerVector / 2, kGroups = 8 / kRows;  // rows that a vector covers; vectors that cover 8 rows
-  constexpr int64_t kRowBlocks = 8;  // blocks of 16 rows whose PhiloxRows are held at a time
+  constexpr int64_t kRowBlocks = 8;                                   // blocks of 16 rows whose PhiloxRows are held at a time
   const PhiloxKey seed = PhiloxKey::from_rng_state(problem.rng_state);
   const uint16_t threshold = static_cast<uint16_t>(problem.dropout_threshold);
   const Words multiplier0 = all_words(kPhiloxMultiplier0), multiplier1 = all_words(kPhiloxMultiplier1), offset = all_words(seed.offset);
@@ -105,7 +110,8 @@ static void draw_keep_bits(const AttentionProblem& problem, int64_t batch_head, 
           for (int odd = 0; odd < 2; ++odd) {
             const PhiloxColumns& column = columns[odd];
             const Words round3 = multiply(multiplier1, xor2(row.high, column.low0));
-            Words word0 = xor2(high_half(round3), column.low1), word1 = round3, word2 = xor2(column.round3_high, row.low), word3 = column.round3_low;
+            Words word0 = xor2(high_half(round3), column.low1), word1 = round3, word2 = xor2(column.round3_high, row.low),
+                  word3 = column.round3_low;
 #pragma GCC unroll 4
             for (int round = 3; round < kPhiloxRounds; ++round) {
               const Words product0 = multiply(multiplier0, word0), product1 = multiply(multiplier1, word2);

@@ -40,9 +40,13 @@ template <class T>
 class ForwardPass {
  public:
   ForwardPass(const AttentionProblem& problem, int64_t rows_per_task, char* scratch)
-      : problem_(problem), block_rows_(forward_block_rows(problem)), rows_per_task_(rows_per_task),
-        tasks_per_head_((problem.seqlen_q + rows_per_task - 1) / rows_per_task), query_columns_(round_up(problem.head_dim_qk, 16)),
-        value_columns_(round_up(problem.head_dim_v, 16)), scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
+      : problem_(problem),
+        block_rows_(forward_block_rows(problem)),
+        rows_per_task_(rows_per_task),
+        tasks_per_head_((problem.seqlen_q + rows_per_task - 1) / rows_per_task),
+        query_columns_(round_up(problem.head_dim_qk, 16)),
+        value_columns_(round_up(problem.head_dim_v, 16)),
+        scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
         log2_scale_(problem.softmax_scale * kLog2e) {
     Arena arena(scratch);
     const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
@@ -68,7 +72,8 @@ class ForwardPass {
       enter(task);
       const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
       if (rows_present > 0) {
-        pack_rows(row_ptr<const T>(problem_.query, b_, h_, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_, query_columns_);
+        pack_rows(row_ptr<const T>(problem_.query, b_, h_, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_,
+                  query_columns_);
         const int64_t keys_end = visible_keys(problem_, bounds_, row0_ + rows_present - 1);
         for (int64_t key0 = 0; key0 < keys_end; key0 += kBlockKeys) {
           if (problem_.seqlen_q <= kFewRows) {
@@ -109,7 +114,8 @@ class ForwardPass {
     const int64_t keys = min_of(kBlockKeys, bounds_.seqlen_k - key0);
     const float* absent = holes_ ? key_bias_ + key0 : nullptr;
     pack_transposed(row_ptr<const T>(problem_.key, b_, h_, key0), problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
-    pack_rows(row_ptr<const T>(problem_.value, b_, h_, key0), problem_.value.row, keys, problem_.head_dim_v, values_, value_columns_, absent);
+    pack_rows(row_ptr<const T>(problem_.value, b_, h_, key0), problem_.value.row, keys, problem_.head_dim_v, values_, value_columns_,
+              absent);
   }
 
   // What the products of this key block fetch ahead: the next key block, or what the next task reads and writes.
@@ -118,14 +124,18 @@ class ForwardPass {
     if (key0 + kBlockKeys < keys_end) {
       prefetch_keys(b_, h_, key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
     } else if (task + 1 < last_task) {
-      const int64_t next_head = (task + 1) / tasks_per_head_, part = task % tasks_per_head_, row = (task + 1) % tasks_per_head_ * rows_per_task_;
-      const int64_t b = next_head / problem_.num_heads, h = next_head % problem_.num_heads, next_rows = min_of(rows_per_task_, problem_.seqlen_q - row);
-      prefetcher_.add_reads(row_ptr<const T>(problem_.query, b, h, row), problem_.query.row * kSize, next_rows, problem_.head_dim_qk * kSize);
+      const int64_t next_head = (task + 1) / tasks_per_head_, part = task % tasks_per_head_,
+                    row = (task + 1) % tasks_per_head_ * rows_per_task_;
+      const int64_t b = next_head / problem_.num_heads, h = next_head % problem_.num_heads,
+                    next_rows = min_of(rows_per_task_, problem_.seqlen_q - row);
+      prefetcher_.add_reads(row_ptr<const T>(problem_.query, b, h, row), problem_.query.row * kSize, next_rows,
+                            problem_.head_dim_qk * kSize);
       prefetcher_.add_writes(row_ptr<const T>(problem_.out, b, h, row), problem_.out.row * kSize, next_rows, problem_.head_dim_v * kSize);
       if (problem_.seqlen_k > kBlockKeys) {
         prefetch_keys(b, h, 0, kBlockKeys);
       } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head fetches its share of the next head
-        const int64_t following = batch_head_ + 1, begin = problem_.seqlen_k * part / tasks_per_head_, end = problem_.seqlen_k * (part + 1) / tasks_per_head_;
+        const int64_t following = batch_head_ + 1, begin = problem_.seqlen_k * part / tasks_per_head_,
+                      end = problem_.seqlen_k * (part + 1) / tasks_per_head_;
         prefetch_keys(following / problem_.num_heads, following % problem_.num_heads, begin, end - begin);
       }
     }
@@ -145,10 +155,10 @@ class ForwardPass {
     for (int64_t j = 0; j < keys; j += kKeyTile)
       matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * query_columns_, query_columns_, 1,
              keys_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
-    if (problem_.dropout_threshold)
-      dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
+    if (problem_.dropout_threshold) dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
     for (int64_t i = 0; i < rows; ++i) softmax_row(row + i, scores_ + i * scores_row_, key0, keys, keep_ + i * kKeepWords);
-    matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_, value_columns_, out_ + row * value_columns_, value_columns_, key0 > 0, &prefetcher_);
+    matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_, value_columns_, out_ + row * value_columns_, value_columns_,
+           key0 > 0, &prefetcher_);
   }
 
   // All rows against the keys [key0, key0 + keys), which are not packed. Four keys at a time: one load of the query or of out for
@@ -167,7 +177,8 @@ class ForwardPass {
       softmax_row(i, scores_, key0, keys, keep_ + i * kKeepWords);
       for (int64_t j = keys; j < round_up(keys, 4); ++j) scores_[j] = 0.0f;
       float* out = out_ + i * value_columns_;
-      if (key0 == 0) for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, broadcast(0.0f));
+      if (key0 == 0)
+        for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, broadcast(0.0f));
       for (int64_t j = 0; j < keys; j += 4) {
         locate_rows(problem_.value, key0, j, keys, next_key0, problem_.key.row, sources);
         add_weighted(out, scores_ + j, sources, problem_.head_dim_v);
@@ -177,12 +188,14 @@ class ForwardPass {
 
   // The rows of K or V of keys j to j + 3, zeros for absent ones and past the last. Fetches the four rows that are needed a little
   // later: of the same tensor, or past its end of the one that is read next.
-  void locate_rows(const StridedTensor& tensor, int64_t key0, int64_t j, int64_t keys, const T* next, int64_t next_row, const T* sources[4]) const {
+  void locate_rows(const StridedTensor& tensor, int64_t key0, int64_t j, int64_t keys, const T* next, int64_t next_row,
+                   const T* sources[4]) const {
     constexpr int64_t kRowsAhead = 32;
     const T* first = row_ptr<const T>(tensor, b_, h_, key0);
     for (int n = 0; n < 4; ++n) {
       const int64_t ahead = j + n + kRowsAhead;
-      const char* line = reinterpret_cast<const char*>(ahead < keys ? first + ahead * tensor.row : next + min_of(ahead - keys, keys - 1) * next_row);
+      const char* line =
+          reinterpret_cast<const char*>(ahead < keys ? first + ahead * tensor.row : next + min_of(ahead - keys, keys - 1) * next_row);
       for (int64_t offset = 0; offset < problem_.head_dim_qk * kSize; offset += 64) __builtin_prefetch(line + offset, 0, 2);
       sources[n] = j + n >= keys || (holes_ && is_absent(key_bias_, key0 + j + n)) ? zero_row_ : first + (j + n) * tensor.row;
     }
@@ -249,14 +262,16 @@ class ForwardPass {
     const float* key_bias = holes_ ? key_bias_ + key0 : nullptr;
     Vec max = broadcast(-kInfinity);
     for (int64_t j = 0; j < visible; j += kLanes) {
-      const Vec biased = biased_scores(load(scores + j), log2_scale_, mask_row ? mask_row + j : nullptr, key_bias ? key_bias + j : nullptr, visible - j);
+      const Vec biased =
+          biased_scores(load(scores + j), log2_scale_, mask_row ? mask_row + j : nullptr, key_bias ? key_bias + j : nullptr, visible - j);
       store(scores + j, biased);
       max = max_of(max, select(first_lanes(visible - j), biased, max));
     }
     return reduce_max(max);
   }
 
-  // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before dropout.
+  // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before
+  // dropout.
   template <bool kDropout>
   static float exponentials(float* scores, int64_t visible, int64_t keys, float scale, float shift, const uint16_t* keep) {
     const Vec vscale = broadcast(scale), minus_shift = broadcast(-shift);
@@ -290,8 +305,10 @@ class ForwardPass {
       const Vec factor = broadcast(empty ? 0.0f : problem_.dropout_scale() / row_sum_[i]);
       for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
         const Vec value = empty ? broadcast(0.0f) : mul(load(from + d), factor);
-        if (d + kLanes <= problem_.head_dim_v) store(to + d, value);
-        else store_first(to + d, value, problem_.head_dim_v - d);
+        if (d + kLanes <= problem_.head_dim_v)
+          store(to + d, value);
+        else
+          store_first(to + d, value, problem_.head_dim_v - d);
       }
     }
     float* lse = problem_.lse + batch_head_ * problem_.seqlen_q + row0_;

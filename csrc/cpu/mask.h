@@ -10,7 +10,8 @@ struct SequenceBounds {
 };
 
 static inline SequenceBounds sequence_bounds(const AttentionProblem& problem, int64_t b) {
-  const int64_t seqlen_q = problem.query_lengths ? min_of(max_of(int64_t{problem.query_lengths[b]}, int64_t{0}), problem.seqlen_q) : problem.seqlen_q;
+  const int64_t seqlen_q =
+      problem.query_lengths ? min_of(max_of(int64_t{problem.query_lengths[b]}, int64_t{0}), problem.seqlen_q) : problem.seqlen_q;
   int64_t seqlen_k = problem.key_lengths ? min_of(max_of(int64_t{problem.key_lengths[b]}, int64_t{0}), problem.seqlen_k) : problem.seqlen_k;
   const int64_t diagonal = problem.causal == Causal::bottom_right ? seqlen_k - seqlen_q : 0;
   if (problem.key_mask) {  // trailing masked keys cost nothing; they do not move the diagonal

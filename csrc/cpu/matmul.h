@@ -27,9 +27,17 @@ class Arena {
 // of the current task. Rows of a (B, L, H, D) tensor are short pieces far apart, which the hardware prefetcher does not follow.
 class RowPrefetcher {
  public:
-  void clear() { num_regions_ = current_ = 0; row_ = total_rows_ = 0; rows_per_tick_ = 0; }
-  void add_reads(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) { add(first_row, stride_bytes, rows, row_bytes, false); }
-  void add_writes(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) { add(first_row, stride_bytes, rows, row_bytes, true); }
+  void clear() {
+    num_regions_ = current_ = 0;
+    row_ = total_rows_ = 0;
+    rows_per_tick_ = 0;
+  }
+  void add_reads(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
+    add(first_row, stride_bytes, rows, row_bytes, false);
+  }
+  void add_writes(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
+    add(first_row, stride_bytes, rows, row_bytes, true);
+  }
   void spread_over(int64_t ticks) { rows_per_tick_ = ticks > 0 ? (total_rows_ + ticks - 1) / ticks : 0; }
 
   void tick() {
@@ -70,8 +78,8 @@ constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 
 // c[kRows][kVecs * kLanes] (+)= a[kRows][depth] * b[depth][kVecs * kLanes], where a[i][k] = a[i * a_row + k * a_col].
 template <int kRows, int kVecs>
-FA_INLINE void matmul_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c, int64_t c_row,
-                           bool accumulate) {
+FA_INLINE void matmul_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
+                           int64_t c_row, bool accumulate) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -95,31 +103,39 @@ FA_INLINE void matmul_tile(int64_t depth, const float* a, int64_t a_row, int64_t
 }
 
 template <int kVecs>
-FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
-                              int64_t c_row, bool accumulate, RowPrefetcher* prefetcher) {
+FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
+                              float* c, int64_t c_row, bool accumulate, RowPrefetcher* prefetcher) {
   for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * a_row, c += kTileRows * c_row) {
     if (prefetcher) prefetcher->tick();
     matmul_tile<kTileRows, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
   }
   switch (rows) {
-    case 5: return matmul_tile<5, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 4: return matmul_tile<4, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 3: return matmul_tile<3, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 2: return matmul_tile<2, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
-    case 1: return matmul_tile<1, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 5:
+      return matmul_tile<5, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 4:
+      return matmul_tile<4, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 3:
+      return matmul_tile<3, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 2:
+      return matmul_tile<2, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    case 1:
+      return matmul_tile<1, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
   }
 }
 
 // c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; columns must be a multiple of kLanes.
-static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
-                   int64_t c_row, bool accumulate, RowPrefetcher* prefetcher = nullptr) {
+static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                   int64_t b_row, float* c, int64_t c_row, bool accumulate, RowPrefetcher* prefetcher = nullptr) {
   int64_t j = 0;
   for (; j + kTileVecs * kLanes <= columns; j += kTileVecs * kLanes)
     matmul_panel<kTileVecs>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
   switch ((columns - j) / kLanes) {
-    case 3: return matmul_panel<kTileVecs == 4 ? 3 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
-    case 2: return matmul_panel<kTileVecs == 4 ? 2 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
-    case 1: return matmul_panel<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+    case 3:
+      return matmul_panel<kTileVecs == 4 ? 3 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+    case 2:
+      return matmul_panel<kTileVecs == 4 ? 2 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+    case 1:
+      return matmul_panel<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
   }
 }
 
@@ -129,7 +145,8 @@ FA_INLINE bool is_absent(const float* key_bias, int64_t row) { return key_bias &
 // source: (rows, head_dim) with rows source_row apart -> packed: (rows, packed_row) float32, columns past head_dim zero.
 // key_bias: (rows,), non-zero where the row is absent; null when all are present.
 template <class T>
-static void pack_rows(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed, int64_t packed_row, const float* key_bias = nullptr) {
+static void pack_rows(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed, int64_t packed_row,
+                      const float* key_bias = nullptr) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = source + i * source_row;
     float* to = packed + i * packed_row;
@@ -146,7 +163,8 @@ constexpr int64_t kKeyTile = 64;  // columns of a packed K^T tile
 // source: (rows, head_dim) -> packed: (ceil(rows / kKeyTile), head_dim, kKeyTile) float32: tiles of the transpose. Columns past
 // `rows` are zero up to the next multiple of 16 and unspecified beyond.
 template <class T>
-static void pack_transposed(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed, const float* key_bias = nullptr) {
+static void pack_transposed(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed,
+                            const float* key_bias = nullptr) {
   for (int64_t row0 = 0; row0 < rows; row0 += 16) {
     float* tile = packed + row0 / kKeyTile * kKeyTile * head_dim + row0 % kKeyTile;
     const int64_t present = min_of(rows - row0, int64_t{16});
@@ -158,7 +176,8 @@ static void pack_transposed(const T* source, int64_t source_row, int64_t rows, i
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i)
-        r[i] = i < present && !is_absent(key_bias, row0 + i) ? _mm512_castps_si512(load_first(from + i * source_row, columns).x) : _mm512_setzero_si512();
+        r[i] = i < present && !is_absent(key_bias, row0 + i) ? _mm512_castps_si512(load_first(from + i * source_row, columns).x)
+                                                             : _mm512_setzero_si512();
       transpose16(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j)
@@ -167,7 +186,8 @@ static void pack_transposed(const T* source, int64_t source_row, int64_t rows, i
       float block[16][16];
       for (int i = 0; i < 16; ++i)
         for (int j = 0; j < 16; j += kLanes)
-          store(&block[i][j], i < present && !is_absent(key_bias, row0 + i) ? load_first(from + i * source_row + j, columns - j) : broadcast(0.0f));
+          store(&block[i][j],
+                i < present && !is_absent(key_bias, row0 + i) ? load_first(from + i * source_row + j, columns - j) : broadcast(0.0f));
       for (int j = 0; j < columns; ++j)
         for (int i = 0; i < 16; ++i) to[j * kKeyTile + i] = block[i][j];
 #endif

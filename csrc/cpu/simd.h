@@ -14,8 +14,12 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-struct bfloat16_t { uint16_t bits; };
-struct float16_t { uint16_t bits; };
+struct bfloat16_t {
+  uint16_t bits;
+};
+struct float16_t {
+  uint16_t bits;
+};
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 constexpr float kLog2eRest = 1.92596303e-8f, kLn2Rest = -1.90465432e-9f;  // what float32 loses of the two
@@ -33,20 +37,20 @@ FA_INLINE T* row_ptr(const StridedTensor& tensor, int64_t b, int64_t h, int64_t 
 }
 
 // 2^r on [0, 1): minimax polynomials, relative error 7.5e-8 (degree 5), 2.6e-6 (degree 4), 7.5e-5 (degree 3).
-constexpr float kExp2OfFraction[3][6] = {
-    {0.999925219f, 0.69583354f, 0.226067155f, 0.0780245226f, 0, 0},
-    {1.00000259f, 0.693003834f, 0.241442757f, 0.0520114606f, 0.0135341679f, 0},
-    {0.999999925f, 0.693153073f, 0.240153617f, 0.0558263181f, 0.00898934009f, 0.00187757668f}};
+constexpr float kExp2OfFraction[3][6] = {{0.999925219f, 0.69583354f, 0.226067155f, 0.0780245226f, 0, 0},
+                                         {1.00000259f, 0.693003834f, 0.241442757f, 0.0520114606f, 0.0135341679f, 0},
+                                         {0.999999925f, 0.693153073f, 0.240153617f, 0.0558263181f, 0.00898934009f, 0.00187757668f}};
 // The same on [-0.5, 0.5].
-constexpr float kExp2OfRemainder[3][6] = {
-    {0.999928074f, 0.693260985f, 0.242611122f, 0.0551716691f, 0, 0},
-    {0.999999261f, 0.693121815f, 0.240247448f, 0.0559178603f, 0.00957010191f, 0},
-    {1.00000007f, 0.693146967f, 0.240221197f, 0.0555071327f, 0.00967554133f, 0.0013276472f}};
+constexpr float kExp2OfRemainder[3][6] = {{0.999928074f, 0.693260985f, 0.242611122f, 0.0551716691f, 0, 0},
+                                          {0.999999261f, 0.693121815f, 0.240247448f, 0.0559178603f, 0.00957010191f, 0},
+                                          {1.00000007f, 0.693146967f, 0.240221197f, 0.0555071327f, 0.00967554133f, 0.0013276472f}};
 
 #if defined(FA_AVX512)
 
 constexpr int kLanes = 16;
-struct Vec { __m512 x; };
+struct Vec {
+  __m512 x;
+};
 using LaneMask = __mmask16;
 
 FA_INLINE LaneMask first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<LaneMask>((1u << n) - 1); }
@@ -74,7 +78,8 @@ FA_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.x); }
 FA_INLINE void reduce_add4(const Vec v[4], float sums[4]) {
   const __m512 v01 = _mm512_add_ps(_mm512_unpacklo_ps(v[0].x, v[1].x), _mm512_unpackhi_ps(v[0].x, v[1].x));
   const __m512 v23 = _mm512_add_ps(_mm512_unpacklo_ps(v[2].x, v[3].x), _mm512_unpackhi_ps(v[2].x, v[3].x));
-  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(v01), _mm512_castps_pd(v23)), high = _mm512_unpackhi_pd(_mm512_castps_pd(v01), _mm512_castps_pd(v23));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(v01), _mm512_castps_pd(v23)),
+                high = _mm512_unpackhi_pd(_mm512_castps_pd(v01), _mm512_castps_pd(v23));
   const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
@@ -107,13 +112,21 @@ FA_INLINE __m256i narrow(__m512 x, bfloat16_t) {  // round to nearest even
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16));
 }
 template <class T>
-FA_INLINE Vec load(const T* p) { return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{})}; }
+FA_INLINE Vec load(const T* p) {
+  return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{})};
+}
 template <class T>
-FA_INLINE Vec load_first(const T* p, int64_t n) { return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{})}; }
+FA_INLINE Vec load_first(const T* p, int64_t n) {
+  return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{})};
+}
 template <class T>
-FA_INLINE void store(T* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a.x, T{})); }
+FA_INLINE void store(T* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a.x, T{}));
+}
 template <class T>
-FA_INLINE void store_first(T* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a.x, T{})); }
+FA_INLINE void store_first(T* p, Vec a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a.x, T{}));
+}
 
 // rows[i] = row i of a 16 x 16 matrix of 32-bit values -> rows[j] = column j.
 FA_INLINE void transpose16(__m512i rows[16]) {
@@ -152,7 +165,9 @@ typedef float UnalignedFloatVector __attribute__((vector_size(FA_LANES * 4), ali
 typedef int32_t IntVector __attribute__((vector_size(FA_LANES * 4)));
 typedef uint32_t WordVector __attribute__((vector_size(FA_LANES * 4)));
 typedef uint16_t HalfVector __attribute__((vector_size(FA_LANES * 2), aligned(2), may_alias));
-struct Vec { FloatVector x; };
+struct Vec {
+  FloatVector x;
+};
 using LaneMask = IntVector;  // -1 where set
 
 #if FA_LANES == 8
@@ -175,7 +190,8 @@ FA_INLINE Vec broadcast(float f) { return {f - FloatVector{}}; }
 FA_INLINE Vec load(const float* p) { return {*reinterpret_cast<const UnalignedFloatVector*>(p)}; }
 FA_INLINE Vec load_first(const float* p, int64_t n) {
   Vec r = broadcast(0.0f);
-  for (int i = 0; i < kLanes; ++i) if (i < n) r.x[i] = p[i];
+  for (int i = 0; i < kLanes; ++i)
+    if (i < n) r.x[i] = p[i];
   return r;
 }
 FA_INLINE void store(float* p, Vec a) { *reinterpret_cast<UnalignedFloatVector*>(p) = a.x; }
@@ -251,20 +267,29 @@ FA_INLINE HalfVector narrow(FloatVector x, float16_t) {  // round to nearest eve
 }
 #endif
 template <class T>
-FA_INLINE Vec load(const T* p) { return {widen(*reinterpret_cast<const HalfVector*>(p), T{})}; }
+FA_INLINE Vec load(const T* p) {
+  return {widen(*reinterpret_cast<const HalfVector*>(p), T{})};
+}
 template <class T>
 FA_INLINE Vec load_first(const T* p, int64_t n) {
   HalfVector bits = {};
-  for (int i = 0; i < kLanes; ++i) if (i < n) bits[i] = p[i].bits;
+  for (int i = 0; i < kLanes; ++i)
+    if (i < n) bits[i] = p[i].bits;
   return {widen(bits, T{})};
 }
 template <class T>
-FA_INLINE void store(T* p, Vec a) { *reinterpret_cast<HalfVector*>(p) = narrow(a.x, T{}); }
-FA_INLINE void store_first(float* p, Vec a, int64_t n) { for (int i = 0; i < kLanes; ++i) if (i < n) p[i] = a.x[i]; }
+FA_INLINE void store(T* p, Vec a) {
+  *reinterpret_cast<HalfVector*>(p) = narrow(a.x, T{});
+}
+FA_INLINE void store_first(float* p, Vec a, int64_t n) {
+  for (int i = 0; i < kLanes; ++i)
+    if (i < n) p[i] = a.x[i];
+}
 template <class T>
 FA_INLINE void store_first(T* p, Vec a, int64_t n) {
   const HalfVector bits = narrow(a.x, T{});
-  for (int i = 0; i < kLanes; ++i) if (i < n) p[i].bits = bits[i];
+  for (int i = 0; i < kLanes; ++i)
+    if (i < n) p[i].bits = bits[i];
 }
 
 #endif
@@ -278,6 +303,5 @@ FA_INLINE Vec log2(Vec x) {
   for (int term = 7; term > 0; term -= 2) series = fmadd(series, t2, broadcast(2 * kLog2e / static_cast<float>(term)));
   return fmadd(x, broadcast(0.0f), fmadd(t, series, exponent));
 }
-
 
 }  // namespace fused_attention::cpu::FA_ISA
