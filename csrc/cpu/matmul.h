@@ -183,13 +183,16 @@ static void pack_transposed(const T* source, int64_t source_row, int64_t rows, i
       for (int j = 0; j < 16; ++j)
         if (j < columns) _mm512_storeu_si512(to + j * kKeyTile, r[j]);
 #else
-      float block[16][16];
-      for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 16; j += kLanes)
-          store(&block[i][j],
-                i < present && !is_absent(key_bias, row0 + i) ? load_first(from + i * source_row + j, columns - j) : broadcast(0.0f));
-      for (int j = 0; j < columns; ++j)
-        for (int i = 0; i < 16; ++i) to[j * kKeyTile + i] = block[i][j];
+      for (int64_t i0 = 0; i0 < 16; i0 += kLanes) {
+        for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
+          Vec r[kLanes];
+          for (int64_t i = i0; i < i0 + kLanes; ++i)
+            r[i - i0] =
+                i < present && !is_absent(key_bias, row0 + i) ? load_first(from + i * source_row + j0, columns - j0) : broadcast(0.0f);
+          transpose(r);
+          for (int64_t j = j0; j < min_of(j0 + kLanes, columns); ++j) store(to + j * kKeyTile + i0, r[j - j0]);
+        }
+      }
 #endif
     }
   }

@@ -189,6 +189,7 @@ FA_INLINE LaneMask less_than(Vec a, Vec b) { return a.x < b.x; }
 FA_INLINE Vec broadcast(float f) { return {f - FloatVector{}}; }
 FA_INLINE Vec load(const float* p) { return {*reinterpret_cast<const UnalignedFloatVector*>(p)}; }
 FA_INLINE Vec load_first(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
   Vec r = broadcast(0.0f);
   for (int i = 0; i < kLanes; ++i)
     if (i < n) r.x[i] = p[i];
@@ -272,6 +273,7 @@ FA_INLINE Vec load(const T* p) {
 }
 template <class T>
 FA_INLINE Vec load_first(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
   HalfVector bits = {};
   for (int i = 0; i < kLanes; ++i)
     if (i < n) bits[i] = p[i].bits;
@@ -290,6 +292,35 @@ FA_INLINE void store_first(T* p, Vec a, int64_t n) {
   const HalfVector bits = narrow(a.x, T{});
   for (int i = 0; i < kLanes; ++i)
     if (i < n) p[i].bits = bits[i];
+}
+
+// rows[i] = row i of a kLanes x kLanes matrix -> rows[j] = column j.
+FA_INLINE void transpose(Vec rows[kLanes]) {
+#if FA_LANES == 8
+  FloatVector t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i].x, rows[i + 1].x);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i].x, rows[i + 1].x);
+  }
+  FloatVector u[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    rows[i + 4].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+#else
+  const Vec source[4] = {rows[0], rows[1], rows[2], rows[3]};
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 4; ++i) rows[j].x[i] = source[i].x[j];
+#endif
 }
 
 #endif
