@@ -25,7 +25,8 @@ struct PhiloxKey {
 
   static FA_HOST_DEVICE PhiloxKey from_rng_state(const int64_t* rng_state) {
     const uint64_t seed = static_cast<uint64_t>(rng_state[0]), offset = static_cast<uint64_t>(rng_state[1]);
-    return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(offset >> 32), static_cast<uint32_t>(offset)};
+    return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(offset >> 32),
+            static_cast<uint32_t>(offset)};
   }
 };
 

@@ -25,13 +25,13 @@ struct AttentionProblem {
   float softmax_scale = 1.0f;  // finite and > 0
   Causal causal = Causal::none;
 
-  StridedTensor query;           // (B, H, Lq, Dqk)
-  StridedTensor key;             // (B, H, Lk, Dqk)
-  StridedTensor value;           // (B, H, Lk, Dv)
-  StridedTensor out;             // (B, H, Lq, Dv): written by the forward, read by the backward
-  float* lse = nullptr;          // (B, H, Lq) contiguous: written by the forward, read by the backward
+  StridedTensor query;   // (B, H, Lq, Dqk)
+  StridedTensor key;     // (B, H, Lk, Dqk)
+  StridedTensor value;   // (B, H, Lk, Dv)
+  StridedTensor out;     // (B, H, Lq, Dv): written by the forward, read by the backward
+  float* lse = nullptr;  // (B, H, Lq) contiguous: written by the forward, read by the backward
 
-  StridedTensor attn_mask;       // (B, H, Lq, Lk) float32, added to the scaled scores; values below -1e30 mask; data may be null
+  StridedTensor attn_mask;            // (B, H, Lq, Lk) float32, added to the scaled scores; values below -1e30 mask; data may be null
   const uint8_t* key_mask = nullptr;  // (B, Lk), 1 = may attend; may be null
   int64_t key_mask_batch = 0, key_mask_key = 0;
   const int32_t* key_lengths = nullptr;    // (B,) contiguous, clamped to [0, Lk] when read; may be null
@@ -42,12 +42,14 @@ struct AttentionProblem {
   const int64_t* rng_state = nullptr;  // (2,) seed, offset; read by the kernel through this pointer; null when threshold is 0 or 65536
 
   // Backward only.
-  StridedTensor dout;            // (B, H, Lq, Dv)
-  const float* dlse = nullptr;   // (B, H, Lq) contiguous, may be null
+  StridedTensor dout;                  // (B, H, Lq, Dv)
+  const float* dlse = nullptr;         // (B, H, Lq) contiguous, may be null
   StridedTensor dquery, dkey, dvalue;  // every element is written, with 0 where there is no gradient
 
   // Always inline: a shared copy, compiled for one instruction set, must not serve the others.
-  __attribute__((always_inline)) float dropout_scale() const { return dropout_threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - dropout_threshold); }
+  __attribute__((always_inline)) float dropout_scale() const {
+    return dropout_threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - dropout_threshold);
+  }
 };
 
 }  // namespace fused_attention

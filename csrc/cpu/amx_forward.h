@@ -13,6 +13,7 @@ namespace fused_attention::cpu::FA_ISA {
 class AmxForward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
+    if (problem.seqlen_q <= kFewRows) return plan_forward<bfloat16_t>(problem, num_threads);  // packing would cost more than it saves
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
     rows = min_of(rows, max_of(round_up(problem.seqlen_q, kRows), kRows));
@@ -26,6 +27,7 @@ class AmxForward {
   }
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+    if (problem.seqlen_q <= kFewRows) return run_forward<bfloat16_t>(problem, plan, first_task, last_task, scratch);
     if (first_task >= last_task) return;
     AmxForward forward(problem, plan);
     forward.carve(scratch);
