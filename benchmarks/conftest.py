@@ -35,7 +35,9 @@ class Compare(Protocol):
         measure: str,
         peer_name: str = "torch",
         bar: float | None = None,
-        note: str = "",
+        ceiling: Callable[[], Any] | None = None,
+        warmup_rounds: int = 1,
+        min_rounds: int = MIN_ROUNDS,
     ) -> float: ...
 
 
@@ -45,7 +47,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
 
     Taking turns gives both the same share of whatever else the machine does; only ratios are meant to be compared between
     runs. `check` runs first and raises if ours is wrong: wrong results are not timed. `group`, `case` and `measure` place the
-    comparison in the table (see report.Comparison), `bar` is the ratio it is meant to reach, `note` ends its line.
+    comparison in the table (see report.Comparison), `bar` is the ratio it is meant to reach. `ceiling` is ours with the part under
+    test removed, timed in the same rounds: the ratio that nothing could exceed, printed at the end of the line.
+    `warmup_rounds`: calls of each before timing; the first call with every new shape allocates, and torch may compile for it.
 
     pytest-benchmark records our rounds; the peer's median, the ratio and the labels are saved with them as extra_info.
     """
@@ -60,32 +64,41 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
         measure: str,
         peer_name: str = "torch",
         bar: float | None = None,
-        note: str = "",
+        ceiling: Callable[[], Any] | None = None,
+        warmup_rounds: int = 1,
+        min_rounds: int = MIN_ROUNDS,
     ) -> float:
         check()
         if benchmark.disabled:
             benchmark.pedantic(ours)
             return math.nan
-        for function in (ours, peer):  # the first call allocates, and torch may choose a kernel
+        others = [peer] if ceiling is None else [peer, ceiling]
+        for function in [ours, *others] * warmup_rounds:
             function()
         seconds = float(request.config.getoption("benchmark_max_time"))
         rounds = int(seconds / (_seconds(ours) + _seconds(peer)))
-        rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
+        rounds = min(max(rounds, min_rounds), MAX_ROUNDS)
 
-        peer_seconds: list[float] = []
+        others_seconds: list[list[float]] = [[] for _ in others]
+
+        def others_take_their_turn() -> None:
+            for function, times in zip(others, others_seconds, strict=True):
+                times.append(_seconds(function))
+
         benchmark.group = group
-        # The setup of a round is not part of its time: that is where the peer takes its turn.
-        benchmark.pedantic(ours, setup=lambda: peer_seconds.append(_seconds(peer)), rounds=rounds)
+        # The setup of a round is not part of its time.
+        benchmark.pedantic(ours, setup=others_take_their_turn, rounds=rounds)
+        peer_ms, *ceiling_ms = (1e3 * statistics.median(times) for times in others_seconds)
         comparison = Comparison(
             group=group,
             case=case,
             measure=measure,
             ours_ms=1e3 * benchmark.stats.stats.median,
-            peer_ms=1e3 * statistics.median(peer_seconds),
+            peer_ms=peer_ms,
             peer=peer_name,
             rounds=rounds,
             bar=bar,
-            note=note,
+            note=f"ceiling {peer_ms / ceiling_ms[0]:.2f}" if ceiling_ms else "",
         )
         benchmark.extra_info |= vars(comparison) | {"ratio": comparison.ratio}
         request.config.stash[COMPARISONS].append(comparison)
