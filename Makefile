@@ -25,14 +25,14 @@ lint: install ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp')
 
-install: $(VENV)/installed ## create .venv with everything (a torch already in it is kept)
+install: $(VENV)/installed ## create .venv with everything (a torch already in it is kept, with its triton)
 
 build: install ## compile what changed in csrc/
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt | check-tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -vE '^(torch|triton)==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools wheel pybind11 ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
