@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -214,6 +216,22 @@ def test_any_thread_count(num_threads: int) -> None:
         check(*build(BASE_CALL | {"sizes": (3, 3), "key_lengths": True, "is_causal": "top_left"}))
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_thread_pool_is_torchs() -> None:
+    """One libgomp in the process, and no more threads than torch was told to use."""
+    script = (
+        "import torch; torch.set_num_threads(2)\n"
+        "from fused_attention import attention\n"
+        "query = torch.randn(4, 8, 256, 64, requires_grad=True)\n"
+        "(query @ query.mT).sum().backward()\n"
+        "before = len(__import__('os').listdir('/proc/self/task'))\n"
+        "attention(query, query, query, backend='cpu').sum().backward()\n"
+        "libraries = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}\n"
+        "print(len(libraries), len(__import__('os').listdir('/proc/self/task')) - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1", "0"]
 
 
 def test_gradients_stay_inside_packed_buffers() -> None:

@@ -52,3 +52,11 @@ def test_the_layout_map_is_true() -> None:
 def test_links_lead_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_measured_lines_are_from_a_recorded_run() -> None:
+    """The results shown are lines of a run kept in docs/results."""
+    recorded = {line.rstrip() for path in (ROOT / "docs/results").glob("*.txt") for line in path.read_text().splitlines()}
+    shown = [line.rstrip() for block in re.findall(r"```results\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    assert len(shown) > 10
+    assert [line for line in shown if line not in recorded] == []
