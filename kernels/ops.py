@@ -102,9 +102,17 @@ def _recomputed_gradients(problem: Problem, dout: Tensor | None, dlse: Tensor | 
 
 def _kernel_gradients(layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
     problem = Problem.from_op_arguments(layout, arguments[:-1])
-    gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
+    gradients = tuple(_empty_gradient(tensor) for tensor in problem.inputs)
     KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, split(layout, gradients))
     return gradients
+
+
+def _empty_gradient(tensor: Tensor) -> Tensor:
+    """Uninitialised, in the memory order of `tensor`; the last dim is contiguous even where rows of `tensor` overlap."""
+    gradient = torch.empty_like(tensor)
+    if gradient.shape[-1] == 1 or gradient.stride(-1) == 1:
+        return gradient
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 _library = torch.library.Library("fused_attention", "DEF")
@@ -136,7 +144,7 @@ def _register(layout: Layout) -> None:
         return unwrapped(_kernel_gradients(layout, dout, dlse, out, lse, arguments))
 
     def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        return unwrapped(tuple(torch.empty_like(tensor) for tensor in arguments[: NUM_INPUTS[layout]]))
+        return unwrapped(tuple(_empty_gradient(tensor) for tensor in arguments[: NUM_INPUTS[layout]]))
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         _save_for_backward(ctx, layout, inputs, *output)

@@ -116,6 +116,23 @@ def test_gradients_of_part_of_the_inputs() -> None:
     assert gradient[0].abs().sum() > 0
 
 
+@needs_native
+@pytest.mark.parametrize("path", ["cheap", "operator", "compiled"])
+def test_gradients_of_overlapping_windows(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that start one element apart: empty_like would lay their gradient out with another dim innermost."""
+    windows = torch.randn(200).as_strided((1, 2, 5, 16), (100, 40, 1, 1))
+    if path == "operator":
+        monkeypatch.setattr(ops, "_takes_cheap_path", lambda problem: False)
+
+    def gradients(function, backend: str) -> tuple[Tensor, ...]:
+        leaves = [windows.detach().requires_grad_() for _ in range(3)]
+        return torch.autograd.grad(function(*leaves, backend=backend).square().sum(), leaves)
+
+    function = torch.compile(attention, fullgraph=True, backend="aot_eager") if path == "compiled" else attention
+    for ours, expected in zip(gradients(function, "cpu"), gradients(attention, "reference"), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 class _Subclass(Tensor):
     pass
 
