@@ -14,6 +14,8 @@ Scores and softmax are float32 (float64 for float64 inputs).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) in the query's dtype and memory order, and lse (B, Hq, Lq), float32 (float64 for float64 inputs)."""
     query = problem.query
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores = masked_scores(problem)
         queries_present, keys_present = present(problem)
         value = problem.value.to(scores.dtype).masked_fill(~keys_present[:, None, :, None], 0.0)  # 1.
@@ -49,7 +51,7 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
         lse = (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf).squeeze(-1)
         if problem.dropout_p > 0.0:
             weights = weights * dropout(problem, 0, query.shape[1]).to(weights.dtype)  # 7.
-        out = weights @ repeat_heads(value, query.shape[1])  # 8.
+        out = (weights @ repeat_heads(value, query.shape[1])).masked_fill(empty, 0.0)  # 8.; no gradient into empty rows, not even NaN
         return with_memory_of(query, out.to(query.dtype)), lse
 
 
@@ -121,6 +123,10 @@ def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:
     indices = torch.arange(batch * num_heads, device=problem.query.device).view(batch, num_heads)[:, first_head:last_head]
     factors = dropout_factors(problem.rng_state, problem.dropout_p, indices.reshape(-1), seqlen_q, problem.key.shape[2])
     return factors.view(batch, last_head - first_head, seqlen_q, problem.key.shape[2])
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)  # autocast knows no meta device
 
 
 def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:

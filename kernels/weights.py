@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
-from .reference import dropout, masked_scores
+from .reference import dropout, masked_scores, without_autocast
 
 
 def weights_from_lse(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) summed up head by head."""
     query, num_heads = problem.query, problem.query.shape[1]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         chunks = [(head, head + 1) for head in range(num_heads)] if average_heads else [(0, num_heads)]
         total: Tensor | None = None
         for first, last in chunks:

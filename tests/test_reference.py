@@ -99,6 +99,19 @@ def test_empty_rows_and_absent_tokens_never_leak() -> None:
     assert (gradients[1][0, :, 4:] == 0).all()
 
 
+def test_the_gradient_of_rows_that_attend_to_nothing_is_never_read() -> None:
+    """Rows past query_lengths, and rows before the first key of the bottom-right diagonal."""
+    leaves = qkv(seqlen_q=5, seqlen_k=3, requires_grad=True)
+    for options, nothing in (({"query_lengths": torch.tensor([3, 3])}, slice(3, 5)), ({"is_causal": "bottom_right"}, slice(0, 2))):
+        out, lse = attention(*leaves, **options, return_lse=True)
+        dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+        dout[:, :, nothing], dlse[:, :, nothing] = 0.0, 0.0
+        expected = torch.autograd.grad((out, lse), leaves, (dout, dlse), retain_graph=True)
+        dout[:, :, nothing], dlse[:, :, nothing] = torch.nan, torch.nan
+        gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
+
+
 def test_a_float_mask_masks_below_minus_1e30() -> None:
     query, key, value = qkv()
     mask = torch.zeros(5, 6, dtype=torch.float64)
