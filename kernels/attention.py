@@ -145,6 +145,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise RuntimeError("attn_mask must be None when is_causal=True: combine them, or call attention(), which takes both")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dims (..., seqlen, head_dim), got {tuple(tensor.shape)}")
     head_dims = 3 if enable_gqa else 2  # how many trailing dims do not broadcast
@@ -157,7 +159,7 @@ def scaled_dot_product_attention(
         raise ValueError(f"the leading dims of query, key and value must broadcast, got {shapes}") from error
     inputs = tuple(_as_4d(tensor.expand(*leading, *tensor.shape[-head_dims:])) for tensor in (query, key, value))
     full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
-    if attn_mask is not None:
+    if isinstance(attn_mask, Tensor):
         attn_mask = _mask_as_4d(attn_mask, full_shape)
     out = attention(*inputs, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
     assert isinstance(out, Tensor)
@@ -183,10 +185,12 @@ def attention_weights(
     Raises:
         TypeError, ValueError: an argument does not fit; dropout without rng_state.
     """
-    if 0.0 < dropout_p < 1.0 and options.get("rng_state") is None:
-        raise ValueError("rng_state must be given when dropout_p > 0: the one that was passed to attention()")
     query, key = _autocast(query, key)
     problem = make_problem("separate", (query, key, key), dropout_p=dropout_p, **options)
+    if 0.0 < dropout_p < 1.0 and options.get("rng_state") is None:
+        raise ValueError("rng_state must be given when dropout_p > 0: the one that was passed to attention()")
+    if not isinstance(lse, Tensor) or not lse.is_floating_point():
+        raise TypeError(f"lse must be a floating-point torch.Tensor, got {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
     if lse.shape != query.shape[:3]:
         raise ValueError(f"lse must have shape (batch, num_heads, seqlen_q) = {tuple(query.shape[:3])}, got {tuple(lse.shape)}")
     return weights_from_lse(problem, lse, average_heads)
@@ -207,11 +211,11 @@ def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tu
 def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Casts to the autocast dtype, as torch does for its own attention; float64 is left alone."""
     first = inputs[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return inputs
     dtype = torch.get_autocast_dtype(first.device.type)
     half_or_single = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(tensor.to(dtype) if tensor.dtype in half_or_single else tensor for tensor in inputs)
+    return tuple(tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in half_or_single else tensor for tensor in inputs)
 
 
 def _as_4d(tensor: Tensor) -> Tensor:

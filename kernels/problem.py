@@ -204,6 +204,8 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
     for name, tensor in zip(names, inputs, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor.dtype != first.dtype:
@@ -257,7 +259,10 @@ def _check_tensor(
 
 def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: int) -> Tensor:
     _check_tensor(name, lengths, device, (torch.int32, torch.int64), ((batch,),), "(batch,)")
-    return lengths.to(torch.int32).contiguous()
+    if lengths.dtype is torch.int64:
+        limits = torch.iinfo(torch.int32)
+        lengths = lengths.clamp(limits.min, limits.max).to(torch.int32)  # not wrapped: 2**32 is long, not 0
+    return lengths.contiguous()
 
 
 def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
+from fused_attention.kernels.attention import (
+    attention,
+    attention_kv_packed,
+    attention_qkv_packed,
+    attention_weights,
+    scaled_dot_product_attention,
+)
 
 QUERY = torch.zeros(2, 4, 5, 8)
 KEY = torch.zeros(2, 4, 6, 8)
@@ -13,6 +19,7 @@ KEY = torch.zeros(2, 4, 6, 8)
 BAD_CALLS = {
     "query is no tensor": ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
     "integer query": ({"query": QUERY.long()}, TypeError, "query must be float32.*int64"),
+    "sparse query": ({"query": QUERY.to_sparse()}, TypeError, "query must be a dense tensor, got layout torch.sparse_coo"),
     "mixed dtypes": ({"key": KEY.half()}, TypeError, "key must have the dtype of query, torch.float32, got torch.float16"),
     "3-D query": ({"query": QUERY[0]}, ValueError, r"query must have shape \(batch, num_heads, seqlen, head_dim\), got \(4, 5, 8\)"),
     "other device": ({"value": KEY.to("meta")}, ValueError, "value must be on the device of query, cpu, got meta"),
@@ -70,3 +77,38 @@ def test_weights_under_dropout_need_the_rng_state() -> None:
 def test_lse_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="lse must have shape"):
         attention_weights(QUERY, KEY, torch.zeros(2, 4, 6))
+
+
+def test_lse_that_is_no_floating_point_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="lse must be a floating-point torch.Tensor, got NoneType"):
+        attention_weights(QUERY, KEY, None)
+    with pytest.raises(TypeError, match="lse must be a floating-point torch.Tensor, got torch.int64"):
+        attention_weights(QUERY, KEY, torch.zeros(2, 4, 5, dtype=torch.int64))
+
+
+def test_scaled_dot_product_attention_names_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="key must be a torch.Tensor, got NoneType"):
+        scaled_dot_product_attention(QUERY, None, KEY)
+    with pytest.raises(TypeError, match="attn_mask must be a torch.Tensor, got list"):
+        scaled_dot_product_attention(QUERY, KEY, KEY, attn_mask=[[True]])
+
+
+def test_a_key_that_is_no_tensor_is_named_under_autocast_too() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="key must be a torch.Tensor, got NoneType"):
+        attention(QUERY, None, KEY)
+
+
+@pytest.mark.parametrize("length", [2**31, 2**32, 2**63 - 1, -(2**32) + 2])
+def test_int64_lengths_beyond_int32_are_clamped_not_wrapped(length: int) -> None:
+    query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 6, 8)
+    expected = attention(query, key, key, key_lengths=torch.tensor([6 if length > 0 else 0]))
+    assert torch.equal(attention(query, key, key, key_lengths=torch.tensor([length])), expected)
+
+
+@pytest.mark.parametrize("average_heads", [False, True])
+def test_meta_tensors_give_shapes(average_heads: bool) -> None:
+    query, key = QUERY.to("meta"), KEY.to("meta")
+    out, lse = attention(query, key, key, is_causal=True, dropout_p=0.1, return_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", (2, 4, 5, 8), (2, 4, 5))
+    weights = attention_weights(query, key, lse, average_heads=average_heads)
+    assert weights.shape == ((2, 5, 6) if average_heads else (2, 4, 5, 6))
