@@ -31,25 +31,47 @@ TRAIN_SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    open_missing_streams()
     if arguments is None:
         restart_with_short_spinning()
-    parser = build_parser()
-    options, more = parser.parse_known_args(arguments)
-    if more and options.command is not run_bench:
-        parser.error(f"unknown arguments: {' '.join(more)}")
-    options.pytest_arguments = more
     try:
-        return int(options.command(options) or 0)
+        try:
+            return run(arguments)
+        finally:
+            flush_stdout()
     except KeyboardInterrupt:
         return fail("interrupted", status=130)
     except BrokenPipeError:
-        # The reader of stdout has gone; without this, Python complains once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (ValueError, ImportError, RuntimeError) as error:
         return fail(str(error))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    parser = build_parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and options.command is not run_bench:
+        parser.error(f"unknown arguments: {' '.join(more)}")
+    options.pytest_arguments = more
+    return int(options.command(options) or 0)
+
+
+def open_missing_streams() -> None:
+    """Python has None in place of a standard stream that was closed before it started; give it one that is empty."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
+
+
+def flush_stdout() -> None:
+    """Write out what was printed. Where that fails it is dropped, or Python would complain once more at exit. OSError."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "stdout") from error
 
 
 def fail(message: str, status: int = 2) -> int:
@@ -176,7 +198,6 @@ def run_translate(options: argparse.Namespace) -> None:
         print(f"fused-attention: line {index + 1} is longer than {translator.model.max_len - 1} tokens and was cut", file=sys.stderr)
     translations = translator.translate(lines)
     sys.stdout.buffer.write("".join(f"{line}\n" for line in translations).encode())
-    sys.stdout.flush()
 
 
 def run_demo(options: argparse.Namespace) -> None:
