@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,10 @@ class TestTrain:
             (["--data", "DATA", *TINY, "--batch-tokens", "3"], "batch_tokens = 3 is less than the longest"),
             (["--data", "DATA", "--steps", "0"], "steps must be positive, not 0"),
             (["--data", "DATA", "--minutes", "-1"], "minutes must be positive, not -1.0"),
+            (["--data", "DATA", "--minutes", "inf"], "minutes must be finite, not inf"),
+            (["--data", "DATA", *TINY, "--vocab-size", "4"], "vocab_size must be more than the 4 special pieces, not 4"),
+            (["--data", "DATA", *TINY, "--vocab-size", str(2**40)], f"cannot learn a vocabulary of {2**40} pieces"),
+            (["--data", "DATA", *TINY, "--seed", str(2**63)], f"seed must fit in 64 bits, not {2**63}"),
             (["--data", "DATA", "--autocast", "int8"], "autocast must be one of auto, bf16, off"),
             (["--data", "DATA", "--device", "abacus"], "device 'abacus' cannot be used"),
             (["--resume"], "no checkpoint"),
@@ -227,3 +232,33 @@ def test_reader_of_stdout_that_leaves_early() -> None:
     _, errors = process.communicate("red cat\n" * 50_000, timeout=120)
     assert process.returncode == 141
     assert errors == ""
+
+
+def buffered_command(*arguments: str, redirection: str) -> subprocess.CompletedProcess[str]:
+    """`python -m fused_attention` with its streams redirected by a shell, and with Python's buffer before stdout."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"{shlex.join([sys.executable, '-m', 'fused_attention', *arguments])} {redirection}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]])
+class TestOutputThatCannotBeWritten:
+    """What is printed is written when the buffer is full or at exit, where Python reports errors in words of its own."""
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+    def test_full_disk(self, arguments: list[str]) -> None:
+        finished = buffered_command(*arguments, redirection="> /dev/full")
+        assert (finished.returncode, finished.stderr) == (2, "fused-attention: stdout: No space left on device\n")
+
+    def test_reader_that_has_left(self, arguments: list[str]) -> None:
+        finished = buffered_command(*arguments, redirection="| true; exit ${PIPESTATUS[0]}")
+        assert (finished.returncode, finished.stderr) == (141, "")
+
+    def test_closed_streams(self, arguments: list[str]) -> None:
+        finished = buffered_command(*arguments, redirection="<&- >&-")
+        assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_translation_of_a_closed_stdin_is_empty() -> None:
+    finished = buffered_command("translate", str(trained_folder()), redirection="<&-")
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")

@@ -6,7 +6,7 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import killed_training
@@ -42,6 +42,17 @@ def resume(folder: Path, **changes: object) -> Trainer:
     checkpoint = read_checkpoint(folder)
     config = TrainingConfig.from_dict(checkpoint.config | changes)
     return Trainer.resume(checkpoint, config, load_corpus(config.data), torch.device("cpu"))
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
+    """Let `edit` change the tensors and metadata of a safetensors file."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    edit(tensors, metadata)
+    save_file(tensors, path, metadata)
 
 
 class TestSchedule:
@@ -234,15 +245,27 @@ class TestCheckpointFiles:
         ids=["weight missing", "weight of another shape", "tokenizer missing", "tokenizer damaged"],
     )
     def test_missing_or_wrong_tensors(self, path: Path, edit, message: str) -> None:
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        edit(tensors)
-        save_file(tensors, path, metadata)
+        rewrite(path, lambda tensors, metadata: edit(tensors))
         with pytest.raises(CheckpointError, match=message):
             Translator.load(path)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("config", "[]", "config is not a JSON object"),
+            ("progress", "null", "progress is not a JSON object"),
+            ("progress", "{}", "was trained on other text"),
+        ],
+    )
+    def test_damaged_metadata(self, path: Path, name: str, value: str, message: str) -> None:
+        rewrite(path, lambda tensors, metadata: metadata.update({name: value}))
+        with pytest.raises(CheckpointError, match=message):
+            resume(path)
+
+    def test_history_of_other_length_than_the_run(self, path: Path) -> None:
+        rewrite(path, lambda tensors, metadata: tensors.update({"history.seconds": torch.zeros(0)}))
+        with pytest.raises(CheckpointError, match="its history does not cover 1 steps"):
+            resume(path)
 
     def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "file"

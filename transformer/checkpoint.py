@@ -79,6 +79,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         values = {name: json.loads(metadata[name]) for name in ("config", "model_config", "progress")}
     except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"corrupt checkpoint {path}: {error}") from error
+    if wrong := [name for name, value in values.items() if not isinstance(value, dict)]:
+        raise CheckpointError(f"corrupt checkpoint {path}: {wrong[0]} is not a JSON object")
     return Checkpoint(path, tensors, **values)
 
 

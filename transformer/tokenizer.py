@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fused_attention.transformer.data import DataError
 from fused_attention.transformer.optional_modules import optional_module
 
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+SPECIAL_IDS = PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 
 class Tokenizer:
@@ -21,6 +21,8 @@ class Tokenizer:
     @classmethod
     def train(cls, sentences: Sequence[str], vocab_size: int) -> Tokenizer:
         """Learn `vocab_size` pieces, the four special ones included. DataError if the text cannot fill or fit them."""
+        if vocab_size <= len(SPECIAL_IDS):
+            raise DataError(f"vocab_size must be more than the {len(SPECIAL_IDS)} special pieces, not {vocab_size}")
         model = io.BytesIO()
         try:
             optional_module("sentencepiece").SentencePieceTrainer.train(
@@ -35,7 +37,7 @@ class Tokenizer:
                 unk_id=UNK_ID,
                 minloglevel=2,
             )
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             # sentencepiece's message ends with the sentence that says what to do, after its source location.
             reason = str(error).rpartition("] ")[2].strip()
             raise DataError(f"cannot learn a vocabulary of {vocab_size} pieces from this text: {reason}") from error

@@ -100,7 +100,7 @@ class Trainer:
     def resume(cls, checkpoint: Checkpoint, config: TrainingConfig, corpus: Corpus, device: torch.device) -> Trainer:
         """Continue a run; on a CPU with the same number of threads its losses are those it would have had. CheckpointError."""
         trainer = cls(config, corpus, checkpoint.path.parent, device, load_tokenizers(checkpoint))
-        if checkpoint.progress["corpus"] != corpus.fingerprint():
+        if checkpoint.progress.get("corpus") != corpus.fingerprint():
             raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
         trainer._restore(checkpoint)
         return trainer
@@ -214,6 +214,8 @@ class Trainer:
                 progress["tokens"],
                 [(step, loss) for step, loss in progress["validations"]],
             )
+            if not self.step == len(self.history.losses) == len(self.history.seconds) > 0:
+                raise ValueError(f"its history does not cover {self.step} steps")
             set_rng_states(checkpoint.group("rng"))
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {type(error).__name__} {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -64,6 +65,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {value}")
+        if self.minutes is not None and not math.isfinite(60.0 * self.minutes):
+            raise ValueError(f"minutes must be finite, not {self.minutes}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
         if self.autocast not in AUTOCAST_CHOICES:
             raise ValueError(f"autocast must be one of {', '.join(AUTOCAST_CHOICES)}, not {self.autocast!r}")
 
