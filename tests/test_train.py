@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import subprocess
@@ -260,6 +261,12 @@ class TestCheckpointFiles:
     def test_damaged_metadata(self, path: Path, name: str, value: str, message: str) -> None:
         rewrite(path, lambda tensors, metadata: metadata.update({name: value}))
         with pytest.raises(CheckpointError, match=message):
+            resume(path)
+
+    def test_settings_of_other_types(self, path: Path) -> None:
+        damaged = json.dumps({**read_checkpoint(path).config, "num_heads": None})
+        rewrite(path, lambda tensors, metadata: metadata.update(config=damaged))
+        with pytest.raises(CheckpointError, match="corrupt checkpoint .*: num_heads must be an int, got NoneType"):
             resume(path)
 
     def test_history_of_other_length_than_the_run(self, path: Path) -> None:

@@ -99,7 +99,12 @@ class Trainer:
     @classmethod
     def resume(cls, checkpoint: Checkpoint, config: TrainingConfig, corpus: Corpus, device: torch.device) -> Trainer:
         """Continue a run; on a CPU with the same number of threads its losses are those it would have had. CheckpointError."""
-        trainer = cls(config, corpus, checkpoint.path.parent, device, load_tokenizers(checkpoint))
+        tokenizers = load_tokenizers(checkpoint)
+        try:
+            trainer = cls(config, corpus, checkpoint.path.parent, device, tokenizers)
+        except TypeError as error:
+            # Settings with a value of a type that a run cannot have had.
+            raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {error}") from error
         if checkpoint.progress.get("corpus") != corpus.fingerprint():
             raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
         trainer._restore(checkpoint)
