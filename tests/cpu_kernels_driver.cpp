@@ -303,9 +303,9 @@ Expected expect(const Inputs& in) {
   return e;
 }
 
-// A coarse bound, here to catch a wrong index or mask: 16 units in the last place of the largest value (bfloat16: 8, its unit is
-// 2^-8). Rounding is judged by the Python tests.
-// float32: 32 eps, the 16 that tests/accuracy.py allows in itself and as much for what it adds by plain PyTorch's own error.
+// A coarse bound, here to catch a wrong index or mask, in units in the last place of the largest value: float16 16, bfloat16 8, float32
+// 32 (the 16 that the accuracy rule allows in itself and as much for what it adds by plain PyTorch's own error). The Python tests judge
+// rounding.
 double tolerance(Dtype dtype) { return dtype == Dtype::float32 ? 3.8e-6 : dtype == Dtype::float16 ? 16.0 / 2048 : 8.0 / 256; }
 
 [[noreturn]] void fail(const char* isa, const Inputs& in, const std::string& what) {
