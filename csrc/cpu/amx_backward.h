@@ -75,6 +75,7 @@ class AmxBackward {
     dquery_t_ = arena.take<float>(dim_qk_ * dquery_stride_);
     lse_log2_ = arena.take<float>(rows_capacity_);
     delta_ = arena.take<float>(rows_capacity_);
+    seeing_bits_ = arena.take<uint16_t>(rows_capacity_ / 16);
     key_rows_ = arena.take<Bf16Bits>(kKeys * dim_qk_);
     key_t_ = arena.take<Bf16Bits>(dim_qk_ * kKeyStride);
     value_rows_ = arena.take<Bf16Bits>(kKeys * dim_v_);
@@ -113,26 +114,41 @@ class AmxBackward {
   }
 
   void pack_query_side() {
-    const RowSource query = rows_of(problem_.query, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_qk);
-    const RowSource dout = rows_of(problem_.dout, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v);
+    const float* lse_of_head = problem_.lse + (batch_ * problem_.num_heads + head_) * problem_.seqlen_q;
+    const uint16_t* seeing_bits = fill_seeing_bits(lse_of_head) ? nullptr : seeing_bits_;
+    const RowSource query = rows_of(problem_.query, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_qk, seeing_bits);
+    const RowSource dout = rows_of(problem_.dout, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v, seeing_bits);
     pack_pairs_along_head_dim(query, rows_padded_, dim_qk_, query_tiles_);
     pack_pairs_along_sequence(query, rows_padded_, dim_qk_, query_pairs_);
     pack_pairs_along_head_dim(dout, rows_padded_, dim_v_, dout_tiles_);
     pack_pairs_along_sequence(dout, rows_padded_, dim_v_, dout_pairs_);
     const RowSource out = rows_of(problem_.out, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v);
-    const int64_t statistics = (batch_ * problem_.num_heads + head_) * problem_.seqlen_q;
+    const float* dlse = problem_.dlse ? problem_.dlse + (lse_of_head - problem_.lse) : nullptr;
     for (int64_t row = 0; row < rows_padded_; row += 16) {
       const LaneMask live = first_lanes(bounds_.seqlen_q - row);
       __m512 products[16];
       for (int64_t i = 0; i < 16; ++i) products[i] = row_product(dout, out, row + i);
       __m512 sums = reduce_16_vectors(products, Sum{});
-      if (problem_.dlse) sums = _mm512_sub_ps(sums, _mm512_maskz_loadu_ps(live, problem_.dlse + statistics + row));
+      if (dlse) sums = _mm512_sub_ps(sums, _mm512_maskz_loadu_ps(live, dlse + row));
       _mm512_storeu_ps(delta_ + row, _mm512_maskz_mov_ps(live, sums));
       // Rows that are absent or see nothing get lse = +inf, which makes all their weights exactly 0.
-      const __m512 lse = _mm512_maskz_loadu_ps(live, problem_.lse + statistics + row), infinity = _mm512_set1_ps(kInfinity);
-      const __mmask16 seeing = _mm512_mask_cmp_ps_mask(live, lse, _mm512_set1_ps(-kInfinity), _CMP_NEQ_UQ);
-      _mm512_storeu_ps(lse_log2_ + row, _mm512_mask_mul_ps(infinity, seeing, lse, _mm512_set1_ps(kLog2e)));
+      const __m512 lse = _mm512_maskz_loadu_ps(live, lse_of_head + row), infinity = _mm512_set1_ps(kInfinity);
+      _mm512_storeu_ps(lse_log2_ + row, _mm512_mask_mul_ps(infinity, seeing_bits_[row / 16], lse, _mm512_set1_ps(kLog2e)));
     }
+  }
+
+  // Which present rows see some key. The others take no gradient, whatever their query and dout hold: both are read as zeros.
+  // Returns true when all present rows do.
+  bool fill_seeing_bits(const float* lse) {
+    bool all = true;
+    for (int64_t row = 0; row < rows_padded_; row += 16) {
+      const LaneMask live = first_lanes(bounds_.seqlen_q - row);
+      const LaneMask seeing =
+          _mm512_mask_cmp_ps_mask(live, _mm512_maskz_loadu_ps(live, lse + row), _mm512_set1_ps(-kInfinity), _CMP_NEQ_UQ);
+      seeing_bits_[row / 16] = seeing;
+      all &= seeing == live;
+    }
+    return all;
   }
 
   // Partial sums of dout * out over one row, 16 lanes of them.
@@ -322,7 +338,7 @@ class AmxBackward {
            *dscore_pairs_ = nullptr;
   float *dquery_t_ = nullptr, *lse_log2_ = nullptr, *delta_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr, *scores_ = nullptr,
         *dweights_ = nullptr;
-  uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr;
+  uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr, *seeing_bits_ = nullptr;
 
   int64_t batch_ = -1, head_ = 0, rows_padded_ = 0, first_row_ = 0;
   SequenceBounds bounds_{};

@@ -38,7 +38,6 @@ class AmxForward {
  private:
   static constexpr int64_t kRows = 32;      // query rows per block of scores
   static constexpr int64_t kMaxKeys = 512;  // keys per packed block: long enough that the online softmax rarely rescales
-  static constexpr float kMaskedBelow = -1e30f;
 
   AmxForward(const AttentionProblem& problem, const Plan& plan)
       : problem_(problem),

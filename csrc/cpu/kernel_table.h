@@ -27,8 +27,6 @@ struct KernelTable {
 
 extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;  // x86-64 has all of them, other machines kBaseKernels
 
-bool amx_available();  // isa_amx.cpp: the processor has bf16 tiles and the kernel lets this process use them
-
-bool amx_available();  // whether this processor has AMX bf16 and the kernel lets this process use it; asks for permission once
+bool amx_available();  // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; asks once
 
 }  // namespace fused_attention::cpu
