@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,25 @@ def test_many_key_blocks(options: dict, dtype: torch.dtype, instruction_set: str
     check(*build(BASE_CALL | {"sizes": (1, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlens", [(1, 37), (2, 600)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"key_mask": True}, {"attn_mask": "float"}, {"dropout_p": 0.25, "key_lengths": True}, {"is_causal": "bottom_right", "key_mask": True}],
+    ids=str,
+)
+def test_one_or_two_query_rows(options: dict, seqlens: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
+    """Decoding reads keys and values where they lie, absent ones among them."""
+    check(*build(BASE_CALL | {"seqlens": seqlens, "head_dims": (40, 24), "dtype": dtype} | options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlens", [(130, 129), (130, 131), (129, 160)], ids=str)
+def test_a_diagonal_that_crosses_the_corners_of_blocks(seqlens: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
+    """One row or key off the multiples of 32 and 64, where a wrong first row or last key of a block shows up."""
+    check(*build(BASE_CALL | {"sizes": (1, 2), "seqlens": seqlens, "head_dims": (16, 16), "dtype": dtype, "is_causal": "bottom_right"}))
+
+
 RISES = {  # log2 units that the scores change by from one key to the next, and by tile of 64 keys
     "rising by 3": 3.0, "rising by 7.9": 7.9, "rising by 8.1": 8.1, "rising by 50": 50.0, "falling by 8.1": -8.1, "falling by 50": -50.0,
 }  # fmt: skip
@@ -186,6 +206,51 @@ def test_online_softmax_edges(case: str, dtype: torch.dtype, instruction_set: st
         mask[:, -1] = 12.0  # 160,000 times the others: they count for half a percent
     problem.attn_mask = mask[None, None]
     check(problem, dout, dlse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+def test_what_a_float_mask_masks(seqlen_q: int, dtype: torch.dtype, instruction_set: str) -> None:
+    """finfo.min masks like -inf, also a whole row; float16's -65504 is an ordinary number."""
+    problem, dout, dlse = build(BASE_CALL | {"seqlens": (seqlen_q, 75), "dtype": dtype, "lse_gradient": True})
+    for lowest in (torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -2e30):
+        mask = torch.randn(seqlen_q, 75)
+        mask[:, ::3], mask[0] = lowest, lowest
+        problem.attn_mask = mask[None, None]
+        assert (native.forward(problem)[1][:, :, 0] == -torch.inf).all()
+        check(problem, dout, dlse)
+    problem.attn_mask = torch.full((1, 1, seqlen_q, 75), -65504.0, dtype=torch.float16)
+    assert native.forward(problem)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_rows_that_attend_to_nothing_is_never_read(dtype: torch.dtype, instruction_set: str) -> None:
+    """Rows before the first key of the bottom-right diagonal: their query and output gradient share a tile with rows that count."""
+    query, key, value = torch.randn(1, 2, 40, 24).to(dtype), torch.randn(1, 2, 31, 24).to(dtype), torch.randn(1, 2, 31, 24).to(dtype)
+    dout, dlse = torch.randn(1, 2, 40, 24).to(dtype), torch.randn(1, 2, 40)
+
+    def gradients(stored: float) -> tuple[Tensor, ...]:
+        query[:, :, :9], dout[:, :, :9], dlse[:, :, :9] = stored, stored, stored
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        out, lse = attention(*leaves, is_causal="bottom_right", return_lse=True, backend="cpu")
+        assert (lse[:, :, :9] == -torch.inf).all()
+        return torch.autograd.grad((out, lse), leaves, (dout, dlse))
+
+    for ours, expected in zip(gradients(torch.nan), gradients(0.0), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [torch.nan, torch.inf])
+def test_gradients_of_absent_keys_are_zero_whatever_the_queries_hold(stored: float, dtype: torch.dtype, instruction_set: str) -> None:
+    query, key, value, dout = (torch.randn(1, 1, 40, 24).to(dtype) for _ in range(4))
+    query[:, :, 3], dout[:, :, 5] = stored, stored
+    key_mask = torch.arange(40)[None] % 3 != 1
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    _, dkey, dvalue = torch.autograd.grad(attention(*leaves, key_mask=key_mask, backend="cpu"), leaves, dout)
+    for gradient in (dkey, dvalue):
+        assert (gradient[:, :, ~key_mask[0]] == 0).all()
+        assert gradient[:, :, key_mask[0]].isnan().all()
 
 
 def test_float16_scores_beyond_its_range(instruction_set: str) -> None:
@@ -245,6 +310,39 @@ def test_gradients_stay_inside_packed_buffers() -> None:
     expected = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
     native.backward(problem, out, lse, dout, None, expected)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(views, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("far", ["batch", "head", "row"])
+def test_offsets_beyond_32_bits(far: str, dtype: torch.dtype, instruction_set: str, tmp_path: Path) -> None:
+    """Inputs and gradients in a sparse file, the last batch element, head or row beyond 2**31 elements and 2**32 bytes."""
+    far_stride = 2**31 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=far_stride + 2**16, dtype=dtype)
+    (tmp_path / "sparse").unlink()
+    shape = {"batch": (2, 1, 5, 24), "head": (1, 2, 5, 24), "row": (1, 1, 2, 24)}[far]
+    strides = {"batch": (far_stride, 0, 24, 1), "head": (0, far_stride, 24, 1), "row": (0, 0, far_stride, 1)}[far]
+    query, key, value, dquery, dkey, dvalue, dout = (memory[2**12 * i :].as_strided(shape, strides) for i in range(7))
+    near = []
+    for tensor in (query, key, value, dout):
+        near.append(torch.randn(shape).to(dtype))
+        tensor.copy_(near[-1])
+    results = []
+    near_gradients = tuple(torch.empty(shape, dtype=dtype) for _ in range(3))
+    for inputs, gradients in (((query, key, value, dout), (dquery, dkey, dvalue)), (near, near_gradients)):
+        problem = make_problem("separate", tuple(inputs[:3]))
+        out, lse = native.forward(problem)
+        native.backward(problem, out, lse, inputs[3], None, gradients)
+        results.append((out, lse, *gradients))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_more_heads_than_16_bits_count(instruction_set: str) -> None:
+    """70,000 heads: dropout's counter and the split into tasks go past 65,535."""
+    query = torch.randn(35000, 2, 3, 4)
+    options = {"dropout_p": 0.5, "rng_state": torch.tensor([3, 4])}
+    ours, expected = (attention(query, query, query, **options, backend=backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(ours, expected)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
