@@ -40,6 +40,15 @@ def test_positions_are_no_part_of_the_checkpoint() -> None:
     assert list(embedding.state_dict()) == ["weight"]
 
 
+def test_reset_restores_the_positions_of_a_model_made_without_memory() -> None:
+    with torch.device("meta"):
+        embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+    embedding = embedding.to_empty(device="cpu")
+    embedding.positions.fill_(math.nan)
+    embedding.reset_parameters()
+    assert torch.equal(embedding.positions, sinusoidal_positions(9, 6))
+
+
 def test_scaled_embeddings_start_with_unit_variance() -> None:
     embedding = TokenEmbedding(vocab_size=1000, d_model=64, max_len=4, pad_id=0, dropout=0.0)
     assert (embedding.weight * embedding.scale).std().item() == pytest.approx(1.0, rel=0.02)

@@ -63,6 +63,16 @@ class TestDropout:
         assert dropout(x, 1.0, training=True).count_nonzero() == 0
         assert dropout(torch.empty(0, 3), 0.5, training=True).shape == (0, 3)
 
+    def test_stays_on_the_device_of_its_input(self) -> None:
+        x = torch.ones(5, 3)
+        with torch.device("meta"):  # the default device of new tensors
+            assert dropout(x, 0.5, training=True).device == x.device
+
+    def test_under_vmap(self) -> None:
+        rows = torch.func.vmap(lambda x: dropout(x, 0.5, training=True), randomness="different")(torch.ones(2, 100))
+        assert set(rows.unique().tolist()) == {0.0, 2.0}
+        assert not torch.equal(*rows)
+
 
 @NORMS
 def test_encoder_layer_equals_torchs(norm_first: bool) -> None:

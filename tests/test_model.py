@@ -306,6 +306,16 @@ def test_autocast_bfloat16(training: bool) -> None:
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiles_without_a_graph_break(training: bool) -> None:
+    model = build(dropout=0.1 if training else 0.0).train(training)
+    logits = torch.compile(model, backend="aot_eager", fullgraph=True)(SRC, TGT)
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    if not training:
+        torch.testing.assert_close(logits, model(SRC, TGT))
+
+
 def test_a_whole_model_in_bfloat16() -> None:
     model = build().bfloat16()
     logits = model(SRC, TGT)

@@ -41,7 +41,7 @@ class TokenEmbedding(nn.Module):
         self.pad_id = pad_id
         self.dropout = dropout
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        self.register_buffer("positions", sinusoidal_positions(max_len, d_model), persistent=False)
+        self.register_buffer("positions", torch.empty(max_len, d_model), persistent=False)
         self.positions: Tensor
         self.reset_parameters()
 
@@ -49,6 +49,8 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=1 / self.scale)
         with torch.no_grad():
             self.weight[self.pad_id].zero_()
+        # Here and not in __init__: after to_empty() the buffer, which no state_dict holds, needs its values again.
+        self.positions.copy_(sinusoidal_positions(*self.positions.shape))
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """tokens (B, L) int64 -> (B, L, d_model); the first column stands at position `start`, start + L <=

@@ -22,19 +22,20 @@ from fused_attention.transformer.cache import LayerCache
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zeroes each element with probability p and scales the others by 1 / (1 - p), while training.
 
-    On the CPU the mask takes 16 bits an element from torch's generator, with p rounded to 1/65536 as in the attention
-    kernels: about 5 times faster than torch.nn.functional.dropout, which draws 32 bits an element through a Bernoulli
-    sampler.
+    In eager mode on the CPU the mask takes 16 bits an element from torch's generator, with p rounded to 1/65536 as in the
+    attention kernels: about 5 times faster than torch.nn.functional.dropout, which draws 32 bits an element through a
+    Bernoulli sampler. torch.compile and vmap know that function and not these draws, so they get it.
     """
     if not training or p == 0.0:
         return x
-    threshold = min(max(round(p * 65536), 1), 65535)
-    if x.device.type != "cpu" or p == 1.0:
+    # functorch's stack is looked at in eager mode only: torch.compile cannot trace the question.
+    if x.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return F.dropout(x, p, training=True)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    threshold = min(max(round(p * 65536), 1), 65535)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     # Comparing straight into the dtype of x avoids a boolean tensor and a slow mixed-dtype product.
-    keep = torch.ge(bits, threshold - 32768, out=torch.empty(x.shape, dtype=x.dtype))
+    keep = torch.ge(bits, threshold - 32768, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
     return x * keep.mul_(65536 / (65536 - threshold))
 
 
