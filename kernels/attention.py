@@ -152,12 +152,15 @@ def scaled_dot_product_attention(
     head_dims = 3 if enable_gqa else 2  # how many trailing dims do not broadcast
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
         raise ValueError("enable_gqa needs a head dim: query, key and value must have at least 3 dims")
-    try:
-        leading = torch.broadcast_shapes(*(tensor.shape[:-head_dims] for tensor in (query, key, value)))
-    except RuntimeError as error:
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        raise ValueError(f"the leading dims of query, key and value must broadcast, got {shapes}") from error
-    inputs = tuple(_as_4d(tensor.expand(*leading, *tensor.shape[-head_dims:])) for tensor in (query, key, value))
+    leading, *others = (tensor.shape[:-head_dims] for tensor in (query, key, value))
+    if others != [leading, leading]:  # broadcast_shapes costs as much as a small attention
+        try:
+            leading = torch.broadcast_shapes(leading, *others)
+        except RuntimeError as error:
+            shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            raise ValueError(f"the leading dims of query, key and value must broadcast, got {shapes}") from error
+        query, key, value = (tensor.expand(*leading, *tensor.shape[-head_dims:]) for tensor in (query, key, value))
+    inputs = tuple(_as_4d(tensor) for tensor in (query, key, value))
     full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
     if isinstance(attn_mask, Tensor):
         attn_mask = _mask_as_4d(attn_mask, full_shape)
@@ -220,7 +223,9 @@ def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def _as_4d(tensor: Tensor) -> Tensor:
     """(..., H, L, D) -> (B, H, L, D): leading dims merged, missing ones added."""
-    if tensor.dim() >= 4:
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() > 4:
         return tensor.flatten(0, tensor.dim() - 4)
     return tensor[(None,) * (4 - tensor.dim())]
 
