@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fused_attention.kernels import native
+from fused_attention.transformer.machine import processor_name
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,7 @@ def machine_line() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     missing = native.status()
     kernels = f"native kernels: {native.instruction_sets()[0]}" if missing is None else f"no native kernels ({missing})"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads; torch {torch.__version__} ({capability}); {kernels}"
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"{processor_name()}, {torch.get_num_threads()} threads; torch {torch.__version__} ({capability}); {kernels}"
 
 
 def table(comparisons: Iterable[Comparison]) -> str:
