@@ -85,6 +85,11 @@ class TestTrain:
         assert cli.main(["train", str(tmp_path), "--data", str(data), "--overwrite", *TINY]) == 0
         assert read_checkpoint(tmp_path).progress["step"] == 3
 
+    def test_a_folder_in_place_of_the_checkpoint(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / CHECKPOINT_NAME).mkdir()
+        message = error_line(capsys, "train", tmp_path, "--data", data, "--overwrite", *TINY)
+        assert message == f"{tmp_path / CHECKPOINT_NAME} is a folder; choose another output folder"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
