@@ -43,9 +43,11 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is at work: these differentiate the formula itself."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return _functorch_active() or (not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0)
+
+
+def _functorch_active() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _takes_cheap_path(problem: Problem) -> bool:
@@ -67,7 +69,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *_gradients(ctx, dout, dlse, _kernel_gradients))
+        # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
+        readable = all(gradient is None or torch._C._has_storage(gradient) for gradient in (dout, dlse))
+        return (None, None, *_gradients(ctx, dout, dlse, _kernel_gradients if readable else _registered_gradients))
 
 
 def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
@@ -79,25 +83,30 @@ def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, 
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradients: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of a layout's inputs: by the kernel, or by the differentiable formula when they will be differentiated again."""
+    """The gradients of a layout's inputs: by the kernel, or by the formula when they will be differentiated again or are batched."""
     out, lse, *tensors = ctx.saved_tensors
     num_inputs = NUM_INPUTS[ctx.layout]
     if dout is None and dlse is None:
         return (None,) * num_inputs
     arguments = (*tensors, *ctx.options)
-    if torch.is_grad_enabled():
-        return _recomputed_gradients(Problem.from_op_arguments(ctx.layout, arguments[:-1]), dout, dlse)
+    if torch.is_grad_enabled() or _functorch_active():
+        return _recomputed_gradients(ctx.layout, dout, dlse, arguments)
     if dout is None:
         dout = torch.zeros_like(out)
     return kernel_gradients(ctx.layout, dout, dlse, out, lse, arguments)
 
 
-def _recomputed_gradients(problem: Problem, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse = attention_reference(problem)
+def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | None, arguments: tuple) -> tuple[Tensor | None, ...]:
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, because inputs may be one tensor, or computed from one another: each gets the gradient of its own part only.
+        inputs = tuple(tensor.view_as(tensor) for tensor in arguments[: NUM_INPUTS[layout]])
+        out, lse = attention_reference(Problem.from_op_arguments(layout, (*inputs, *arguments[NUM_INPUTS[layout] : -1])))
     outputs = [(value, gradient) for value, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
-    wanted = [tensor for tensor in problem.inputs if tensor.requires_grad]
-    gradients = iter(torch.autograd.grad([o for o, _ in outputs], wanted, [g for _, g in outputs], create_graph=True))
-    return tuple(next(gradients) if tensor.requires_grad else None for tensor in problem.inputs)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    given = [gradient for _, gradient in outputs]
+    gradients = iter(torch.autograd.grad([value for value, _ in outputs], wanted, given, create_graph=higher, materialize_grads=True))
+    return tuple(next(gradients) if tensor.requires_grad else None for tensor in inputs)
 
 
 def _kernel_gradients(layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
@@ -105,6 +114,13 @@ def _kernel_gradients(layout: Layout, dout: Tensor, dlse: Tensor | None, out: Te
     gradients = tuple(_empty_gradient(tensor) for tensor in problem.inputs)
     KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, split(layout, gradients))
     return gradients
+
+
+def _registered_gradients(
+    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple
+) -> tuple[Tensor, ...]:
+    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, out, lse, *arguments)
+    return gradients if isinstance(gradients, tuple) else (gradients,)
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:
@@ -117,6 +133,7 @@ def _empty_gradient(tensor: Tensor) -> Tensor:
 
 _library = torch.library.Library("fused_attention", "DEF")
 _REGISTERED: dict[str, Any] = {}
+_REGISTERED_BACKWARD: dict[str, Any] = {}
 
 
 def _register(layout: Layout) -> None:
@@ -127,7 +144,7 @@ def _register(layout: Layout) -> None:
     _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
     saved = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse"
     _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}) -> ({returns})", tags=tags)
-    backward_op = getattr(torch.ops.fused_attention, f"{name}_backward").default
+    _REGISTERED_BACKWARD[layout] = getattr(torch.ops.fused_attention, f"{name}_backward").default
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return KERNEL_BACKENDS[arguments[-1]].forward(Problem.from_op_arguments(layout, arguments[:-1]))
@@ -149,14 +166,8 @@ def _register(layout: Layout) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         _save_for_backward(ctx, layout, inputs, *output)
 
-    def registered_gradients(
-        layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple
-    ) -> tuple[Tensor, ...]:
-        gradients = backward_op(dout, dlse, out, lse, *arguments)
-        return gradients if isinstance(gradients, tuple) else (gradients,)
-
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(ctx, dout, dlse, registered_gradients)
+        gradients = _gradients(ctx, dout, dlse, _registered_gradients)
         return (*gradients, *[None] * (7 + len(ctx.options)))
 
     for device in ("CPU", "CUDA"):

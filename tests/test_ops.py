@@ -105,6 +105,39 @@ def test_second_derivatives_are_those_of_the_formula(options: dict) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("path", ["cheap", "operator"])
+@pytest.mark.parametrize("related", ["one tensor", "one from another"])
+def test_second_derivatives_of_inputs_that_depend_on_each_other(related: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "operator":
+        monkeypatch.setattr(ops, "_takes_cheap_path", lambda problem: False)
+    leaf = torch.randn(1, 2, 5, 8, requires_grad=True)
+
+    def derivatives(backend: str) -> tuple[Tensor, Tensor]:
+        query = leaf * 1.5
+        key, value = (query, query) if related == "one tensor" else (query * 0.5, query.sin())
+        (first,) = torch.autograd.grad(attention(query, key, value, backend=backend).square().sum(), leaf, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    for ours, expected in zip(derivatives("cpu"), derivatives("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@needs_native
+@pytest.mark.parametrize("path", ["cheap", "operator"])
+def test_batched_gradients(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.autograd.grad under vmap, as jacobian(vectorize=True) does."""
+    if path == "operator":
+        monkeypatch.setattr(ops, "_takes_cheap_path", lambda problem: False)
+    inputs = tuple(torch.randn(1, 2, seqlen, 4, requires_grad=True) for seqlen in (3, 5, 5))
+    batch = torch.randn(6, 1, 2, 3, 4)
+    out = attention(*inputs, backend="cpu")
+    ours = torch.autograd.grad(out, inputs, batch, is_grads_batched=True, retain_graph=True)
+    each = zip(*(torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in batch), strict=True)
+    for gradients, expected in zip(ours, each, strict=True):
+        torch.testing.assert_close(gradients, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
 def test_gradients_of_part_of_the_inputs() -> None:
     query, key, value = layout_inputs("separate", requires_grad=False)
     value.requires_grad_()
