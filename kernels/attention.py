@@ -203,6 +203,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     """Which backend `attention` would choose for these arguments, and every reason why the others would not run."""
     options.pop("return_lse", None)
     options.pop("backend", None)
+    if options.get("rng_state") is None and isinstance(query, Tensor):  # only asking must not advance torch's generator
+        options["rng_state"] = torch.zeros(2, dtype=torch.int64, device=query.device)
     return explain_problem(make_problem("separate", _autocast(query, key, value), **options))
 
 

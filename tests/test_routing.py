@@ -80,3 +80,10 @@ def test_a_large_unfused_call_warns() -> None:
 def test_explanation_reads_well() -> None:
     text = str(explain(*tensors(dtype=torch.float64)))
     assert text.startswith("reference runs\n  not cuda: ")
+
+
+def test_asking_does_not_advance_the_generator() -> None:
+    query = torch.randn(1, 1, 4, 8)
+    state = torch.get_rng_state()
+    explain(query, query, query, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
