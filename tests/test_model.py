@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accuracy import assert_accurate
 from torch import Tensor, nn
 
+from fused_attention.transformer import layers
 from fused_attention.transformer.model import Transformer
 
 SIZES: dict[str, Any] = {
@@ -160,6 +161,23 @@ class TestPadding:
         logits.sum().backward()
         assert logits.shape == (batch, seqlen_t, SIZES["tgt_vocab"])
         assert logits.isfinite().all()
+
+    def test_reaches_the_kernels_as_masks_over_keys_and_lengths_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[dict[str, Any]] = []
+        for name in ("attention_qkv_packed", "attention_kv_packed"):
+            operation = getattr(layers, name)
+
+            def spy(*inputs: Tensor, operation: Any = operation, **options: Any) -> Tensor:
+                seen.append(options)
+                return operation(*inputs, **options)
+
+            monkeypatch.setattr(layers, name, spy)
+        model = build()
+        model(SRC, TGT)
+        model.generate(SRC, max_new_tokens=3)
+        assert len(seen) >= 2 + 4 + 2 + 4  # encoder and decoder, once whole and once token by token
+        shapes = {(name, option.ndim) for options in seen for name, option in options.items() if isinstance(option, Tensor)}
+        assert shapes == {("key_mask", 2), ("key_lengths", 1), ("query_lengths", 1)}
 
     def test_target_positions_see_no_later_token(self) -> None:
         model = build().double()
