@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention.kernels import native, ops
@@ -216,6 +219,33 @@ def test_autocast_casts_and_gradients_return_in_the_input_dtype() -> None:
     assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(out.float().sum(), inputs))
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(*layout_inputs("separate", dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_replays_the_dropout_mask(use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (True, False):
+        query, key, value = inputs = [torch.ones(2, 4, 12, 8, requires_grad=True) for _ in range(3)]
+        torch.manual_seed(5)
+        if checkpointed:
+            out = checkpoint(lambda q, k, v: attention(q, k, v, dropout_p=0.5), query, key, value, use_reentrant=use_reentrant)
+        else:
+            out = attention(query, key, value, dropout_p=0.5)
+        out.square().sum().backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*gradients, strict=True))
+
+
+def test_calls_and_backwards_from_several_threads() -> None:
+    inputs = layout_inputs("separate")
+    expected = torch.autograd.grad(attention(*inputs).square().sum(), inputs)
+
+    def work(_: int) -> bool:
+        gradients = torch.autograd.grad(attention(*inputs).square().sum(), inputs)
+        return all(torch.allclose(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(40)))
 
 
 def test_dropout_follows_torchs_generator_and_replays() -> None:
