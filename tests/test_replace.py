@@ -233,12 +233,23 @@ def test_what_may_compute_something_else_is_left_and_reported():
     patched = torch.nn.MultiheadAttention(D_MODEL, HEADS)
     patched.forward = lambda query, *_: (query, None)
     scripted = torch.jit.script(torch.nn.MultiheadAttention(D_MODEL, HEADS))
+    hooked = torch.nn.MultiheadAttention(D_MODEL, HEADS)
+    hooked.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)  # torch never calls it
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    adapted = torch.nn.MultiheadAttention(D_MODEL, HEADS)
+    adapted.out_proj = Doubled(D_MODEL, D_MODEL)
     model = torch.nn.ModuleDict(
         {
             "subclass": Scaled(D_MODEL, HEADS),
             "parametrised": parametrised,
             "patched": patched,
             "scripted": scripted,
+            "hooked": hooked,
+            "adapted": adapted,
             "ours": MultiHeadAttention(D_MODEL, HEADS),
             "plain": torch.nn.MultiheadAttention(D_MODEL, HEADS),
             "linear": torch.nn.Linear(D_MODEL, D_MODEL),
@@ -247,12 +258,12 @@ def test_what_may_compute_something_else_is_left_and_reported():
     types = {name: type(module) for name, module in model.items()}
     report = replace_attention(model)
     assert report.replaced == ["plain"]
-    assert report.left.keys() == {"subclass", "parametrised", "patched", "scripted", "ours"}
+    assert report.left.keys() == {"subclass", "parametrised", "patched", "scripted", "hooked", "adapted", "ours"}
     assert {name: type(module) for name, module in model.items()} == types | {"plain": MultiHeadAttention}
     assert "Scaled" in report.left["subclass"]
     assert "in_proj_weight" in report.left["parametrised"]
     text = str(report)
-    assert "replaced 1 attention modules, left 5" in text
+    assert "replaced 1 attention modules, left 7" in text
     assert all(f"left {name}: {reason}" in text for name, reason in report.left.items())
     assert replace_attention(model).replaced == []
 

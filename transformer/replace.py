@@ -41,7 +41,8 @@ def replace_attention(model: torch.nn.Module) -> ReplacementReport:
     to the module stay as they are; a module used in several places stays shared; the state_dict keeps its keys.
 
     Left as they are and reported: subclasses of torch.nn.MultiheadAttention, modules with parametrizations on their own
-    parameters, modules whose forward is overridden on the instance, scripted modules.
+    parameters, modules whose forward is overridden on the instance, scripted modules, and modules whose out_proj has
+    forward hooks or a forward of its own, which torch never calls: running them would change the output.
 
     torch.nn.TransformerEncoder in eval mode without grad turns padded input into nested tensors, for a kernel that
     bypasses its layers' attention. That is switched off in the encoders that hold a MultiHeadAttention.
@@ -96,6 +97,11 @@ def _reason_to_leave(module: torch.nn.Module) -> str | None:
         return f"is a subclass, {type(module).__module__}.{type(module).__qualname__}, which may compute something else"
     if "forward" in module.__dict__:
         return "has its forward overridden on the instance"
+    out_proj = module.out_proj
+    if out_proj._forward_hooks or out_proj._forward_pre_hooks:
+        return "its out_proj has forward hooks, which torch never calls and MultiHeadAttention would"
+    if type(out_proj).forward is not torch.nn.Linear.forward or "forward" in out_proj.__dict__:
+        return f"its out_proj is a {type(out_proj).__qualname__}, whose forward torch never calls and MultiHeadAttention would"
     return None
 
 
