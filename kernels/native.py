@@ -63,7 +63,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, H, Lq, Dv) and lse (B, H, Lq) float32."""
     batch, num_heads, seqlen_q, _ = problem.query.shape
     out = empty_output(problem.query, problem.value.shape[3])
-    lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32)
+    lse = problem.query.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
     arguments, _keep_alive = _native_arguments(problem, out, lse)
     _native.cpu_forward(*arguments)
     return out, lse

@@ -42,8 +42,11 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _transformed(problem: Problem) -> bool:
-    """Whether functorch or forward-mode differentiation is at work: these differentiate the formula itself."""
-    return _functorch_active() or (not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0)
+    """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
+    if torch.compiler.is_compiling():
+        return False
+    zeros = any(tensor._is_zerotensor() for tensor in problem.inputs)
+    return zeros or _functorch_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _functorch_active() -> bool:
@@ -53,9 +56,12 @@ def _functorch_active() -> bool:
 def _takes_cheap_path(problem: Problem) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if any(type(tensor) is not Tensor and type(tensor) is not Parameter for tensor in problem.inputs):
-        return False
-    return all(tensor is None or type(tensor) is Tensor or type(tensor) is Parameter for tensor in problem.side_tensors())
+    return all(map(_is_plain, problem.inputs)) and all(tensor is None or _is_plain(tensor) for tensor in problem.side_tensors())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds its values: no subclass, no lazily negated view, no zero tensor without memory."""
+    return (type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 class _Attention(torch.autograd.Function):
@@ -93,6 +99,8 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradie
         return _recomputed_gradients(ctx.layout, dout, dlse, arguments)
     if dout is None:
         dout = torch.zeros_like(out)
+    elif not _is_plain(dout) and not torch.compiler.is_compiling():
+        dout = dout.resolve_neg().clone()
     return kernel_gradients(ctx.layout, dout, dlse, out, lse, arguments)
 
 

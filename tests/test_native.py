@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from fused_attention.kernels import native
 from fused_attention.kernels.attention import attention
 from fused_attention.kernels.problem import Problem, make_problem
-from fused_attention.kernels.reference import present
+from fused_attention.kernels.reference import attention_reference, present
 
 pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
 
@@ -276,6 +277,18 @@ def test_results_are_rounded_not_truncated(dtype: torch.dtype, instruction_set: 
         ulp = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=1e-3))))
         lean = ((rounded.float() - exact) * exact.sign() / ulp)[exact.abs() > 1e-3].mean().item()
         assert abs(lean) < 0.1, f"leans by {lean:.3f} units in the last place"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_whose_rounding_exceeds_the_exponent_range(dtype: torch.dtype, instruction_set: str) -> None:
+    """At scores of 1e10 one unit in the last place is 1,024: the largest score still counts as exactly the maximum."""
+    problem, _, _ = build(BASE_CALL | {"dtype": dtype, "scale": 1e9, "head_dims": (16, 16)})
+    out, lse = native.forward(problem)
+    exact = attention_reference(replace(problem, inputs=(), query=problem.query.double(), key=problem.key.double()))
+    assert out.isfinite().all()
+    torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=0.0)
+    decided = (out.double() - exact[0]).abs().amax(-1) < 0.05  # rows whose two largest scores rounding does not exchange
+    assert decided.double().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

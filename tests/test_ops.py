@@ -206,6 +206,29 @@ def test_per_sample_gradients_by_functorch() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+@needs_native
+def test_tensors_whose_memory_does_not_hold_their_values() -> None:
+    """Lazily negated views, and the zero tensors of autograd, which have no memory."""
+    query, key, _ = layout_inputs("separate")
+    negated = torch.randn(2, 4, 12, 8, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(attention(query, key, negated), attention(query, key, negated.resolve_neg().clone()))
+    zeros = torch._efficientzerotensor((2, 4, 12, 8), dtype=torch.float32)
+    assert (attention(query, key, zeros) == 0).all()
+    for dout in (negated, zeros):
+        out = attention(query, key, key)
+        ours = torch.autograd.grad(out, query, dout, retain_graph=True)[0]
+        assert torch.equal(ours, torch.autograd.grad(out, query, dout.resolve_neg().clone())[0])
+
+
+@needs_native
+def test_the_default_device_does_not_matter() -> None:
+    query, key, value = layout_inputs("separate")
+    expected = attention(query, key, value)
+    with torch.device("meta"):
+        assert torch.equal(attention(query, key, value), expected)
+
+
 def test_jit_trace_is_refused() -> None:
     with pytest.raises(RuntimeError, match="cannot be traced by torch.jit.trace"):
         torch.jit.trace(lambda q: attention(q, q, q), torch.randn(1, 1, 4, 4))

@@ -178,7 +178,8 @@ class AmxForward {
     // A row that has seen nothing yet is shifted by 0: its exponents stay -inf and never become -inf + inf.
     const __m512 shift = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, minus_infinity, _CMP_NEQ_UQ), new_max);
     const __m512 alpha = exp2_masked<4>(_mm512_sub_ps(old_max, shift), 0xffff);
-    const __m512 block_sum = store_weights<kCheckHoles>(group, kHasMask ? 1.0f : score_scale_, shift);
+    const bool scaled = kHasMask || scale_large_scores(group, shift);
+    const __m512 block_sum = store_weights<kCheckHoles>(group, scaled ? 1.0f : score_scale_, shift);
     _mm512_store_ps(row_max_ + group.held, new_max);
     _mm512_store_ps(row_sum_ + group.held, _mm512_fmadd_ps(_mm512_load_ps(row_sum_ + group.held), alpha, block_sum));
     if (group.key0 > 0) scale_accumulators(group.held, alpha);
@@ -201,6 +202,17 @@ class AmxForward {
       maxima[i] = _mm512_max_ps(max0, max1);
     }
     return reduce_16_vectors(maxima, Max{});
+  }
+
+  // Replaces the scores by exponents of 2, if those of any row are large; see kScaleFirstAbove.
+  bool scale_large_scores(const RowGroup& group, __m512 row_max) {
+    if (!_mm512_cmp_ps_mask(_mm512_abs_ps(row_max), _mm512_set1_ps(kScaleFirstAbove), _CMP_GT_OQ)) return false;
+    for (int64_t i = 0; i < 16; ++i) {
+      float* row = scores_ + (group.first + i) * score_stride_;
+      for (int64_t j = 0; j < group.visible[i]; j += 16)
+        _mm512_store_ps(row + j, _mm512_mul_ps(_mm512_load_ps(row + j), _mm512_set1_ps(score_scale_)));
+    }
+    return true;
   }
 
   // Replaces the scores by exponents of 2 with attn_mask added.

@@ -225,9 +225,13 @@ class ForwardPass {
   // scores: (keys,) of one row, replaced by the weights that multiply V; O of earlier key blocks is rescaled to the new row_max.
   void softmax_row(int64_t row, float* scores, int64_t key0, int64_t keys, const uint16_t* keep) {
     const int64_t visible = min_of(visible_keys(problem_, bounds_, row0_ + row) - key0, keys);
-    const bool biased = holes_ || problem_.attn_mask.data;
-    const float scale = biased ? 1.0f : log2_scale_;
-    const float block_max = biased ? add_bias(row, scores, key0, visible) : leading_max(scores, visible) * log2_scale_;
+    bool scaled = holes_ || problem_.attn_mask.data;
+    float block_max = scaled ? add_bias(row, scores, key0, visible) : leading_max(scores, visible) * log2_scale_;
+    if (!scaled && __builtin_fabsf(block_max) > kScaleFirstAbove) {
+      scaled = true;
+      block_max = add_bias(row, scores, key0, visible);
+    }
+    const float scale = scaled ? 1.0f : log2_scale_;
     const float old_max = row_max_[row], new_max = max_of(old_max, block_max);
     const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
     const float sum = problem_.dropout_threshold ? exponentials<true>(scores, visible, keys, scale, shift, keep)

@@ -24,6 +24,9 @@ struct float16_t {
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 constexpr float kLog2eRest = 1.92596303e-8f, kLn2Rest = -1.90465432e-9f;  // what float32 loses of the two
 constexpr float kInfinity = __builtin_inff();
+// Scores (in units of log2) above this are scaled before their maximum is subtracted: in one multiply-add, the bits that the rounded
+// maximum has lost would be left over as exponents.
+constexpr float kScaleFirstAbove = 1 << 20;
 
 FA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FA_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
