@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -23,26 +23,8 @@ COMPARISONS = pytest.StashKey[list[Comparison]]()
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
-class Compare(Protocol):
-    def __call__(
-        self,
-        ours: Callable[[], Any],
-        peer: Callable[[], Any],
-        *,
-        check: Callable[[], None],
-        group: str,
-        case: dict[str, str],
-        measure: str,
-        peer_name: str = "torch",
-        bar: float | None = None,
-        ceiling: Callable[[], Any] | None = None,
-        warmup_rounds: int = 1,
-        min_rounds: int = MIN_ROUNDS,
-    ) -> float: ...
-
-
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., float]:
     """Times `ours` and `peer` in turn, one call each per round, and returns the ratio of the medians (> 1: ours is faster).
 
     Taking turns gives both the same share of whatever else the machine does; only ratios are meant to be compared between
