@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .dropout import dropout_threshold
-from .problem import Problem, empty_output
+from .problem import Problem, empty_output, with_contiguous_last_dim
 
 try:
     from fused_attention import _native
@@ -73,8 +73,7 @@ def backward(
     problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Writes the gradients of query, key and value into `gradients`, tensors or views with a contiguous last dim."""
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
+    dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()
     arguments, _keep_alive = _native_arguments(problem, out, lse)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import native
-from .problem import NUM_INPUTS, Layout, Problem, empty_output, split
+from .problem import NUM_INPUTS, NUM_SIDE_TENSORS, Layout, Problem, empty_output, has_contiguous_last_dim, split
 from .reference import attention_reference
 
 KERNEL_BACKENDS = {"cpu": native}
@@ -82,9 +82,9 @@ class _Attention(torch.autograd.Function):
 
 def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
     ctx.layout = layout
-    ctx.num_tensors = NUM_INPUTS[layout] + 7  # inputs and side tensors; the options follow
-    ctx.options = arguments[ctx.num_tensors :]
-    ctx.save_for_backward(out, lse, *arguments[: ctx.num_tensors])
+    num_tensors = NUM_INPUTS[layout] + NUM_SIDE_TENSORS
+    ctx.options = arguments[num_tensors:]
+    ctx.save_for_backward(out, lse, *arguments[:num_tensors])
     ctx.set_materialize_grads(False)
 
 
@@ -97,11 +97,12 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradie
     arguments = (*tensors, *ctx.options)
     if torch.is_grad_enabled() or _functorch_active():
         return _recomputed_gradients(ctx.layout, dout, dlse, arguments)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    elif not _is_plain(dout) and not torch.compiler.is_compiling():
-        dout = dout.resolve_neg().clone()
-    return kernel_gradients(ctx.layout, dout, dlse, out, lse, arguments)
+    dout = torch.zeros_like(out) if dout is None else _in_memory(dout)
+    return kernel_gradients(ctx.layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments)
+
+
+def _in_memory(gradient: Tensor) -> Tensor:
+    return gradient if torch.compiler.is_compiling() or _is_plain(gradient) else gradient.resolve_neg().clone()
 
 
 def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | None, arguments: tuple) -> tuple[Tensor | None, ...]:
@@ -134,7 +135,7 @@ def _registered_gradients(
 def _empty_gradient(tensor: Tensor) -> Tensor:
     """Uninitialised, in the memory order of `tensor`; the last dim is contiguous even where rows of `tensor` overlap."""
     gradient = torch.empty_like(tensor)
-    if gradient.shape[-1] == 1 or gradient.stride(-1) == 1:
+    if has_contiguous_last_dim(gradient):
         return gradient
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -176,7 +177,7 @@ def _register(layout: Layout) -> None:
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = _gradients(ctx, dout, dlse, _registered_gradients)
-        return (*gradients, *[None] * (7 + len(ctx.options)))
+        return (*gradients, *[None] * (NUM_SIDE_TENSORS + len(ctx.options)))
 
     for device in ("CPU", "CUDA"):
         _library.impl(name, forward, device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ class Problem:
 
 
 NUM_INPUTS: dict[Layout, int] = {"separate": 3, "qkv": 1, "kv": 2}
+NUM_SIDE_TENSORS = 7  # what side_tensors() returns
 
 
 def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,10 +203,7 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
     names = _INPUT_NAMES[layout]
     first = inputs[0]
     for name, tensor in zip(names, inputs, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        _check_dense(name, tensor)
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor.dtype != first.dtype:
@@ -217,7 +215,7 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
                 raise ValueError(f"{name} must have shape {_PACKED_SHAPES[name]}, got {tuple(tensor.shape)}")
         elif tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, num_heads, seqlen, head_dim), got {tuple(tensor.shape)}")
-    inputs = tuple(_with_contiguous_last_dim(tensor) for tensor in inputs)
+    inputs = tuple(with_contiguous_last_dim(tensor) for tensor in inputs)
     query, key, value = split(layout, inputs)
     if query.shape[3] == 0 or value.shape[3] == 0:
         raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)} and value {tuple(value.shape)}")
@@ -233,8 +231,19 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
     return inputs
 
 
-def _with_contiguous_last_dim(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+def with_contiguous_last_dim(tensor: Tensor) -> Tensor:
+    return tensor if has_contiguous_last_dim(tensor) else tensor.contiguous()
+
+
+def has_contiguous_last_dim(tensor: Tensor) -> bool:
+    return tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def _check_tensor(
@@ -245,8 +254,7 @@ def _check_tensor(
     shapes: tuple[tuple[int, ...], ...],
     shape_words: str,
 ) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    _check_dense(name, tensor)
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
@@ -266,8 +274,7 @@ def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: in
 
 
 def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}")
+    _check_dense("attn_mask", mask)
     if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added to the scores), got {mask.dtype}")
     if mask.device != device:
@@ -325,11 +332,3 @@ def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch
     if rng_state is None:
         return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)  # torch.compile does not take Tensor.random_
     return rng_state
-
-
-def check_backend_name(backend: str | None) -> None:
-    if backend is not None and backend not in get_args(BackendName):
-        raise ValueError(f"backend must be None or one of {get_args(BackendName)}, got {backend!r}")
-
-
-BackendName = Literal["cuda", "triton", "cpu", "reference"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import native, reference
-from .problem import Problem, check_backend_name
+from .problem import Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 NOT_INSTALLED = "this installation of fused_attention does not contain it"
@@ -47,8 +47,9 @@ def choose(problem: Problem, backend: str | None) -> str:
     Raises:
         ValueError: the name is unknown, or that backend cannot run this problem; the message lists the reasons.
     """
-    check_backend_name(backend)
     if backend is not None:
+        if backend not in ORDER:
+            raise ValueError(f"backend must be None or one of {ORDER}, got {backend!r}")
         reasons = unsupported_reasons(backend, problem)
         if reasons:
             raise ValueError(f"backend {backend!r} cannot run this call: {'; '.join(reasons)}")

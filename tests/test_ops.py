@@ -219,6 +219,10 @@ def test_tensors_whose_memory_does_not_hold_their_values() -> None:
         out = attention(query, key, key)
         ours = torch.autograd.grad(out, query, dout, retain_graph=True)[0]
         assert torch.equal(ours, torch.autograd.grad(out, query, dout.resolve_neg().clone())[0])
+    _, lse = attention(query, key, key, return_lse=True)
+    dlse = negated[..., 0]
+    ours = torch.autograd.grad(lse, query, dlse, retain_graph=True)[0]
+    assert torch.equal(ours, torch.autograd.grad(lse, query, dlse.resolve_neg().clone())[0])
 
 
 @needs_native

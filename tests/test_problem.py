@@ -30,6 +30,7 @@ BAD_CALLS = {
     "heads do not divide": ({"key": KEY[:, :3], "value": KEY[:, :3]}, ValueError, "the 4 heads of query must be a multiple of the 3"),
     "ambiguous mask": ({"attn_mask": torch.zeros(2, 5, 6)}, ValueError, r"attn_mask with 3 dims.*attn_mask\[:, None\]"),
     "mask shape": ({"attn_mask": torch.zeros(5, 7)}, ValueError, "attn_mask must have shape.*got .1, 1, 5, 7."),
+    "sparse mask": ({"attn_mask": torch.zeros(5, 6).to_sparse()}, TypeError, "attn_mask must be a dense tensor, got layout torch.sparse"),
     "integer mask": ({"attn_mask": torch.zeros(5, 6, dtype=torch.uint8)}, TypeError, "attn_mask must be bool .* got torch.uint8"),
     "key_mask dtype": ({"key_mask": torch.zeros(2, 6)}, TypeError, "key_mask must be bool, got torch.float32"),
     "key_mask shape": (
