@@ -78,6 +78,6 @@ if reason:
 setup(
     ext_modules=[] if reason else [Extension("fused_attention._native", SOURCES)],
     cmdclass={"build_ext": NinjaBuild},
-    package_data={"fused_attention": ["py.typed", "_native.pyi"]},
+    package_data={"fused_attention": ["py.typed", "_native.pyi"], "fused_attention.kernels": ["*.json"]},
     **packages(),
 )
