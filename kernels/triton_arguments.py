@@ -1,0 +1,120 @@
+"""The arguments that every Triton attention kernel takes, in the kernels' order: what may be attended to, and how scores are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .dropout import dropout_threshold
+from .problem import Problem
+
+LOG2_E = math.log2(math.e)
+UNLIMITED = 2**30  # a window side that no sequence reaches; sums with it fit an int32
+
+
+def kernel(function: Callable) -> Any:
+    """triton.jit for a kernel: compiled once for all sizes and strides, except that row and key strides tell Triton how to vectorise."""
+    integers = [name for name, annotation in function.__annotations__.items() if annotation in ("tl.int32", "tl.int64")]
+    return triton.jit(function, do_not_specialize=[name for name in integers if not name.endswith(("_row", "_key"))])
+
+
+class Arguments(NamedTuple):
+    """A kernel's parameters: its pointers, its numbers and its constexprs, without the tile's."""
+
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[int | float, ...]
+    constants: tuple[int | str | bool, ...]
+
+
+def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> Arguments:
+    """tiles: row_tiles, or column_tiles for a kernel that walks down a column of key blocks; mask_bits: the bits that go with it."""
+    query, key = problem.query, problem.key
+    attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
+    mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+    window_left, window_right = visible_window(problem)
+    tensors = (
+        attn_mask.view(torch.uint8) if mask_is_bool else attn_mask,
+        None if key_mask is None else key_mask.view(torch.uint8),
+        problem.key_lengths,
+        problem.query_lengths,
+        slopes,
+        problem.rng_state,
+        problem.cu_seqlens_q,
+        problem.cu_seqlens_k,
+        mask_bits,
+        tiles,
+    )
+    numbers = (
+        *_strides(attn_mask, 4),
+        *_strides(key_mask, 2),
+        *((0, slopes.stride(0)) if slopes is not None and slopes.dim() == 1 else _strides(slopes, 2)),
+        *_strides(mask_bits, 3),
+        *_strides(tiles, 3),
+        0 if tiles is None else tiles.shape[3] - 2,
+        problem.max_seqlen_q,
+        problem.max_seqlen_k,
+        query.shape[1],
+        query.shape[1] // key.shape[1],
+        problem.scale * LOG2_E if problem.softcap is None else problem.scale / problem.softcap,
+        0.0 if problem.softcap is None else problem.softcap * LOG2_E,
+        UNLIMITED if window_left is None else min(window_left, UNLIMITED),
+        UNLIMITED if window_right is None else min(window_right, UNLIMITED),
+        dropout_threshold(problem.dropout_p) if problem.rng_state is not None else 0,
+    )
+    constants = (
+        query.shape[3],
+        problem.value.shape[3],
+        padded_head_dim(query.shape[3]),
+        padded_head_dim(problem.value.shape[3]),
+        problem.softcap is not None,
+        window_left is not None,
+        window_right is not None,
+        problem.causal == "bottom_right",
+        mask_is_bool,
+        "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    )
+    return Arguments(tensors, numbers, constants)
+
+
+def visible_window(problem: Problem) -> tuple[int | None, int | None]:
+    """How many keys to the left and right of the diagonal are visible; causal sees none to the right."""
+    return problem.window_left, problem.window_right if problem.causal == "none" else 0
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int, int]:
+    """(batch, head, row) strides of a (B, H, L, D) tensor."""
+    batch, head, row = _strides(tensor, 3)
+    return batch, head, row
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """A tile's width: a power of two, at least the depth of a tensor-core product."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def feature_class(problem: Problem) -> str:
+    """The row of the tile table: what a kernel's inner loop holds at most."""
+    if problem.rng_state is not None:
+        return "dropout"
+    float_mask = problem.attn_mask is not None and problem.attn_mask.dtype != torch.bool
+    if float_mask or problem.softcap is not None or problem.alibi_slopes is not None:
+        return "bias"
+    return "masked" if needs_tiles(problem) else "plain"
+
+
+def needs_tiles(problem: Problem) -> bool:
+    """Whether lists of full and mixed tiles say what to visit; otherwise loop bounds do."""
+    bool_mask = problem.attn_mask is not None and problem.attn_mask.dtype == torch.bool
+    return bool_mask or problem.key_mask is not None or problem.row_tiles is not None
+
+
+def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
+    if tensor is None:
+        return (0,) * dims
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True))

@@ -1,0 +1,259 @@
+"""Tile functions that the Triton kernels share: which keys a block of rows sees, loads, scores with bias and masks, dropout.
+
+Conventions: scores are in log2 units (natural ones times log2(e)), so that exp2 follows without another product. `rows` and `keys` are
+sequence positions shaped to broadcast against the tile - (M, 1) and (1, N), or the other way round on transposed scores. An argument that
+is None is absent, decided at compile time. Address products are int64 because strides are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MASKED_BELOW = tl.constexpr(-1e30)  # a float mask value below this masks
+TILE = tl.constexpr(64)  # side of the tiles that tile lists classify
+
+
+@triton.jit
+def sequence_sizes(
+    batch, seqlen_q, seqlen_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, BOTTOM_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Of one sequence: its first row and key in memory, its rows in memory, its rows and keys that are present, its diagonal offset."""
+    first_row = tl.zeros((), dtype=tl.int64)
+    first_key = tl.zeros((), dtype=tl.int64)
+    if cu_seqlens_q is not None:
+        start_q = tl.load(cu_seqlens_q + batch)
+        start_k = tl.load(cu_seqlens_k + batch)
+        seqlen_q = tl.minimum(seqlen_q, tl.load(cu_seqlens_q + batch + 1) - start_q)
+        seqlen_k = tl.minimum(seqlen_k, tl.load(cu_seqlens_k + batch + 1) - start_k)
+        first_row += start_q
+        first_key += start_k
+    rows_present = seqlen_q
+    keys_present = seqlen_k
+    if query_lengths is not None:
+        rows_present = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), seqlen_q)
+    if key_lengths is not None:
+        keys_present = tl.minimum(tl.maximum(tl.load(key_lengths + batch), 0), seqlen_k)
+    offset = 0
+    if BOTTOM_RIGHT:
+        offset = keys_present - rows_present
+    return first_row, first_key, seqlen_q, rows_present, keys_present, offset
+
+
+@triton.jit
+def key_blocks(
+    start_m, rows_present, keys_present, offset, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Key blocks [first, last) that some row of a block sees, and [first_full, last_full) that every row sees wholly."""
+    last_row = tl.minimum(start_m + BLOCK_M, rows_present) - 1
+    seen_from, seen_to = 0, keys_present
+    all_from, all_to = 0, keys_present
+    if HAS_LEFT:
+        seen_from = start_m + offset - window_left
+        all_from = last_row + offset - window_left
+    if HAS_RIGHT:
+        seen_to = tl.minimum(keys_present, last_row + offset + window_right + 1)
+        all_to = tl.minimum(keys_present, start_m + offset + window_right + 1)
+    return _blocks(seen_from, seen_to, all_from, all_to, BLOCK_N)
+
+
+@triton.jit
+def row_blocks(
+    start_n, rows_present, keys_present, offset, window_left, window_right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Row blocks [first, last) that see some key of a block, and [first_full, last_full) all rows of which see all of them."""
+    last_key = tl.minimum(start_n + BLOCK_N, keys_present) - 1
+    seen_from, seen_to = 0, rows_present
+    all_from, all_to = 0, rows_present
+    if HAS_RIGHT:  # key j is seen from row j - offset - window_right on
+        seen_from = start_n - offset - window_right
+        all_from = last_key - offset - window_right
+    if HAS_LEFT:  # and up to row j - offset + window_left
+        seen_to = tl.minimum(rows_present, last_key - offset + window_left + 1)
+        all_to = tl.minimum(rows_present, start_n - offset + window_left + 1)
+    if start_n + BLOCK_N > keys_present:
+        all_to = 0
+    return _blocks(seen_from, seen_to, all_from, all_to, BLOCK_M)
+
+
+@triton.jit
+def _blocks(seen_from, seen_to, all_from, all_to, BLOCK: tl.constexpr):
+    first = tl.maximum(seen_from, 0) // BLOCK
+    last = tl.maximum(tl.cdiv(tl.maximum(seen_to, 0), BLOCK), first)
+    first_full = tl.minimum(tl.cdiv(tl.maximum(all_from, 0), BLOCK), last)
+    first_full = tl.maximum(first_full, first)
+    last_full = tl.minimum(tl.maximum(tl.maximum(all_to, 0) // BLOCK, first_full), last)
+    return first, first_full, last_full, last
+
+
+@triton.jit
+def block_start(step, first, first_full, last_full, tiles, num_tiles, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the block of a loop step starts. The full ones are first_full ..., the mixed ones those to both sides of them.
+
+    tiles: a line of a tile list (numbers of full and mixed tiles, then the full ones from the front and the mixed ones from the back),
+    whose tiles of 64 hold 64 / BLOCK blocks each; num_tiles: how many tiles the line has room for.
+    """
+    if tiles is not None:
+        PER_TILE: tl.constexpr = TILE // BLOCK
+        place = step // PER_TILE
+        if MASKED:
+            place = num_tiles - 1 - place
+        start = tl.load(tiles + 2 + place) * TILE + (step % PER_TILE) * BLOCK
+    elif MASKED:
+        left = first_full - first
+        start = tl.where(step < left, first + step, last_full + step - left) * BLOCK
+    else:
+        start = (first_full + step) * BLOCK
+    return tl.multiple_of(start, BLOCK)
+
+
+@triton.jit
+def num_blocks(first, first_full, last_full, last, tiles, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks of a kind the loop visits."""
+    if tiles is not None:
+        count = tl.load(tiles + MASKED) * (TILE // BLOCK)
+    elif MASKED:
+        count = (first_full - first) + (last - last_full)
+    else:
+        count = last_full - first_full
+    return count
+
+
+@triton.jit
+def load_tile(base, lines, exists, stride_line, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """(len(lines), BLOCK_D) of a tensor whose last dim is contiguous; columns past HEAD_DIM are 0, and with MASKED absent lines too."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + lines[:, None] * stride_line + columns[None, :]
+    if MASKED and HEAD_DIM != BLOCK_D:
+        tile = tl.load(pointers, mask=exists[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=exists[:, None], other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        tile = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(base, tile, lines, exists, stride_line, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores a (len(lines), BLOCK_D) tile in the tensor's dtype, the lines that exist and the columns below HEAD_DIM."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + lines[:, None] * stride_line + columns[None, :]
+    mask = exists[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def keys_exist(keys, keys_present, key_mask, stride_key_mask_key, MASKED: tl.constexpr):
+    """Which keys of a block exist: those whose key and value rows may be read. Not asked of a full block, where all do."""
+    exist = keys < keys_present
+    if MASKED and key_mask is not None:
+        exist = exist & (tl.load(key_mask + keys * stride_key_mask_key, mask=exist, other=0) != 0)
+    return exist
+
+
+@triton.jit
+def tanh(x):
+    """float32, to float32 accuracy also where tanh(x) is about x."""
+    square = x * x
+    # The Taylor series, for |x| < 0.3 (next term: 3e-10 relative).
+    series = x + x * square * (
+        -1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0 - square * (1382.0 / 155925.0))))
+    )
+    exponential = tl.exp2(tl.minimum(tl.abs(x), 20.0) * (2.0 * LOG2_E))
+    far = 1.0 - 2.0 / (exponential + 1.0)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def allowed_pairs(
+    rows, keys, rows_in_memory, keys_present, exist, offset, window_left, window_right,
+    attn_mask, stride_mask_row, stride_mask_key, mask_bits, bit_lines, bit_positions, stride_bits_line,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    """Which scores of a mixed tile are allowed: bool, the shape of the tile.
+
+    exist: keys_exist, shaped like `keys`. mask_bits with its lines and positions: a PreparedMask's bits, which hold everything but
+    say nothing past the rows in memory; (rows, keys) on its rows, (keys, rows) on the transposed bits.
+    """
+    in_memory = (rows < rows_in_memory) & (keys < keys_present)
+    allowed = in_memory & exist
+    if mask_bits is not None:
+        word = tl.load(mask_bits + bit_lines * stride_bits_line + (bit_positions >> 5), mask=in_memory, other=0)
+        allowed = allowed & (((word >> (bit_positions & 31)) & 1) != 0)
+    else:
+        distance = keys - rows - offset
+        if HAS_LEFT:
+            allowed = allowed & (distance >= -window_left)
+        if HAS_RIGHT:
+            allowed = allowed & (distance <= window_right)
+        if MASK_IS_BOOL:
+            allowed = allowed & (tl.load(attn_mask + rows * stride_mask_row + keys * stride_mask_key, mask=in_memory, other=0) != 0)
+    return allowed
+
+
+@triton.jit
+def add_bias(
+    scores, rows, keys, rows_in_memory, keys_present, offset, attn_mask, stride_mask_row, stride_mask_key, alibi_slope,
+    MASK_IS_BOOL: tl.constexpr, HAS_ALIBI: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """log2 scores plus the float mask (-inf where that masks) minus alibi_slope * |distance to the diagonal|."""
+    if attn_mask is not None and not MASK_IS_BOOL:
+        in_memory = rows < rows_in_memory
+        if MASKED:
+            in_memory = in_memory & (keys < keys_present)
+        bias = tl.load(attn_mask + rows * stride_mask_row + keys * stride_mask_key, mask=in_memory, other=0.0).to(tl.float32)
+        scores = tl.where(bias < MASKED_BELOW, float("-inf"), scores + bias * LOG2_E)
+    if HAS_ALIBI:
+        scores = scores - (alibi_slope * LOG2_E) * tl.abs(keys - rows - offset).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def dropout_keep(rng_state, batch_head, start_m, start_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) bool: which weights of a tile survive. start_m and start_n are multiples of 16.
+
+    The mapping is that of csrc/philox.h: one Philox4x32-7 draw covers rows {i, i + 8} and keys {j, j + 1, j + 8, j + 9}, so a tile needs
+    (BLOCK_M / 2) x (BLOCK_N / 4) draws, whose 8 halves are then put in their places.
+    """
+    seed = tl.load(rng_state)
+    counter_offset = tl.load(rng_state + 1)
+    key0 = seed.to(tl.uint32)
+    key1 = ((seed >> 32) ^ (counter_offset >> 32)).to(tl.uint32)
+    # Words that do not depend on the row or the key stay scalars and vectors: the first two rounds cost next to nothing.
+    word0 = (start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
+    word1 = (start_m // 2 + tl.arange(0, BLOCK_M // 2)).to(tl.uint32)[:, None]
+    word2 = batch_head.to(tl.uint32)
+    word3 = counter_offset.to(tl.uint32)
+    for _ in tl.static_range(7):
+        high0, low0 = _multiply(word0, 0xD2511F53)
+        high2, low2 = _multiply(word2, 0xCD9E8D57)
+        word0, word1, word2, word3 = high2 ^ word1 ^ key0, low2, high0 ^ word3 ^ key1, low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    # Axes: i // 16, i % 8, j // 16, (j % 8) // 2, then j % 2 (half), (j // 8) % 2 and (i // 8) % 2 (word).
+    upper = tl.join(_halves_kept(word0, threshold), _halves_kept(word1, threshold))
+    lower = tl.join(_halves_kept(word2, threshold), _halves_kept(word3, threshold))
+    kept = tl.join(upper, lower).reshape(BLOCK_M // 16, 8, BLOCK_N // 16, 4, 2, 2, 2)
+    return kept.permute(0, 6, 1, 2, 5, 3, 4).reshape(BLOCK_M, BLOCK_N) != 0
+
+
+@triton.jit
+def _multiply(word, MULTIPLIER: tl.constexpr):
+    multiplier = tl.full((), MULTIPLIER, tl.uint32)
+    return tl.umulhi(word, multiplier + tl.zeros_like(word)), word * multiplier
+
+
+@triton.jit
+def _halves_kept(word, threshold):
+    """(..., 2) int8: whether the low and the high half of each word reach the threshold."""
+    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int8)
+    high = ((word >> 16).to(tl.int32) >= threshold).to(tl.int8)
+    return tl.join(low, high)
