@@ -17,10 +17,18 @@ LOG2_E = math.log2(math.e)
 UNLIMITED = 2**30  # a window side that no sequence reaches; sums with it fit an int32
 
 
+NOT_VECTORISED = ("stride_lse", "stride_slopes", "stride_bits", "stride_tiles", "stride_key_mask_batch")
+
+
 def kernel(function: Callable) -> Any:
-    """triton.jit for a kernel: compiled once for all sizes and strides, except that row and key strides tell Triton how to vectorise."""
-    integers = [name for name, annotation in function.__annotations__.items() if annotation in ("tl.int32", "tl.int64")]
-    return triton.jit(function, do_not_specialize=[name for name in integers if not name.endswith(("_row", "_key"))])
+    """triton.jit for a kernel: compiled once for all sizes; only strides that tell Triton how wide its loads may be are compiled in.
+
+    Triton specialises those on being 1 and on being a multiple of 16.
+    """
+    annotations = function.__annotations__.items()
+    sizes = [name for name, annotation in annotations if annotation == "tl.int32"]
+    strides = [name for name, annotation in annotations if annotation == "tl.int64" and name.startswith(NOT_VECTORISED)]
+    return triton.jit(function, do_not_specialize=[*sizes, *strides])
 
 
 class Arguments(NamedTuple):
