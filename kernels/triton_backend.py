@@ -1,0 +1,90 @@
+"""The Triton kernels as a backend: what they take, and where each call goes. Importing it needs no Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Gradients, Problem
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_COMPUTE_CAPABILITY = (8, 0)  # the first with bfloat16 and asynchronous copies
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error}); it comes with torch's GPU builds, or: pip install 'fused-attention[triton]'"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors, slowly, for tests."""
+    return _missing() is None and _module("launch").INTERPRETED
+
+
+def status() -> str | None:
+    """None when this machine can run the kernels, else the reason why not."""
+    return _missing() or _device_reason(None)
+
+
+def _device_reason(device: torch.device | None) -> str | None:
+    """Why the kernels cannot run on a device (None: on any of this machine)."""
+    if interpreted():
+        return f"Triton's interpreter takes CPU tensors, these are on {device}" if device is not None and device.type != "cpu" else None
+    if device is not None and device.type != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_COMPUTE_CAPABILITY:
+        given, oldest = torch.cuda.get_device_capability(device), OLDEST_COMPUTE_CAPABILITY
+        return f"compute capability {given[0]}.{given[1]} is below {oldest[0]}.{oldest[1]}"
+    return None
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why the Triton kernels cannot run this problem here; empty when they can."""
+    machine = _missing() or _device_reason(problem.query.device)
+    return [*([machine] if machine else []), *uncovered(problem)]
+
+
+def uncovered(problem: Problem) -> list[str]:
+    """What the kernels do not cover on any machine."""
+    reasons = []
+    if problem.query.dtype not in DTYPES:
+        reasons.append(f"dtype {problem.query.dtype} is not covered (float32, bfloat16 and float16 are)")
+    head_dim = max(problem.query.shape[3], problem.value.shape[3])
+    if head_dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
+    if problem.scale <= 0:
+        reasons.append(f"scale must be > 0, is {problem.scale}")
+    return reasons
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
+    decode = _module("decode")
+    return decode.decode_forward(problem) if decode.takes(problem) else _module("forward").forward(problem)
+
+
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    """Writes every gradient asked for; bit for bit the same in every run."""
+    _module("backward").backward(problem, out, lse, dout, dlse, gradients)
+
+
+def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), which never holds those of single heads."""
+    return _module("weights").attention_weights(problem, lse, average_heads)
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.triton_{name}")
