@@ -1,9 +1,15 @@
-"""Launches Triton kernels, and looks up the tile sizes they run with in triton_tile_table.json."""
+"""Launches Triton kernels, and looks up the tile sizes they run with in triton_tile_table.json.
+
+kernel[grid](...) costs 15 to 25 us of Python for a kernel with fifty arguments. `launch` finds the compiled kernel under a key of its
+own, which holds everything that Triton specialises a kernel on, and hands it to the driver directly; what it has not seen before, and
+whatever it does not know how to do, goes through kernel[grid](...).
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +18,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
+FAST_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # whose CompiledKernel.run takes what _run_compiled passes
 
 
 class Tile(NamedTuple):
@@ -24,8 +31,9 @@ class Tile(NamedTuple):
 # The interpreter takes a few milliseconds per tile of any size: small enough that 130 rows are several tiles, and never square.
 INTERPRETER_TILES = {"plain": Tile(64, 32, 1, 1), "masked": Tile(32, 64, 1, 1), "bias": Tile(64, 32, 1, 1), "dropout": Tile(32, 64, 1, 1)}
 
-FAMILIES = {80: "sm80", 86: "sm86", 87: "sm80", 89: "sm86", 90: "sm90", 100: "sm100", 103: "sm100", 120: "sm86", 121: "sm86"}
-OTHER_FAMILY = "other"  # no measurements and no knowledge of its shared memory: tiles that fit 64 KB
+# sm_86, 89 and 120 are one family, because they have 99 KB of shared memory per block; sm_80 has 163 KB, sm_90 and sm_100 have 227 KB.
+FAMILIES = {80: "sm80", 87: "sm80", 86: "sm86", 89: "sm86", 120: "sm86", 121: "sm86", 90: "sm90", 100: "sm100", 103: "sm100"}
+OTHER_FAMILY = "other"  # tiles that fit 64 KB, with nothing known of the device
 
 TABLE_FILE = Path(__file__).with_name("triton_tile_table.json")
 
@@ -41,14 +49,17 @@ def tile_for(kernel_name: str, dtype: torch.dtype, head_dim: int, feature_class:
     """
     if INTERPRETED:
         return INTERPRETER_TILES[feature_class]
-    return tile_table()[kernel_name, current_family(), dtype_class(dtype), head_dim, feature_class]
+    family = _family(triton.runtime.driver.active.get_current_device())
+    return tile_table()[kernel_name, family, dtype_class(dtype), head_dim, feature_class]
 
 
 def dtype_class(dtype: torch.dtype) -> str:
     return "fp32" if dtype is torch.float32 else "16-bit"
 
 
-def current_family() -> str:
+@functools.cache
+def _family(device: int) -> str:
+    """Of the current device, whose number is `device`."""
     target = triton.runtime.driver.active.get_current_target()
     return FAMILIES.get(target.arch, OTHER_FAMILY) if target.backend == "cuda" else OTHER_FAMILY
 
@@ -72,6 +83,97 @@ def launch(
     constants: tuple[Any, ...],
     tile: Tile,
 ) -> None:
-    """Runs a kernel whose parameters are tensors, numbers, constexprs and the constexprs BLOCK_M and BLOCK_N, in this order."""
+    """Runs a kernel on the current stream of the device that tensors[0] is on.
+
+    Its parameters are, in this order, pointers (tensors), annotated numbers, constexprs (constants) and the constexprs BLOCK_M, BLOCK_N.
+    """
+    if INTERPRETED:
+        _launch_through_triton(kernel, num_programs, tensors, numbers, constants, tile)
+        return
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    tensors_device = tensors[0].get_device()  # type: ignore[union-attr]  # -1 on the CPU, in tests
+    if tensors_device not in (device, -1):
+        with torch.cuda.device(tensors_device):
+            launch(kernel, num_programs, tensors, numbers, constants, tile)
+        return
+    cache = _caches.get(id(kernel)) or _new_cache(kernel, tensors, numbers, constants)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    key = _specialisation(cache, device, tensors, pointers, numbers, constants, tile)
+    compiled = cache.compiled.get(key)
+    if compiled is None or _has_hooks(kernel):
+        compiled = _launch_through_triton(kernel, num_programs, tensors, numbers, constants, tile)
+        if compiled is not None and _takes_fast_launches(compiled):
+            cache.compiled[key] = compiled
+        return
+    stream = driver.get_current_stream(device)
+    _run_compiled(compiled, num_programs, stream, (*pointers, *numbers, *constants, tile.BLOCK_M, tile.BLOCK_N))
+
+
+def _launch_through_triton(kernel: Any, num_programs: int, tensors: tuple, numbers: tuple, constants: tuple, tile: Tile) -> Any:
     block_m, block_n, num_warps, num_stages = tile
-    kernel[(num_programs,)](*tensors, *numbers, *constants, block_m, block_n, num_warps=num_warps, num_stages=num_stages)
+    arguments = (*tensors, *numbers, *constants, block_m, block_n)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}  # a * b + c as one instruction
+    return kernel[(num_programs,)](*arguments, **options)
+
+
+def _run_compiled(compiled: Any, num_programs: int, stream: int, arguments: tuple) -> None:
+    """What JITFunction.run ends with in FAST_VERSIONS, without hooks. Pointers may be ints."""
+    compiled.run(num_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+class _Cache(NamedTuple):
+    """The compiled versions of one kernel."""
+
+    kernel: Any  # held, so that its id stays its own
+    specialised_numbers: tuple[int, ...]  # places of the numbers whose divisibility by 16 Triton compiles in
+    compiled: dict[tuple, Any]
+
+
+_caches: dict[int, _Cache] = {}  # by id: hashing a kernel hashes its source
+
+
+def _new_cache(kernel: Any, tensors: tuple, numbers: tuple, constants: tuple) -> _Cache:
+    parameters = kernel.params[len(tensors) : len(tensors) + len(numbers)]
+    num_arguments = len(tensors) + len(numbers) + len(constants) + 2
+    if len(kernel.params) != num_arguments:
+        raise TypeError(f"{kernel.__name__} has {len(kernel.params)} parameters, got {num_arguments} arguments")
+    for parameter in parameters:
+        if not parameter.annotation_type:  # then its type would depend on its value, which is not in the key
+            raise TypeError(f"{kernel.__name__}: the number {parameter.name} needs a type")
+    specialised = [place for place, parameter in enumerate(parameters) if not parameter.do_not_specialize]
+    integers = [place for place in specialised if parameters[place].annotation_type.startswith(("i", "u"))]
+    return _caches.setdefault(id(kernel), _Cache(kernel, tuple(integers), {}))
+
+
+def _specialisation(
+    cache: _Cache, device: int, tensors: tuple, pointers: list[int | None], numbers: tuple, constants: tuple, tile: Tile
+) -> tuple:
+    """Everything that Triton compiles into a kernel: two calls that differ in any of it run different code."""
+    return (
+        device,
+        tile,
+        constants,
+        tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
+        tuple([pointer is None or pointer % 16 == 0 for pointer in pointers]),
+        tuple([numbers[place] % 16 == 0 for place in cache.specialised_numbers]),
+    )
+
+
+def _has_hooks(kernel: Any) -> bool:
+    """Whether a profiler wants to see launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _takes_fast_launches(compiled: Any) -> bool:
+    return _knows_this_triton() and compiled.metadata.target.backend == "cuda"
+
+
+@functools.cache
+def _knows_this_triton() -> bool:
+    if triton.__version__.startswith(FAST_VERSIONS):
+        return True
+    warnings.warn(f"triton {triton.__version__} is newer than this library knows: kernels launch more slowly", stacklevel=2)
+    return False
