@@ -1,0 +1,182 @@
+"""Which 64 x 64 tiles of the scores are empty, full or mixed, and their lists per row block and per key block, made on the GPU.
+
+  1. classify: one program looks at one tile of scores, and reads no mask where sequence ends, causal or window leave nothing
+  2. list: one program turns some lines of that map into lists, the full tiles from the front and the mixed ones from the back
+The format is that of PreparedMask, whose lists are used where the caller brings one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .problem import Problem
+from .triton_arguments import UNLIMITED, kernel, needs_tiles, visible_window
+from .triton_launch import Tile, launch
+from .triton_tiles import TILE, allowed_pairs, key_blocks, keys_exist, sequence_sizes
+
+TILE_SIDE = TILE.value
+CLASSIFY_TILE = Tile(TILE_SIDE, TILE_SIDE, 4, 1)
+LIST_TILE = Tile(32, 32, 4, 1)  # lines of the map, and their tiles at a time
+
+
+def tile_lists(problem: Problem, columns: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(row_tiles, column_tiles) int32: (B', H', lines, 2 + tiles), B' and H' 1 where the mask is the same for every batch or head.
+
+    A line is [number of full tiles, number of mixed ones, the full ones ascending, ..., the mixed ones descending]. Both are None where
+    loop bounds say it all; column_tiles is None where `columns` does not ask for it.
+    """
+    if problem.row_tiles is not None:
+        return problem.row_tiles, problem.column_tiles
+    if not needs_tiles(problem):
+        return None, None
+    kinds = tile_kinds(problem)
+    return _lists(kinds), _lists(kinds.transpose(2, 3)) if columns else None
+
+
+def tile_kinds(problem: Problem) -> Tensor:
+    """(B', H', row blocks, key blocks) int8: 0 empty, 1 full, 2 mixed."""
+    query, key_mask = problem.query, problem.key_mask
+    batch, _, seqlen_q, _ = query.shape
+    seqlen_k = problem.key.shape[2]
+    mask = problem.attn_mask if problem.attn_mask is not None and problem.attn_mask.dtype == torch.bool else None
+    by_batch = any(tensor is not None for tensor in (key_mask, problem.key_lengths, problem.query_lengths))
+    batches = batch if by_batch or mask is None else mask.shape[0]
+    heads = 1 if mask is None else mask.shape[1]
+    if mask is not None:
+        mask = mask.view(torch.uint8).expand(batches, heads, seqlen_q, seqlen_k)
+    kinds = query.new_empty(batches, heads, triton.cdiv(seqlen_q, TILE_SIDE), triton.cdiv(seqlen_k, TILE_SIDE), dtype=torch.int8)
+    window_left, window_right = visible_window(problem)
+    if kinds.numel():
+        launch(
+            classify,
+            kinds.numel(),
+            (
+                kinds,
+                mask,
+                None if key_mask is None else key_mask.view(torch.uint8),
+                problem.key_lengths,
+                problem.query_lengths,
+            ),
+            (
+                *((0, 0, 0, 0) if mask is None else mask.stride()),
+                *((0, 0) if key_mask is None else key_mask.stride()),
+                heads,
+                seqlen_q,
+                seqlen_k,
+                UNLIMITED if window_left is None else min(window_left, UNLIMITED),
+                UNLIMITED if window_right is None else min(window_right, UNLIMITED),
+            ),
+            (
+                mask is not None and mask.stride(3) == 1,
+                window_left is not None,
+                window_right is not None,
+                problem.causal == "bottom_right",
+            ),
+            CLASSIFY_TILE,
+        )
+    return kinds
+
+
+def _lists(kinds: Tensor) -> Tensor:
+    """(B', H', lines, 2 + tiles) int32 from (B', H', lines, tiles), which may be a transposed view."""
+    batches, heads, num_lines, num_tiles = kinds.shape
+    lists = kinds.new_empty(batches, heads, num_lines, 2 + num_tiles, dtype=torch.int32)
+    lines = batches * heads * num_lines
+    if lines:
+        launch(
+            list_tiles,
+            triton.cdiv(lines, LIST_TILE.BLOCK_M),
+            (lists, kinds),
+            (*kinds.stride()[2:], lines, num_lines, num_tiles),
+            (),
+            LIST_TILE,
+        )
+    return lists
+
+
+@kernel
+def classify(
+    kinds,  # (B', H', row blocks, key blocks) int8
+    attn_mask,  # (B', H', Lq, Lk) bool as bytes, any strides
+    key_mask, key_lengths, query_lengths,
+    stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key: tl.int64,
+    stride_key_mask_batch: tl.int64, stride_key_mask_key: tl.int64,
+    num_heads: tl.int32, seqlen_q: tl.int32, seqlen_k: tl.int32, window_left: tl.int32, window_right: tl.int32,
+    KEYS_CONTIGUOUS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if KEYS_CONTIGUOUS:
+        stride_mask_key = 1  # a constant: loads of several bytes
+    program = tl.program_id(0).to(tl.int64)
+    num_key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    num_row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    key_block = (program % num_key_blocks).to(tl.int32)
+    start_n = key_block * BLOCK_N
+    start_m = (program // num_key_blocks % num_row_blocks).to(tl.int32) * BLOCK_M
+    head = program // num_key_blocks // num_row_blocks % num_heads
+    batch = program // num_key_blocks // num_row_blocks // num_heads
+    _, _, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
+        batch, seqlen_q, seqlen_k, query_lengths, key_lengths, None, None, BOTTOM_RIGHT
+    )
+    first, _, _, last = key_blocks(
+        start_m, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    kind = 0
+    if (start_m < rows_present) & (first <= key_block) & (key_block < last):
+        rows = start_m + tl.arange(0, BLOCK_M)
+        keys = start_n + tl.arange(0, BLOCK_N)
+        if key_mask is not None:
+            key_mask += batch * stride_key_mask_batch
+        exist = keys_exist(keys, keys_present, key_mask, stride_key_mask_key, True)
+        allowed = allowed_pairs(
+            rows[:, None], keys[None, :], rows_present, keys_present, exist[None, :], offset, window_left, window_right,
+            None, 0, 0, None, None, None, 0, HAS_LEFT, HAS_RIGHT, False,
+        )  # fmt: skip
+        if attn_mask is not None:
+            pointers = attn_mask + batch * stride_mask_batch + head * stride_mask_head
+            pointers += rows[:, None] * stride_mask_row + keys[None, :] * stride_mask_key
+            if (start_m + BLOCK_M <= seqlen_q) & (start_n + BLOCK_N <= seqlen_k):
+                mask = tl.load(pointers)
+            else:
+                mask = tl.load(pointers, mask=(rows < seqlen_q)[:, None] & (keys < seqlen_k)[None, :], other=0)
+            allowed = allowed & (mask != 0)
+        num_allowed = tl.sum(tl.sum(allowed.to(tl.int32), 1), 0)
+        rows_in_tile = tl.minimum(BLOCK_M, seqlen_q - start_m)
+        if num_allowed == rows_in_tile * BLOCK_N:
+            kind = 1
+        elif num_allowed > 0:
+            kind = 2
+    tl.store(kinds + program, kind)
+
+
+@kernel
+def list_tiles(
+    lists,  # (lines, 2 + num_tiles) int32, of all batches and heads
+    kinds,  # (B' * H', lines_per_map, num_tiles) int8, a dense map in either order of its last two dims
+    stride_kinds_row: tl.int64, stride_kinds_key: tl.int64, num_lines: tl.int32, lines_per_map: tl.int32, num_tiles: tl.int32,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    lines = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = lines < num_lines
+    maps = lines // lines_per_map
+    kinds += maps * lines_per_map * num_tiles + (lines % lines_per_map) * stride_kinds_row
+    lists += lines * (2 + num_tiles)
+    num_full = tl.zeros((BLOCK_M,), tl.int32)
+    num_mixed = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, num_tiles, BLOCK_N):
+        tiles = start + tl.arange(0, BLOCK_N)
+        in_line = exists[:, None] & (tiles < num_tiles)[None, :]
+        kind = tl.load(kinds[:, None] + tiles[None, :] * stride_kinds_key, mask=in_line, other=0)
+        full = (kind == 1).to(tl.int32)
+        mixed = (kind == 2).to(tl.int32)
+        full_place = num_full[:, None] + tl.cumsum(full, 1) - 1
+        mixed_place = num_tiles - num_mixed[:, None] - tl.cumsum(mixed, 1)
+        place = tl.where(kind == 1, full_place, mixed_place)
+        tl.store(lists[:, None] + 2 + place, tiles[None, :], mask=kind != 0)
+        num_full += tl.sum(full, 1)
+        num_mixed += tl.sum(mixed, 1)
+    tl.store(lists, num_full, mask=exists)
+    tl.store(lists + 1, num_mixed, mask=exists)
