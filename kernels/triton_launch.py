@@ -85,7 +85,8 @@ def launch(
 ) -> None:
     """Runs a kernel on the current stream of the device that tensors[0] is on.
 
-    Its parameters are, in this order, pointers (tensors), annotated numbers, constexprs (constants) and the constexprs BLOCK_M, BLOCK_N.
+    Its parameters are, in this order, pointers (tensors), numbers, constexprs (constants) and the constexprs BLOCK_M and BLOCK_N. A number
+    that is 1 is compiled in as such only if its parameter has no type: Triton leaves one with a type alone.
     """
     if INTERPRETED:
         _launch_through_triton(kernel, num_programs, tensors, numbers, constants, tile)
@@ -126,7 +127,8 @@ class _Cache(NamedTuple):
     """The compiled versions of one kernel."""
 
     kernel: Any  # held, so that its id stays its own
-    specialised_numbers: tuple[int, ...]  # places of the numbers whose divisibility by 16 Triton compiles in
+    specialised: tuple[int, ...]  # places of the integers whose divisibility by 16 Triton compiles in
+    untyped: tuple[int, ...]  # places of the numbers without a type: Triton compiles in that of the value, and a 1
     compiled: dict[tuple, Any]
 
 
@@ -134,16 +136,17 @@ _caches: dict[int, _Cache] = {}  # by id: hashing a kernel hashes its source
 
 
 def _new_cache(kernel: Any, tensors: tuple, numbers: tuple, constants: tuple) -> _Cache:
-    parameters = kernel.params[len(tensors) : len(tensors) + len(numbers)]
     num_arguments = len(tensors) + len(numbers) + len(constants) + 2
     if len(kernel.params) != num_arguments:
         raise TypeError(f"{kernel.__name__} has {len(kernel.params)} parameters, got {num_arguments} arguments")
-    for parameter in parameters:
-        if not parameter.annotation_type:  # then its type would depend on its value, which is not in the key
-            raise TypeError(f"{kernel.__name__}: the number {parameter.name} needs a type")
-    specialised = [place for place, parameter in enumerate(parameters) if not parameter.do_not_specialize]
-    integers = [place for place in specialised if parameters[place].annotation_type.startswith(("i", "u"))]
-    return _caches.setdefault(id(kernel), _Cache(kernel, tuple(integers), {}))
+    parameters = kernel.params[len(tensors) : len(tensors) + len(numbers)]
+    untyped = [place for place, parameter in enumerate(parameters) if not parameter.annotation_type]
+    specialised = [
+        place
+        for place, parameter in enumerate(parameters)
+        if not parameter.do_not_specialize and parameter.annotation_type.startswith(("i", "u"))
+    ]
+    return _caches.setdefault(id(kernel), _Cache(kernel, tuple(specialised), tuple(untyped), {}))
 
 
 def _specialisation(
@@ -156,8 +159,14 @@ def _specialisation(
         constants,
         tuple([None if tensor is None else tensor.dtype for tensor in tensors]),
         tuple([pointer is None or pointer % 16 == 0 for pointer in pointers]),
-        tuple([numbers[place] % 16 == 0 for place in cache.specialised_numbers]),
+        tuple([numbers[place] % 16 == 0 for place in cache.specialised]),
+        tuple([_value_class(numbers[place]) for place in cache.untyped]),
     )
+
+
+def _value_class(number: int | float) -> tuple:
+    """What Triton makes of a number whose parameter has no type: its type, its divisibility, or a constant 1."""
+    return type(number), number == 1, number % 16 == 0, number.bit_length() // 32 if isinstance(number, int) else 0
 
 
 def _has_hooks(kernel: Any) -> bool:

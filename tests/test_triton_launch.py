@@ -29,6 +29,7 @@ def copy_kernel(
     source,
     target,
     bias,
+    bias_stride,
     batch_stride: tl.int64,
     source_row: tl.int64,
     target_row: tl.int64,
@@ -43,7 +44,7 @@ def copy_kernel(
     columns = tl.arange(0, BLOCK_N)[None, :]
     numbers = tl.load(source + tl.program_id(0) * batch_stride + rows * source_row + columns, columns < length) * scale + SHIFT
     if bias is not None:
-        numbers += tl.load(bias + columns)
+        numbers += tl.load(bias + columns * bias_stride)
     tl.store(target + rows * target_row + columns, numbers)
 
 
@@ -53,6 +54,7 @@ def call(**changes) -> tuple:
         "source": torch.zeros(1024),
         "target": torch.zeros(1024),
         "bias": torch.zeros(64),
+        "bias_stride": 2,
         "batch_stride": 512,
         "source_row": 32,
         "target_row": 32,
@@ -64,7 +66,7 @@ def call(**changes) -> tuple:
     } | changes
     tile = values.pop("tile")
     arguments = tuple(values.values())
-    return arguments[:3], arguments[3:8], arguments[8:], tile
+    return arguments[:3], arguments[3:9], arguments[9:], tile
 
 
 CALLS = {
@@ -83,6 +85,10 @@ CALLS = {
     "source rows of length 0": call(source_row=0),
     "source rows beyond 32 bits": call(source_row=2**40),
     "odd rows beyond 32 bits": call(source_row=2**40 + 1),
+    "bias stride 1": call(bias_stride=1),
+    "bias stride 16": call(bias_stride=16),
+    "bias stride beyond 32 bits": call(bias_stride=2**31 + 2),
+    "bias stride a float": call(bias=None, bias_stride=2.0),
     "shift 2": call(SHIFT=2),
     "name b": call(NAME="b"),
     "BLOCK_M 32": call(tile=TILE._replace(BLOCK_M=32)),
@@ -239,15 +245,10 @@ def test_threads_launch_the_same_code(launches: list[Launch]) -> None:
         assert ran == list(expected.values())
 
 
-def test_a_kernel_must_say_its_numbers_types(launches: list[Launch]) -> None:
-    @triton.jit
-    def untyped(source, length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        tl.store(source, length)
-
-    with pytest.raises(TypeError, match="length needs a type"):
-        launch(untyped, 1, (torch.zeros(1),), (1,), (), TILE)
-    with pytest.raises(TypeError, match="4 parameters, got 5 arguments"):
-        launch(untyped, 1, (torch.zeros(1),), (1, 2), (), TILE)
+def test_arguments_and_parameters_must_match(launches: list[Launch]) -> None:
+    tensors, numbers, constants, tile = call()
+    with pytest.raises(TypeError, match="13 parameters, got 14 arguments"):
+        launch(copy_kernel, 1, tensors, (*numbers, 1), constants, tile)
 
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "decode", "weights")
