@@ -44,9 +44,11 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
     query, key = problem.query, problem.key
     attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
     mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+    if attn_mask is not None and mask_is_bool:
+        attn_mask = attn_mask.view(torch.uint8)
     window_left, window_right = visible_window(problem)
     tensors = (
-        attn_mask.view(torch.uint8) if mask_is_bool else attn_mask,
+        attn_mask,
         None if key_mask is None else key_mask.view(torch.uint8),
         problem.key_lengths,
         problem.query_lengths,
