@@ -23,7 +23,7 @@ NOT_VECTORISED = ("stride_lse", "stride_slopes", "stride_bits", "stride_tiles", 
 def kernel(function: Callable) -> Any:
     """triton.jit for a kernel: compiled once for all sizes; only strides that tell Triton how wide its loads may be are compiled in.
 
-    Triton specialises those on being 1 and on being a multiple of 16.
+    Triton specialises typed ones on being a multiple of 16, and those without a type (strides of a last dim) also on being 1.
     """
     annotations = function.__annotations__.items()
     sizes = [name for name, annotation in annotations if annotation == "tl.int32"]
