@@ -1,0 +1,248 @@
+"""Attention of a few query rows, as in decoding, in Triton: the keys of one KV head are split among several programs.
+
+Method: Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).
+  1. pack the query rows of all heads that share a KV head into blocks, mostly one
+  2. each program visits its share of the key blocks that these rows see, and writes softmax-weighted values and their lse
+  3. combine: the sum of the shares, weighted by exp(lse); a row that attends to nothing gives 0 and -inf
+A call that fills the GPU without splitting writes its result in step 2.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .problem import Problem, empty_output
+from .triton_arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of, visible_window
+from .triton_launch import INTERPRETED, Tile, launch, tile_for
+from .triton_tiles import (
+    LN_2,
+    LOG2_E,
+    add_bias,
+    allowed_pairs,
+    key_blocks,
+    keys_exist,
+    load_tile,
+    sequence_sizes,
+    store_tile,
+    tanh,
+)
+
+MAX_ROWS = tl.constexpr(64)  # query rows per KV head, all heads together
+MAX_SPLITS = 128
+KEYS_PER_SPLIT = 64 if INTERPRETED else 256  # at least, so that combining costs little
+PROGRAMS_PER_PROCESSOR = 2  # that keep enough loads in flight
+COMBINE_TILE = Tile(1, 16, 4, 1)  # one row, and its splits at a time
+
+
+def takes(problem: Problem) -> bool:
+    """Whether decode_forward covers a problem: few rows, and masks that need nothing per row but its position."""
+    rows = problem.query.shape[1] // max(problem.key.shape[1], 1) * problem.query.shape[2]
+    absent = (problem.attn_mask, problem.row_tiles, problem.query_lengths, problem.cu_seqlens_q)
+    return rows <= MAX_ROWS.value and problem.dropout_p == 0.0 and all(tensor is None for tensor in absent)
+
+
+def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, num_heads, seqlen_q, _ = query.shape
+    out = empty_output(query, value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    common = common_arguments(problem, None, None)
+    num_groups = key.shape[1]
+    rows = num_heads // num_groups * seqlen_q
+    head_dim = max(padded_head_dim(query.shape[3]), padded_head_dim(value.shape[3]))
+    tile = tile_for("decode", query.dtype, head_dim, feature_class(problem))
+    tile = tile._replace(BLOCK_M=max(16, min(tile.BLOCK_M, triton.next_power_of_2(rows))))
+    splits = num_splits(problem)
+    if splits > 1:
+        split_out = query.new_empty(splits, batch, num_heads, seqlen_q, value.shape[3], dtype=torch.float32)
+        split_lse = query.new_empty(splits, batch, num_heads, seqlen_q, dtype=torch.float32)
+    else:
+        split_out, split_lse = out[None], lse[None]
+    launch(
+        attention_decode,
+        triton.cdiv(rows, tile.BLOCK_M) * splits * batch * num_groups,
+        (query, key, value, split_out, split_lse, problem.sinks if splits == 1 else None, *common.tensors),
+        (
+            *rows_of(query),
+            *rows_of(key),
+            *rows_of(value),
+            *rows_of(split_out[0]),
+            *rows_of(split_lse[0])[:2],
+            *common.numbers,
+            split_out.stride(0),
+            split_lse.stride(0),
+            splits,
+        ),
+        common.constants,
+        tile,
+    )
+    if splits > 1:
+        launch(
+            combine,
+            lse.numel(),
+            (split_out, split_lse, out, lse, problem.sinks),
+            (*rows_of(out), *rows_of(lse)[:2], lse.numel(), seqlen_q, num_heads, splits),
+            (value.shape[3], padded_head_dim(value.shape[3])),
+            COMBINE_TILE,
+        )
+    return out, lse
+
+
+def num_splits(problem: Problem) -> int:
+    """Enough programs to keep every processor of the GPU busy; from sizes alone, never from lengths, which are on the device."""
+    window_left, window_right = visible_window(problem)
+    visible = problem.key.shape[2]
+    if window_left is not None and window_right is not None:
+        visible = min(visible, problem.query.shape[2] + window_left + window_right)
+    unsplit = problem.query.shape[0] * problem.key.shape[1]
+    wanted = 3 if INTERPRETED else triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(problem.query.get_device()), unsplit)
+    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(visible, KEYS_PER_SPLIT)))
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+@kernel
+def attention_decode(
+    query, key, value,  # (B, H, L, D)
+    out,  # (num_splits, B, H, Lq, Dv)
+    lse,  # (num_splits, B, H, Lq) float32
+    sinks,  # (H,)
+    attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, tiles,
+    stride_query_batch: tl.int64, stride_query_head: tl.int64, stride_query_row: tl.int64,
+    stride_key_batch: tl.int64, stride_key_head: tl.int64, stride_key_row: tl.int64,
+    stride_value_batch: tl.int64, stride_value_head: tl.int64, stride_value_row: tl.int64,
+    stride_out_batch: tl.int64, stride_out_head: tl.int64, stride_out_row: tl.int64,
+    stride_lse_batch: tl.int64, stride_lse_head: tl.int64,
+    stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key: tl.int64,
+    stride_key_mask_batch: tl.int64, stride_key_mask_key: tl.int64,
+    stride_slopes_batch: tl.int64, stride_slopes_head: tl.int64,
+    stride_bits_batch: tl.int64, stride_bits_head: tl.int64, stride_bits_line: tl.int64,
+    stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
+    seqlen_q: tl.int32, seqlen_k: tl.int32, num_heads: tl.int32, heads_per_group: tl.int32,
+    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32,
+    stride_out_split: tl.int64, stride_lse_split: tl.int64, num_splits: tl.int32,
+    HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    HAS_ALIBI: tl.constexpr = alibi_slopes is not None
+    program = tl.program_id(0).to(tl.int64)
+    num_groups = num_heads // heads_per_group
+    num_row_blocks = tl.cdiv(heads_per_group * seqlen_q, BLOCK_M)  # the fastest index: they read the same keys
+    split = program // num_row_blocks % num_splits
+    group = program // num_row_blocks // num_splits % num_groups
+    batch = program // num_row_blocks // num_splits // num_groups
+    _, _, _, _, keys_present, offset = sequence_sizes(batch, seqlen_q, seqlen_k, None, key_lengths, None, None, BOTTOM_RIGHT)
+    packed = (program % num_row_blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_exists = packed < heads_per_group * seqlen_q
+    rows = packed % seqlen_q
+    heads = group * heads_per_group + packed // seqlen_q
+    query += batch * stride_query_batch
+    key += batch * stride_key_batch + group * stride_key_head
+    value += batch * stride_value_batch + group * stride_value_head
+    out += split * stride_out_split + batch * stride_out_batch
+    lse += split * stride_lse_split + batch * stride_lse_batch
+    if key_mask is not None:
+        key_mask += batch * stride_key_mask_batch
+    alibi_slope = 0.0
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes + batch * stride_slopes_batch + heads * stride_slopes_head, mask=row_exists, other=0.0)
+        alibi_slope = slopes.to(tl.float32)[:, None]
+
+    q = load_tile(query + (heads * stride_query_head)[:, None], rows, row_exists, stride_query_row, HEAD_DIM_QK, BLOCK_DQK, True)
+    if sinks is not None:
+        row_max = tl.load(sinks + heads, mask=row_exists, other=0.0).to(tl.float32) * LOG2_E
+        row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
+    else:
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    first, _, _, last = key_blocks(0, seqlen_q, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, MAX_ROWS, BLOCK_N)
+    split_first = first + ((last - first) * split // num_splits).to(tl.int32)
+    split_last = first + ((last - first) * (split + 1) // num_splits).to(tl.int32)
+    for block in range(split_first, split_last):
+        keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        exist = keys_exist(keys, keys_present, key_mask, stride_key_mask_key, True)
+        k = load_tile(key, keys, exist, stride_key_row, HEAD_DIM_QK, BLOCK_DQK, True)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * score_scale  # (BLOCK_M, BLOCK_N)
+        if HAS_SOFTCAP:
+            scores = tanh(scores) * softcap_log2
+        if HAS_ALIBI:
+            scores = add_bias(
+                scores, rows[:, None], keys[None, :], seqlen_q, keys_present, offset, None, 0, 0, alibi_slope, False, True, True
+            )
+        allowed = allowed_pairs(
+            rows[:, None], keys[None, :], seqlen_q, keys_present, exist[None, :], offset, window_left, window_right,
+            None, 0, 0, None, None, None, 0, HAS_LEFT, HAS_RIGHT, False,
+        )  # fmt: skip
+        scores = tl.where(allowed, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that saw nothing yet: exp2(-inf - 0) = 0
+        weights = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+        v = load_tile(value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, True)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_DV)
+
+    nothing = (row_sum == 0.0) | (row_max == float("-inf"))
+    acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, row_sum)[:, None])
+    store_tile(out + (heads * stride_out_head)[:, None], acc, rows, row_exists, stride_out_row, HEAD_DIM_V, BLOCK_DV)
+    row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)
+    tl.store(lse + heads * stride_lse_head + rows, row_lse, mask=row_exists)
+
+
+@kernel
+def combine(
+    split_out,  # (num_splits, B, H, Lq, Dv) float32, dense
+    split_lse,  # (num_splits, B, H, Lq) float32, dense
+    out,  # (B, H, Lq, Dv)
+    lse,  # (B, H, Lq) float32
+    sinks,  # (H,)
+    stride_out_batch: tl.int64, stride_out_head: tl.int64, stride_out_row: tl.int64,
+    stride_lse_batch: tl.int64, stride_lse_head: tl.int64,
+    num_rows: tl.int32, seqlen_q: tl.int32, num_heads: tl.int32, num_splits: tl.int32,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row = program % seqlen_q
+    head = program // seqlen_q % num_heads
+    batch = program // seqlen_q // num_heads
+    columns = tl.arange(0, BLOCK_D)
+    row_max = float("-inf")
+    row_sum = 0.0
+    if sinks is not None:
+        row_max = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        row_sum = 1.0
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, num_splits, BLOCK_N):
+        splits = start + tl.arange(0, BLOCK_N)
+        exists = splits < num_splits
+        lines = splits.to(tl.int64) * num_rows + program
+        shares = tl.load(split_lse + lines, mask=exists, other=float("-inf")) * LOG2_E
+        new_max = tl.maximum(row_max, tl.max(shares, 0))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(shares - shift)
+        rescale = tl.exp2(row_max - shift)
+        tile = load_tile(split_out, lines, exists, HEAD_DIM, HEAD_DIM, BLOCK_D, True)
+        acc = acc * rescale + tl.sum(tile * weights[:, None], 0)
+        row_sum = row_sum * rescale + tl.sum(weights, 0)
+        row_max = new_max
+    nothing = (row_sum == 0.0) | (row_max == float("-inf"))
+    acc = tl.where(nothing, 0.0, acc / tl.where(nothing, 1.0, row_sum))
+    out += batch * stride_out_batch + head * stride_out_head + row * stride_out_row
+    tl.store(out + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+    row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)
+    tl.store(lse + batch * stride_lse_batch + head * stride_lse_head + row, row_lse)
