@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .dropout import dropout_threshold
-from .problem import Problem, empty_output, with_contiguous_last_dim
+from .problem import Gradients, Problem, empty_output, with_contiguous_last_dim
 
 try:
     from fused_attention import _native
@@ -46,6 +46,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append("grouped-query attention is not covered")
     if problem.attn_mask is not None and problem.attn_mask.requires_grad and torch.is_grad_enabled():
         reasons.append("the gradient of attn_mask is not covered")
+    if problem.layout == "varlen":
+        reasons.append("packed sequences are not covered")
     if problem.window_left is not None or problem.window_right is not None:
         reasons.append("window is not covered")
     if problem.softcap is not None:
@@ -69,17 +71,14 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Writes the gradients of query, key and value into `gradients`, tensors or views with a contiguous last dim."""
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    """Writes the gradients of query, key and value."""
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()
     arguments, _keep_alive = _native_arguments(problem, out, lse)
-    dquery, dkey, dvalue = gradients
     dlse_address = 0 if dlse is None else dlse.data_ptr()
-    arguments += (_strided(dout), dlse_address, _strided(dquery), _strided(dkey), _strided(dvalue))
+    arguments += (_strided(dout), dlse_address, _strided(gradients.query), _strided(gradients.key), _strided(gradients.value))
     _native.cpu_backward(*arguments)
 
 

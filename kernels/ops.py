@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import native
-from .problem import NUM_INPUTS, NUM_SIDE_TENSORS, Layout, Problem, empty_output, has_contiguous_last_dim, split
+from .problem import (
+    DIFFERENTIABLE_SIDE_TENSORS,
+    NUM_INPUTS,
+    NUM_SIDE_TENSORS,
+    Gradients,
+    Layout,
+    Problem,
+    empty_output,
+    has_contiguous_last_dim,
+    split,
+)
 from .reference import attention_reference
 
 KERNEL_BACKENDS = {"cpu": native}
@@ -22,12 +32,15 @@ _INPUT_SCHEMAS: dict[Layout, str] = {
     "separate": "Tensor query, Tensor key, Tensor value",
     "qkv": "Tensor qkv",
     "kv": "Tensor query, Tensor kv",
+    "varlen": "Tensor query, Tensor key, Tensor value",
 }
 _PROBLEM_SCHEMA = (
     "Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_lengths, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? rng_state, float scale, str causal, int? window_left, int? window_right, float? softcap, float dropout_p, "
-    "bool deterministic, str backend"
+    "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? mask_bits, Tensor? mask_bits_transposed, "
+    "Tensor? row_tiles, Tensor? column_tiles, float scale, str causal, int? window_left, int? window_right, float? softcap, "
+    "float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
 )
+_WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wanted"
 
 
 def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
@@ -36,8 +49,8 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
         return attention_reference(problem)
     if not _takes_cheap_path(problem):
         return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.inputs):
-        return _Attention.apply(problem, backend, *problem.inputs)
+    if torch.is_grad_enabled() and problem.requires_grad():
+        return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
     return KERNEL_BACKENDS[backend].forward(problem)
 
 
@@ -68,7 +81,7 @@ class _Attention(torch.autograd.Function):
     """The kernel with its gradient, straight from Python."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, problem: Problem, backend: str, *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
         out, lse = KERNEL_BACKENDS[backend].forward(problem)
         _save_for_backward(ctx, problem.layout, (*problem.op_arguments(), backend), out, lse)
         return out, lse
@@ -77,7 +90,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
         readable = all(gradient is None or torch._C._has_storage(gradient) for gradient in (dout, dlse))
-        return (None, None, *_gradients(ctx, dout, dlse, _kernel_gradients if readable else _registered_gradients))
+        kernel_gradients = _kernel_gradients if readable else _registered_gradients
+        return (None, None, *_gradients(ctx, dout, dlse, kernel_gradients, ctx.needs_input_grad[-len(DIFFERENTIABLE_SIDE_TENSORS) :]))
 
 
 def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
@@ -88,17 +102,21 @@ def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradients: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of a layout's inputs: by the kernel, or by the formula when they will be differentiated again or are batched."""
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradients: Any, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a layout's inputs, then those of attn_mask, alibi_slopes and sinks, None where not wanted.
+
+    By the kernel, or by the formula when they will be differentiated again or are batched.
+    """
     out, lse, *tensors = ctx.saved_tensors
-    num_inputs = NUM_INPUTS[ctx.layout]
     if dout is None and dlse is None:
-        return (None,) * num_inputs
+        return (None,) * (NUM_INPUTS[ctx.layout] + len(wanted))
     arguments = (*tensors, *ctx.options)
     if torch.is_grad_enabled() or _functorch_active():
         return _recomputed_gradients(ctx.layout, dout, dlse, arguments)
     dout = torch.zeros_like(out) if dout is None else _in_memory(dout)
-    return kernel_gradients(ctx.layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments)
+    return kernel_gradients(ctx.layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, wanted)
 
 
 def _in_memory(gradient: Tensor) -> Tensor:
@@ -107,29 +125,56 @@ def _in_memory(gradient: Tensor) -> Tensor:
 
 def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | None, arguments: tuple) -> tuple[Tensor | None, ...]:
     higher = torch.is_grad_enabled()
+    num_inputs = NUM_INPUTS[layout]
+    tensors = list(arguments[:-1])
     with torch.enable_grad():
         # Aliases, because inputs may be one tensor, or computed from one another: each gets the gradient of its own part only.
-        inputs = tuple(tensor.view_as(tensor) for tensor in arguments[: NUM_INPUTS[layout]])
-        out, lse = attention_reference(Problem.from_op_arguments(layout, (*inputs, *arguments[NUM_INPUTS[layout] : -1])))
+        places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE_SIDE_TENSORS))
+        for place in places:
+            tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
+        out, lse = attention_reference(Problem.from_op_arguments(layout, tuple(tensors)))
     outputs = [(value, gradient) for value, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    given = [gradient for _, gradient in outputs]
-    gradients = iter(torch.autograd.grad([value for value, _ in outputs], wanted, given, create_graph=higher, materialize_grads=True))
-    return tuple(next(gradients) if tensor.requires_grad else None for tensor in inputs)
+    wanted = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
+    gradients = torch.autograd.grad(
+        [value for value, _ in outputs],
+        [tensors[place] for place in wanted],
+        [gradient for _, gradient in outputs],
+        create_graph=higher,
+        materialize_grads=True,
+    )
+    by_place = dict(zip(wanted, gradients, strict=True))
+    return tuple(by_place.get(place) for place in places)
 
 
-def _kernel_gradients(layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
+def _kernel_gradients(
+    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     problem = Problem.from_op_arguments(layout, arguments[:-1])
-    gradients = tuple(_empty_gradient(tensor) for tensor in problem.inputs)
-    KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, split(layout, gradients))
+    gradients = _empty_gradients(problem, wanted)
+    inputs, side_tensors = gradients[: len(problem.inputs)], gradients[len(problem.inputs) :]
+    buffers = Gradients(*split(layout, inputs), *side_tensors)  # type: ignore[arg-type]  # inputs are never None
+    KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, buffers)
     return gradients
 
 
 def _registered_gradients(
-    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple
-) -> tuple[Tensor, ...]:
-    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, out, lse, *arguments)
-    return gradients if isinstance(gradients, tuple) else (gradients,)
+    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, out, lse, *arguments, *wanted)
+    is_wanted = (*[True] * NUM_INPUTS[layout], *wanted)
+    return tuple(gradient if is_one else None for gradient, is_one in zip(gradients, is_wanted, strict=True))
+
+
+def _empty_gradients(problem: Problem, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Uninitialised gradients of the inputs, attn_mask, alibi_slopes and sinks; None for what is not wanted of the last three."""
+    side_tensors = zip((problem.attn_mask, problem.alibi_slopes, problem.sinks), wanted, strict=True)
+    return (
+        *(_empty_gradient(tensor) for tensor in problem.inputs),
+        *(
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if tensor is not None and is_one else None
+            for tensor, is_one in side_tensors
+        ),
+    )
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:
@@ -147,12 +192,12 @@ _REGISTERED_BACKWARD: dict[str, Any] = {}
 
 def _register(layout: Layout) -> None:
     """Defines the forward and backward operators of one layout, their fakes and their autograd."""
-    name, inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout]
-    returns = ", ".join(["Tensor"] * NUM_INPUTS[layout])
+    name, inputs, num_inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout], NUM_INPUTS[layout]
+    num_wanted = len(DIFFERENTIABLE_SIDE_TENSORS)
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
-    saved = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse"
-    _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}) -> ({returns})", tags=tags)
+    saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_wanted))
+    _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}, {_WANTED_SCHEMA}) -> ({returns})", tags=tags)
     _REGISTERED_BACKWARD[layout] = getattr(torch.ops.fused_attention, f"{name}_backward").default
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -163,21 +208,26 @@ def _register(layout: Layout) -> None:
         query = problem.query
         return empty_output(query, problem.value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
-    def unwrapped(gradients: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        return gradients if len(gradients) > 1 else gradients[0]  # a schema with one return takes a bare tensor
+    def returned(out: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # a schema knows no Tensor? return
 
-    def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        return unwrapped(_kernel_gradients(layout, dout, dlse, out, lse, arguments))
+    def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        arguments, wanted = arguments[:-num_wanted], arguments[-num_wanted:]
+        return returned(out, _kernel_gradients(layout, dout, dlse, out, lse, arguments, wanted))
 
-    def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        return unwrapped(tuple(_empty_gradient(tensor) for tensor in arguments[: NUM_INPUTS[layout]]))
+    def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        arguments, wanted = arguments[:-num_wanted], arguments[-num_wanted:]
+        return returned(out, _empty_gradients(Problem.from_op_arguments(layout, arguments[:-1]), wanted))
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         _save_for_backward(ctx, layout, inputs, *output)
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(ctx, dout, dlse, _registered_gradients)
-        return (*gradients, *[None] * (NUM_SIDE_TENSORS + len(ctx.options)))
+        wanted = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE_SIDE_TENSORS)
+        gradients = _gradients(ctx, dout, dlse, _registered_gradients, wanted)
+        by_place = dict(zip(DIFFERENTIABLE_SIDE_TENSORS, gradients[num_inputs:], strict=True))
+        side_tensors = (by_place.get(place) for place in range(NUM_SIDE_TENSORS))
+        return (*gradients[:num_inputs], *side_tensors, *[None] * len(ctx.options))
 
     for device in ("CPU", "CUDA"):
         _library.impl(name, forward, device)

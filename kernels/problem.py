@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Causal = Literal["none", "top_left", "bottom_right"]
-Layout = Literal["separate", "qkv", "kv"]
+Layout = Literal["separate", "qkv", "kv", "varlen"]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -22,8 +22,8 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class Problem:
     """One attention call. `inputs` are the tensors that autograd sees, `query`, `key` and `value` views of them."""
 
-    layout: Layout  # which tensors `inputs` holds: separate (query, key, value), qkv (qkv,), kv (query, kv)
-    inputs: tuple[Tensor, ...]
+    layout: Layout  # which tensors `inputs` holds: separate and varlen (query, key, value), qkv (qkv,), kv (query, kv)
+    inputs: tuple[Tensor, ...]  # of varlen (T, H, D): sequences one after another, query, key and value with a batch dim of 1
     query: Tensor  # (B, Hq, Lq, Dqk)
     key: Tensor  # (B, Hkv, Lk, Dqk)
     value: Tensor  # (B, Hkv, Lk, Dv)
@@ -34,6 +34,12 @@ class Problem:
     alibi_slopes: Tensor | None  # (Hq,) or (B, Hq)
     sinks: Tensor | None  # (Hq,)
     rng_state: Tensor | None  # (2,) int64: seed and offset of the dropout generator; None without dropout
+    cu_seqlens_q: Tensor | None  # (B + 1,) int32, varlen only: where each sequence starts and the last one ends
+    cu_seqlens_k: Tensor | None
+    mask_bits: Tensor | None  # (B or 1, Hq or 1, Lq, ceil(Lk / 32)) int32: these four are a PreparedMask's
+    mask_bits_transposed: Tensor | None  # (B or 1, Hq or 1, Lk, ceil(Lq / 32)) int32; None when prepared without gradients
+    row_tiles: Tensor | None  # (B or 1, Hq or 1, ceil(Lq / 64), 2 + ceil(Lk / 64)) int32
+    column_tiles: Tensor | None  # (B or 1, Hq or 1, ceil(Lk / 64), 2 + ceil(Lq / 64)) int32, or None
     scale: float
     causal: Causal
     window_left: int | None  # keys visible to the left of the diagonal; None = unlimited
@@ -41,6 +47,18 @@ class Problem:
     softcap: float | None
     dropout_p: float
     deterministic: bool
+    max_seqlen_q: int  # Lq; of varlen the caller's: no sequence is longer
+    max_seqlen_k: int
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences, B."""
+        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    def requires_grad(self) -> bool:
+        """Whether any tensor that has a gradient asks for it."""
+        differentiable = (*self.inputs, self.attn_mask, self.alibi_slopes, self.sinks)
+        return any(tensor is not None and tensor.requires_grad for tensor in differentiable)
 
     def op_arguments(self) -> tuple:
         """The arguments of the registered op of this layout, in the order of its schema."""
@@ -55,6 +73,12 @@ class Problem:
             self.alibi_slopes,
             self.sinks,
             self.rng_state,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.mask_bits,
+            self.mask_bits_transposed,
+            self.row_tiles,
+            self.column_tiles,
         )
 
     def options(self) -> tuple:
@@ -66,6 +90,8 @@ class Problem:
             self.softcap,
             self.dropout_p,
             self.deterministic,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
         )
 
     @classmethod
@@ -76,8 +102,21 @@ class Problem:
         return cls(layout, inputs, *split(layout, inputs), *arguments[num_inputs:])
 
 
-NUM_INPUTS: dict[Layout, int] = {"separate": 3, "qkv": 1, "kv": 2}
-NUM_SIDE_TENSORS = 7  # what side_tensors() returns
+@dataclass(slots=True)
+class Gradients:
+    """What a backward pass writes: tensors or views with a contiguous last dim, shaped like the problem's; None = not wanted."""
+
+    query: Tensor  # (B, Hq, Lq, Dqk)
+    key: Tensor  # (B, Hkv, Lk, Dqk)
+    value: Tensor  # (B, Hkv, Lk, Dv)
+    attn_mask: Tensor | None = None  # contiguous, of the mask's own shape and dtype, broadcast dims included
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+NUM_INPUTS: dict[Layout, int] = {"separate": 3, "qkv": 1, "kv": 2, "varlen": 3}
+NUM_SIDE_TENSORS = 13  # what side_tensors() returns
+DIFFERENTIABLE_SIDE_TENSORS = (0, 4, 5)  # the places of attn_mask, alibi_slopes and sinks among them
 
 
 def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +126,9 @@ def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, T
         return query, key, value
     if layout == "qkv":
         query, key, value = inputs[0].permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+    if layout == "varlen":
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in inputs)
         return query, key, value
     key, value = inputs[1].permute(2, 0, 3, 1, 4).unbind(0)
     return inputs[0], key, value
@@ -128,8 +170,12 @@ def make_problem(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     deterministic: bool | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Problem:
-    """Checks every argument of `attention()` and returns the normalised problem.
+    """Checks every argument of `attention()` or, with the last four, of `attention_varlen()`, and returns the normalised problem.
 
     Raises:
         TypeError: a tensor argument is not a tensor, or has the wrong dtype.
@@ -143,6 +189,17 @@ def make_problem(
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
     device = query.device
+    if layout == "varlen":
+        _check_no_padding(attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
+        cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
+        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device, cu_seqlens_q.shape[0])
+        batch = cu_seqlens_q.shape[0] - 1
+        max_seqlen_q = _checked_max_seqlen("max_seqlen_q", max_seqlen_q)
+        max_seqlen_k = _checked_max_seqlen("max_seqlen_k", max_seqlen_k)
+    else:
+        if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
+            raise TypeError("cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k are arguments of attention_varlen only")
+        max_seqlen_q, max_seqlen_k = seqlen_q, seqlen_k
     if attn_mask is not None:
         attn_mask = _checked_attn_mask(attn_mask, (batch, num_heads, seqlen_q, seqlen_k), device)
     if key_mask is not None:
@@ -181,6 +238,12 @@ def make_problem(
         alibi_slopes,
         sinks,
         _checked_rng_state(rng_state, dropout_p, device),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,
+        None,
+        None,
+        None,
         scale,
         _checked_causal(is_causal),
         window_left,
@@ -188,6 +251,8 @@ def make_problem(
         softcap,
         dropout_p,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
+        max_seqlen_q,
+        max_seqlen_k,
     )
 
 
@@ -195,12 +260,14 @@ _INPUT_NAMES: dict[Layout, tuple[str, ...]] = {
     "separate": ("query", "key", "value"),
     "qkv": ("qkv",),
     "kv": ("query", "kv"),
+    "varlen": ("query", "key", "value"),
 }
 _PACKED_SHAPES = {"qkv": "(batch, seqlen, 3, num_heads, head_dim)", "kv": "(batch, seqlen_k, 2, num_heads, head_dim)"}
 
 
 def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     names = _INPUT_NAMES[layout]
+    dims, shape_words = (3, "(num_tokens, num_heads, head_dim)") if layout == "varlen" else (4, "(batch, num_heads, seqlen, head_dim)")
     first = inputs[0]
     for name, tensor in zip(names, inputs, strict=True):
         _check_dense(name, tensor)
@@ -213,8 +280,8 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
         if name in _PACKED_SHAPES:
             if tensor.dim() != 5 or tensor.shape[2] != len(name):
                 raise ValueError(f"{name} must have shape {_PACKED_SHAPES[name]}, got {tuple(tensor.shape)}")
-        elif tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape (batch, num_heads, seqlen, head_dim), got {tuple(tensor.shape)}")
+        elif tensor.dim() != dims:
+            raise ValueError(f"{name} must have shape {shape_words}, got {tuple(tensor.shape)}")
     inputs = tuple(with_contiguous_last_dim(tensor) for tensor in inputs)
     query, key, value = split(layout, inputs)
     if query.shape[3] == 0 or value.shape[3] == 0:
@@ -267,10 +334,40 @@ def _check_tensor(
 
 def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: int) -> Tensor:
     _check_tensor(name, lengths, device, (torch.int32, torch.int64), ((batch,),), "(batch,)")
+    return _as_int32(lengths)
+
+
+def _as_int32(lengths: Tensor) -> Tensor:
     if lengths.dtype is torch.int64:
         limits = torch.iinfo(torch.int32)
         lengths = lengths.clamp(limits.min, limits.max).to(torch.int32)  # not wrapped: 2**32 is long, not 0
     return lengths.contiguous()
+
+
+def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.device, length: int | None = None) -> Tensor:
+    """length: how many there must be, those of the queries; None = any number, at least 1."""
+    _check_dense(name, cu_seqlens)  # type: ignore[arg-type]  # None is refused by name
+    assert cu_seqlens is not None
+    if length is None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
+        length = cu_seqlens.shape[0]
+    _check_tensor(name, cu_seqlens, device, (torch.int32, torch.int64), ((length,),), "(batch + 1,)")
+    return _as_int32(cu_seqlens)
+
+
+def _checked_max_seqlen(name: str, max_seqlen: int | None) -> int:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(max_seqlen).__name__}")
+    if max_seqlen < 0:
+        raise ValueError(f"{name} must be >= 0, got {max_seqlen}")
+    return max_seqlen
+
+
+def _check_no_padding(**arguments: Tensor | None) -> None:
+    for name, argument in arguments.items():
+        if argument is not None:
+            raise ValueError(f"{name} must be None for packed sequences: cu_seqlens_q and cu_seqlens_k say where each one starts and ends")
 
 
 def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:

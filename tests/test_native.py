@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_attention.kernels import native
 from fused_attention.kernels.attention import attention
-from fused_attention.kernels.problem import Problem, make_problem
+from fused_attention.kernels.problem import Gradients, Problem, make_problem
 from fused_attention.kernels.reference import attention_reference, present
 
 pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
@@ -122,7 +122,7 @@ def check(problem: Problem, dout: Tensor, dlse: Tensor | None) -> None:
     poisoned = poison_absent(problem)
     out, lse = native.forward(poisoned)
     gradients = tuple(torch.empty_like(tensor) for tensor in poisoned.inputs)
-    native.backward(poisoned, out, lse, dout, dlse, gradients)
+    native.backward(poisoned, out, lse, dout, dlse, Gradients(*gradients))
     assert_accurate("out", "out", out, eager["out"], exact["out"])
     assert_lse_accurate(lse, exact["lse"])
     for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
@@ -298,7 +298,7 @@ def test_bit_identical_from_run_to_run(dtype: torch.dtype, instruction_set: str)
     for _ in range(3):
         out, lse = native.forward(problem)
         gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
-        native.backward(problem, out, lse, dout, None, gradients)
+        native.backward(problem, out, lse, dout, None, Gradients(*gradients))
         runs.append((out, lse, *gradients))
     for first, second, third in zip(*runs, strict=True):
         assert torch.equal(first, second)
@@ -337,10 +337,10 @@ def test_gradients_stay_inside_packed_buffers() -> None:
     buffer = torch.full((2, 33, 3, 2, 48), 7.0)
     views = tuple(buffer[:, :, index, :, :40].transpose(1, 2) for index in range(3))
     out, lse = native.forward(problem)
-    native.backward(problem, out, lse, dout, None, views)
+    native.backward(problem, out, lse, dout, None, Gradients(*views))
     assert (buffer[..., 40:] == 7.0).all()
     expected = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
-    native.backward(problem, out, lse, dout, None, expected)
+    native.backward(problem, out, lse, dout, None, Gradients(*expected))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(views, expected, strict=True))
 
 
@@ -363,7 +363,7 @@ def test_offsets_beyond_32_bits(far: str, dtype: torch.dtype, instruction_set: s
     for inputs, gradients in (((query, key, value, dout), (dquery, dkey, dvalue)), (near, near_gradients)):
         problem = make_problem("separate", tuple(inputs[:3]))
         out, lse = native.forward(problem)
-        native.backward(problem, out, lse, inputs[3], None, gradients)
+        native.backward(problem, out, lse, inputs[3], None, Gradients(*gradients))
         results.append((out, lse, *gradients))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
