@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_attention.kernels.problem import Problem
-from fused_attention.kernels.reference import attention_reference, dropout, masked_scores, present, repeat_heads
+from fused_attention.kernels.reference import attention_reference, dropout, key_minus_diagonal, masked_scores, present, repeat_heads
 
 MAX_FACTOR = {"out": 2.0, "gradient": 3.0}
 MEAN_FACTOR = 1.1
@@ -90,7 +90,7 @@ def _report(title: str, actual: Tensor, exact: Tensor, error: Tensor, allowed: f
 
 
 def exact_and_eager(problem: Problem, dout: Tensor, dlse: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """out, lse and the gradients of query, key and value: by the reference in float64, and by plain PyTorch in the problem's dtype."""
+    """out, lse and every gradient, by name: by the reference in float64, and by plain PyTorch in the problem's dtype."""
     exact = _with_gradients(attention_reference, _cast(problem, torch.float64), dout.double(), None if dlse is None else dlse.double())
     eager = _with_gradients(_eager, problem, dout, dlse)
     if not all(tensor.isfinite().all() for name, tensor in eager.items() if name != "lse"):
@@ -98,63 +98,106 @@ def exact_and_eager(problem: Problem, dout: Tensor, dlse: Tensor | None) -> tupl
     return exact, eager
 
 
-def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor]) -> dict[str, Tensor]:
+def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dlse: Tensor | None = None) -> dict[str, Tensor]:
     """How far the gradients may move because the backward starts from a float32 lse and from the stored out.
 
     P = exp(s - lse) changes by the relative rounding of lse, eps32 * |lse|; and in dS = P * (dP - delta), delta = rowsum(dout * out)
     changes by the rounding of out, eps * rowsum(|dout| * |out|), while eager keeps its weights and sums what it rounded. Where dP and
     delta cancel (one key takes all the weight) the second is all that is left of the gradient.
+    The gradients of mask, slopes and sinks are sums of dS that cancel further, down to 0 for a mask that is the same for all keys: what
+    is left is the float32 rounding of the terms, for which the budget is that of any float32 result, 16 * eps32. Rows round by chance, so
+    over rows the budgets add up as squares.
     """
+    stored_eps, num_heads = torch.finfo(dout.dtype).eps, problem.query.shape[1]
     problem = _cast(problem, torch.float64)
-    queries_present, keys_present = present(problem)
-    query = problem.query.masked_fill(~queries_present[:, None, :, None], 0.0)
-    key = problem.key.masked_fill(~keys_present[:, None, :, None], 0.0)
-    finite_lse = exact["lse"].masked_fill(~exact["lse"].isfinite(), 0.0)
-    weights = torch.exp(masked_scores(problem) - finite_lse[..., None])
-    delta_rounding = torch.finfo(dout.dtype).eps * (dout.double() * exact["out"]).abs().sum(-1, keepdim=True)
-    delta_rounding = problem.scale * delta_rounding.masked_fill(~queries_present[:, None, :, None], 0.0)
+    queries_present, keys_present = (rows[:, None, :, None] for rows in present(problem))
+    query = problem.query.masked_fill(~queries_present, 0.0)
+    key, value = (repeat_heads(tensor.masked_fill(~keys_present, 0.0), num_heads) for tensor in (problem.key, problem.value))
+    finite_lse = exact["lse"].masked_fill(~exact["lse"].isfinite(), 0.0)[..., None]
+    weights = torch.exp(masked_scores(problem) - finite_lse)
+    dout = dout.double().masked_fill(~queries_present, 0.0)
+    delta = (dout * exact["out"]).abs().sum(-1, keepdim=True)
     lse_rounding = torch.finfo(torch.float32).eps * (finite_lse.abs().max().item() if finite_lse.numel() else 0.0)
-    return {
-        "query": delta_rounding * (weights @ key).abs() + lse_rounding * exact["query"].abs(),
-        "key": (weights * delta_rounding).transpose(-1, -2) @ query.abs() + lse_rounding * exact["key"].abs(),
+    slope = problem.scale  # of a score in what it is made of
+    if problem.softcap is not None:
+        slope = slope * (1.0 - torch.tanh(problem.scale * (query @ key.transpose(-1, -2)) / problem.softcap) ** 2)
+    moved = slope * weights * (stored_eps * delta)
+    groups = (problem.key.shape[1], num_heads // max(problem.key.shape[1], 1))
+    rounding = {
+        "query": (slope * weights @ key).abs() * (stored_eps * delta) + lse_rounding * exact["query"].abs(),
+        "key": (moved.transpose(-1, -2) @ query.abs()).unflatten(1, groups).sum(2) + lse_rounding * exact["key"].abs(),
         "value": lse_rounding * exact["value"].abs(),
     }
+    term_eps = lse_rounding + FLOAT32_EPS_FACTOR * torch.finfo(torch.float32).eps
+    dlse = torch.zeros_like(delta) if dlse is None else dlse.double()[..., None].masked_fill(~queries_present, 0.0).abs()
+    dweights = (dout @ value.transpose(-1, -2)).abs()
+    if problem.dropout_p > 0.0:
+        dweights = dweights * dropout(problem, 0, num_heads)
+    row_rounding = stored_eps * delta + term_eps * (delta + dlse)
+    score_rounding = weights * (row_rounding + term_eps * dweights)  # the same for all keys of a row, rows differ by chance
+    if "attn_mask" in exact:
+        shape = exact["attn_mask"].shape
+        by_row = score_rounding if shape[3] > 1 else score_rounding.sum(3, keepdim=True)
+        rounding["attn_mask"] = (by_row**2).sum_to_size(shape).sqrt()
+    if "alibi_slopes" in exact:
+        by_row = (score_rounding * key_minus_diagonal(problem).abs()).sum(3)
+        rounding["alibi_slopes"] = (by_row**2).sum(2).sum_to_size(exact["alibi_slopes"].shape).sqrt()
+    if "sinks" in exact:
+        sink_weights = torch.exp(problem.sinks[:, None, None] - finite_lse).masked_fill(~queries_present, 0.0)
+        rounding["sinks"] = ((sink_weights * row_rounding) ** 2).sum((0, 2, 3)).sqrt()
+    return rounding
+
+
+FLOAT_TENSORS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")  # what a problem may have gradients of
+
+
+def _float_tensors(problem: Problem) -> dict[str, Tensor]:
+    tensors = {name: getattr(problem, name) for name in FLOAT_TENSORS}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()}
+
+
+def _with_tensors(problem: Problem, tensors: dict[str, Tensor]) -> Problem:
+    inputs = (tensors["query"], tensors["key"], tensors["value"])
+    return replace(problem, layout="separate", inputs=inputs, **tensors)
 
 
 def _cast(problem: Problem, dtype: torch.dtype) -> Problem:
-    query, key, value = (tensor.detach().to(dtype) for tensor in (problem.query, problem.key, problem.value))
-    return replace(problem, layout="separate", inputs=(query, key, value), query=query, key=key, value=value)
+    return _with_tensors(problem, {name: tensor.detach().to(dtype) for name, tensor in _float_tensors(problem).items()})
 
 
 def _with_gradients(function, problem: Problem, dout: Tensor, dlse: Tensor | None) -> dict[str, Tensor]:
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (problem.query, problem.key, problem.value)]
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in _float_tensors(problem).items()}
     with torch.enable_grad():
-        out, lse = function(replace(problem, layout="separate", inputs=tuple(leaves), query=leaves[0], key=leaves[1], value=leaves[2]))
+        out, lse = function(_with_tensors(problem, leaves))
         outputs, gradients = [out], [dout]
         if dlse is not None:
             seen = lse.isfinite()
             outputs.append(torch.where(seen, lse, 0.0))
             gradients.append(torch.where(seen, dlse, 0.0).to(lse.dtype))
-        dquery, dkey, dvalue = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True, materialize_grads=True)
-    return {"out": out.detach(), "lse": lse.detach(), "query": dquery, "key": dkey, "value": dvalue}
+        results = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, results, strict=True))}
 
 
 def _eager(problem: Problem, scores_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """What a user would write: the score matrix in the inputs' dtype (or the given one), torch's softmax, and nothing fused."""
     dtype, num_heads = problem.query.dtype, problem.query.shape[1]
     scores_dtype = scores_dtype or dtype
-    queries_present, keys_present = present(problem)
-    query = problem.query.masked_fill(~queries_present[:, None, :, None], 0.0)
-    key, value = (
-        repeat_heads(tensor.masked_fill(~keys_present[:, None, :, None], 0.0), num_heads) for tensor in (problem.key, problem.value)
-    )
-    with torch.no_grad():  # everything that is added to the scores, -inf where masked
-        zeros = torch.zeros_like(problem.query, dtype=torch.float32)
-        bias = masked_scores(replace(problem, query=zeros, key=torch.zeros_like(problem.key, dtype=torch.float32)))
-    scores = problem.scale * (query.to(scores_dtype) @ key.to(scores_dtype).transpose(-1, -2)) + bias.to(scores_dtype)
+    queries_present, keys_present = (rows[:, None, :, None] for rows in present(problem))
+    query = problem.query.masked_fill(~queries_present, 0.0)
+    key, value = (repeat_heads(tensor.masked_fill(~keys_present, 0.0), num_heads) for tensor in (problem.key, problem.value))
+    zeros = {name: torch.zeros_like(getattr(problem, name), dtype=torch.float32) for name in ("query", "key")}
+    bias = masked_scores(replace(problem, **zeros))  # everything that is added to the scores, -inf where masked
+    scores = problem.scale * (query.to(scores_dtype) @ key.to(scores_dtype).transpose(-1, -2))
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    scores = scores + bias.to(scores_dtype)
     nothing = (bias == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0).to(dtype)
+    if problem.sinks is not None:  # one more key, whose weight nobody uses
+        nothing = ~queries_present
+        sinks = problem.sinks.to(scores_dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0).to(dtype)[..., : key.shape[2]]
     if problem.dropout_p > 0.0:
         weights = weights * dropout(problem, 0, num_heads).to(dtype)
-    lse = torch.logsumexp(scores.float().masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing.squeeze(-1), -torch.inf)
-    return weights @ value, lse
+    lse = torch.logsumexp(scores.float().masked_fill(nothing, 0.0), dim=-1)
+    return weights @ value, lse.masked_fill(nothing.squeeze(-1), -torch.inf)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager
+from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 
 from fused_attention.kernels.problem import Problem, make_problem
 from fused_attention.kernels.reference import attention_reference
@@ -69,3 +69,37 @@ def test_the_reference_passes(dtype: torch.dtype) -> None:
     out, lse = attention_reference(problem)
     assert_accurate("out", "out", out, eager["out"], exact["out"])
     assert_lse_accurate(lse, exact["lse"])
+
+
+FAULTS = {None: None, "sinks 5 higher": "sinks", "slopes 5 % off": "alibi_slopes", "mask gradient of one key dropped": "attn_mask"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_gradients_of_mask_slopes_and_sinks(fault: str | None, dtype: torch.dtype) -> None:
+    """The reference in the problem's own dtype passes; with a fault the gradient of what is at fault fails."""
+    inputs = tuple(torch.randn(2, heads, 40, 32).to(dtype) for heads in (4, 2, 2))
+    problem = make_problem(
+        "separate", inputs, softcap=2.0, attn_mask=torch.randn(1, 4, 1, 40), alibi_slopes=torch.rand(4), sinks=torch.randn(4),
+        query_lengths=torch.tensor([40, 25]),
+    )  # fmt: skip
+    dout, dlse = torch.randn(2, 4, 40, 32).to(dtype), torch.randn(2, 4, 40)
+    exact, eager = exact_and_eager(problem, dout, dlse)
+    rounding = saved_rounding(problem, dout, exact, dlse)
+    leaves = {name: getattr(problem, name).clone().requires_grad_() for name in rounding}
+    ours = replace(problem, **leaves)
+    if fault == "sinks 5 higher":
+        ours.sinks = leaves["sinks"] + 5.0
+    if fault == "slopes 5 % off":
+        ours.alibi_slopes = leaves["alibi_slopes"] * 1.05
+    out, lse = attention_reference(ours)
+    results = torch.autograd.grad((out, lse.masked_fill(lse == -torch.inf, 0.0)), list(leaves.values()), (dout, dlse))
+    gradients = dict(zip(leaves, results, strict=True))
+    if fault == "mask gradient of one key dropped":
+        gradients["attn_mask"][0, 1, :, 7] = 0.0
+    for name, gradient in gradients.items():
+        if name == FAULTS[fault]:
+            with pytest.raises(AssertionError, match="error"):
+                assert_accurate(name, "gradient", gradient, eager[name], exact[name], rounding[name])
+        elif fault is None:
+            assert_accurate(name, "gradient", gradient, eager[name], exact[name], rounding[name])
