@@ -49,12 +49,15 @@ def tile_for(kernel_name: str, dtype: torch.dtype, head_dim: int, feature_class:
     """
     if INTERPRETED:
         return INTERPRETER_TILES[feature_class]
-    family = _family(triton.runtime.driver.active.get_current_device())
-    return tile_table()[kernel_name, family, dtype_class(dtype), head_dim, feature_class]
+    return tile_table()[kernel_name, current_family(), dtype_class(dtype), head_dim, feature_class]
 
 
 def dtype_class(dtype: torch.dtype) -> str:
     return "fp32" if dtype is torch.float32 else "16-bit"
+
+
+def current_family() -> str:
+    return _family(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache

@@ -1,0 +1,222 @@
+"""Measures the tile sizes of the Triton kernels on the GPU of this machine and writes them to kernels/triton_tile_table.json.
+
+    python -m fused_attention.benchmarks.tune [--only REGEX] [--minutes N]
+
+One row after the other, the most used first; a row that was not reached keeps its tiles. Where there is no GPU of a family its rows hold
+the first candidates that pass the codegen gate (tests/triton_codegen_gate.py --choose). Run the gate after tuning as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_attention.kernels import triton_backend
+from fused_attention.kernels.problem import Gradients, Problem, make_problem
+from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, tile_table
+
+KERNELS = ("forward", "dkdv", "dq", "dbias", "decode", "weights")
+FAMILIES = ("sm80", "sm86", "sm90", "sm100", "other")
+DTYPES = {"16-bit": torch.bfloat16, "fp32": torch.float32}
+HEAD_DIMS = (64, 128, 32, 256, 16)  # the most used first
+FEATURE_CLASSES = ("plain", "masked", "bias", "dropout")
+PASSES = {"forward": ("forward",), "backward": ("dkdv", "dq", "dbias"), "decode": ("decode",), "weights": ("weights",)}
+
+
+class Row(NamedTuple):
+    """A key of the tile table."""
+
+    kernel_name: str
+    family: str
+    dtype: str
+    head_dim: int
+    feature_class: str
+
+
+def rows(family: str) -> Iterator[Row]:
+    for dtype in DTYPES:
+        for head_dim in HEAD_DIMS:
+            for feature_class in FEATURE_CLASSES:
+                for kernel_name in KERNELS:
+                    if has_class(kernel_name, feature_class):
+                        yield Row(kernel_name, family, dtype, head_dim, feature_class)
+
+
+def has_class(kernel_name: str, feature_class: str) -> bool:
+    """Decoding has no dropout, and only a float mask has a gradient."""
+    return {"decode": feature_class != "dropout", "dbias": feature_class in ("bias", "dropout")}.get(kernel_name, True)
+
+
+# Candidates, the one that should be fastest first: large tiles load less, few warps share less, stages hide latency if registers allow.
+WIDE = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)]
+TALL = [(128, 64, 4, 3), (128, 64, 4, 2)]
+SQUARE = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 64, 8, 1)]
+LOW = [(64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 4, 1), (64, 16, 8, 1)]
+SMALL = [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
+ACROSS_KEYS = [(128, 64, 8, 2), (128, 64, 8, 1), *SQUARE[1:], *LOW, *SMALL]  # of kernels with two products of scores' shape in flight
+SPLIT_KEYS = [
+    (16, 128, 4, 3),
+    (16, 128, 4, 2),
+    (16, 64, 4, 3),
+    (16, 64, 4, 2),
+    (16, 32, 4, 2),
+    (16, 32, 4, 1),
+    (16, 16, 4, 1),
+    (16, 16, 2, 1),
+]
+
+
+def candidates(row: Row) -> list[Tile]:
+    """Tiles worth trying, best guess first."""
+    tall_first = row.family in ("sm80", "sm86", "other")
+    if row.kernel_name == "forward":
+        tiles = [*TALL, *WIDE] if tall_first and row.head_dim <= 64 else [*WIDE[2:], *TALL] if tall_first else [*WIDE, *TALL]
+        tiles = [*tiles, *SQUARE, *LOW, *SMALL]
+    elif row.kernel_name == "decode":
+        tiles = SPLIT_KEYS
+    else:
+        tiles = ACROSS_KEYS
+    if row.kernel_name == "dkdv":  # its programs keep a block of keys and visit rows
+        tiles = [(block_n, block_m, num_warps, num_stages) for block_m, block_n, num_warps, num_stages in tiles]
+    return [tile for tile in map(Tile._make, tiles) if is_plausible(tile, row)]
+
+
+def is_plausible(tile: Tile, row: Row) -> bool:
+    """Leaves out what cannot fit: a compilation takes seconds."""
+    kept, visited = (tile.BLOCK_N, tile.BLOCK_M) if row.kernel_name == "dkdv" else (tile.BLOCK_M, tile.BLOCK_N)
+    if row.feature_class != "plain" and max(kept, visited) > 64:
+        return False  # tile lists are of 64 x 64 tiles
+    if row.dtype == "fp32":  # without tensor cores a thread holds whole lines of both factors
+        lines = math.sqrt(kept * visited / (32 * tile.num_warps))
+        return lines * row.head_dim <= 256 or (kept, visited, tile.num_warps) == (16, 16, 8)
+    accumulators = {"forward": 1, "dkdv": 2, "dq": 1, "decode": 1}.get(row.kernel_name, 0)
+    registers = kept * (accumulators * row.head_dim + visited) / (32 * tile.num_warps)
+    return registers <= 200
+
+
+class Features(NamedTuple):
+    """How large a representative problem is."""
+
+    batch: int = 1
+    num_heads: int = 4
+    num_heads_kv: int = 2
+    seqlen: int = 256
+
+
+def representative(row: Row, size: Features, device: str) -> Problem:
+    """A problem with everything that the row's class may hold."""
+    batch, num_heads, num_heads_kv, seqlen = size
+    dtype = DTYPES[row.dtype]
+    is_decode = row.kernel_name == "decode"
+    seqlen_q = 1 if is_decode else seqlen
+    if is_decode:
+        num_heads = 16 * num_heads_kv
+    query = torch.randn(batch, num_heads, seqlen_q, row.head_dim, device=device, dtype=dtype)
+    key, value = torch.randn(2, batch, num_heads_kv, seqlen, row.head_dim, device=device, dtype=dtype)
+    options: dict[str, Any] = {"is_causal": "bottom_right", "window": (seqlen, None)}
+    options["key_lengths"] = torch.full((batch,), seqlen, device=device, dtype=torch.int32)
+    if not is_decode:
+        options["query_lengths"] = torch.full((batch,), seqlen_q, device=device, dtype=torch.int32)
+    if row.feature_class != "plain":
+        options["key_mask"] = torch.ones(batch, seqlen, device=device, dtype=torch.bool)
+    if row.feature_class == "masked" and not is_decode:
+        options["attn_mask"] = torch.ones(1, num_heads, seqlen_q, seqlen, device=device, dtype=torch.bool)
+    if row.feature_class in ("bias", "dropout"):
+        options |= {"softcap": 30.0, "alibi_slopes": torch.rand(num_heads, device=device), "sinks": torch.rand(num_heads, device=device)}
+        if not is_decode:
+            options["attn_mask"] = torch.zeros(1, num_heads, seqlen_q, seqlen, device=device, dtype=dtype)
+    if row.feature_class == "dropout":
+        options["dropout_p"] = 0.1
+    return make_problem("separate", (query, key, value), **options)
+
+
+def runner(row: Row, problem: Problem) -> Callable[[], object]:
+    """Calls the backend so that the row's kernel runs."""
+    if row.kernel_name in PASSES["backward"]:
+        out = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[3])
+        lse = problem.query.new_zeros(problem.query.shape[:3], dtype=torch.float32)
+        has_bias = row.feature_class in ("bias", "dropout")
+        sides = (problem.attn_mask, problem.alibi_slopes, problem.sinks)
+        side_gradients = [None if side is None or not has_bias else torch.empty_like(side) for side in sides]
+        gradients = Gradients(*map(torch.empty_like, (problem.query, problem.key, problem.value)), *side_gradients)
+        return lambda: triton_backend.backward(problem, out, lse, out, None, gradients)
+    if row.kernel_name == "weights":
+        lse = problem.query.new_zeros(problem.query.shape[:3], dtype=torch.float32)
+        return lambda: triton_backend.attention_weights(problem, lse, False)
+    return lambda: triton_backend.forward(problem)
+
+
+def measure(row: Row, tile: Tile, run: Callable[[], object]) -> float | None:
+    """Milliseconds with a tile, None where it does not fit or spills."""
+    tile_table()[row] = tile
+    try:
+        run()
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfResources", "PassManagerError", "PTXASError"):
+            raise
+        return None
+    compiled = [kernel for cache in _caches.values() for key, kernel in cache.compiled.items() if tile in key]
+    if any(kernel.n_spills for kernel in compiled):
+        return None
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def write_table(table: dict[tuple[str, str, str, int, str], Tile]) -> None:
+    """One line for each (kernel, family, dtype, head_dim)."""
+    lines = []
+    for kernel_name in KERNELS:
+        for family in FAMILIES:
+            for dtype in DTYPES:
+                for head_dim in sorted(HEAD_DIMS):
+                    classes = [name for name in FEATURE_CLASSES if has_class(kernel_name, name)]
+                    tiles = {name: list(table[kernel_name, family, dtype, head_dim, name]) for name in classes}
+                    name = json.dumps(f"{kernel_name} {family} {dtype} {head_dim}") + ":"
+                    lines.append(f" {name:<29}{json.dumps(tiles)}")
+    TABLE_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows to measure, such as 'forward .* 16-bit 64'")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this time")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no GPU: there is nothing to measure. tests/triton_codegen_gate.py --choose picks tiles without one")
+    deadline = time.monotonic() + 60 * options.minutes
+    table = tile_table()
+    for row in rows(current_family()):
+        name = " ".join(map(str, row))
+        if not re.search(options.only, name):
+            continue
+        if time.monotonic() > deadline:
+            print(f"not measured for lack of time: {name}")
+            continue
+        run = runner(row, representative(row, Features(4, 16, 16, 4096 if row.dtype == "16-bit" else 1024), "cuda"))
+        before = table[row]
+        times = {tile: measure(row, tile, run) for tile in dict.fromkeys([before, *candidates(row)])}
+        measured = {tile: milliseconds for tile, milliseconds in times.items() if milliseconds is not None}
+        table[row] = min(measured, key=lambda tile: measured[tile], default=before)
+        shown = ", ".join(f"{tuple(tile)} {milliseconds:.3f}" for tile, milliseconds in measured.items())
+        print(f"{name}: {tuple(table[row])} of ms {shown}", flush=True)
+        write_table(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The codegen gate: compiles every tile of kernels/triton_tile_table.json for every architecture, without a GPU, and inspects the code.
+
+    python tests/triton_codegen_gate.py                 check; one line for each kernel; exit status 1 if one may not be shipped
+    python tests/triton_codegen_gate.py --choose        take the first candidate of each row that passes, and write the table
+    python tests/triton_codegen_gate.py --choose --keep the same, from the table's tiles on: they stay unless they fail
+
+The real host code runs on CPU tensors (triton_offline.py), one representative problem for each row of the table, with everything that
+its feature class may hold (benchmarks/tune.py). What fails: spills, local memory in a hot loop, more shared memory than there is, and on
+sm_90 16-bit products that are not warpgroup products or that wait for one another. float16 compiles like bfloat16 and is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles faster, to the same instructions
+
+import triton
+from triton_offline import Binary, offline
+from triton_resources import Resources, failures, resources
+
+from fused_attention.benchmarks import tune
+from fused_attention.benchmarks.tune import Features, Row
+from fused_attention.kernels.triton_launch import Tile, tile_table
+
+ARCHITECTURES = {"sm80": 80, "sm86": 120, "sm90": 90, "sm100": 100}  # sm_86, sm_89 and sm_120 share tiles
+
+
+class Task(NamedTuple):
+    """The kernels of one problem, for one family of architectures."""
+
+    measured_pass: str  # in tune.PASSES
+    family: str
+    dtype: str
+    head_dim: int
+    feature_class: str
+
+    def rows(self) -> dict[str, Row]:
+        names = [name for name in tune.PASSES[self.measured_pass] if tune.has_class(name, self.feature_class)]
+        return {name: Row(name, *self[1:]) for name in names}
+
+
+class Line(NamedTuple):
+    """One kernel in the report."""
+
+    task: Task
+    kernel_name: str  # in the tile table, or of a kernel function that is not
+    tile: Tile | None
+    found: Resources
+    failures: list[str]
+
+
+def tasks(pattern: str) -> Iterator[Task]:
+    for measured_pass in tune.PASSES:
+        for family in ARCHITECTURES:
+            for dtype in tune.DTYPES:
+                for head_dim in sorted(tune.HEAD_DIMS):
+                    for feature_class in tune.FEATURE_CLASSES:
+                        task = Task(measured_pass, family, dtype, head_dim, feature_class)
+                        if task.rows() and re.search(pattern, " ".join(map(str, task))):
+                            yield task
+
+
+def kernel_of(binary: Binary) -> str:
+    """The table's name of a kernel function."""
+    return next((name for name in ("decode", "dkdv", "dq", "dbias", "weights", "forward") if name in binary.name), binary.name)
+
+
+def compile_task(task: Task) -> list[Binary]:
+    """The kernels that a task's problem launches, with the table's tiles."""
+    row = next(iter(task.rows().values()))
+    run = tune.runner(row, tune.representative(row, Features(), "cpu"))
+    with offline(ARCHITECTURES[task.family], inspect=True) as launches:
+        run()
+    return list({id(launched.binary): launched.binary for launched in launches}.values())
+
+
+def check(task: Task) -> list[Line]:
+    """Every kernel of the task, those first that have a row of their own in the table."""
+    arch = ARCHITECTURES[task.family]
+    task_rows = task.rows()
+    lines = []
+    for binary in compile_task(task):
+        name = kernel_of(binary)
+        found = resources(binary, arch)
+        tensor_cores = task.dtype == "16-bit" and name in task_rows and name != "decode"  # 16 rows are too few for warpgroups
+        tile = tile_table()[task_rows[name]] if name in task_rows else None
+        lines.append(Line(task, name, tile, found, failures(found, arch, tensor_cores=tensor_cores)))
+    missing = set(task_rows) - {line.kernel_name for line in lines}
+    if missing:
+        raise RuntimeError(f"{task}: no kernel ran for {missing}")
+    return sorted(lines, key=lambda line: line.tile is None)
+
+
+def choose(task: Task, keep: bool) -> list[Line]:
+    """Puts the first candidates that pass into the table; where none does, that with the least spills."""
+    remaining = {}
+    for name, row in task.rows().items():
+        tiles = tune.candidates(row)
+        current = tile_table()[row]
+        if keep:
+            tiles = tiles[tiles.index(current) :] if current in tiles else [current, *tiles]
+        remaining[name] = tiles
+        tile_table()[row] = tiles[0]
+    best: dict[str, Line] = {}
+    while True:
+        lines = check(task)
+        for line in lines:
+            name = line.kernel_name
+            if name in remaining and (name not in best or badness(line) < badness(best[name])):
+                best[name] = line
+        failing = [name for name in remaining if best[name].failures and len(remaining[name]) > 1]
+        for name in failing:
+            remaining[name] = remaining[name][1:]
+            tile_table()[task.rows()[name]] = remaining[name][0]
+        if not failing:
+            for name, row in task.rows().items():
+                tile_table()[row] = best[name].tile
+            return [best.get(line.kernel_name, line) for line in lines]
+
+
+def badness(line: Line) -> tuple[int, int]:
+    return len(line.failures), line.found.spills
+
+
+def attempt(task: Task, choosing: bool, keep: bool) -> tuple[list[Line], str, float]:
+    """In a worker process: the lines, or the text of an error, and seconds."""
+    start = time.monotonic()
+    try:
+        lines = choose(task, keep) if choosing else check(task)
+    except Exception:
+        return [], traceback.format_exc(), time.monotonic() - start
+    return lines, "", time.monotonic() - start
+
+
+HEADING = (
+    "kernel     arch    dtype   D  class   BLOCK_M x BLOCK_N, warps, stages   regs spillB  shared  blocks/SM          "
+    "HGMMA    HMMA     TC5      FFMA       LDGSTS   EX2      local  instructions"
+)
+
+
+def text(line: Line) -> str:
+    task, found, tile = line.task, line.found, line.tile
+    counts = {name: f"{total}/{hot}" for name, (total, hot) in found.counts.items()}
+    local = "/".join(str(a + b) for a, b in zip(found.counts["LDL"], found.counts["STL"], strict=True))
+    size = f"{tile.BLOCK_M:3d} x {tile.BLOCK_N:3d}, {tile.num_warps}, {tile.num_stages}" if tile else ""
+    return (
+        f"{line.kernel_name:10s} sm_{ARCHITECTURES[task.family]:<4d} {task.dtype:6s} {task.head_dim:3d} {task.feature_class:8s} {size:34s} "
+        f"{found.registers:4d} {found.spills:6d} {found.shared_memory:7d}  {found.blocks_per_sm:2d} {found.limited_by:14s} "
+        f"{counts['HGMMA']:>8s} {counts['HMMA']:>8s} {counts['TC5']:>8s} {counts['FFMA']:>10s} {counts['LDGSTS']:>8s} {counts['EX2']:>8s} "
+        f"{local:>7s}  {found.instructions[0]}/{found.instructions[1]}" + ("  FAILS: " + ", ".join(line.failures) if line.failures else "")
+    )
+
+
+def distinct(lines: list[Line]) -> list[Line]:
+    """Kernels without a row in the table are the same for many problems: each shows once for an architecture."""
+    seen = set()
+    kept = []
+    for line in lines:
+        key = line if line.tile else (line.kernel_name, line.task.family, repr(line.found))
+        if repr(key) not in seen:
+            seen.add(repr(key))
+            kept.append(line)
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="tasks such as 'forward sm90 16-bit 64 plain'")
+    parser.add_argument("--choose", action="store_true", help="write the table")
+    parser.add_argument("--keep", action="store_true", help="with --choose: start at the table's tiles")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--report", type=Path, help="write the lines here too")
+    options = parser.parse_args()
+    start = time.monotonic()
+    wanted = list(tasks(options.only))
+    results: dict[Task, list[Line]] = {}
+    errors = []
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(attempt, task, options.choose, options.keep): task for task in wanted}
+        for future in as_completed(pending):
+            lines, error, seconds = future.result()
+            task = pending[future]
+            results[task] = lines
+            if error:
+                errors.append(f"{' '.join(map(str, task))}: {error}")
+            for line in lines:
+                if line.tile or line.failures:
+                    print(f"{text(line)}  {seconds:.1f} s", file=sys.stderr, flush=True)
+    lines = distinct([line for task in wanted for line in results[task]])
+    failed = sum(bool(line.failures) for line in lines) + len(errors)
+    if options.choose:
+        for line in lines:
+            if line.tile:
+                tile_table()[Row(line.kernel_name, *line.task[1:])] = line.tile
+        for row in tune.rows("other"):  # nothing is known: what fits 99 KB, and without pipelining takes less
+            tile_table()[row] = tile_table()[row._replace(family="sm86")]._replace(num_stages=1)
+        tune.write_table(tile_table())
+    heading = [
+        f"triton {triton.__version__}: {len(lines)} kernels, {failed} fail; {time.monotonic() - start:.0f} s",
+        "Numbers a/b: in the whole kernel / in its hot loops. A line without a tile is a kernel that needs none of the table.",
+        "",
+        HEADING,
+    ]
+    report = "\n".join([*heading, *map(text, lines), *errors])
+    print(report)
+    if options.report:
+        options.report.write_text("\n".join(line.rstrip() for line in report.splitlines()) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a compiled Triton kernel takes of a GPU, and what of that is not allowed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import sass
+from triton_offline import SHARED_MEMORY, Binary
+
+OPCODES = {
+    "HGMMA": r"HGMMA",  # warpgroup matrix products, sm_90
+    "HMMA": r"HMMA",  # warp matrix products
+    "TC5": r"UTC\w*MMA",  # tensor-memory matrix products, sm_100
+    "FFMA": r"FFMA2?",
+    "LDGSTS": r"LDGSTS",  # asynchronous copies to shared memory
+    "EX2": r"MUFU\.EX2",
+    "LDL": r"LDL",
+    "STL": r"STL",
+}
+# SM totals that bound how many blocks run at once: (shared memory in KB, threads); 65536 registers everywhere.
+SM_LIMITS = {80: (164, 2048), 86: (100, 1536), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048), 120: (100, 1536)}
+
+
+@dataclass
+class Resources:
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    spills: int  # bytes per thread, stored
+    shared_memory: int  # bytes
+    threads: int
+    blocks_per_sm: int
+    limited_by: str
+    counts: dict[str, tuple[int, int]]  # {name in OPCODES: (in the kernel, in its hot loops)}
+    instructions: tuple[int, int]
+    serialised: int  # warnings that warpgroup products wait for one another
+
+
+def resources(binary: Binary, arch: int) -> Resources:
+    """Of a binary from offline(arch, inspect=True)."""
+    instructions, labels = sass.parse(sass.disassemble(binary.cubin))
+    hot = [instruction for loop in sass.hot_loops(instructions, labels) for instruction in loop]
+    patterns = {name: re.compile(rf"({pattern})(\.|$)") for name, pattern in OPCODES.items()}
+    counts = {
+        name: (
+            sum(bool(pattern.match(instruction.opcode)) for instruction in instructions),
+            sum(bool(pattern.match(instruction.opcode)) for instruction in hot),
+        )
+        for name, pattern in patterns.items()
+    }
+    metadata = binary.metadata
+    threads = threads_of(binary)
+    registers = number(r"Used (\d+) registers", binary.log)
+    shared_memory = metadata["shared"]
+    shared_memory_kb, most_threads = SM_LIMITS[arch]
+    room = {
+        "registers": 65536 // (-(-registers // 8) * 8 * threads),  # given out in eights
+        "shared memory": shared_memory_kb * 1024 // (shared_memory + 1024),  # 1 KB is the system's
+        "threads": most_threads // threads,
+    }
+    limited_by = min(room, key=lambda name: room[name])
+    return Resources(
+        registers=registers,
+        stack=number(r"(\d+) bytes stack frame", binary.log),
+        spills=number(r"(\d+) bytes spill stores", binary.log),
+        shared_memory=shared_memory,
+        threads=threads,
+        blocks_per_sm=room[limited_by],
+        limited_by=limited_by,
+        counts=counts,
+        instructions=(len(instructions), len(hot)),
+        serialised=len(re.findall(r"wgmma.*serializ", binary.log)),
+    )
+
+
+def number(pattern: str, log: str) -> int:
+    """From the ptxas log, which must be there: a kernel without one was not checked."""
+    match = re.search(pattern, log)
+    if match is None:
+        raise ValueError(f"{pattern!r} is not in the ptxas log: {log!r}")
+    return int(match[1])
+
+
+def threads_of(binary: Binary) -> int:
+    """Per block; with warp specialisation more than num_warps says."""
+    match = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", binary.ptx)
+    return int(match[1]) if match else binary.metadata["num_warps"] * 32
+
+
+def failures(found: Resources, arch: int, *, tensor_cores: bool, shared_memory: int | None = None) -> list[str]:
+    """Why a kernel may not be shipped; empty when it may.
+
+    Args:
+        tensor_cores: it has 16-bit matrix products, which sm_90 must run as warpgroup products.
+        shared_memory: bytes it may take, if not all that the architecture has.
+    """
+    limit = SHARED_MEMORY[arch] if shared_memory is None else shared_memory
+    local = found.counts["LDL"][1] + found.counts["STL"][1]
+    reasons = []
+    if found.spills:
+        reasons.append(f"{found.spills} bytes spilled")
+    if local:
+        reasons.append(f"{local} local memory accesses in the hot loop")
+    if found.shared_memory > limit:
+        reasons.append(f"{found.shared_memory} bytes of shared memory, {limit} at most")
+    if tensor_cores and arch == 90 and not found.counts["HGMMA"][0]:
+        reasons.append("no warpgroup matrix products")
+    if found.serialised:
+        reasons.append("warpgroup matrix products wait for one another")
+    return reasons
