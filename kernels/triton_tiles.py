@@ -100,9 +100,10 @@ def block_start(step, first, first_full, last_full, tiles, num_tiles, MASKED: tl
     if tiles is not None:
         PER_TILE: tl.constexpr = TILE // BLOCK
         place = step // PER_TILE
+        within = step - place * PER_TILE
         if MASKED:
             place = num_tiles - 1 - place
-        start = tl.load(tiles + 2 + place) * TILE + (step % PER_TILE) * BLOCK
+        start = tl.load(tiles + 2 + place) * TILE + within * BLOCK
     elif MASKED:
         left = first_full - first
         start = tl.where(step < left, first + step, last_full + step - left) * BLOCK
