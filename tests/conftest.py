@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import formula_kernels
 import pytest
 import torch
 
-from fused_attention.kernels import native
+from fused_attention.kernels import native, ops, routing
+
+collect_ignore = ["on_triton"]  # a run of its own: its conftest says how
 
 ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
 
@@ -31,6 +34,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def kernels_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula stands in for the Triton kernels, so that what surrounds kernels that cover everything runs without a GPU."""
+    monkeypatch.setitem(ops.KERNEL_BACKENDS, "triton", formula_kernels)
+    monkeypatch.setattr(routing, "triton_backend", formula_kernels)
 
 
 @pytest.fixture(params=ALL_INSTRUCTION_SETS)
