@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton_backend
 from .problem import Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -31,6 +31,8 @@ def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
     """Why a backend cannot run this problem; empty when it can."""
     if backend == "reference":
         return reference.unsupported_reasons(problem)
+    if backend == "triton":
+        return triton_backend.unsupported_reasons(problem)
     if backend == "cpu":
         return native.unsupported_reasons(problem)
     return [NOT_INSTALLED]
@@ -38,7 +40,7 @@ def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
 
 def backend_status() -> dict[str, str | None]:
     """For each backend None when this machine can run it, else the reason why not."""
-    return {"cuda": NOT_INSTALLED, "triton": NOT_INSTALLED, "cpu": native.status(), "reference": None}
+    return {"cuda": NOT_INSTALLED, "triton": triton_backend.status(), "cpu": native.status(), "reference": None}
 
 
 def choose(problem: Problem, backend: str | None) -> str:
@@ -57,7 +59,7 @@ def choose(problem: Problem, backend: str | None) -> str:
     for name in ORDER[:-1]:
         if not unsupported_reasons(name, problem):
             return name
-    if problem.query.shape[2] * problem.key.shape[2] > WARN_ABOVE_SCORES and not torch.compiler.is_compiling():
+    if problem.max_seqlen_q * problem.max_seqlen_k > WARN_ABOVE_SCORES and not torch.compiler.is_compiling():
         warnings.warn(f"attention runs unfused: {explain_problem(problem)}", stacklevel=3)
     return ORDER[-1]
 

@@ -1,4 +1,4 @@
-"""The table of features and backends, asked of routing itself: `python -m fused_attention.kernels.support` prints it."""
+"""The table of features and backends, asked of the backends themselves: `python -m fused_attention.kernels.support` prints it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 
+from . import native, reference, triton_backend
 from .problem import Problem, make_problem
-from .routing import unsupported_reasons
 
-BACKENDS = ("reference", "cpu")
+UNCOVERED: dict[str, Callable[[Problem], list[str]]] = {  # what each backend's kernels lack on any machine
+    "reference": reference.unsupported_reasons,
+    "triton": triton_backend.uncovered,
+    "cpu": native.unsupported_reasons,
+}
 
 
 def _problem(
@@ -48,9 +52,9 @@ FEATURES: dict[str, Callable[[], Problem]] = {
 
 def support_table() -> str:
     """A Markdown table: yes where a backend's kernels run the feature, forward and backward; the rest runs on the reference."""
-    lines = ["| feature | " + " | ".join(BACKENDS) + " |", "|---|" + "---|" * len(BACKENDS)]
+    lines = ["| feature | " + " | ".join(UNCOVERED) + " |", "|---|" + "---|" * len(UNCOVERED)]
     for feature, problem in FEATURES.items():
-        answers = ["-" if unsupported_reasons(backend, problem()) else "yes" for backend in BACKENDS]
+        answers = ["-" if uncovered(problem()) else "yes" for uncovered in UNCOVERED.values()]
         lines.append(f"| {feature} | " + " | ".join(answers) + " |")
     return "\n".join(lines)
 

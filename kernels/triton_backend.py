@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from typing import Any
 
 import torch
@@ -33,11 +34,23 @@ def interpreted() -> bool:
 
 def status() -> str | None:
     """None when this machine can run the kernels, else the reason why not."""
-    return _missing() or _device_reason(None)
+    return _machine_reason(None)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph is for one device, and Dynamo does not follow imports
+def _machine_reason(device: torch.device | None) -> str | None:
+    """Why the kernels cannot run on a device (None: on any of this machine)."""
+    return _cached_machine_reason(device)
+
+
+@functools.cache
+def _cached_machine_reason(device: torch.device | None) -> str | None:
+    if device is not None and device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return f"the tensors are on {device}, not on a GPU"  # said without importing Triton, which takes a quarter of a second
+    return _missing() or _device_reason(device)
 
 
 def _device_reason(device: torch.device | None) -> str | None:
-    """Why the kernels cannot run on a device (None: on any of this machine)."""
     if interpreted():
         return f"Triton's interpreter takes CPU tensors, these are on {device}" if device is not None and device.type != "cpu" else None
     if device is not None and device.type != "cuda":
@@ -52,7 +65,7 @@ def _device_reason(device: torch.device | None) -> str | None:
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the Triton kernels cannot run this problem here; empty when they can."""
-    machine = _missing() or _device_reason(problem.query.device)
+    machine = _machine_reason(problem.query.device)
     return [*([machine] if machine else []), *uncovered(problem)]
 
 

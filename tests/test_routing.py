@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
+import formula_kernels
 import pytest
 import torch
 
-from fused_attention.kernels import native, routing
+from fused_attention.kernels import native, routing, triton_backend
 from fused_attention.kernels.attention import attention, explain
 
 needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
@@ -52,11 +54,33 @@ def test_what_the_cpu_kernels_do_not_cover_runs_on_the_reference(case: str) -> N
         attention(*tensors(**tensor_options), **options, backend="cpu")
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_a_backend_that_is_not_there_says_so(backend: str) -> None:
-    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call: "):
-        attention(*tensors(), backend=backend)
-    assert routing.backend_status()[backend] is not None
+def test_a_backend_that_is_not_there_says_so() -> None:
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: "):
+        attention(*tensors(), backend="cuda")
+    assert routing.backend_status()["cuda"] is not None
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="the interpreter takes CPU tensors")
+def test_triton_says_that_it_wants_a_gpu() -> None:
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call: the tensors are on cpu, not on a GPU"):
+        attention(*tensors(), backend="triton")
+    assert explain(*tensors(dtype=torch.float64)).reasons["triton"] == [
+        "the tensors are on cpu, not on a GPU",
+        "dtype torch.float64 is not covered (float32, bfloat16 and float16 are)",
+    ]
+    assert routing.backend_status()["triton"] == triton_backend.status()
+
+
+@pytest.mark.usefixtures("kernels_by_formula")
+def test_triton_comes_before_the_cpu_kernels_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    explanation = explain(*tensors(), softcap=2.0)
+    assert explanation.backend == "triton"
+    assert explanation.reasons["reference"] == ["triton comes first"]
+    calls = []
+    forward = formula_kernels.forward
+    monkeypatch.setattr(formula_kernels, "forward", lambda problem: calls.append(1) or forward(problem))
+    attention(*tensors(), softcap=2.0)
+    assert calls == [1]
 
 
 @needs_native

@@ -1,0 +1,51 @@
+"""A backend that takes every problem and computes it by the formula: for tests of everything around the kernels."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fused_attention.kernels.problem import Gradients, Problem, split
+from fused_attention.kernels.reference import attention_reference
+
+NAMES = ("attn_mask", "alibi_slopes", "sinks")
+
+
+def status() -> None:
+    return None
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    return []
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return attention_reference(problem)
+
+
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    expected = forward(problem)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    if problem.mask_bits is not None:
+        assert problem.mask_bits_transposed is not None
+        assert problem.column_tiles is not None
+    with ThreadPoolExecutor(1) as pool:  # inside an operator this thread records no gradients
+        pool.submit(_backward, problem, dout, dlse, gradients).result()
+
+
+def _backward(problem: Problem, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    inputs = tuple(tensor.detach().requires_grad_() for tensor in problem.inputs)
+    wanted = [name for name in NAMES if getattr(gradients, name) is not None]
+    side_tensors = {name: getattr(problem, name).detach().requires_grad_() for name in wanted}
+    query, key, value = split(problem.layout, inputs)
+    out, lse = attention_reference(replace(problem, inputs=inputs, query=query, key=key, value=value, **side_tensors))
+    given = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse)]
+    leaves = (query, key, value, *side_tensors.values())
+    results = torch.autograd.grad([output for output, _ in given], leaves, [gradient for _, gradient in given], materialize_grads=True)
+    for name, result in zip(("query", "key", "value", *wanted), results, strict=True):
+        getattr(gradients, name).copy_(result)
