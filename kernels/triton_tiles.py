@@ -156,7 +156,7 @@ def keys_exist(keys, keys_present, key_mask, stride_key_mask_key, MASKED: tl.con
     """Which keys of a block exist: those whose key and value rows may be read. Not asked of a full block, where all do."""
     exist = keys < keys_present
     if MASKED and key_mask is not None:
-        exist = exist & (tl.load(key_mask + keys * stride_key_mask_key, mask=exist, other=0) != 0)
+        exist = exist & (tl.load(key_mask + keys.to(tl.int64) * stride_key_mask_key, mask=exist, other=0) != 0)
     return exist
 
 
@@ -196,7 +196,9 @@ def allowed_pairs(
         if HAS_RIGHT:
             allowed = allowed & (distance <= window_right)
         if MASK_IS_BOOL:
-            allowed = allowed & (tl.load(attn_mask + rows * stride_mask_row + keys * stride_mask_key, mask=in_memory, other=0) != 0)
+            allowed = allowed & (
+                tl.load(attn_mask + rows * stride_mask_row + keys.to(tl.int64) * stride_mask_key, mask=in_memory, other=0) != 0
+            )
     return allowed
 
 
@@ -210,7 +212,7 @@ def add_bias(
         in_memory = rows < rows_in_memory
         if MASKED:
             in_memory = in_memory & (keys < keys_present)
-        bias = tl.load(attn_mask + rows * stride_mask_row + keys * stride_mask_key, mask=in_memory, other=0.0).to(tl.float32)
+        bias = tl.load(attn_mask + rows * stride_mask_row + keys.to(tl.int64) * stride_mask_key, mask=in_memory, other=0.0).to(tl.float32)
         scores = tl.where(bias < MASKED_BELOW, float("-inf"), scores + bias * LOG2_E)
     if HAS_ALIBI:
         scores = scores - (alibi_slope * LOG2_E) * tl.abs(keys - rows - offset).to(tl.float32)
@@ -218,8 +220,10 @@ def add_bias(
 
 
 @triton.jit
-def dropout_keep(rng_state, batch_head, start_m, start_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) bool: which weights of a tile survive. start_m and start_n are multiples of 16.
+def dropout_keep(
+    rng_state, batch_head, start_m, start_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) bool, or transposed: which weights of a tile survive. start_m and start_n are multiples of 16.
 
     The mapping is that of csrc/philox.h: one Philox4x32-7 draw covers rows {i, i + 8} and keys {j, j + 1, j + 8, j + 9}, so a tile needs
     (BLOCK_M / 2) x (BLOCK_N / 4) draws, whose 8 halves are then put in their places.
@@ -243,7 +247,11 @@ def dropout_keep(rng_state, batch_head, start_m, start_n, threshold, BLOCK_M: tl
     upper = tl.join(_halves_kept(word0, threshold), _halves_kept(word1, threshold))
     lower = tl.join(_halves_kept(word2, threshold), _halves_kept(word3, threshold))
     kept = tl.join(upper, lower).reshape(BLOCK_M // 16, 8, BLOCK_N // 16, 4, 2, 2, 2)
-    return kept.permute(0, 6, 1, 2, 5, 3, 4).reshape(BLOCK_M, BLOCK_N) != 0
+    if TRANSPOSED:
+        keep = kept.permute(2, 5, 3, 4, 0, 6, 1).reshape(BLOCK_N, BLOCK_M) != 0
+    else:
+        keep = kept.permute(0, 6, 1, 2, 5, 3, 4).reshape(BLOCK_M, BLOCK_N) != 0
+    return keep
 
 
 @triton.jit
@@ -258,3 +266,65 @@ def _halves_kept(word, threshold):
     low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int8)
     high = ((word >> 16).to(tl.int32) >= threshold).to(tl.int8)
     return tl.join(low, high)
+
+
+@triton.jit
+def row_statistics(lse, delta, rows, seqlen_q, CHECKED: tl.constexpr, EMPTY_ROWS: tl.constexpr):
+    """lse in log2 units and delta of some rows, and which of the rows to read: with EMPTY_ROWS those that attend to something.
+
+    lse is +inf where a row is not read, so that its weights are 0. Not CHECKED: all rows exist and attend to something.
+    """
+    if CHECKED:
+        attends = rows < seqlen_q
+        row_lse = tl.load(lse + rows, mask=attends, other=float("-inf"))
+        if EMPTY_ROWS:
+            attends = row_lse != float("-inf")
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+        row_delta = tl.load(delta + rows, mask=attends, other=0.0)
+    else:
+        attends = rows < seqlen_q
+        row_lse = tl.load(lse + rows) * LOG2_E
+        row_delta = tl.load(delta + rows)
+    return row_lse, row_delta, attends
+
+
+@triton.jit
+def tile_gradients(
+    products, dweights, rows, keys, row_lse, row_delta, rows_present, keys_present, exist, offset, window_left, window_right,
+    score_scale, softcap_log2, attn_mask, stride_mask_row, stride_mask_key, alibi_slope,
+    mask_bits, bit_lines, bit_positions, stride_bits_line, rng_state, batch_head, start_m, start_n, dropout_threshold,
+    HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_IS_BOOL: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: its weights after dropout but for dropout's factor, and the gradients of its scores and of its products Q K^T / scale.
+
+    products: Q K^T; dweights: dout V^T; all of them (BLOCK_M, BLOCK_N), or transposed. The gradient of the scores is that of the mask too.
+    """
+    scores = products * score_scale
+    if HAS_SOFTCAP:
+        capped = tanh(scores)
+        scores = capped * softcap_log2
+    scores = add_bias(
+        scores, rows, keys, rows_present, keys_present, offset, attn_mask, stride_mask_row, stride_mask_key, alibi_slope,
+        MASK_IS_BOOL, HAS_ALIBI, MASKED,
+    )  # fmt: skip
+    weights = tl.exp2(scores - row_lse)
+    if MASKED:
+        allowed = allowed_pairs(
+            rows, keys, rows_present, keys_present, exist, offset, window_left, window_right,
+            attn_mask, stride_mask_row, stride_mask_key, mask_bits, bit_lines, bit_positions, stride_bits_line,
+            HAS_LEFT, HAS_RIGHT, MASK_IS_BOOL,
+        )  # fmt: skip
+        weights = tl.where(allowed, weights, 0.0)
+    dropped = weights
+    if rng_state is not None:
+        keep = dropout_keep(rng_state, batch_head, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N, TRANSPOSED)
+        dropped = tl.where(keep, weights, 0.0)
+        dweights = tl.where(keep, dweights * (65536.0 / (65536 - dropout_threshold)), 0.0)
+    dscores = weights * (dweights - row_delta)
+    if MASKED:
+        dscores = tl.where(allowed, dscores, 0.0)  # selected, because what a masked pair holds may be infinite
+    dproducts = dscores
+    if HAS_SOFTCAP:
+        dproducts = dscores * (1.0 - capped * capped)
+    return dropped, dscores, dproducts
