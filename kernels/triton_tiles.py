@@ -212,7 +212,8 @@ def add_bias(
         in_memory = rows < rows_in_memory
         if MASKED:
             in_memory = in_memory & (keys < keys_present)
-        bias = tl.load(attn_mask + rows * stride_mask_row + keys.to(tl.int64) * stride_mask_key, mask=in_memory, other=0.0).to(tl.float32)
+        pointers = attn_mask + rows * stride_mask_row + keys.to(tl.int64) * stride_mask_key
+        bias = tl.load(pointers, mask=in_memory, other=0.0).to(tl.float32)
         scores = tl.where(bias < MASKED_BELOW, float("-inf"), scores + bias * LOG2_E)
     if HAS_ALIBI:
         scores = scores - (alibi_slope * LOG2_E) * tl.abs(keys - rows - offset).to(tl.float32)
