@@ -29,7 +29,8 @@ FAMILIES = ("sm80", "sm86", "sm90", "sm100", "other")
 DTYPES = {"16-bit": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = (64, 128, 32, 256, 16)  # the most used first
 FEATURE_CLASSES = ("plain", "masked", "bias", "dropout")
-PASSES = {"forward": ("forward",), "backward": ("dkdv", "dq", "dbias"), "decode": ("decode",), "weights": ("weights",)}
+# What runs together. dbias is the gradient of a mask that batches share; dq writes that of one which nothing shares.
+PASSES = {"forward": ("forward",), "backward": ("dkdv", "dq"), "dbias": ("dbias",), "decode": ("decode",), "weights": ("weights",)}
 
 
 class Row(NamedTuple):
@@ -99,60 +100,82 @@ def is_plausible(tile: Tile, row: Row) -> bool:
         lines = math.sqrt(kept * visited / (32 * tile.num_warps))
         return lines * row.head_dim <= 256 or (kept, visited, tile.num_warps) == (16, 16, 8)
     accumulators = {"forward": 1, "dkdv": 2, "dq": 1, "decode": 1}.get(row.kernel_name, 0)
-    registers = kept * (accumulators * row.head_dim + visited) / (32 * tile.num_warps)
-    return registers <= 200
+    registers = kept * (accumulators * row.head_dim + visited) / (32 * tile.num_warps)  # of the sums alone
+    products_from_shared_memory = row.family in ("sm90", "sm100")
+    return registers <= (130 if products_from_shared_memory else 100)
 
 
-class Features(NamedTuple):
-    """How large a representative problem is."""
+class Size(NamedTuple):
+    """Of a representative problem."""
 
-    batch: int = 1
+    batch: int = 2
     num_heads: int = 4
     num_heads_kv: int = 2
     seqlen: int = 256
 
 
-def representative(row: Row, size: Features, device: str) -> Problem:
+def representative(row: Row, size: Size, device: str) -> Problem:
     """A problem with everything that the row's class may hold."""
     batch, num_heads, num_heads_kv, seqlen = size
     dtype = DTYPES[row.dtype]
-    is_decode = row.kernel_name == "decode"
-    seqlen_q = 1 if is_decode else seqlen
-    if is_decode:
-        num_heads = 16 * num_heads_kv
-    query = torch.randn(batch, num_heads, seqlen_q, row.head_dim, device=device, dtype=dtype)
+    if row.kernel_name == "decode":
+        return _decode_problem(row, size, device)
+    query = torch.randn(batch, num_heads, seqlen, row.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, num_heads_kv, seqlen, row.head_dim, device=device, dtype=dtype)
-    options: dict[str, Any] = {"is_causal": "bottom_right", "window": (seqlen, None)}
-    options["key_lengths"] = torch.full((batch,), seqlen, device=device, dtype=torch.int32)
-    if not is_decode:
-        options["query_lengths"] = torch.full((batch,), seqlen_q, device=device, dtype=torch.int32)
+    lengths = torch.full((batch,), seqlen, device=device, dtype=torch.int32)
+    options: dict[str, Any] = {"is_causal": "bottom_right", "window": (seqlen, None), "key_lengths": lengths, "query_lengths": lengths}
     if row.feature_class != "plain":
         options["key_mask"] = torch.ones(batch, seqlen, device=device, dtype=torch.bool)
-    if row.feature_class == "masked" and not is_decode:
-        options["attn_mask"] = torch.ones(1, num_heads, seqlen_q, seqlen, device=device, dtype=torch.bool)
+    if row.feature_class == "masked":
+        options["attn_mask"] = torch.ones(1, num_heads, seqlen, seqlen, device=device, dtype=torch.bool)
     if row.feature_class in ("bias", "dropout"):
-        options |= {"softcap": 30.0, "alibi_slopes": torch.rand(num_heads, device=device), "sinks": torch.rand(num_heads, device=device)}
-        if not is_decode:
-            options["attn_mask"] = torch.zeros(1, num_heads, seqlen_q, seqlen, device=device, dtype=dtype)
+        batches = 1 if row.kernel_name == "dbias" else batch
+        options["attn_mask"] = torch.zeros(batches, num_heads, seqlen, seqlen, device=device, dtype=dtype)
+        options |= _score_options(num_heads, device)
     if row.feature_class == "dropout":
         options["dropout_p"] = 0.1
     return make_problem("separate", (query, key, value), **options)
 
 
+def _decode_problem(row: Row, size: Size, device: str) -> Problem:
+    batch, num_heads_kv, seqlen = size.batch, size.num_heads_kv, size.seqlen
+    dtype = DTYPES[row.dtype]
+    if row.feature_class == "plain":
+        seqlen *= 4  # is split among programs, then combined
+    query = torch.randn(batch, 16 * num_heads_kv, 1, row.head_dim, device=device, dtype=dtype)
+    key, value = torch.randn(2, batch, num_heads_kv, seqlen, row.head_dim, device=device, dtype=dtype)
+    lengths = torch.full((batch,), seqlen, device=device, dtype=torch.int32)
+    options: dict[str, Any] = {"is_causal": "bottom_right", "window": (seqlen, None), "key_lengths": lengths}
+    if row.feature_class != "plain":
+        options["key_mask"] = torch.ones(batch, seqlen, device=device, dtype=torch.bool)
+    if row.feature_class == "bias":
+        options |= _score_options(query.shape[1], device)
+    return make_problem("separate", (query, key, value), **options)
+
+
+def _score_options(num_heads: int, device: str) -> dict[str, Any]:
+    return {"softcap": 30.0, "alibi_slopes": torch.rand(num_heads, device=device), "sinks": torch.rand(num_heads, device=device)}
+
+
 def runner(row: Row, problem: Problem) -> Callable[[], object]:
     """Calls the backend so that the row's kernel runs."""
-    if row.kernel_name in PASSES["backward"]:
-        out = problem.query.new_zeros(*problem.query.shape[:3], problem.value.shape[3])
-        lse = problem.query.new_zeros(problem.query.shape[:3], dtype=torch.float32)
-        has_bias = row.feature_class in ("bias", "dropout")
-        sides = (problem.attn_mask, problem.alibi_slopes, problem.sinks)
-        side_gradients = [None if side is None or not has_bias else torch.empty_like(side) for side in sides]
-        gradients = Gradients(*map(torch.empty_like, (problem.query, problem.key, problem.value)), *side_gradients)
-        return lambda: triton_backend.backward(problem, out, lse, out, None, gradients)
+    if row.kernel_name in ("forward", "decode"):
+        return lambda: triton_backend.forward(problem)
+    query, mask = problem.query, problem.attn_mask
+    lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
     if row.kernel_name == "weights":
-        lse = problem.query.new_zeros(problem.query.shape[:3], dtype=torch.float32)
-        return lambda: triton_backend.attention_weights(problem, lse, False)
-    return lambda: triton_backend.forward(problem)
+        return lambda: triton_backend.attention_weights(problem, lse, True)
+    out = query.new_zeros(*query.shape[:3], problem.value.shape[3])
+    mask_gradient = None if mask is None or mask.dtype == torch.bool else torch.empty_like(mask)
+    if row.kernel_name == "dbias":
+        assert mask_gradient is not None
+        from fused_attention.kernels.triton_bias_gradient import summed_mask_gradient
+
+        return lambda: summed_mask_gradient(problem, lse, out, lse, mask_gradient)
+    slopes, sinks = (None if side is None else torch.empty_like(side) for side in (problem.alibi_slopes, problem.sinks))
+    dquery, dkey, dvalue = map(torch.empty_like, (query, problem.key, problem.value))
+    gradients = Gradients(dquery, dkey, dvalue, mask_gradient, slopes, sinks)
+    return lambda: triton_backend.backward(problem, out, lse, out, None, gradients)
 
 
 def measure(row: Row, tile: Tile, run: Callable[[], object]) -> float | None:
@@ -208,7 +231,7 @@ def main() -> None:
         if time.monotonic() > deadline:
             print(f"not measured for lack of time: {name}")
             continue
-        run = runner(row, representative(row, Features(4, 16, 16, 4096 if row.dtype == "16-bit" else 1024), "cuda"))
+        run = runner(row, representative(row, Size(4, 16, 16, 4096 if row.dtype == "16-bit" else 1024), "cuda"))
         before = table[row]
         times = {tile: measure(row, tile, run) for tile in dict.fromkeys([before, *candidates(row)])}
         measured = {tile: milliseconds for tile, milliseconds in times.items() if milliseconds is not None}

@@ -30,7 +30,7 @@ from triton_offline import Binary, offline
 from triton_resources import Resources, failures, resources
 
 from fused_attention.benchmarks import tune
-from fused_attention.benchmarks.tune import Features, Row
+from fused_attention.benchmarks.tune import Row, Size
 from fused_attention.kernels.triton_launch import Tile, tile_table
 
 ARCHITECTURES = {"sm80": 80, "sm86": 120, "sm90": 90, "sm100": 100}  # sm_86, sm_89 and sm_120 share tiles
@@ -79,7 +79,7 @@ def kernel_of(binary: Binary) -> str:
 def compile_task(task: Task) -> list[Binary]:
     """The kernels that a task's problem launches, with the table's tiles."""
     row = next(iter(task.rows().values()))
-    run = tune.runner(row, tune.representative(row, Features(), "cpu"))
+    run = tune.runner(row, tune.representative(row, Size(), "cpu"))
     with offline(ARCHITECTURES[task.family], inspect=True) as launches:
         run()
     return list({id(launched.binary): launched.binary for launched in launches}.values())
@@ -131,6 +131,17 @@ def choose(task: Task, keep: bool) -> list[Line]:
 
 def badness(line: Line) -> tuple[int, int]:
     return len(line.failures), line.found.spills
+
+
+def record(lines: list[Line]) -> None:
+    """Writes the chosen tiles, and what follows from them for devices of no known family."""
+    for line in lines:
+        if line.tile:
+            row = Row(line.kernel_name, *line.task[1:])
+            tile_table()[row] = line.tile
+            if row.family == "sm86":  # it fits 99 KB, and without pipelining takes less
+                tile_table()[row._replace(family="other")] = line.tile._replace(num_stages=1)
+    tune.write_table(tile_table())
 
 
 def attempt(task: Task, choosing: bool, keep: bool) -> tuple[list[Line], str, float]:
@@ -197,15 +208,10 @@ def main() -> None:
             for line in lines:
                 if line.tile or line.failures:
                     print(f"{text(line)}  {seconds:.1f} s", file=sys.stderr, flush=True)
+            if options.choose:
+                record(lines)
     lines = distinct([line for task in wanted for line in results[task]])
     failed = sum(bool(line.failures) for line in lines) + len(errors)
-    if options.choose:
-        for line in lines:
-            if line.tile:
-                tile_table()[Row(line.kernel_name, *line.task[1:])] = line.tile
-        for row in tune.rows("other"):  # nothing is known: what fits 99 KB, and without pipelining takes less
-            tile_table()[row] = tile_table()[row._replace(family="sm86")]._replace(num_stages=1)
-        tune.write_table(tile_table())
     heading = [
         f"triton {triton.__version__}: {len(lines)} kernels, {failed} fail; {time.monotonic() - start:.0f} s",
         "Numbers a/b: in the whole kernel / in its hot loops. A line without a tile is a kernel that needs none of the table.",
