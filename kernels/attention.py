@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .ops import run
-from .problem import Problem, make_problem
+from .problem import Layout, Problem, make_problem
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_from_lse
 
@@ -114,6 +114,75 @@ def attention_kv_packed(
     return _run(make_problem("kv", _autocast(query, kv), **options), backend, return_lse)
 
 
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    query_lengths: Tensor | None = None,
+    is_causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of B sequences packed one after another without padding, each with itself (or with its own keys) only.
+
+    The diagonal, windows, slopes, dropout and lengths count within a sequence. Differentiable like `attention`.
+
+    Args:
+        query: (Tq, Hq, Dqk), the tokens of all sequences.
+        key: (Tk, Hkv, Dqk).
+        value: (Tk, Hkv, Dv).
+        cu_seqlens_q: (B + 1,) int32 or int64, ascending: where each sequence starts in `query`, and where the last one ends. Tokens
+            before the first start or past the last end belong to no sequence: output 0, lse -inf and zero gradients.
+        cu_seqlens_k: (B + 1,) likewise for `key` and `value`.
+        max_seqlen_q: at least the length of the longest sequence; tokens past it within a sequence do not count.
+        max_seqlen_k: likewise for the keys.
+        query_lengths: (B,): rows of a sequence at or past its length give output 0, lse -inf and zero gradients.
+        alibi_slopes: (Hq,) or (B, Hq).
+
+    The other arguments are those of `attention`.
+
+    Returns:
+        out (Tq, Hq, Dv) in the query's dtype, contiguous; with return_lse also lse (Hq, Tq), float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    problem = make_problem(
+        "varlen",
+        _autocast(query, key, value),
+        query_lengths=query_lengths,
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        deterministic=deterministic,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    out, lse = run(problem, choose(problem, backend))
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -200,12 +269,16 @@ def attention_weights(
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:
-    """Which backend `attention` would choose for these arguments, and every reason why the others would not run."""
+    """Which backend `attention` would choose for these arguments, and every reason why the others would not run.
+
+    With cu_seqlens_q among the options: which one `attention_varlen` would choose.
+    """
     options.pop("return_lse", None)
     options.pop("backend", None)
     if options.get("rng_state") is None and isinstance(query, Tensor):  # only asking must not advance torch's generator
         options["rng_state"] = torch.zeros(2, dtype=torch.int64, device=query.device)
-    return explain_problem(make_problem("separate", _autocast(query, key, value), **options))
+    layout: Layout = "varlen" if "cu_seqlens_q" in options else "separate"
+    return explain_problem(make_problem(layout, _autocast(query, key, value), **options))
 
 
 def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

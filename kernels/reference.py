@@ -15,9 +15,11 @@ Scores and softmax are float32 (float64 for float64 inputs).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .dropout import dropout_factors
 from .problem import Problem, with_memory_of
@@ -32,6 +34,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) in the query's dtype and memory order, and lse (B, Hq, Lq), float32 (float64 for float64 inputs)."""
     query = problem.query
+    if problem.cu_seqlens_q is not None:
+        out, lse = attention_reference(padded(problem))
+        out = unpadded(out, problem.cu_seqlens_q, query.shape[2], 0.0)
+        return with_memory_of(query, out), unpadded(lse[..., None], problem.cu_seqlens_q, query.shape[2], -torch.inf).squeeze(-1)
     with without_autocast(query):
         scores = masked_scores(problem)
         queries_present, keys_present = present(problem)
@@ -53,6 +59,50 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
             weights = weights * dropout(problem, 0, query.shape[1]).to(weights.dtype)  # 7.
         out = (weights @ repeat_heads(value, query.shape[1])).masked_fill(empty, 0.0)  # 8.; no gradient into empty rows, not even NaN
         return with_memory_of(query, out.to(query.dtype)), lse
+
+
+def padded(problem: Problem) -> Problem:
+    """Packed sequences as a batch of padded ones, (B, H, max_seqlen, D), with their lengths."""
+    assert problem.cu_seqlens_q is not None
+    assert problem.cu_seqlens_k is not None
+    index_q = _rows_of_sequences(problem.cu_seqlens_q, problem.query.shape[2], problem.max_seqlen_q)
+    index_k = _rows_of_sequences(problem.cu_seqlens_k, problem.key.shape[2], problem.max_seqlen_k)
+    tensors = ((problem.query, index_q), (problem.key, index_k), (problem.value, index_k))
+    query, key, value = (F.pad(tensor[0], (0, 0, 0, 1))[:, index].transpose(0, 1) for tensor, index in tensors)
+    lengths_q = (index_q < problem.query.shape[2]).sum(1, dtype=torch.int32)
+    if problem.query_lengths is not None:
+        lengths_q = torch.minimum(lengths_q, problem.query_lengths)
+    return replace(
+        problem,
+        layout="separate",
+        inputs=(query, key, value),
+        query=query,
+        key=key,
+        value=value,
+        query_lengths=lengths_q,
+        key_lengths=(index_k < problem.key.shape[2]).sum(1, dtype=torch.int32),
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+    )
+
+
+def _rows_of_sequences(cu_seqlens: Tensor, num_rows: int, max_seqlen: int) -> Tensor:
+    """(B, max_seqlen) int64: each sequence's rows; num_rows past its end."""
+    starts = cu_seqlens.clamp(0, num_rows).long()
+    rows = starts[:-1, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
+    return torch.where(rows < starts[1:, None], rows, num_rows)
+
+
+def unpadded(tensor: Tensor, cu_seqlens: Tensor, num_rows: int, fill: float) -> Tensor:
+    """(B, H, max_seqlen, D) -> (1, H, num_rows, D), `fill` in rows that belong to no sequence."""
+    batch, _, max_seqlen, _ = tensor.shape
+    starts = cu_seqlens.clamp(0, num_rows).long()
+    rows = torch.arange(num_rows, device=tensor.device)
+    sequence = torch.searchsorted(starts[1:], rows, right=True)
+    place = rows - starts[sequence]
+    belongs = (sequence < batch) & (place >= 0) & (place < max_seqlen)
+    index = torch.where(belongs, sequence * max_seqlen + place, batch * max_seqlen)
+    return F.pad(tensor.transpose(0, 1).flatten(1, 2), (0, 0, 0, 1), value=fill)[:, index][None]
 
 
 def masked_scores(problem: Problem, first_head: int = 0, last_head: int | None = None) -> Tensor:
