@@ -20,7 +20,7 @@ FUSED_MULTIPLY_ADD = re.compile(r"FFMA2?(\.|$)")  # what float32 products withou
 LEAST_MULTIPLY_ADDS = 64  # in a loop, to count as a matrix product
 
 LABEL = re.compile(r"\s*(\.L\S+):")
-INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*)")
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*)")
 TARGET = re.compile(r"(\.L_?\w+)")
 ENDS_BLOCK = {"BRA", "BRX", "JMP", "EXIT", "RET"}
 
