@@ -1,0 +1,153 @@
+"""The codegen gate finds what it is there for, and passes on kernels of every kind; `make codegen` runs it on the whole tile table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sass
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("these tests compile kernels", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+import triton_codegen_gate as gate  # noqa: E402
+from triton_offline import Binary, offline  # noqa: E402
+from triton_resources import Resources, failures, resources  # noqa: E402
+
+from fused_attention.benchmarks import tune  # noqa: E402
+from fused_attention.kernels.triton_launch import Tile, launch, tile_table  # noqa: E402
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+.L_x_1:
+        /*0020*/                   FFMA R5, R5, R6, R7 ;
+        /*0030*/              @!P1 BRA `(.L_x_1) ;
+        /*0040*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+.L_x_2:
+        /*0050*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8] ;
+        /*0060*/                   LDL R3, [R1] ;
+        /*0070*/               @P0 EXIT ;
+        /*0080*/                   BRA.U UP0, `(.L_x_2) ;
+        /*0090*/               @P2 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   BRA `(.L_x_3) ;
+"""
+
+
+def test_hot_loops_are_the_innermost_ones_with_matrix_products() -> None:
+    """x_0 holds x_1, which has no product, and x_2, which has one; x_3 is never reached."""
+    instructions, labels = sass.parse(LISTING)
+    assert len(instructions) == 12
+    assert labels == {".L_x_0": 1, ".L_x_1": 2, ".L_x_2": 5, ".L_x_3": 11}
+    _, successors = sass.control_flow(instructions, labels)
+    headers = sorted(sass.natural_loops(successors))
+    assert len(headers) == 3
+    (hot,) = sass.hot_loops(instructions, labels)
+    assert [instruction.opcode for instruction in hot] == ["HGMMA.64x64x16.F32", "LDL", "EXIT", "BRA.U"]
+
+
+def test_dominators_of_a_diamond_in_a_loop() -> None:
+    successors = [{1}, {2, 3}, {4}, {4}, {1, 5}, set(), {4}]
+    assert sass.dominators(successors) == {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 1, 3}, 4: {0, 1, 4}, 5: {0, 1, 4, 5}}
+    assert sass.natural_loops(successors) == {1: {1, 2, 3, 4}}
+
+
+def test_without_tensor_cores_loops_of_multiply_adds_are_hot() -> None:
+    body = "\n".join("        /*0010*/                   FFMA R5, R5, R6, R7 ;" for _ in range(sass.LEAST_MULTIPLY_ADDS))
+    listing = f".L_x_0:\n{body}\n        /*0020*/              @!P1 BRA `(.L_x_0) ;\n        /*0030*/                   EXIT ;\n"
+    (hot,) = sass.hot_loops(*sass.parse(listing))
+    assert len(hot) == sass.LEAST_MULTIPLY_ADDS + 1
+
+
+@triton.jit
+def product_kernel(
+    left, right, result, steps: tl.int32, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    rows, columns, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, D)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        a = tl.load(left + rows[:, None] * D + inner[None, :] + step)
+        b = tl.load(right + inner[:, None] * BLOCK_N + columns[None, :] + step)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    tl.store(result + rows[:, None] * BLOCK_N + columns[None, :], sums)
+
+
+def product(arch: int, head_dim: int, tile: Tile, dtype: torch.dtype = torch.bfloat16) -> tuple[Binary, Resources]:
+    tensors = (torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=dtype), torch.zeros(1))
+    with offline(arch, inspect=True) as launches:
+        launch(product_kernel, 1, tensors, (4,), (head_dim, "ieee"), tile)
+    return launches[0].binary, resources(launches[0].binary, arch)
+
+
+def test_a_good_kernel_passes() -> None:
+    binary, found = product(90, 64, Tile(64, 64, 4, 2))
+    assert failures(found, 90, tensor_cores=True) == []
+    assert found.counts["HGMMA"][1] > 0
+    assert found.threads == 128
+    assert found.spills == found.stack == 0
+    assert ".target sm_90a" in binary.ptx
+
+
+def test_spills_are_found() -> None:
+    _, found = product(80, 128, Tile(128, 128, 1, 1))
+    assert found.counts["HMMA"][1] > 0
+    reasons = failures(found, 80, tensor_cores=True)
+    assert any("spilled" in reason for reason in reasons)
+    assert any("local memory" in reason for reason in reasons)
+
+
+def test_too_much_shared_memory_is_found() -> None:
+    _, found = product(120, 256, Tile(128, 128, 8, 4))
+    assert any("shared memory" in reason for reason in failures(found, 120, tensor_cores=True))
+    assert not any("shared memory" in reason for reason in failures(found, 90, tensor_cores=False))
+
+
+def test_a_tile_without_warpgroup_products_is_found() -> None:
+    _, found = product(90, 64, Tile(32, 64, 4, 1))
+    assert failures(found, 90, tensor_cores=True) == ["no warpgroup matrix products"]
+    assert failures(found, 90, tensor_cores=False) == []
+
+
+def test_serialised_warpgroup_products_are_found() -> None:
+    binary, _ = product(90, 64, Tile(64, 64, 4, 2))
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...\n"
+    found = resources(dataclasses.replace(binary, log=warning + binary.log), 90)
+    assert failures(found, 90, tensor_cores=True) == ["warpgroup matrix products wait for one another"]
+
+
+def test_a_kernel_without_a_log_is_not_passed() -> None:
+    binary, _ = product(90, 64, Tile(64, 64, 4, 2))
+    with pytest.raises(ValueError, match="not in the ptxas log"):
+        resources(dataclasses.replace(binary, log=""), 90)
+
+
+def test_the_gate_covers_the_tile_table() -> None:
+    """Every row, but for devices of no known family."""
+    gated = {row for task in gate.tasks("") for row in task.rows().values()}
+    assert gated == {key for key in tile_table() if key[1] != "other"}
+
+
+# One of each pass; with all rows of the table it takes a quarter of an hour.
+SAMPLE = (
+    ("forward", "16-bit", 64, "plain"),
+    ("forward", "16-bit", 128, "dropout"),
+    ("backward", "16-bit", 64, "bias"),
+    ("dbias", "16-bit", 64, "bias"),
+    ("decode", "16-bit", 128, "bias"),
+    ("weights", "fp32", 32, "masked"),
+)
+
+
+@pytest.mark.parametrize("family", gate.ARCHITECTURES)
+@pytest.mark.parametrize("row", SAMPLE, ids=lambda row: " ".join(map(str, row)))
+def test_shipped_tiles_pass(family: str, row: tuple[str, str, int, str]) -> None:
+    measured_pass, dtype, head_dim, feature_class = row
+    lines = gate.check(gate.Task(measured_pass, family, dtype, head_dim, feature_class))
+    assert {line.kernel_name for line in lines} >= set(tune.PASSES[measured_pass])
+    assert [gate.text(line) for line in lines if line.failures] == []
