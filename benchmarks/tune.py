@@ -98,7 +98,7 @@ def is_plausible(tile: Tile, row: Row) -> bool:
         return False  # tile lists are of 64 x 64 tiles
     if row.dtype == "fp32":  # without tensor cores a thread holds whole lines of both factors
         lines = math.sqrt(kept * visited / (32 * tile.num_warps))
-        return lines * row.head_dim <= 256 or (kept, visited, tile.num_warps) == (16, 16, 8)
+        return max(kept, visited) <= 64 and (lines * row.head_dim <= 256 or (kept, visited, tile.num_warps) == (16, 16, 8))
     accumulators = {"forward": 1, "dkdv": 2, "dq": 1, "decode": 1}.get(row.kernel_name, 0)
     registers = kept * (accumulators * row.head_dim + visited) / (32 * tile.num_warps)  # of the sums alone
     products_from_shared_memory = row.family in ("sm90", "sm100")
