@@ -210,7 +210,9 @@ def attention_dkdv(
     MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Works on transposed tiles (BLOCK_N, BLOCK_M): their products with dout and query sum over rows, the second dim."""
-    HAS_FLOAT_MASK: tl.constexpr = attn_mask is not None and not MASK_IS_BOOL
+    # A full block by loop bounds has all its rows, one of a list may reach past the last row; a float mask can empty any row.
+    EMPTY_ROWS: tl.constexpr = attn_mask is not None and not MASK_IS_BOOL
+    CHECK_ROWS: tl.constexpr = EMPTY_ROWS or tiles is not None
     program = tl.program_id(0).to(tl.int64)
     num_key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     num_groups = num_heads // heads_per_group
@@ -257,21 +259,20 @@ def attention_dkdv(
             alibi_slope = tl.load(alibi_slopes + batch * stride_slopes_batch + head * stride_slopes_head).to(tl.float32)
         column_sum = tl.zeros((BLOCK_N,), tl.float32)
         for MASKED in tl.static_range(2):  # first the row blocks of which every score counts, then the mixed ones
-            # A full block by loop bounds has all its rows, one of a list may reach past the last row; a float mask can empty any row.
-            EMPTY_ROWS: tl.constexpr = MASKED or HAS_FLOAT_MASK
-            CHECKED: tl.constexpr = EMPTY_ROWS or tiles is not None
             steps = num_blocks(first, first_full, last_full, last, head_tiles, MASKED, BLOCK_M)
             if start_n >= keys_present:
                 steps = 0
             for step in range(steps):
                 start_m = block_start(step, first, first_full, last_full, head_tiles, num_tiles, MASKED, BLOCK_M)
                 rows = start_m + tl.arange(0, BLOCK_M)
-                row_lse, row_delta, attends = row_statistics(lse + place, delta + place, rows, seqlen_q, CHECKED, EMPTY_ROWS)
-                q = load_tile(head_query, rows, attends, stride_query_row, HEAD_DIM_QK, BLOCK_DQK, CHECKED)
-                do = load_tile(head_dout, rows, attends, stride_dout_row, HEAD_DIM_V, BLOCK_DV, CHECKED)
+                row_lse, row_delta, attends = row_statistics(
+                    lse + place, delta + place, rows, seqlen_q, MASKED or CHECK_ROWS, MASKED or EMPTY_ROWS
+                )
+                q = load_tile(head_query, rows, attends, stride_query_row, HEAD_DIM_QK, BLOCK_DQK, MASKED or CHECK_ROWS)
+                do = load_tile(head_dout, rows, attends, stride_dout_row, HEAD_DIM_V, BLOCK_DV, MASKED or CHECK_ROWS)
                 products = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_N, BLOCK_M), not yet scaled
                 dweights = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
-                weights, dscores, dproducts = tile_gradients(
+                _weights, dscores, dproducts = tile_gradients(
                     products, dweights, rows[None, :], keys[:, None], row_lse[None, :], row_delta[None, :], rows_present, keys_present,
                     exist[:, None], offset, window_left, window_right, score_scale, softcap_log2,
                     head_mask, stride_mask_row, stride_mask_key, alibi_slope,
@@ -376,7 +377,7 @@ def attention_dq(
             v = load_tile(value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, MASKED)
             products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_N), not yet scaled
             dweights = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
-            _, dscores, dproducts = tile_gradients(
+            _weights, dscores, dproducts = tile_gradients(
                 products, dweights, rows[:, None], keys[None, :], row_lse[:, None], row_delta[:, None], rows_present, keys_present,
                 exist[None, :], offset, window_left, window_right, score_scale, softcap_log2,
                 attn_mask, stride_mask_row, stride_mask_key, alibi_slope,

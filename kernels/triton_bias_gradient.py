@@ -71,10 +71,10 @@ def attention_dbias(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for batch_of_mask in range(batches_per_mask):
         batch = mask_batch * batches_per_mask + batch_of_mask
-        _, _, _, rows_present, keys_present, offset = sequence_sizes(
+        _first_row, _first_key, _rows_in_memory, rows_present, keys_present, offset = sequence_sizes(
             batch, seqlen_q, seqlen_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, BOTTOM_RIGHT
         )
-        first, _, _, last = key_blocks(
+        first, _first_full, _last_full, last = key_blocks(
             start_m, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
         )
         batch_key_mask = key_mask
@@ -104,7 +104,7 @@ def attention_dbias(
             v = load_tile(head_value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, True)
             products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_N), not yet scaled
             dweights = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
-            _, dscores, _ = tile_gradients(
+            _weights, dscores, _dproducts = tile_gradients(
                 products, dweights, rows[:, None], keys[None, :], row_lse[:, None], row_delta[:, None], rows_present, keys_present,
                 exist[None, :], offset, window_left, window_right, score_scale, softcap_log2,
                 head_mask, stride_mask_row, stride_mask_key, alibi_slope,
