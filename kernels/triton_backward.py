@@ -272,7 +272,7 @@ def attention_dkdv(
                 do = load_tile(head_dout, rows, attends, stride_dout_row, HEAD_DIM_V, BLOCK_DV, MASKED or CHECK_ROWS)
                 products = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_N, BLOCK_M), not yet scaled
                 dweights = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
-                _weights, dscores, dproducts = tile_gradients(
+                weights, dscores, dproducts = tile_gradients(
                     products, dweights, rows[None, :], keys[:, None], row_lse[None, :], row_delta[None, :], rows_present, keys_present,
                     exist[:, None], offset, window_left, window_right, score_scale, softcap_log2,
                     head_mask, stride_mask_row, stride_mask_key, alibi_slope,
