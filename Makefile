@@ -5,10 +5,10 @@ BIN = $(VENV)/bin
 # libgomp reads this when torch loads it: short spinning at barriers, so that two busy processes do not stall each other.
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: help install build demo test test-oldest bench lint check-tools
+.PHONY: help install build demo test test-oldest bench lint codegen test-oldest-triton check-tools
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 
 demo: build ## train a translator for ten minutes and write demo/report.html
 	$(BIN)/python -m fused_attention demo --overwrite
@@ -18,6 +18,14 @@ test: build ## run the test suite
 
 bench: build ## compare with torch on this machine; prints one table and saves the run
 	$(BIN)/python -m fused_attention bench
+
+codegen: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (15 minutes)
+	$(BIN)/python tests/triton_codegen_gate.py --report docs/results
+	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report docs/results
+
+test-oldest-triton: install .venv-triton-oldest/installed ## run the tests of the Triton kernels with the oldest supported Triton
+	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py
+	TRITON_INTERPRET=1 .venv-triton-oldest/bin/python -m pytest tests/on_triton
 
 lint: install ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -35,6 +43,14 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt | check-tools
 	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -vE '^(torch|triton)==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools wheel pybind11 ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+# The oldest Triton, and everything else from $(VENV).
+.venv-triton-oldest/installed: $(VENV)/installed
+	$(BIN)/python -m venv .venv-triton-oldest
+	.venv-triton-oldest/bin/python -m pip install --quiet --no-deps 'triton==3.6.*'
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(.venv-triton-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/everything-else.pth
 	touch $@
 
 check-tools:

@@ -60,8 +60,8 @@ def has_class(kernel_name: str, feature_class: str) -> bool:
 # Candidates, the one that should be fastest first: large tiles load less, few warps share less, stages hide latency if registers allow.
 WIDE = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)]
 TALL = [(128, 64, 4, 3), (128, 64, 4, 2)]
-SQUARE = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 64, 8, 1)]
-LOW = [(64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 4, 1), (64, 16, 8, 1)]
+SQUARE = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1), (64, 64, 8, 1)]
+LOW = [(64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 4, 1), (64, 32, 8, 1), (64, 16, 4, 1), (64, 16, 8, 1)]
 SMALL = [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
 ACROSS_KEYS = [(128, 64, 8, 2), (128, 64, 8, 1), *SQUARE[1:], *LOW, *SMALL]  # of kernels with two products of scores' shape in flight
 SPLIT_KEYS = [
