@@ -137,7 +137,7 @@ def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dls
     score_rounding = weights * (row_rounding + term_eps * dweights)  # the same for all keys of a row, rows differ by chance
     if "attn_mask" in exact:
         shape = exact["attn_mask"].shape
-        by_row = score_rounding if shape[3] > 1 else score_rounding.sum(3, keepdim=True)
+        by_row = score_rounding if shape[3] == score_rounding.shape[3] else score_rounding.sum(3, keepdim=True)
         rounding["attn_mask"] = (by_row**2).sum_to_size(shape).sqrt()
     if "alibi_slopes" in exact:
         by_row = (score_rounding * key_minus_diagonal(problem).abs()).sum(3)

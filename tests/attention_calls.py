@@ -101,7 +101,7 @@ def mask(kind: str, dims: str, full_shape: tuple[int, ...]) -> Tensor:
         allowed[:, :, 1] = False
     if kind == "bool":
         return allowed
-    return torch.randn(shape).masked_fill(~allowed, -torch.inf if dims[3] == "K" else -1.0).to(getattr(torch, kind))
+    return torch.randn(shape).masked_fill(~allowed, -torch.inf).to(getattr(torch, kind))
 
 
 def key_mask(kind: str, batch: int, seqlen_k: int) -> Tensor:
