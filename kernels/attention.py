@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .ops import run
+from .prepared_mask import PreparedMask
 from .problem import Layout, Problem, make_problem
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_from_lse
@@ -22,7 +23,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | PreparedMask | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     query_lengths: Tensor | None = None,
@@ -48,7 +49,7 @@ def attention(
         key: (B, Hkv, Lk, Dqk); Hq must be a multiple of Hkv (grouped-query attention, Ainslie et al., arXiv 2305.13245).
         value: (B, Hkv, Lk, Dv).
         attn_mask: bool (True = may attend) or float (added to the scaled scores; below -1e30 masks); (Lq, Lk), or 4-D and
-            broadcastable to (B, Hq, Lq, Lk).
+            broadcastable to (B, Hq, Lq, Lk). Or a PreparedMask, which holds all that masks: what prepare_mask takes is given there.
         key_mask: (B, Lk) bool, True = may attend: padding of any pattern. What absent keys hold never matters, not even NaN.
         key_lengths: (B,) int32 or int64, clamped to [0, Lk]: keys at or past the length are absent.
         query_lengths: (B,) likewise for queries: rows at or past the length give output 0, lse -inf and zero gradients.
@@ -181,6 +182,59 @@ def attention_varlen(
     out, lse = run(problem, choose(problem, backend))
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
+
+
+def attention_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_lengths: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of the newest tokens to a cache that holds them too, causal from the bottom right; forward only.
+
+    The last query is the last key of its sequence: query i of Lq sees the keys up to key_lengths - Lq + i.
+
+    Args:
+        query: (B, Hq, Lq, Dqk), mostly Lq = 1.
+        key_cache: (B, Hkv, Lk, Dqk); what stands at or past a sequence's length never matters.
+        value_cache: (B, Hkv, Lk, Dv).
+        key_lengths: (B,) int32 or int64: how many keys each sequence has so far, those of `query` included.
+
+    The other arguments are those of `attention`.
+
+    Returns:
+        out (B, Hq, Lq, Dv), and lse (B, Hq, Lq) if asked, as from `attention`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
+    """
+    problem = make_problem(
+        "separate",
+        _autocast(query, key_cache, value_cache),
+        key_mask=key_mask,
+        key_lengths=key_lengths,
+        is_causal="bottom_right",
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    if torch.is_grad_enabled() and problem.requires_grad():
+        raise RuntimeError(
+            "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
+        )
+    return _run(problem, backend, return_lse)
 
 
 def scaled_dot_product_attention(

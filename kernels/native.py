@@ -48,7 +48,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append("the gradient of attn_mask is not covered")
     if problem.layout == "varlen":
         reasons.append("packed sequences are not covered")
-    if problem.window_left is not None or problem.window_right is not None:
+    if problem.mask_bits is None and (problem.window_left is not None or problem.window_right is not None):
         reasons.append("window is not covered")
     if problem.softcap is not None:
         reasons.append("softcap is not covered")
@@ -115,7 +115,9 @@ def _strided(tensor: Tensor) -> tuple[int, int, int, int]:
 
 def _float_mask(problem: Problem) -> Tensor | None:
     """attn_mask as float32 with stride 0 in broadcast dims, converted at its own size, before it is broadcast."""
-    mask = problem.attn_mask
+    mask, prepared_pairs = problem.attn_mask, problem.prepared_pairs()
+    if prepared_pairs is not None:
+        mask = prepared_pairs if mask is None else mask.detach().masked_fill(~prepared_pairs, -torch.inf)
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .prepared_mask import PreparedMask
 
 Causal = Literal["none", "top_left", "bottom_right"]
 Layout = Literal["separate", "qkv", "kv", "varlen"]
@@ -59,6 +62,10 @@ class Problem:
         """Whether any tensor that has a gradient asks for it."""
         differentiable = (*self.inputs, self.attn_mask, self.alibi_slopes, self.sinks)
         return any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+
+    def prepared_pairs(self) -> Tensor | None:
+        """(B or 1, Hq or 1, Lq, Lk) bool: which query may attend to which key by a PreparedMask; None without one."""
+        return None if self.mask_bits is None else unpack_bits(self.mask_bits, self.key.shape[2])
 
     def op_arguments(self) -> tuple:
         """The arguments of the registered op of this layout, in the order of its schema."""
@@ -134,6 +141,12 @@ def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, T
     return inputs[0], key, value
 
 
+def unpack_bits(bits: Tensor, length: int) -> Tensor:
+    """(..., ceil(length / 32)) int32 -> (..., length) bool: bit i % 32 of word i // 32."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :length]
+
+
 def empty_output(query: Tensor, head_dim_v: int) -> Tensor:
     """Uninitialised (B, Hq, Lq, Dv) output whose memory follows the query's: batch-first or sequence-first, heads merged for free."""
     batch, num_heads, seqlen_q, _ = query.shape
@@ -157,7 +170,7 @@ def make_problem(
     layout: Layout,
     inputs: tuple[Tensor, ...],
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | PreparedMask | None = None,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     query_lengths: Tensor | None = None,
@@ -194,12 +207,25 @@ def make_problem(
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device, cu_seqlens_q.shape[0])
         batch = cu_seqlens_q.shape[0] - 1
-        max_seqlen_q = _checked_max_seqlen("max_seqlen_q", max_seqlen_q)
-        max_seqlen_k = _checked_max_seqlen("max_seqlen_k", max_seqlen_k)
+        max_seqlen_q = checked_seqlen("max_seqlen_q", max_seqlen_q)
+        max_seqlen_k = checked_seqlen("max_seqlen_k", max_seqlen_k)
     else:
         if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
             raise TypeError("cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k are arguments of attention_varlen only")
         max_seqlen_q, max_seqlen_k = seqlen_q, seqlen_k
+    prepared = None
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        prepared = attn_mask
+        beside = {
+            "key_mask": key_mask,
+            "key_lengths": key_lengths,
+            "query_lengths": query_lengths,
+            "is_causal": is_causal,
+            "window": window,
+        }
+        _check_prepared(prepared, (batch, num_heads, seqlen_q, seqlen_k), device, beside)
+        attn_mask, window, is_causal = prepared.bias, prepared.window, False if prepared.causal == "none" else prepared.causal
+        key_mask, key_lengths, query_lengths = prepared.key_mask, prepared.key_lengths, prepared.query_lengths
     if attn_mask is not None:
         attn_mask = _checked_attn_mask(attn_mask, (batch, num_heads, seqlen_q, seqlen_k), device)
     if key_mask is not None:
@@ -225,7 +251,7 @@ def make_problem(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     window_left, window_right = _checked_window(window)
-    return Problem(
+    problem = Problem(
         layout,
         inputs,
         query,
@@ -240,10 +266,10 @@ def make_problem(
         _checked_rng_state(rng_state, dropout_p, device),
         cu_seqlens_q,
         cu_seqlens_k,
-        None,
-        None,
-        None,
-        None,
+        None if prepared is None else prepared.mask_bits,
+        None if prepared is None else prepared.mask_bits_transposed,
+        None if prepared is None else prepared.row_tiles,
+        None if prepared is None else prepared.column_tiles,
         scale,
         _checked_causal(is_causal),
         window_left,
@@ -254,6 +280,9 @@ def make_problem(
         max_seqlen_q,
         max_seqlen_k,
     )
+    if prepared is not None and prepared.mask_bits_transposed is None and torch.is_grad_enabled() and problem.requires_grad():
+        raise ValueError("attn_mask was prepared with gradients=False, but a gradient is asked for: leave gradients=True in prepare_mask")
+    return problem
 
 
 _INPUT_NAMES: dict[Layout, tuple[str, ...]] = {
@@ -270,7 +299,7 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
     dims, shape_words = (3, "(num_tokens, num_heads, head_dim)") if layout == "varlen" else (4, "(batch, num_heads, seqlen, head_dim)")
     first = inputs[0]
     for name, tensor in zip(names, inputs, strict=True):
-        _check_dense(name, tensor)
+        check_dense(name, tensor)
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor.dtype != first.dtype:
@@ -306,7 +335,7 @@ def has_contiguous_last_dim(tensor: Tensor) -> bool:
     return tensor.shape[-1] == 1 or tensor.stride(-1) == 1
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
@@ -321,7 +350,7 @@ def _check_tensor(
     shapes: tuple[tuple[int, ...], ...],
     shape_words: str,
 ) -> None:
-    _check_dense(name, tensor)
+    check_dense(name, tensor)
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
@@ -346,7 +375,7 @@ def _as_int32(lengths: Tensor) -> Tensor:
 
 def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.device, length: int | None = None) -> Tensor:
     """length: how many there must be, those of the queries; None = any number, at least 1."""
-    _check_dense(name, cu_seqlens)  # type: ignore[arg-type]  # None is refused by name
+    check_dense(name, cu_seqlens)  # type: ignore[arg-type]  # None is refused by name
     assert cu_seqlens is not None
     if length is None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -356,22 +385,38 @@ def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.devi
     return _as_int32(cu_seqlens)
 
 
-def _checked_max_seqlen(name: str, max_seqlen: int | None) -> int:
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(max_seqlen).__name__}")
-    if max_seqlen < 0:
-        raise ValueError(f"{name} must be >= 0, got {max_seqlen}")
-    return max_seqlen
+def checked_seqlen(name: str, seqlen: int | None) -> int:
+    if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(seqlen).__name__}")
+    if seqlen < 0:
+        raise ValueError(f"{name} must be >= 0, got {seqlen}")
+    return seqlen
 
 
-def _check_no_padding(**arguments: Tensor | None) -> None:
+def _check_no_padding(**arguments: object) -> None:
     for name, argument in arguments.items():
         if argument is not None:
             raise ValueError(f"{name} must be None for packed sequences: cu_seqlens_q and cu_seqlens_k say where each one starts and ends")
 
 
+def _check_prepared(mask: PreparedMask, full_shape: tuple[int, int, int, int], device: torch.device, beside: dict[str, Any]) -> None:
+    if not hasattr(mask, "mask_bits"):  # its class is not known here: prepare_mask needs this module
+        raise TypeError(f"attn_mask must be a torch.Tensor or a PreparedMask, got {type(mask).__name__}")
+    for name, argument in beside.items():
+        if argument is not None and argument is not False:
+            raise ValueError(f"{name} must not be given beside a PreparedMask: give it to prepare_mask")
+    if mask.mask_bits.device != device:
+        raise ValueError(f"attn_mask must be on the device of query, {device}, got {mask.mask_bits.device}: PreparedMask.to moves it")
+    fits = all(size == full or (size == 1 and dim < 2) for dim, (size, full) in enumerate(zip(mask.shape, full_shape, strict=True)))
+    if not fits:
+        raise ValueError(
+            "attn_mask must have been prepared for (1 or batch, 1 or num_heads, seqlen_q, seqlen_k) of "
+            f"{tuple(int(n) for n in full_shape)}, it is for {mask.shape}"
+        )
+
+
 def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    _check_dense("attn_mask", mask)
+    check_dense("attn_mask", mask)
     if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added to the scores), got {mask.dtype}")
     if mask.device != device:

@@ -116,28 +116,38 @@ def masked_scores(problem: Problem, first_head: int = 0, last_head: int | None =
     scores = problem.scale * (query @ key.transpose(-1, -2))  # 2.
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)  # 3.
-    distance = key_minus_diagonal(problem)  # (B, 1, Lq, Lk)
-    allowed = (queries_present[:, :, None] & keys_present[:, None, :])[:, None]
-    if problem.attn_mask is not None:
-        mask = problem.attn_mask
-        mask = mask[:, heads] if mask.shape[1] > 1 else mask
-        if mask.dtype == torch.bool:
-            allowed = allowed & mask
-        else:
-            masks = mask < MASKED_BELOW
-            allowed = allowed & ~masks
-            scores = scores + mask.masked_fill(masks, 0.0).to(dtype)  # 4.
+    if problem.attn_mask is not None and problem.attn_mask.dtype != torch.bool:
+        bias = of_heads(problem.attn_mask, heads)
+        scores = scores + bias.masked_fill(bias < MASKED_BELOW, 0.0).to(dtype)  # 4.
     if problem.alibi_slopes is not None:
         slopes = problem.alibi_slopes.to(dtype)
         slopes = (slopes if slopes.dim() == 2 else slopes[None])[:, heads]
-        scores = scores - slopes[:, :, None, None] * distance.abs()
+        scores = scores - slopes[:, :, None, None] * key_minus_diagonal(problem).abs()
+    return scores.masked_fill(~allowed_pairs(problem, heads), -torch.inf)  # 5.
+
+
+def allowed_pairs(problem: Problem, heads: slice = slice(None)) -> Tensor:
+    """Which query may attend to which key: (B, heads or 1, Lq, Lk) bool."""
+    queries_present, keys_present = present(problem)
+    allowed = (queries_present[:, :, None] & keys_present[:, None, :])[:, None]
+    if problem.attn_mask is not None:
+        mask = of_heads(problem.attn_mask, heads)
+        allowed = allowed & (mask if mask.dtype == torch.bool else ~(mask < MASKED_BELOW))
+    prepared_pairs = problem.prepared_pairs()
+    if prepared_pairs is not None:
+        allowed = allowed & of_heads(prepared_pairs, heads)
+    distance = key_minus_diagonal(problem)  # (B, 1, Lq, Lk)
     if problem.causal != "none":
         allowed = allowed & (distance <= 0)
     if problem.window_left is not None:
         allowed = allowed & (distance >= -problem.window_left)
     if problem.window_right is not None:
         allowed = allowed & (distance <= problem.window_right)
-    return scores.masked_fill(~allowed, -torch.inf)  # 5.
+    return allowed
+
+
+def of_heads(mask: Tensor, heads: slice) -> Tensor:
+    return mask[:, heads] if mask.shape[1] > 1 else mask
 
 
 def present(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def test_lse_that_is_no_floating_point_tensor_is_refused() -> None:
 def test_scaled_dot_product_attention_names_what_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="key must be a torch.Tensor, got NoneType"):
         scaled_dot_product_attention(QUERY, None, KEY)
-    with pytest.raises(TypeError, match="attn_mask must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match="attn_mask must be a torch.Tensor or a PreparedMask, got list"):
         scaled_dot_product_attention(QUERY, KEY, KEY, attn_mask=[[True]])
 
 

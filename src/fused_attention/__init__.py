@@ -1,6 +1,14 @@
 """Fused attention kernels, a drop-in MultiHeadAttention and an encoder-decoder Transformer: every public name."""
 
-from fused_attention.kernels.attention import attention, attention_weights, explain, scaled_dot_product_attention
+from fused_attention.kernels.attention import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    attention_weights,
+    explain,
+    scaled_dot_product_attention,
+)
+from fused_attention.kernels.prepared_mask import PreparedMask, prepare_mask
 from fused_attention.kernels.routing import Explanation
 from fused_attention.transformer.attention import MultiHeadAttention
 from fused_attention.transformer.cache import KVCache
@@ -13,10 +21,14 @@ __all__ = [
     "Explanation",
     "KVCache",
     "MultiHeadAttention",
+    "PreparedMask",
     "Transformer",
     "attention",
+    "attention_decode",
+    "attention_varlen",
     "attention_weights",
     "explain",
+    "prepare_mask",
     "replace_attention",
     "scaled_dot_product_attention",
 ]

@@ -1,0 +1,167 @@
+"""Masks made ready for kernels once and used by many calls: bits instead of bytes, and lists of the tiles that hold anything.
+
+1. fold everything that decides whether query i may attend to key j into one bool matrix
+2. pack it into 32-bit words along the keys, and along the queries for the backward pass
+3. classify its 64 x 64 tiles as empty, full or mixed, and list the full and the mixed ones of each row and each column of tiles
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .problem import Causal, check_dense, checked_seqlen, make_problem, unpack_bits
+from .reference import allowed_pairs
+
+TILE = 64
+GATHER_BITS = 0x0102040810204080  # times eight bytes that are 0 or 1: byte k ends up as bit 56 + k
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PreparedMask:
+    """What `prepare_mask` returns, for `attn_mask` of the attention functions. B' is 1 or B, H' 1 or Hq."""
+
+    bias: Tensor | None  # the float attn_mask, 4-D
+    key_mask: Tensor | None  # (B, Lk) bool
+    key_lengths: Tensor | None  # (B,) int32
+    query_lengths: Tensor | None  # (B,) int32
+    causal: Causal
+    window: tuple[int | None, int | None]
+    shape: tuple[int, int, int, int]  # (B', H', Lq, Lk)
+    mask_bits: Tensor  # (B', H', Lq, ceil(Lk / 32)) int32: bit j % 32 of word j // 32 is 1 when the query may attend to key j
+    mask_bits_transposed: Tensor | None  # (B', H', Lk, ceil(Lq / 32)) int32; like column_tiles None without gradients
+    row_tiles: Tensor  # (B', H', ceil(Lq / 64), 2 + ceil(Lk / 64)) int32: see tile_lists
+    column_tiles: Tensor | None  # (B', H', ceil(Lk / 64), 2 + ceil(Lq / 64)) int32
+
+    def __repr__(self) -> str:
+        gradients = self.mask_bits_transposed is not None
+        return f"PreparedMask(shape={self.shape}, bias={self.bias is not None}, gradients={gradients}, device='{self.mask_bits.device}')"
+
+    def to(self, device: torch.device | str) -> PreparedMask:
+        """The same mask with its tensors on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def unpack(self) -> Tensor:
+        """(B', H', Lq, Lk) bool: which query may attend to which key."""
+        return unpack_bits(self.mask_bits, self.shape[3])
+
+
+def prepare_mask(
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    key_lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    is_causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    seqlen_q: int | None = None,
+    seqlen_k: int | None = None,
+    gradients: bool = True,
+) -> PreparedMask:
+    """Prepares everything that masks, as the arguments of `attention` of these names say, once for many calls and layers.
+
+    A float attn_mask stays what is added to the scores and keeps its gradient; where it masks (below -1e30) is read now.
+
+    Args:
+        attn_mask: bool (True = may attend) or float; (Lq, Lk), or 4-D and broadcastable to (B, Hq, Lq, Lk).
+        key_mask: (B, Lk) bool, True = may attend.
+        seqlen_q: Lq, where it is not the size of attn_mask; seqlen_k: Lk, where it is not the size of key_mask or attn_mask.
+        gradients: also prepare what the backward pass needs; without it no input of the call may require gradients.
+
+    Returns:
+        a PreparedMask, to be given as attn_mask to calls whose sizes are these; 1 fits any batch size or number of heads.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    given = {"key_mask": key_mask, "key_lengths": key_lengths, "query_lengths": query_lengths, "attn_mask": attn_mask}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        check_dense(name, tensor)
+    batch, num_heads = (1, 1) if attn_mask is None or attn_mask.dim() != 4 else attn_mask.shape[:2]
+    batch = next((tensor.shape[0] for name, tensor in tensors.items() if name != "attn_mask" and tensor.dim() > 0), batch)
+    device = next((tensor.device for tensor in tensors.values()), None)
+    seqlen_q = _seqlen("seqlen_q", seqlen_q, (attn_mask, -2))
+    seqlen_k = _seqlen("seqlen_k", seqlen_k, (key_mask, -1), (attn_mask, -1))
+    nothing = torch.empty(1, device=device)
+    query, key = (nothing.expand(batch, num_heads, seqlen, 1) for seqlen in (seqlen_q, seqlen_k))
+    problem = make_problem(
+        "separate",
+        (query, key, key),
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        key_lengths=key_lengths,
+        query_lengths=query_lengths,
+        is_causal=is_causal,
+        window=window,
+    )
+    with torch.no_grad():
+        allowed = allowed_pairs(problem)
+        mask_bits = pack_bits(allowed)
+        full, mixed = classify_tiles(mask_bits, seqlen_k)
+    return PreparedMask(
+        bias=None if problem.attn_mask is None or problem.attn_mask.dtype == torch.bool else problem.attn_mask,
+        key_mask=problem.key_mask,
+        key_lengths=problem.key_lengths,
+        query_lengths=problem.query_lengths,
+        causal=problem.causal,
+        window=(problem.window_left, problem.window_right),
+        shape=(batch, num_heads, seqlen_q, seqlen_k),
+        mask_bits=mask_bits,
+        mask_bits_transposed=pack_bits(allowed.transpose(2, 3)) if gradients else None,
+        row_tiles=tile_lists(full, mixed),
+        column_tiles=tile_lists(full.transpose(2, 3), mixed.transpose(2, 3)) if gradients else None,
+    )
+
+
+def _seqlen(name: str, seqlen: int | None, *sources: tuple[Tensor | None, int]) -> int:
+    if seqlen is not None:
+        return checked_seqlen(name, seqlen)
+    for tensor, dim in sources:
+        if tensor is not None and tensor.dim() >= -dim:
+            return tensor.shape[dim]
+    raise ValueError(f"{name} must be given: no mask says how long the sequences are")
+
+
+def pack_bits(allowed: Tensor) -> Tensor:
+    """(..., L) bool -> (..., ceil(L / 32)) int32: bit i % 32 of word i // 32; bits past L are 0."""
+    *lines, length = allowed.shape
+    allowed = F.pad(allowed, (0, -length % 32)).contiguous()
+    eight_bools = allowed.view(-1).view(torch.int64)  # little-endian, as every platform of torch is
+    packed = ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8)
+    return packed.view(torch.int32).view(*lines, allowed.shape[-1] // 32)
+
+
+def classify_tiles(mask_bits: Tensor, seqlen_k: int) -> tuple[Tensor, Tensor]:
+    """Which tiles are full and which mixed, (B', H', ceil(Lq / 64), ceil(Lk / 64)) bool each.
+
+    Full: every row that exists may attend to all 64 keys of the tile, which all exist.
+    """
+    seqlen_q, num_words = mask_bits.shape[2:]
+    num_rows, num_columns = -(-seqlen_q // TILE), -(-seqlen_k // TILE)
+    words = F.pad(mask_bits, (0, 2 * num_columns - num_words)).unflatten(3, (num_columns, 2))
+    some = _by_row_blocks((words != 0).any(-1), num_rows, False).any(3)
+    full = _by_row_blocks((words == -1).all(-1), num_rows, True).all(3)
+    return full, some & ~full
+
+
+def _by_row_blocks(rows: Tensor, num_blocks: int, fill: bool) -> Tensor:
+    """(B', H', Lq, tiles) -> (B', H', blocks, 64, tiles), `fill` in rows past Lq."""
+    return F.pad(rows, (0, 0, 0, num_blocks * TILE - rows.shape[2]), value=fill).unflatten(2, (num_blocks, TILE))
+
+
+def tile_lists(full: Tensor, mixed: Tensor) -> Tensor:
+    """(..., n) bool each -> (..., 2 + n) int32 lists.
+
+    A list is [number of full tiles, number of mixed ones, the full ones ascending, ..., the mixed ones descending].
+    """
+    num_tiles = full.shape[-1]
+    tile = torch.arange(num_tiles, device=full.device)
+    place = torch.where(full, tile, torch.where(mixed, 3 * num_tiles - tile, num_tiles + tile))  # empty ones in between
+    return torch.cat((full.sum(-1, keepdim=True), mixed.sum(-1, keepdim=True), place.argsort(-1)), dim=-1).int()
