@@ -63,7 +63,8 @@ TALL = [(128, 64, 4, 3), (128, 64, 4, 2)]
 SQUARE = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1), (64, 64, 8, 1)]
 LOW = [(64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 4, 1), (64, 32, 8, 1), (64, 16, 4, 1), (64, 16, 8, 1)]
 SMALL = [(32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)]
-ACROSS_KEYS = [(128, 64, 8, 2), (128, 64, 8, 1), *SQUARE[1:], *LOW, *SMALL]  # of kernels with two products of scores' shape in flight
+# Of the backward kernels, with two tiles of scores at a time.
+BACKWARD = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1), (64, 64, 8, 1), *LOW[1:], *SMALL]
 SPLIT_KEYS = [
     (16, 128, 4, 3),
     (16, 128, 4, 2),
@@ -85,7 +86,7 @@ def candidates(row: Row) -> list[Tile]:
     elif row.kernel_name == "decode":
         tiles = SPLIT_KEYS
     else:
-        tiles = ACROSS_KEYS
+        tiles = BACKWARD
     if row.kernel_name == "dkdv":  # its programs keep a block of keys and visit rows
         tiles = [(block_n, block_m, num_warps, num_stages) for block_m, block_n, num_warps, num_stages in tiles]
     return [tile for tile in map(Tile._make, tiles) if is_plausible(tile, row)]
@@ -98,11 +99,12 @@ def is_plausible(tile: Tile, row: Row) -> bool:
         return False  # tile lists are of 64 x 64 tiles
     if row.dtype == "fp32":  # without tensor cores a thread holds whole lines of both factors
         lines = math.sqrt(kept * visited / (32 * tile.num_warps))
-        return max(kept, visited) <= 64 and (lines * row.head_dim <= 256 or (kept, visited, tile.num_warps) == (16, 16, 8))
+        return max(kept, visited) <= 64 and lines * row.head_dim <= (182 if row.head_dim <= 64 else 256)
     accumulators = {"forward": 1, "dkdv": 2, "dq": 1, "decode": 1}.get(row.kernel_name, 0)
-    registers = kept * (accumulators * row.head_dim + visited) / (32 * tile.num_warps)  # of the sums alone
+    score_tiles = 1 if row.kernel_name in ("forward", "decode") else 2
+    registers = kept * (accumulators * row.head_dim + score_tiles * visited) / (32 * tile.num_warps)  # of sums and scores alone
     products_from_shared_memory = row.family in ("sm90", "sm100")
-    return registers <= (130 if products_from_shared_memory else 100)
+    return registers <= (145 if products_from_shared_memory else 100)
 
 
 class Size(NamedTuple):

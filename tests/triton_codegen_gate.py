@@ -102,16 +102,30 @@ def check(task: Task) -> list[Line]:
     return sorted(lines, key=lambda line: line.tile is None)
 
 
-def choose(task: Task, keep: bool) -> list[Line]:
-    """Puts the first candidates that pass into the table; where none does, that with the least spills."""
+class Failed(NamedTuple):
+    """A candidate that did not pass for a kernel, and so will not for larger head dims and harder classes."""
+
+    kernel_name: str
+    head_dim: int
+    hardness: int
+    tile: Tile
+
+    def rules_out(self, row: Row, tile: Tile) -> bool:
+        easier = self.head_dim <= row.head_dim and self.hardness <= tune.FEATURE_CLASSES.index(row.feature_class)
+        return easier and (self.kernel_name, self.tile) == (row.kernel_name, tile)
+
+
+def choose(task: Task, keep: bool, failed: set[Failed]) -> list[Line]:
+    """Puts the first candidates that pass into the table; where none does, that with the least spills. Adds to `failed`."""
+    rows = task.rows()
     remaining = {}
-    for name, row in task.rows().items():
+    for name, row in rows.items():
         tiles = tune.candidates(row)
         current = tile_table()[row]
         if keep:
             tiles = tiles[tiles.index(current) :] if current in tiles else [current, *tiles]
-        remaining[name] = tiles
-        tile_table()[row] = tiles[0]
+        remaining[name] = [tile for tile in tiles if not any(f.rules_out(row, tile) for f in failed)] or tiles[-1:]
+        tile_table()[row] = remaining[name][0]
     best: dict[str, Line] = {}
     while True:
         lines = check(task)
@@ -121,10 +135,10 @@ def choose(task: Task, keep: bool) -> list[Line]:
                 best[name] = line
         failing = [name for name in remaining if best[name].failures and len(remaining[name]) > 1]
         for name in failing:
-            remaining[name] = remaining[name][1:]
-            tile_table()[task.rows()[name]] = remaining[name][0]
+            failed.add(Failed(name, task.head_dim, tune.FEATURE_CLASSES.index(task.feature_class), remaining[name].pop(0)))
+            tile_table()[rows[name]] = remaining[name][0]
         if not failing:
-            for name, row in task.rows().items():
+            for name, row in rows.items():
                 tile_table()[row] = best[name].tile
             return [best.get(line.kernel_name, line) for line in lines]
 
@@ -144,14 +158,23 @@ def record(lines: list[Line]) -> None:
     tune.write_table(tile_table())
 
 
-def attempt(task: Task, choosing: bool, keep: bool) -> tuple[list[Line], str, float]:
-    """In a worker process: the lines, or the text of an error, and seconds."""
-    start = time.monotonic()
-    try:
-        lines = choose(task, keep) if choosing else check(task)
-    except Exception:
-        return [], traceback.format_exc(), time.monotonic() - start
-    return lines, "", time.monotonic() - start
+def attempt(tasks: list[Task], choosing: bool, keep: bool) -> tuple[list[Line], list[str]]:
+    """In a worker process: the lines of tasks, easy ones first, and the texts of errors."""
+    lines: list[Line] = []
+    errors = []
+    failed: set[Failed] = set()
+    for task in tasks:
+        start = time.monotonic()
+        try:
+            added = choose(task, keep, failed) if choosing else check(task)
+        except Exception:
+            added = []
+            errors.append(f"{' '.join(map(str, task))}: {traceback.format_exc()}")
+        for line in added:
+            if line.tile or line.failures:
+                print(f"{text(line)}  {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        lines += added
+    return lines, errors
 
 
 HEADING = (
@@ -194,23 +217,19 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write the lines to triton-codegen-VERSION.txt there, too")
     options = parser.parse_args()
     start = time.monotonic()
-    wanted = list(tasks(options.only))
-    results: dict[Task, list[Line]] = {}
+    groups: dict[tuple, list[Task]] = {}
+    for task in tasks(options.only):
+        groups.setdefault(task[:3] if options.choose else task, []).append(task)
+    results: dict[tuple, list[Line]] = {}
     errors = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(attempt, task, options.choose, options.keep): task for task in wanted}
+        pending = {pool.submit(attempt, group, options.choose, options.keep): key for key, group in groups.items()}
         for future in as_completed(pending):
-            lines, error, seconds = future.result()
-            task = pending[future]
-            results[task] = lines
-            if error:
-                errors.append(f"{' '.join(map(str, task))}: {error}")
-            for line in lines:
-                if line.tile or line.failures:
-                    print(f"{text(line)}  {seconds:.1f} s", file=sys.stderr, flush=True)
+            results[pending[future]], its_errors = future.result()
+            errors += its_errors
             if options.choose:
-                record(lines)
-    lines = distinct([line for task in wanted for line in results[task]])
+                record(results[pending[future]])
+    lines = distinct([line for key in groups for line in results[key]])
     failed = sum(bool(line.failures) for line in lines) + len(errors)
     heading = [
         f"triton {triton.__version__}: {len(lines)} kernels, {failed} fail; {time.monotonic() - start:.0f} s",
