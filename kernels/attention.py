@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .ops import run
 from .prepared_mask import PreparedMask
-from .problem import Layout, Problem, make_problem
+from .problem import Layout, Problem, check_dense, make_problem
 from .routing import Explanation, choose, explain_problem
-from .weights import weights_from_lse
+from .weights import weights_of
 
 
 def attention(
@@ -218,6 +218,7 @@ def attention_decode(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
     """
+    check_dense("key_lengths", key_lengths)
     problem = make_problem(
         "separate",
         _autocast(query, key_cache, value_cache),
@@ -319,7 +320,7 @@ def attention_weights(
         raise TypeError(f"lse must be a floating-point torch.Tensor, got {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
     if lse.shape != query.shape[:3]:
         raise ValueError(f"lse must have shape (batch, num_heads, seqlen_q) = {tuple(query.shape[:3])}, got {tuple(lse.shape)}")
-    return weights_from_lse(problem, lse, average_heads)
+    return weights_of(problem, lse, average_heads)
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:

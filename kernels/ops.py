@@ -54,6 +54,11 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     return KERNEL_BACKENDS[backend].forward(problem)
 
 
+def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
+    """Whether the memory of the problem's and the other tensors may be handed to a kernel from Python, with no operator in between."""
+    return _takes_cheap_path(problem) and not _transformed(problem) and all(map(_is_plain, others))
+
+
 def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
     if torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import native, reference, triton_backend
+from .prepared_mask import prepare_mask
 from .problem import Problem, make_problem
 
 UNCOVERED: dict[str, Callable[[Problem], list[str]]] = {  # what each backend's kernels lack on any machine
@@ -26,6 +27,12 @@ def _problem(
     return make_problem("separate", (query, key, value), **options)
 
 
+def _packed_problem() -> Problem:
+    tokens = torch.zeros(12, 2, 64, requires_grad=True)
+    starts = torch.tensor([0, 4, 12])
+    return make_problem("varlen", (tokens, tokens, tokens), cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=8, max_seqlen_k=8)
+
+
 FEATURES: dict[str, Callable[[], Problem]] = {
     "float32": _problem,
     "bfloat16": lambda: _problem(torch.bfloat16),
@@ -40,6 +47,7 @@ FEATURES: dict[str, Callable[[], Problem]] = {
     "attn_mask, bool": lambda: _problem(attn_mask=torch.ones(8, 12, dtype=torch.bool)),
     "attn_mask, float": lambda: _problem(attn_mask=torch.zeros(8, 12)),
     "attn_mask with its gradient": lambda: _problem(attn_mask=torch.zeros(8, 12, requires_grad=True)),
+    "PreparedMask": lambda: _problem(attn_mask=prepare_mask(window=(4, 4), seqlen_q=8, seqlen_k=12)),
     "dropout": lambda: _problem(dropout_p=0.1),
     "lse and its gradient": _problem,
     "grouped-query heads": lambda: _problem(num_heads_kv=1),
@@ -47,6 +55,8 @@ FEATURES: dict[str, Callable[[], Problem]] = {
     "softcap": lambda: _problem(softcap=30.0),
     "alibi_slopes": lambda: _problem(alibi_slopes=torch.ones(2)),
     "sinks": lambda: _problem(sinks=torch.zeros(2)),
+    "attention_varlen": _packed_problem,
+    "attention_decode": lambda: _problem(key_lengths=torch.tensor([12, 3]), is_causal="bottom_right"),
 }
 
 

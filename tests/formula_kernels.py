@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_attention.kernels.problem import Gradients, Problem, split
 from fused_attention.kernels.reference import attention_reference
+from fused_attention.kernels.weights import weights_by_formula
 
 NAMES = ("attn_mask", "alibi_slopes", "sinks")
 
@@ -25,6 +26,11 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return attention_reference(problem)
+
+
+def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+    with torch.no_grad():
+        return weights_by_formula(problem, lse, average_heads)
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:

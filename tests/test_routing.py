@@ -8,9 +8,10 @@ import warnings
 import formula_kernels
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_attention.kernels import native, routing, triton_backend
-from fused_attention.kernels.attention import attention, explain
+from fused_attention.kernels.attention import attention, attention_weights, explain
 
 needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
 
@@ -81,6 +82,29 @@ def test_triton_comes_before_the_cpu_kernels_and_the_reference(monkeypatch: pyte
     monkeypatch.setattr(formula_kernels, "forward", lambda problem: calls.append(1) or forward(problem))
     attention(*tensors(), softcap=2.0)
     assert calls == [1]
+
+
+@pytest.mark.usefixtures("kernels_by_formula")
+def test_weights_come_from_the_kernel_unless_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    kernel = formula_kernels.attention_weights
+    monkeypatch.setattr(formula_kernels, "attention_weights", lambda *arguments: calls.append(1) or kernel(*arguments))
+    query, key, value = tensors()
+    _, lse = attention(query, key, value, return_lse=True)
+    expected = torch.softmax(query @ key.transpose(-1, -2) / 4, dim=-1)
+    torch.testing.assert_close(attention_weights(query, key, lse), expected)
+    assert calls == [1]
+    weights = attention_weights(query.requires_grad_(), key, lse, average_heads=True)
+    torch.testing.assert_close(weights, expected.mean(1))
+    assert weights.requires_grad
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        attention_weights(query.detach(), key, lse)
+    torch.func.vmap(lambda query: attention_weights(query, key, lse))(query.detach()[None])
+    torch.compile(attention_weights, fullgraph=True, backend="aot_eager")(query.detach(), key, lse)
+    assert calls == [1]
+    with torch.no_grad():
+        attention_weights(query, key, lse)
+    assert calls == [1, 1]
 
 
 @needs_native
