@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -155,6 +156,26 @@ def test_architectures_do_not_share_code(launches: list[Launch]) -> None:
         launch(copy_kernel, 1, *call())
     assert ".target sm_80" in launches[0].binary.ptx
     assert all(".target sm_90a" in launched.binary.ptx for launched in on_hopper)
+
+
+def test_what_is_launched_may_be_executed() -> None:
+    """The stand-in driver hands over each launch when it happens, with what the PTX function takes."""
+    triton_launch._caches.clear()
+    target = torch.zeros(1024)
+
+    def fill(launched: Launch) -> None:
+        kinds, values = zip(*launched.parameters(), strict=True)
+        assert kinds == ("*fp32", "*fp32", "i32", "i64", "i64", "i64", "i32", "fp32")
+        declared = re.search(r"\.entry \w+\((.*?)\)", launched.binary.ptx, re.DOTALL)
+        assert declared is not None
+        assert declared[1].count(".param") == len(kinds) + 2
+        assert values[1] == target.data_ptr()
+        target.add_(values[-1])
+
+    with offline(arch=80, execute=fill):
+        for _ in range(3):
+            launch(copy_kernel, 1, *call(target=target, bias=None))
+    assert torch.equal(target, torch.full((1024,), 1.5))
 
 
 def test_launches_are_on_the_current_stream(launches: list[Launch]) -> None:

@@ -2,9 +2,10 @@
 
     with offline(arch=90) as launches:
         forward(problem)
-    print(launches[0].binary.ptx, launches[0].num_programs, launches[0].arguments)
+    print(launches[0].binary.ptx, launches[0].num_programs, launches[0].parameters())
 
-Specialisation and options are Triton's own, so the binaries are those that a machine with such a GPU would build.
+With `execute` something else may run them: host code then goes on with the results, as on a GPU. Specialisation and options are Triton's
+own, so the binaries are those that a machine with such a GPU would build.
 """
 
 from __future__ import annotations
@@ -52,21 +53,31 @@ class Binary:
 class Launch:
     binary: Binary
     num_programs: int
-    arguments: tuple  # all parameters, constexprs too; pointers are tensors or ints
+    signature: dict[str, str]  # {parameter: type such as *bf16, i64 or constexpr}
+    arguments: tuple  # of all parameters; pointers are tensors or ints
     stream: int
     function: int  # handle of the loaded binary
     packed_metadata: Any
     hooks: tuple  # launch metadata, enter hook, exit hook
 
+    def parameters(self) -> list[tuple[str, int | float]]:
+        """The parameters of the PTX function with their types, but for the two pointers to scratch memory that follow them."""
+        return [
+            (kind, argument.data_ptr() if hasattr(argument, "data_ptr") else argument)
+            for kind, argument in zip(self.signature.values(), self.arguments, strict=True)
+            if kind != "constexpr"
+        ]
+
 
 class OfflineDriver(DriverBase):
-    def __init__(self, arch: int, inspect: bool) -> None:
+    def __init__(self, arch: int, inspect: bool, execute: Callable[[Launch], None]) -> None:
         self.arch = arch
         # Triton and our library cache by device: what was compiled for another architecture, or without a log, must not be found.
         self.device = arch + 1000 * inspect
         self.shared_memory = 2**20 if inspect else SHARED_MEMORY[arch]
         self.stream = 0
         self.launches: list[Launch] = []
+        self.execute = execute
         self.utils = self  # the methods that Triton expects of a driver's C module are below
         self.launcher_cls = _Launcher
 
@@ -106,13 +117,19 @@ class _Launcher:
     """Called like the launcher of a compiled kernel in triton 3.6 to 3.9."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        pass
+        self.signature = source.signature
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: int, packed_metadata: Any, *others: Any) -> None:
         assert (grid_y, grid_z) == (1, 1)
         hooks, arguments = others[:3], others[3:]
-        launches = triton.runtime.driver.active.launches
-        launches.append(Launch(_binaries[function], grid_x, arguments, stream, function, packed_metadata, hooks))
+        launched = Launch(_binaries[function], grid_x, self.signature, arguments, stream, function, packed_metadata, hooks)
+        driver = triton.runtime.driver.active
+        driver.launches.append(launched)
+        driver.execute(launched)
+
+
+def do_nothing(launched: Launch) -> None:
+    pass
 
 
 _handles = itertools.count(1)
@@ -120,7 +137,7 @@ _binaries: dict[int, Binary] = {}  # by handle, as long as Triton keeps a compil
 
 
 @contextlib.contextmanager
-def offline(arch: int = 90, *, inspect: bool = False) -> Iterator[list[Launch]]:
+def offline(arch: int = 90, *, inspect: bool = False, execute: Callable[[Launch], None] = do_nothing) -> Iterator[list[Launch]]:
     """Replaces Triton's driver; gives the list that launches are added to.
 
     With inspect, binaries have a ptxas log (so nothing comes from Triton's cache on disk), and a kernel that needs more shared memory
@@ -135,7 +152,7 @@ def offline(arch: int = 90, *, inspect: bool = False) -> Iterator[list[Launch]]:
         log.seek(0)
         log.truncate()
 
-    driver = OfflineDriver(arch, inspect)
+    driver = OfflineDriver(arch, inspect, execute)
     before = triton.runtime.driver._active
     with contextlib.ExitStack() as stack:
         stack.enter_context(knobs.runtime.scope())
