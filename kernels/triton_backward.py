@@ -30,9 +30,10 @@ from .triton_tiles import (
     num_blocks,
     row_blocks,
     row_statistics,
+    score_gradients,
     sequence_sizes,
     store_tile,
-    tile_gradients,
+    tile_weights,
 )
 
 DELTA_ELEMENTS = 4096  # of a tile in attention_delta
@@ -166,9 +167,9 @@ def attention_delta(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N: the padded head dim."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     num_row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    rows = (program % num_row_blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = program % num_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     head = program // num_row_blocks % num_heads
     batch = program // num_row_blocks // num_heads
     place = batch * stride_lse_batch + head * stride_lse_head + rows
@@ -213,10 +214,10 @@ def attention_dkdv(
     # A full block by loop bounds has all its rows, one of a list may reach past the last row; a float mask can empty any row.
     EMPTY_ROWS: tl.constexpr = attn_mask is not None and not MASK_IS_BOOL
     CHECK_ROWS: tl.constexpr = EMPTY_ROWS or tiles is not None
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     num_key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     num_groups = num_heads // heads_per_group
-    start_n = (program % num_key_blocks).to(tl.int32) * BLOCK_N
+    start_n = program % num_key_blocks * BLOCK_N
     group = program // num_key_blocks % num_groups
     batch = program // num_key_blocks // num_groups
     first_row, first_key, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
@@ -271,21 +272,28 @@ def attention_dkdv(
                 q = load_tile(head_query, rows, attends, stride_query_row, HEAD_DIM_QK, BLOCK_DQK, MASKED or CHECK_ROWS)
                 do = load_tile(head_dout, rows, attends, stride_dout_row, HEAD_DIM_V, BLOCK_DV, MASKED or CHECK_ROWS)
                 products = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_N, BLOCK_M), not yet scaled
-                dweights = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
-                weights, dscores, dproducts = tile_gradients(
-                    products, dweights, rows[None, :], keys[:, None], row_lse[None, :], row_delta[None, :], rows_present, keys_present,
-                    exist[:, None], offset, window_left, window_right, score_scale, softcap_log2,
+                weights, capped = tile_weights(
+                    products, rows[None, :], keys[:, None], row_lse[None, :], rows_present, keys_present, exist[:, None],
+                    offset, window_left, window_right, score_scale, softcap_log2,
                     head_mask, stride_mask_row, stride_mask_key, alibi_slope,
                     head_bits, keys[:, None], rows[None, :], stride_bits_line,
                     rng_state, batch * num_heads + head, start_m, start_n, dropout_threshold,
                     HAS_SOFTCAP, HAS_LEFT, HAS_RIGHT, MASK_IS_BOOL, alibi_slopes is not None, MASKED, BLOCK_M, BLOCK_N, True,
                 )  # fmt: skip
-                dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=INPUT_PRECISION)
+                kept = weights
+                if rng_state is not None:
+                    kept = tl.where(weights < 0.0, 0.0, weights)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=INPUT_PRECISION)
+                dweights = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
+                dscores = score_gradients(weights, dweights, row_delta[None, :], dropout_threshold, rng_state is not None, MASKED)
+                dproducts = dscores
+                if HAS_SOFTCAP:
+                    dproducts = dscores * (1.0 - capped * capped)
                 dk = tl.dot(dproducts.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
                 if column_sums is not None:
                     column_sum += tl.sum(dscores, 1)
         if column_sums is not None:
-            tl.store(column_sums + (batch * num_heads + head) * seqlen_k + keys, column_sum, mask=keys < seqlen_k)
+            tl.store(column_sums + (batch * num_heads + head).to(tl.int64) * seqlen_k + keys, column_sum, mask=keys < seqlen_k)
 
     if rng_state is not None:
         dv *= 65536.0 / (65536 - dropout_threshold)
@@ -323,9 +331,9 @@ def attention_dq(
     HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     num_row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    row_block = num_row_blocks - 1 - (program % num_row_blocks).to(tl.int32)  # the longest causal rows first
+    row_block = num_row_blocks - 1 - program % num_row_blocks  # the longest causal rows first
     start_m = row_block * BLOCK_M
     head = program // num_row_blocks % num_heads
     batch = program // num_row_blocks // num_heads
@@ -376,15 +384,19 @@ def attention_dq(
             k = load_tile(key, keys, exist, stride_key_row, HEAD_DIM_QK, BLOCK_DQK, MASKED)
             v = load_tile(value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, MASKED)
             products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_N), not yet scaled
-            dweights = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
-            _weights, dscores, dproducts = tile_gradients(
-                products, dweights, rows[:, None], keys[None, :], row_lse[:, None], row_delta[:, None], rows_present, keys_present,
-                exist[None, :], offset, window_left, window_right, score_scale, softcap_log2,
+            weights, capped = tile_weights(
+                products, rows[:, None], keys[None, :], row_lse[:, None], rows_present, keys_present, exist[None, :],
+                offset, window_left, window_right, score_scale, softcap_log2,
                 attn_mask, stride_mask_row, stride_mask_key, alibi_slope,
                 mask_bits, rows[:, None], keys[None, :], stride_bits_line,
                 rng_state, batch * num_heads + head, start_m, start_n, dropout_threshold,
                 HAS_SOFTCAP, HAS_LEFT, HAS_RIGHT, MASK_IS_BOOL, alibi_slopes is not None, MASKED, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
+            dweights = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+            dscores = score_gradients(weights, dweights, row_delta[:, None], dropout_threshold, rng_state is not None, MASKED)
+            dproducts = dscores
+            if HAS_SOFTCAP:
+                dproducts = dscores * (1.0 - capped * capped)
             dq = tl.dot(dproducts.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
             if dmask is not None:
                 in_memory = (rows < seqlen_q)[:, None]
@@ -401,4 +413,4 @@ def attention_dq(
     if row_sums is not None:
         tl.store(row_sums + place + rows, row_sum, mask=rows < seqlen_q)
     if slope_sums is not None:
-        tl.store(slope_sums + (batch * num_heads + head) * num_row_blocks + row_block, tl.sum(slope_sum, 0))
+        tl.store(slope_sums + (batch * num_heads + head).to(tl.int64) * num_row_blocks + row_block, tl.sum(slope_sum, 0))

@@ -9,7 +9,7 @@ from torch import Tensor
 from .problem import Problem
 from .triton_arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of
 from .triton_launch import launch, tile_for
-from .triton_tiles import key_blocks, keys_exist, load_tile, row_statistics, sequence_sizes, tile_gradients
+from .triton_tiles import key_blocks, keys_exist, load_tile, row_statistics, score_gradients, sequence_sizes, tile_weights
 
 
 def summed_mask_gradient(problem: Problem, lse: Tensor, dout: Tensor, delta: Tensor, dmask: Tensor) -> None:
@@ -58,12 +58,12 @@ def attention_dbias(
     MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`tiles` is not used: what a batch sees of this tile, loop bounds say, and the masks in it."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     num_key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     num_row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    key_block = (program % num_key_blocks).to(tl.int32)
+    key_block = program % num_key_blocks
     start_n = key_block * BLOCK_N
-    start_m = (program // num_key_blocks % num_row_blocks).to(tl.int32) * BLOCK_M
+    start_m = program // num_key_blocks % num_row_blocks * BLOCK_M
     mask_head = program // num_key_blocks // num_row_blocks % mask_heads
     mask_batch = program // num_key_blocks // num_row_blocks // mask_heads
     rows = start_m + tl.arange(0, BLOCK_M)
@@ -103,16 +103,16 @@ def attention_dbias(
             k = load_tile(head_key, keys, exist, stride_key_row, HEAD_DIM_QK, BLOCK_DQK, True)
             v = load_tile(head_value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, True)
             products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_N), not yet scaled
-            dweights = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
-            _weights, dscores, _dproducts = tile_gradients(
-                products, dweights, rows[:, None], keys[None, :], row_lse[:, None], row_delta[:, None], rows_present, keys_present,
-                exist[None, :], offset, window_left, window_right, score_scale, softcap_log2,
+            weights, _capped = tile_weights(
+                products, rows[:, None], keys[None, :], row_lse[:, None], rows_present, keys_present, exist[None, :],
+                offset, window_left, window_right, score_scale, softcap_log2,
                 head_mask, stride_mask_row, stride_mask_key, alibi_slope,
                 head_bits, rows[:, None], keys[None, :], stride_bits_line,
                 rng_state, batch * num_heads + head, start_m, start_n, dropout_threshold,
                 HAS_SOFTCAP, HAS_LEFT, HAS_RIGHT, MASK_IS_BOOL, alibi_slopes is not None, True, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
-            acc += dscores
+            dweights = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+            acc += score_gradients(weights, dweights, row_delta[:, None], dropout_threshold, rng_state is not None, True)
     pointers = dmask + mask_batch * stride_dmask_batch + mask_head * stride_dmask_head + rows[:, None] * stride_dmask_row + keys[None, :]
     in_memory = (rows < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
     tl.store(pointers, acc.to(dmask.dtype.element_ty), mask=in_memory)

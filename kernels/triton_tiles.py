@@ -290,18 +290,19 @@ def row_statistics(lse, delta, rows, seqlen_q, CHECKED: tl.constexpr, EMPTY_ROWS
 
 
 @triton.jit
-def tile_gradients(
-    products, dweights, rows, keys, row_lse, row_delta, rows_present, keys_present, exist, offset, window_left, window_right,
-    score_scale, softcap_log2, attn_mask, stride_mask_row, stride_mask_key, alibi_slope,
-    mask_bits, bit_lines, bit_positions, stride_bits_line, rng_state, batch_head, start_m, start_n, dropout_threshold,
+def tile_weights(
+    products, rows, keys, row_lse, rows_present, keys_present, exist, offset, window_left, window_right, score_scale, softcap_log2,
+    attn_mask, stride_mask_row, stride_mask_key, alibi_slope, mask_bits, bit_lines, bit_positions, stride_bits_line,
+    rng_state, batch_head, start_m, start_n, dropout_threshold,
     HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_IS_BOOL: tl.constexpr, HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: its weights after dropout but for dropout's factor, and the gradients of its scores and of its products Q K^T / scale.
+    """Weights of a tile from its products Q K^T, with a minus sign where dropout drops them; and tanh(score / softcap) if there is one.
 
-    products: Q K^T; dweights: dout V^T; all of them (BLOCK_M, BLOCK_N), or transposed. The gradient of the scores is that of the mask too.
+    Everything is (BLOCK_M, BLOCK_N), or transposed. A weight that is not allowed is 0, whatever its product is.
     """
     scores = products * score_scale
+    capped = scores
     if HAS_SOFTCAP:
         capped = tanh(scores)
         scores = capped * softcap_log2
@@ -317,15 +318,19 @@ def tile_gradients(
             HAS_LEFT, HAS_RIGHT, MASK_IS_BOOL,
         )  # fmt: skip
         weights = tl.where(allowed, weights, 0.0)
-    dropped = weights
     if rng_state is not None:
         keep = dropout_keep(rng_state, batch_head, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N, TRANSPOSED)
-        dropped = tl.where(keep, weights, 0.0)
-        dweights = tl.where(keep, dweights * (65536.0 / (65536 - dropout_threshold)), 0.0)
+        weights = tl.where(keep, weights, -weights)
+    return weights, capped
+
+
+@triton.jit
+def score_gradients(weights, dweights, row_delta, dropout_threshold, HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr):
+    """Gradients of a tile's scores, which are those of the mask too, from tile_weights and from the gradients of the weights."""
+    if HAS_DROPOUT:
+        dweights = tl.where(weights < 0.0, 0.0, dweights * (65536.0 / (65536 - dropout_threshold)))
+        weights = tl.abs(weights)
     dscores = weights * (dweights - row_delta)
     if MASKED:
-        dscores = tl.where(allowed, dscores, 0.0)  # selected, because what a masked pair holds may be infinite
-    dproducts = dscores
-    if HAS_SOFTCAP:
-        dproducts = dscores * (1.0 - capped * capped)
-    return dropped, dscores, dproducts
+        dscores = tl.where(weights == 0.0, 0.0, dscores)  # where nothing is allowed the gradient of the weight may be infinite
+    return dscores
