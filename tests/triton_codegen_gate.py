@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="write the table")
     parser.add_argument("--keep", action="store_true", help="with --choose: start at the table's tiles")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write the lines to triton-codegen-VERSION.txt there, too")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the lines there too")
     options = parser.parse_args()
     start = time.monotonic()
     groups: dict[tuple, list[Task]] = {}
@@ -240,8 +240,7 @@ def main() -> None:
     report = "\n".join([*heading, *map(text, lines), *errors])
     print(report)
     if options.report:
-        file = options.report / f"triton-codegen-{triton.__version__}.txt"
-        file.write_text("\n".join(line.rstrip() for line in report.splitlines()) + "\n")
+        options.report.write_text("\n".join(line.rstrip() for line in report.splitlines()) + "\n")
     sys.exit(1 if failed else 0)
 
 
