@@ -239,6 +239,7 @@ def make_problem(
         _check_tensor("alibi_slopes", alibi_slopes, device, FLOAT_DTYPES, shapes, "(num_heads,) or (batch, num_heads)")
     if sinks is not None:
         _check_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)")
+        sinks = with_contiguous_last_dim(sinks)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
     else:

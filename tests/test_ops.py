@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention.kernels import native, ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, scaled_dot_product_attention
-from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels.prepared_mask import prepare_mask
+from fused_attention.kernels.problem import DIFFERENTIABLE_SIDE_TENSORS, NUM_INPUTS, NUM_SIDE_TENSORS, Problem, make_problem
 
 needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
 
@@ -37,6 +39,29 @@ def layout_inputs(layout: str, requires_grad: bool = True, dtype: torch.dtype = 
 
 
 CALLS = {"separate": attention, "qkv": attention_qkv_packed, "kv": attention_kv_packed}
+
+
+@pytest.mark.parametrize("layout", NUM_INPUTS)
+def test_an_operators_arguments_are_the_fields_of_a_problem(layout: str) -> None:
+    names = [argument.name for argument in getattr(torch.ops.fused_attention, f"attention_{layout}").default._schema.arguments]
+    after_the_inputs = [field.name for field in fields(Problem)][5:]  # layout, inputs, query, key, value
+    assert names[NUM_INPUTS[layout] :] == [*after_the_inputs, "backend"]
+    side_tensors = after_the_inputs[:NUM_SIDE_TENSORS]
+    assert side_tensors[-1] == "column_tiles"
+    assert [side_tensors[place] for place in DIFFERENTIABLE_SIDE_TENSORS] == ["attn_mask", "alibi_slopes", "sinks"]
+
+
+def test_exported_calls_hold_one_operator() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, query: Tensor, key_mask: Tensor) -> Tensor:
+            return attention(query, query, query, attn_mask=prepare_mask(key_mask=key_mask, seqlen_q=query.shape[2]), backend=backend)
+
+    backend = "cpu" if native.status() is None else None
+    call = (torch.randn(2, 4, 12, 8), torch.rand(2, 12) > 0.3)
+    exported = torch.export.export(Module(), call)
+    torch.testing.assert_close(exported.module()(*call), attention(call[0], call[0], call[0], key_mask=call[1]))
+    if backend is not None:
+        assert [str(node.target) for node in exported.graph.nodes].count("fused_attention.attention_separate.default") == 1
 
 
 @needs_native

@@ -12,6 +12,7 @@ from fused_attention.kernels.attention import (
     attention_weights,
     scaled_dot_product_attention,
 )
+from fused_attention.kernels.problem import make_problem
 
 QUERY = torch.zeros(2, 4, 5, 8)
 KEY = torch.zeros(2, 4, 6, 8)
@@ -97,6 +98,17 @@ def test_scaled_dot_product_attention_names_what_is_no_tensor() -> None:
 def test_a_key_that_is_no_tensor_is_named_under_autocast_too() -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="key must be a torch.Tensor, got NoneType"):
         attention(QUERY, None, KEY)
+
+
+def test_vectors_that_kernels_read_without_a_stride_are_contiguous() -> None:
+    every_other = {
+        "key_lengths": torch.ones(4, dtype=torch.int32)[::2],
+        "query_lengths": torch.ones(4, dtype=torch.int64)[::2],
+        "sinks": torch.zeros(8)[::2],
+        "rng_state": torch.zeros(4, dtype=torch.int64)[::2],
+    }
+    problem = make_problem("separate", (QUERY, KEY, KEY), **every_other, dropout_p=0.5)
+    assert all(getattr(problem, name).is_contiguous() for name in every_other)
 
 
 @pytest.mark.parametrize("length", [2**31, 2**32, 2**63 - 1, -(2**32) + 2])
