@@ -104,7 +104,7 @@ def test_tokens_of_no_sequence() -> None:
 
 def test_tokens_before_the_first_sequence_and_ends_beyond_the_last_token() -> None:
     query, key, value = (tensor[:5] for tensor in tensors())
-    out, lse = attention_varlen(query, key, value, torch.tensor([2, 9]), torch.tensor([1, 2**40]), 7, 9, return_lse=True)
+    out, lse = attention_varlen(query, key, value, torch.tensor([2, 9]), torch.tensor([1, 2**40]), 3, 9, return_lse=True)
     expected = attention(*(tensor.transpose(0, 1)[None] for tensor in (query[2:], key[1:], value[1:])))
     torch.testing.assert_close(out[2:], expected[0].transpose(0, 1))
     assert (out[:2] == 0).all()
