@@ -38,6 +38,14 @@ def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
     return [NOT_INSTALLED]
 
 
+def routed_reasons(backend: str, problem: Problem) -> list[str]:
+    """Why routing does not choose a backend: because it cannot run the problem, or because it is Triton's interpreter, made for tests."""
+    reasons = unsupported_reasons(backend, problem)
+    if backend == "triton" and not reasons and triton_backend.interpreted():
+        return ["Triton is interpreted (TRITON_INTERPRET=1), which only backend='triton' asks for"]
+    return reasons
+
+
 def backend_status() -> dict[str, str | None]:
     """For each backend None when this machine can run it, else the reason why not."""
     return {"cuda": NOT_INSTALLED, "triton": triton_backend.status(), "cpu": native.status(), "reference": None}
@@ -57,7 +65,7 @@ def choose(problem: Problem, backend: str | None) -> str:
             raise ValueError(f"backend {backend!r} cannot run this call: {'; '.join(reasons)}")
         return backend
     for name in ORDER[:-1]:
-        if not unsupported_reasons(name, problem):
+        if not routed_reasons(name, problem):
             return name
     if problem.max_seqlen_q * problem.max_seqlen_k > WARN_ABOVE_SCORES and not torch.compiler.is_compiling():
         warnings.warn(f"attention runs unfused: {explain_problem(problem)}", stacklevel=3)
@@ -65,7 +73,7 @@ def choose(problem: Problem, backend: str | None) -> str:
 
 
 def explain_problem(problem: Problem) -> Explanation:
-    reasons = {name: unsupported_reasons(name, problem) for name in ORDER}
+    reasons = {name: routed_reasons(name, problem) for name in ORDER}
     chosen = next(name for name in ORDER if not reasons[name])
     others = {name: reasons[name] or [f"{chosen} comes first"] for name in ORDER if name != chosen}
     return Explanation(chosen, others)

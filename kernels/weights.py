@@ -15,7 +15,7 @@ def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     """Weights after dropout: by the Triton kernel where that one runs and no gradient is asked for, else by the formula."""
     needs_gradient = torch.is_grad_enabled() and (problem.requires_grad() or lse.requires_grad)
     by_kernel = not needs_gradient and lse.dtype == torch.float32 and reaches_kernels(problem, lse)
-    if by_kernel and not routing.unsupported_reasons("triton", problem):
+    if by_kernel and not routing.routed_reasons("triton", problem):
         return KERNEL_BACKENDS["triton"].attention_weights(problem, lse, average_heads)
     return weights_by_formula(problem, lse, average_heads)
 

@@ -19,6 +19,10 @@ def status() -> None:
     return None
 
 
+def interpreted() -> bool:
+    return False
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     return []
 
