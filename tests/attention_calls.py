@@ -12,6 +12,7 @@ import torch
 from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 from torch import Tensor
 
+from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import Gradients, Problem, empty_output, make_problem
 from fused_attention.kernels.reference import present
 
@@ -38,6 +39,7 @@ CALL: dict[str, Any] = {
     "alibi_slopes": None,  # "H" or "BH"
     "sinks": False,
     "lse_gradient": False,
+    "prepare": False,  # hand the masks over as a PreparedMask
     "seed": 0,
 }
 
@@ -89,6 +91,23 @@ def build(call: dict[str, Any], device: str) -> tuple[Problem, Tensor, Tensor | 
     )
     dlse = torch.randn(batch, num_heads, seqlen_q).to(device) if call["lse_gradient"] else None
     return problem, dout, dlse
+
+
+def prepared(problem: Problem, gradients: bool = True) -> Problem:
+    """The same problem with everything that masks in a PreparedMask."""
+    attn_mask = prepare_mask(
+        problem.attn_mask,
+        problem.key_mask,
+        key_lengths=problem.key_lengths,
+        query_lengths=problem.query_lengths,
+        is_causal=problem.causal if problem.causal != "none" else False,
+        window=(problem.window_left, problem.window_right),
+        seqlen_q=problem.query.shape[2],
+        seqlen_k=problem.key.shape[2],
+        gradients=gradients,
+    )
+    same = {name: getattr(problem, name) for name in ("scale", "dropout_p", "rng_state", "softcap", "alibi_slopes", "sinks")}
+    return make_problem("separate", problem.inputs, attn_mask=attn_mask.to(problem.query.device), **same)
 
 
 def mask(kind: str, dims: str, full_shape: tuple[int, ...]) -> Tensor:
@@ -157,16 +176,24 @@ def run(backend: Any, problem: Problem, dout: Tensor, dlse: Tensor | None, memor
 
 
 def check(
-    backend: Any, problem: Problem, dout: Tensor, dlse: Tensor | None, memory: tuple[str, ...] = CALL["memory"], stored: float = torch.nan
+    backend: Any,
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    memory: tuple[str, ...] = CALL["memory"],
+    stored: float = torch.nan,
+    prepare: bool = False,
 ) -> dict[str, Tensor]:
     """Runs the backend forward and backward and holds every result against the accuracy rule; returns the results.
 
     stored: what absent keys, values and queries hold, and the output gradients of rows that attend to nothing.
+    prepare: the backend gets a PreparedMask, the formula the problem as it is.
     """
-    plain = replace(problem, mask_bits=None, mask_bits_transposed=None, row_tiles=None, column_tiles=None)
-    exact, eager = exact_and_eager(plain, dout, dlse)
-    rounding = saved_rounding(plain, dout, exact, dlse)
-    results = run(backend, *poisoned(problem, dout, dlse, exact["lse"], stored), memory)
+    assert backend.unsupported_reasons(problem) == []
+    exact, eager = exact_and_eager(problem, dout, dlse)
+    rounding = saved_rounding(problem, dout, exact, dlse)
+    problem, dout, dlse = poisoned(problem, dout, dlse, exact["lse"], stored)
+    results = run(backend, prepared(problem) if prepare else problem, dout, dlse, memory)
     assert_accurate("out", "out", results["out"], eager["out"], exact["out"])
     assert_lse_accurate(results["lse"], exact["lse"])
     for name in rounding:
@@ -175,6 +202,6 @@ def check(
 
 
 def check_call(backend: Any, call: dict[str, Any], device: str) -> dict[str, Tensor]:
+    call = CALL | call
     problem, dout, dlse = build(call, device)
-    assert backend.unsupported_reasons(problem) == []
-    return check(backend, problem, dout, dlse, call.get("memory", CALL["memory"]))
+    return check(backend, problem, dout, dlse, call["memory"], prepare=call["prepare"])

@@ -39,6 +39,15 @@ FEATURES: dict[str, dict[str, Any]] = {
     "float mask and key_mask": {"attn_mask": ("float32", "1HQK"), "key_mask": "holes"},
     "float mask and causal": {"attn_mask": ("float32", "11QK"), "is_causal": "bottom_right"},
     "bfloat16 mask": {"attn_mask": ("bfloat16", "1HQK"), "sizes": (1, 2, 2)},
+    "prepared causal": {"is_causal": "top_left", "prepare": True},
+    "prepared bool mask": {"attn_mask": ("bool", "1HQK"), "sizes": (2, 2, 1), "prepare": True},
+    "prepared float mask, key_mask, window, bottom-right": {
+        "attn_mask": ("float32", "BHQK"), "key_mask": "holes", "window": (30, 5), "is_causal": "bottom_right", "prepare": True,
+    },
+    "prepared, with everything else": {
+        "key_mask": "right", "key_lengths": (60, 70), "query_lengths": (70, 40), "is_causal": "bottom_right", "sizes": (2, 2, 1),
+        "dropout_p": 0.25, "softcap": 2.0, "alibi_slopes": "BH", "sinks": True, "lse_gradient": True, "prepare": True,
+    },
     "dropout": {"dropout_p": 0.25, "sizes": (1, 2, 2)},
     "dropout with masks": {"dropout_p": 0.25, "key_mask": "holes", "is_causal": "top_left", "lse_gradient": True},
     "dropout and a float mask": {"dropout_p": 0.25, "attn_mask": ("float32", "11QK")},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_calls import DTYPES, build, check, check_call, run
+from attention_calls import DTYPES, build, check, check_call, prepared, run
 
 from fused_attention.kernels import triton_backend
+from fused_attention.kernels.triton_mask import tile_lists
 
 SHAPES = ("11QK", "B1QK", "1HQK", "BHQK", "B11K", "1H1K", "BH1K", "11Q1", "BHQ1", "B111", "1111")
 
@@ -21,6 +22,33 @@ def test_broadcast_shapes(dims: str, kind: str, device: str) -> None:
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
 def test_mask_dtypes(kind: str, dtype: torch.dtype, device: str) -> None:
     check_call(triton_backend, {"attn_mask": (kind, "1HQK"), "sizes": (2, 2, 2), "seqlens": (40, 70), "dtype": dtype}, device)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+@pytest.mark.parametrize("dims", ["11QK", "B1QK", "BH1K"])
+def test_broadcast_shapes_of_a_prepared_mask(dims: str, kind: str, device: str) -> None:
+    check_call(triton_backend, {"attn_mask": (kind, dims), "sizes": (2, 2, 1), "seqlens": (70, 40), "prepare": True}, device)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"attn_mask": ("bool", "BHQK"), "is_causal": "bottom_right", "key_lengths": (150, 40)},
+        {"key_mask": "right", "query_lengths": (100, 7), "window": (70, None)},
+        {"attn_mask": ("bool", "1H1K"), "sizes": (2, 2, 2)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_lists_that_kernels_make_are_those_of_prepare_mask(call: dict, device: str) -> None:
+    problem, _, _ = build({"seqlens": (140, 200)} | call, device)
+    made = tile_lists(problem, columns=True)
+    ours = prepared(problem)
+    for lists, expected in zip(made, (ours.row_tiles, ours.column_tiles), strict=True):
+        assert lists.shape == expected.shape
+        for line, expected_line in zip(lists.flatten(0, 2).tolist(), expected.flatten(0, 2).tolist(), strict=True):
+            full, mixed = line[:2]
+            assert line[: 2 + full] == expected_line[: 2 + full]
+            assert line[len(line) - mixed :] == expected_line[len(line) - mixed :]
 
 
 @pytest.mark.parametrize("kind", ["bool", "float32"])

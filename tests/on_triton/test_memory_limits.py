@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from attention_calls import DTYPES, build, check, run
-from torch import Tensor
 
 from fused_attention.kernels import triton_backend
 from fused_attention.kernels.attention import attention
@@ -106,12 +105,3 @@ def test_the_dropout_mask_is_the_reference_s(rng_state: tuple[int, int], device:
     kept = out[factors.bool() & visible]
     expected = (factors / visible.sum(-1)[:, None])[factors.bool() & visible]
     torch.testing.assert_close(kept, expected, rtol=1e-5, atol=0.0)
-
-
-def packed(layout: str, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inputs of a packed layout, and the same queries, keys and values apart."""
-    query = torch.randn(2, 2, 40, 24, device=device).to(dtype)
-    key, value = (torch.randn(2, 2, 40, 24, device=device).to(dtype) for _ in range(2))
-    if layout == "qkv":
-        return (torch.stack([tensor.transpose(1, 2) for tensor in (query, key, value)], dim=2),), (query, key, value)
-    return (query, torch.stack([tensor.transpose(1, 2) for tensor in (key, value)], dim=2)), (query, key, value)

@@ -30,6 +30,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5, "key_mask": "left"},
     "alibi": {"alibi_slopes": "BH"},
     "sinks": {"sinks": True},
+    "prepared mask": {"attn_mask": ("bool", "1HQK"), "key_mask": "right", "is_causal": "top_left", "prepare": True},
     "grouped heads": {"sizes": (1, 2, 1), "key_lengths": (50,)},
 }
 
@@ -89,6 +90,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "alibi_slopes": draw(st.sampled_from((None, None, "H", "BH"))),
         "sinks": draw(st.booleans()),
         "lse_gradient": draw(st.booleans()),
+        "prepare": draw(st.sampled_from((False, False, True))),
         "seed": draw(st.integers(0, 2**20)),
     }
 
