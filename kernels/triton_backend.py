@@ -37,10 +37,14 @@ def status() -> str | None:
     return _machine_reason(None)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph is for one device, and Dynamo does not follow imports
 def _machine_reason(device: torch.device | None) -> str | None:
     """Why the kernels cannot run on a device (None: on any of this machine)."""
     return _cached_machine_reason(device)
+
+
+# A compiled graph is for one device, and Dynamo does not follow imports. This is all that torch.compiler.assume_constant_result does
+# after importing torch._dynamo and Triton, for two seconds.
+_machine_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -66,7 +70,7 @@ def _device_reason(device: torch.device | None) -> str | None:
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the Triton kernels cannot run this problem here; empty when they can."""
     machine = _machine_reason(problem.query.device)
-    return [*([machine] if machine else []), *uncovered(problem)]
+    return [machine, *uncovered(problem)] if machine else uncovered(problem)
 
 
 def uncovered(problem: Problem) -> list[str]:

@@ -1,0 +1,105 @@
+"""What the Triton backend says on machines where it cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused_attention import attention, explain
+from fused_attention.kernels import triton_backend
+
+CALL = "import torch\nfrom fused_attention import attention, explain\nquery = torch.randn(1, 1, 8, 16)\n"
+
+
+def output_of(script: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=inherited | environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    triton_backend._cached_machine_reason.cache_clear()
+    yield
+    triton_backend._cached_machine_reason.cache_clear()
+
+
+def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if triton_backend.interpreted():
+        pytest.skip("the interpreter needs no GPU")
+    query = torch.randn(1, 1, 8, 16)
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call: the tensors are on cpu, not on a GPU"):
+        attention(query, query, query, backend="triton")
+    assert explain(query, query, query).reasons["triton"] == ["the tensors are on cpu, not on a GPU"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend.status() == "torch sees no GPU"
+
+
+def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton_backend.status() == "compute capability 7.5 is below 8.0"
+    triton_backend._cached_machine_reason.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert triton_backend.status() is None
+
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            raise ImportError("triton is blocked")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_a_missing_triton_is_a_reason() -> None:
+    script = (
+        "print(explain(query, query, query).reasons['triton'][0])\n"
+        "from fused_attention.kernels import routing\n"
+        "print(routing.backend_status()['triton'])\n"
+        "attention(query.requires_grad_(), query, query).sum().backward()\n"
+        "try:\n"
+        "    attention(query, query, query, backend='triton')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    missing = "Triton is not installed (triton is blocked)"
+    reason, status, error = output_of(BLOCKER + CALL + script).splitlines()
+    assert reason == "the tensors are on cpu, not on a GPU"  # said first, so that no CPU call imports Triton
+    assert status.startswith(missing)
+    assert error.startswith(f"backend 'triton' cannot run this call: {reason}")
+    reason, status, error = output_of(BLOCKER + CALL + script, TRITON_INTERPRET="1").splitlines()
+    assert reason == status
+    assert status.startswith(missing)
+    assert error.startswith(f"backend 'triton' cannot run this call: {missing}")
+
+
+def test_cpu_calls_import_neither_triton_nor_dynamo() -> None:
+    """They take seconds to import."""
+    script = "attention(query, query, query)\nimport sys\nprint({'triton', 'torch._dynamo'} & set(sys.modules))\n"
+    assert output_of(CALL + script) == "set()"
+
+
+def test_the_interpreter_runs_only_by_name() -> None:
+    pytest.importorskip("triton")
+    script = (
+        "print(explain(query, query, query).reasons['triton'])\n"
+        "print(torch.allclose(attention(query, query, query, backend='triton'), attention(query, query, query), atol=1e-5))\n"
+        "from fused_attention.kernels import triton_backend\n"
+        "print(triton_backend.status())\n"
+    )
+    reasons, same, status = output_of(CALL + script, TRITON_INTERPRET="1").splitlines()
+    assert reasons == "[\"Triton is interpreted (TRITON_INTERPRET=1), which only backend='triton' asks for\"]"
+    assert (same, status) == ("True", "None")
