@@ -13,8 +13,9 @@ help: ## list the targets
 demo: build ## train a translator for ten minutes and write demo/report.html
 	$(BIN)/python -m fused_attention demo --overwrite
 
-test: build ## run the test suite
+test: build ## run the test suite, then that of the Triton kernels in Triton's interpreter
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/on_triton
 
 bench: build ## compare with torch on this machine; prints one table and saves the run
 	$(BIN)/python -m fused_attention bench
