@@ -74,7 +74,8 @@ def _functorch_active() -> bool:
 def _takes_cheap_path(problem: Problem) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(map(_is_plain, problem.inputs)) and all(tensor is None or _is_plain(tensor) for tensor in problem.side_tensors())
+    given = [tensor for tensor in (*problem.inputs, *problem.side_tensors()) if tensor is not None]
+    return all(map(_is_plain, given))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -172,14 +173,10 @@ def _registered_gradients(
 
 def _empty_gradients(problem: Problem, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Uninitialised gradients of the inputs, attn_mask, alibi_slopes and sinks; None for what is not wanted of the last three."""
-    side_tensors = zip((problem.attn_mask, problem.alibi_slopes, problem.sinks), wanted, strict=True)
-    return (
-        *(_empty_gradient(tensor) for tensor in problem.inputs),
-        *(
-            torch.empty_like(tensor, memory_format=torch.contiguous_format) if tensor is not None and is_one else None
-            for tensor, is_one in side_tensors
-        ),
-    )
+    gradients: list[Tensor | None] = [_empty_gradient(tensor) for tensor in problem.inputs]
+    for tensor, is_wanted in zip((problem.attn_mask, problem.alibi_slopes, problem.sinks), wanted, strict=True):
+        gradients.append(None if tensor is None or not is_wanted else torch.empty_like(tensor, memory_format=torch.contiguous_format))
+    return tuple(gradients)
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:
