@@ -61,7 +61,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     row_sums, slope_sums = _query_gradients(problem, lse, dout, delta, row_tiles, gradients, whole, one_key)
     if mask_gradient is not None:
         if column_sums is not None:
-            mask_gradient.copy_(column_sums[:, :, None, :].sum_to_size(mask_gradient.shape))
+            mask_gradient.copy_(column_sums.sum_to_size(mask_gradient.shape))
         elif row_sums is not None:
             mask_gradient.copy_(row_sums[:, :, :, None].sum_to_size(mask_gradient.shape))
         elif not whole:
@@ -95,9 +95,9 @@ def attention_delta_of(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | No
 def _key_gradients(
     problem: Problem, lse: Tensor, dout: Tensor, delta: Tensor, tiles: Tensor | None, gradients: Gradients, with_column_sums: bool
 ) -> Tensor | None:
-    """Writes those of key and value; returns the sums of dscores over rows (B, Hq, Lk) float32 where asked for."""
+    """Writes those of key and value; returns the sums of dscores over rows (B, Hq, 2, Lk) float32, in two parts, where asked for."""
     query, key, value = problem.query, problem.key, problem.value
-    column_sums = query.new_empty(*query.shape[:2], key.shape[2], dtype=torch.float32) if with_column_sums else None
+    column_sums = query.new_empty(*query.shape[:2], 2, key.shape[2], dtype=torch.float32) if with_column_sums else None
     tile = _tile("dkdv", problem)
     common = common_arguments(problem, tiles, problem.mask_bits_transposed)
     num_programs = triton.cdiv(problem.max_seqlen_k, tile.BLOCK_N) * problem.batch * key.shape[1]
@@ -189,7 +189,7 @@ def attention_dkdv(
     query, key, value, dout,  # (B, H, L, D), or packed sequences (H, T, D)
     lse, delta,  # (B, Hq, Lq) or (Hq, Tq) float32
     dkey, dvalue,  # like key and value
-    column_sums,  # (B, Hq, Lk) float32: dscores summed over rows, or None
+    column_sums,  # (B, Hq, 2, Lk) float32: dscores summed over the rows of full and of mixed blocks, or None
     attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, tiles,
     stride_query_batch: tl.int64, stride_query_head: tl.int64, stride_query_row: tl.int64,
     stride_key_batch: tl.int64, stride_key_head: tl.int64, stride_key_row: tl.int64,
@@ -243,27 +243,28 @@ def attention_dkdv(
     first, first_full, last_full, last = row_blocks(
         start_n, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
     )
-    for head_of_group in range(heads_per_group):
-        head = group * heads_per_group + head_of_group
-        head_query = query + batch * stride_query_batch + head * stride_query_head + first_row * stride_query_row
-        head_dout = dout + batch * stride_dout_batch + head * stride_dout_head + first_row * stride_dout_row
-        place = batch * stride_lse_batch + head * stride_lse_head + first_row
-        head_mask, head_bits, head_tiles = attn_mask, mask_bits, tiles
-        if attn_mask is not None:
-            head_mask += batch * stride_mask_batch + head * stride_mask_head
-        if mask_bits is not None:
-            head_bits += batch * stride_bits_batch + head * stride_bits_head
-        if tiles is not None:
-            head_tiles += batch * stride_tiles_batch + head * stride_tiles_head + (start_n // TILE) * stride_tiles_line
-        alibi_slope = 0.0
-        if alibi_slopes is not None:
-            alibi_slope = tl.load(alibi_slopes + batch * stride_slopes_batch + head * stride_slopes_head).to(tl.float32)
-        column_sum = tl.zeros((BLOCK_N,), tl.float32)
-        for MASKED in tl.static_range(2):  # first the row blocks of which every score counts, then the mixed ones
+    # First the row blocks of which every score counts, for all heads, then the mixed ones: what one loop keeps, the other need not.
+    for MASKED in tl.static_range(2):
+        for head_of_group in range(heads_per_group):
+            head = group * heads_per_group + head_of_group
+            head_query = query + batch * stride_query_batch + head * stride_query_head + first_row * stride_query_row
+            head_dout = dout + batch * stride_dout_batch + head * stride_dout_head + first_row * stride_dout_row
+            place = batch * stride_lse_batch + head * stride_lse_head + first_row
+            head_mask, head_bits, head_tiles = attn_mask, mask_bits, tiles
+            if attn_mask is not None:
+                head_mask += batch * stride_mask_batch + head * stride_mask_head
+            if mask_bits is not None:
+                head_bits += batch * stride_bits_batch + head * stride_bits_head
+            if tiles is not None:
+                head_tiles += batch * stride_tiles_batch + head * stride_tiles_head + (start_n // TILE) * stride_tiles_line
+            alibi_slope = 0.0
+            if alibi_slopes is not None:
+                alibi_slope = tl.load(alibi_slopes + batch * stride_slopes_batch + head * stride_slopes_head).to(tl.float32)
+            column_sum = tl.zeros((BLOCK_N,), tl.float32)
             steps = num_blocks(first, first_full, last_full, last, head_tiles, MASKED, BLOCK_M)
             if start_n >= keys_present:
                 steps = 0
-            for step in range(steps):
+            for step in tl.range(steps, num_stages=1 if MASKED else None):
                 start_m = block_start(step, first, first_full, last_full, head_tiles, num_tiles, MASKED, BLOCK_M)
                 rows = start_m + tl.arange(0, BLOCK_M)
                 row_lse, row_delta, attends = row_statistics(
@@ -292,8 +293,9 @@ def attention_dkdv(
                 dk = tl.dot(dproducts.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
                 if column_sums is not None:
                     column_sum += tl.sum(dscores, 1)
-        if column_sums is not None:
-            tl.store(column_sums + (batch * num_heads + head).to(tl.int64) * seqlen_k + keys, column_sum, mask=keys < seqlen_k)
+            if column_sums is not None:
+                line = ((batch * num_heads + head) * 2 + MASKED).to(tl.int64)
+                tl.store(column_sums + line * seqlen_k + keys, column_sum, mask=keys < seqlen_k)
 
     if rng_state is not None:
         dv *= 65536.0 / (65536 - dropout_threshold)
