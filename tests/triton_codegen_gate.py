@@ -149,6 +149,7 @@ def badness(line: Line) -> tuple[int, int]:
 
 def record(lines: list[Line]) -> None:
     """Writes the chosen tiles, and what follows from them for devices of no known family."""
+    tile_table.cache_clear()  # another process may have written rows
     for line in lines:
         if line.tile:
             row = Row(line.kernel_name, *line.task[1:])
