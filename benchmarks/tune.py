@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_attention.kernels import triton_backend
 from fused_attention.kernels.problem import Gradients, Problem, make_problem
-from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, tile_table
+from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, forget_launches, tile_table
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "decode", "weights")
 FAMILIES = ("sm80", "sm86", "sm90", "sm100", "other")
@@ -175,6 +175,7 @@ def runner(row: Row, problem: Problem) -> Callable[[], object]:
 def measure(row: Row, tile: Tile, run: Callable[[], object]) -> float | None:
     """Milliseconds with a tile, None where it does not fit or spills."""
     tile_table()[row] = tile
+    forget_launches()
     try:
         run()
     except (OutOfResources, PTXASError):

@@ -39,26 +39,46 @@ class Arguments(NamedTuple):
     constants: tuple[int | str | bool, ...]
 
 
-def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> Arguments:
-    """tiles: row_tiles, or column_tiles for a kernel that walks down a column of key blocks; mask_bits: the bits that go with it."""
-    query, key = problem.query, problem.key
-    attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
-    mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    if attn_mask is not None and mask_is_bool:
-        attn_mask = attn_mask.view(torch.uint8)
-    window_left, window_right = visible_window(problem)
-    tensors = (
-        attn_mask,
+def sizes_and_options(problem: Problem, tiles: Tensor | None) -> tuple:
+    """Everything that a kernel's numbers and constexprs follow from: two problems that agree in it differ in their tensors alone."""
+    query, key, value = problem.query, problem.key, problem.value
+    side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in problem.side_tensors()]
+    return (
+        query.dtype,
+        query.get_device(),
+        (query.shape, query.stride()),
+        (key.shape, key.stride()),
+        (value.shape, value.stride()),
+        *side_tensors,
+        None if tiles is None else (tiles.shape, tiles.stride()),
+        problem.options(),
+        query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+    )
+
+
+def common_tensors(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> tuple[Tensor | None, ...]:
+    """tiles and mask_bits as for `common_arguments`."""
+    attn_mask, key_mask = problem.attn_mask, problem.key_mask
+    return (
+        attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask,
         None if key_mask is None else key_mask.view(torch.uint8),
         problem.key_lengths,
         problem.query_lengths,
-        slopes,
+        problem.alibi_slopes,
         problem.rng_state,
         problem.cu_seqlens_q,
         problem.cu_seqlens_k,
         mask_bits,
         tiles,
     )
+
+
+def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> Arguments:
+    """tiles: row_tiles, or column_tiles for a kernel that walks down a column of key blocks; mask_bits: the bits that go with it."""
+    query, key = problem.query, problem.key
+    attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
+    mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+    window_left, window_right = visible_window(problem)
     numbers = (
         *_strides(attn_mask, 4),
         *_strides(key_mask, 2),
@@ -88,7 +108,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         mask_is_bool,
         "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
     )
-    return Arguments(tensors, numbers, constants)
+    return Arguments(common_tensors(problem, tiles, mask_bits), numbers, constants)
 
 
 def visible_window(problem: Problem) -> tuple[int | None, int | None]:

@@ -17,8 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Problem, empty_output
-from .triton_arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of
-from .triton_launch import launch, tile_for
+from .triton_arguments import (
+    common_arguments,
+    common_tensors,
+    feature_class,
+    kernel,
+    padded_head_dim,
+    rows_of,
+    sizes_and_options,
+)
+from .triton_launch import Launch, remembered_launch, tile_for
 from .triton_mask import tile_lists
 from .triton_tiles import (
     LN_2,
@@ -41,29 +49,28 @@ from .triton_tiles import (
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
     query, value = problem.query, problem.value
-    num_heads = query.shape[1]
     out = empty_output(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if problem.cu_seqlens_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)
     row_tiles, _ = tile_lists(problem, columns=False)
-    common = common_arguments(problem, row_tiles, problem.mask_bits)
-    head_dim = max(padded_head_dim(query.shape[3]), padded_head_dim(value.shape[3]))
-    tile = tile_for("forward", query.dtype, head_dim, feature_class(problem))
-    num_programs = triton.cdiv(problem.max_seqlen_q, tile.BLOCK_M) * problem.batch * num_heads
-    if num_programs:
-        launch(
-            attention_forward,
-            num_programs,
-            (query, problem.key, value, out, lse, problem.sinks, *common.tensors),
-            (*rows_of(query), *rows_of(problem.key), *rows_of(value), *rows_of(out), *rows_of(lse)[:2], *common.numbers),
-            common.constants,
-            tile,
-        )
+    if out.numel():
+        run = remembered_launch(sizes_and_options(problem, row_tiles), lambda: _launch_for(problem, out, lse, row_tiles))
+        run((query, problem.key, value, out, lse, problem.sinks, *common_tensors(problem, row_tiles, problem.mask_bits)))
     if problem.dropout_p == 1.0:
         out.zero_()
     return out, lse
+
+
+def _launch_for(problem: Problem, out: Tensor, lse: Tensor, row_tiles: Tensor | None) -> Launch:
+    query, key, value = problem.query, problem.key, problem.value
+    head_dim = max(padded_head_dim(query.shape[3]), padded_head_dim(value.shape[3]))
+    tile = tile_for("forward", query.dtype, head_dim, feature_class(problem))
+    num_programs = triton.cdiv(problem.max_seqlen_q, tile.BLOCK_M) * problem.batch * query.shape[1]
+    common = common_arguments(problem, row_tiles, problem.mask_bits)
+    strides = (*rows_of(query), *rows_of(key), *rows_of(value), *rows_of(out), *rows_of(lse)[:2])
+    return Launch(attention_forward, num_programs, (*strides, *common.numbers), common.constants, tile)
 
 
 @kernel

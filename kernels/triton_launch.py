@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,55 @@ def tile_table() -> dict[tuple[str, str, str, int, str], Tile]:
     return table
 
 
+class Launch:
+    """A kernel with everything fixed but its tensors, and those in everything but their memory: what a call repeats costs least."""
+
+    def __init__(self, kernel: Any, num_programs: int, numbers: tuple[int | float, ...], constants: tuple[Any, ...], tile: Tile) -> None:
+        self.kernel = kernel
+        self.num_programs = num_programs
+        self.numbers = numbers
+        self.constants = constants
+        self.tile = tile
+        self.fixed = (*numbers, *constants, tile.BLOCK_M, tile.BLOCK_N)
+        self.compiled: dict[tuple, Any] = {}  # by device and by which pointers are multiples of 16
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if INTERPRETED:
+            _launch_through_triton(self.kernel, self.num_programs, tensors, self.numbers, self.constants, self.tile)
+            return
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key = (device, *[pointer is None or pointer % 16 == 0 for pointer in pointers])
+        compiled = self.compiled.get(key)
+        elsewhere = compiled is not None and tensors[0].get_device() not in (device, -1)  # type: ignore[union-attr]
+        if compiled is None or elsewhere or _has_hooks(self.kernel):
+            compiled = launch(self.kernel, self.num_programs, tensors, self.numbers, self.constants, self.tile)
+            if compiled is not None and not elsewhere:
+                self.compiled[key] = compiled
+            return
+        _run_compiled(compiled, self.num_programs, driver.get_current_stream(device), (*pointers, *self.fixed))
+
+
+MAX_REMEMBERED = 4096  # different calls
+_remembered: dict[tuple, Launch] = {}
+
+
+def remembered_launch(call: tuple, make: Callable[[], Launch]) -> Launch:
+    """make()'s result, made once for each `call`: everything that it follows from, but for the tile table and the kind of GPU."""
+    found = _remembered.get(call)
+    if found is None:
+        if len(_remembered) >= MAX_REMEMBERED:
+            _remembered.clear()
+        found = _remembered[call] = make()
+    return found
+
+
+def forget_launches() -> None:
+    """To be called when the tile table has changed."""
+    _remembered.clear()
+
+
 def launch(
     kernel: Any,
     num_programs: int,
@@ -85,33 +135,35 @@ def launch(
     numbers: tuple[int | float, ...],
     constants: tuple[Any, ...],
     tile: Tile,
-) -> None:
-    """Runs a kernel on the current stream of the device that tensors[0] is on.
+) -> Any:
+    """Runs a kernel on the current stream of the device that tensors[0] is on; returns it compiled, if it may be run again as it is.
 
     Its parameters are, in this order, pointers (tensors), numbers, constexprs (constants) and the constexprs BLOCK_M and BLOCK_N. A number
     that is 1 is compiled in as such only if its parameter has no type: Triton leaves one with a type alone.
     """
     if INTERPRETED:
         _launch_through_triton(kernel, num_programs, tensors, numbers, constants, tile)
-        return
+        return None
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     tensors_device = tensors[0].get_device()  # type: ignore[union-attr]  # -1 on the CPU, in tests
     if tensors_device not in (device, -1):
         with torch.cuda.device(tensors_device):
             launch(kernel, num_programs, tensors, numbers, constants, tile)
-        return
+        return None  # it is not compiled for the current device
     cache = _caches.get(id(kernel)) or _new_cache(kernel, tensors, numbers, constants)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     key = _specialisation(cache, device, tensors, pointers, numbers, constants, tile)
     compiled = cache.compiled.get(key)
     if compiled is None or _has_hooks(kernel):
         compiled = _launch_through_triton(kernel, num_programs, tensors, numbers, constants, tile)
-        if compiled is not None and _takes_fast_launches(compiled):
-            cache.compiled[key] = compiled
-        return
+        if compiled is None or not _takes_fast_launches(compiled):
+            return None
+        cache.compiled[key] = compiled
+        return compiled
     stream = driver.get_current_stream(device)
     _run_compiled(compiled, num_programs, stream, (*pointers, *numbers, *constants, tile.BLOCK_M, tile.BLOCK_N))
+    return compiled
 
 
 def _launch_through_triton(kernel: Any, num_programs: int, tensors: tuple, numbers: tuple, constants: tuple, tile: Tile) -> Any:

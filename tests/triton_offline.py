@@ -23,6 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from fused_attention.kernels.triton_launch import forget_launches
+
 KB = 1024
 SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}  # bytes that a block may take
 
@@ -164,6 +166,7 @@ def offline(arch: int = 90, *, inspect: bool = False, execute: Callable[[Launch]
             knobs.nvidia.dump_ptxas_log = True
             stack.enter_context(contextlib.redirect_stdout(log))
         triton.runtime.driver.set_active(driver)
+        forget_launches()  # their tiles are for another GPU
         try:
             yield driver.launches
         finally:
