@@ -103,12 +103,14 @@ def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dls
 
     P = exp(s - lse) changes by the relative rounding of lse, eps32 * |lse|; and in dS = P * (dP - delta), delta = rowsum(dout * out)
     changes by the rounding of out, eps * rowsum(|dout| * |out|), while eager keeps its weights and sums what it rounded. Where dP and
-    delta cancel (one key takes all the weight) the second is all that is left of the gradient.
+    delta cancel (one key takes all the weight) the second is all that is left of the gradient, with the rounding of the two float32
+    sums dP and delta themselves.
     The gradients of mask, slopes and sinks are sums of dS that cancel further, down to 0 for a mask that is the same for all keys: what
     is left is the float32 rounding of the terms, for which the budget is that of any float32 result, 16 * eps32. Rows round by chance, so
     over rows the budgets add up as squares.
     """
-    stored_eps, num_heads = torch.finfo(dout.dtype).eps, problem.query.shape[1]
+    num_heads = problem.query.shape[1]
+    delta_eps = torch.finfo(dout.dtype).eps + 2 * torch.finfo(torch.float32).eps  # of out as stored, of the sums delta and dP
     problem = _cast(problem, torch.float64)
     queries_present, keys_present = (rows[:, None, :, None] for rows in present(problem))
     query = problem.query.masked_fill(~queries_present, 0.0)
@@ -121,10 +123,10 @@ def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dls
     slope = problem.scale  # of a score in what it is made of
     if problem.softcap is not None:
         slope = slope * (1.0 - torch.tanh(problem.scale * (query @ key.transpose(-1, -2)) / problem.softcap) ** 2)
-    moved = slope * weights * (stored_eps * delta)
+    moved = slope * weights * (delta_eps * delta)
     groups = (problem.key.shape[1], num_heads // max(problem.key.shape[1], 1))
     rounding = {
-        "query": (slope * weights @ key).abs() * (stored_eps * delta) + lse_rounding * exact["query"].abs(),
+        "query": (slope * weights @ key).abs() * (delta_eps * delta) + lse_rounding * exact["query"].abs(),
         "key": (moved.transpose(-1, -2) @ query.abs()).unflatten(1, groups).sum(2) + lse_rounding * exact["key"].abs(),
         "value": lse_rounding * exact["value"].abs(),
     }
@@ -133,7 +135,7 @@ def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dls
     dweights = (dout @ value.transpose(-1, -2)).abs()
     if problem.dropout_p > 0.0:
         dweights = dweights * dropout(problem, 0, num_heads)
-    row_rounding = stored_eps * delta + term_eps * (delta + dlse)
+    row_rounding = delta_eps * delta + term_eps * (delta + dlse)
     score_rounding = weights * (row_rounding + term_eps * dweights)  # the same for all keys of a row, rows differ by chance
     if "attn_mask" in exact:
         shape = exact["attn_mask"].shape
