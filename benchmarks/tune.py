@@ -91,7 +91,7 @@ def is_plausible(tile: Tile, row: Row) -> bool:
         return False  # tile lists are of 64 x 64 tiles
     if row.dtype == "fp32":  # without tensor cores a thread holds whole lines of both factors
         lines = math.sqrt(kept * visited / (32 * tile.num_warps))
-        return max(kept, visited) <= 64 and lines * row.head_dim <= (182 if row.head_dim <= 64 else 256)
+        return max(kept, visited) <= 64 and (lines * row.head_dim <= (182 if row.head_dim <= 64 else 256) or kept * visited == 256)
     accumulators = {"forward": 1, "dkdv": 2, "dq": 1, "decode": 1}.get(row.kernel_name, 0)
     score_tiles = 1 if row.kernel_name in ("forward", "decode") else 2
     registers = kept * (accumulators * row.head_dim + score_tiles * visited) / (32 * tile.num_warps)  # of sums and scores alone

@@ -58,7 +58,7 @@ def test_dominators_of_a_diamond_in_a_loop() -> None:
     assert sass.natural_loops(successors) == {1: {1, 2, 3, 4}}
 
 
-def test_without_tensor_cores_loops_of_multiply_adds_are_hot() -> None:
+def test_without_warpgroups_loops_of_multiply_adds_are_hot() -> None:
     body = "\n".join("        /*0010*/                   FFMA R5, R5, R6, R7 ;" for _ in range(sass.LEAST_MULTIPLY_ADDS))
     listing = f".L_x_0:\n{body}\n        /*0020*/              @!P1 BRA `(.L_x_0) ;\n        /*0030*/                   EXIT ;\n"
     (hot,) = sass.hot_loops(*sass.parse(listing))
@@ -87,7 +87,7 @@ def product(arch: int, head_dim: int, tile: Tile, dtype: torch.dtype = torch.bfl
 
 def test_a_good_kernel_passes() -> None:
     binary, found = product(90, 64, Tile(64, 64, 4, 2))
-    assert failures(found, 90, tensor_cores=True) == []
+    assert failures(found, 90, warpgroups=True) == []
     assert found.counts["HGMMA"][1] > 0
     assert found.threads == 128
     assert found.spills == found.stack == 0
@@ -97,28 +97,28 @@ def test_a_good_kernel_passes() -> None:
 def test_spills_are_found() -> None:
     _, found = product(80, 128, Tile(128, 128, 1, 1))
     assert found.counts["HMMA"][1] > 0
-    reasons = failures(found, 80, tensor_cores=True)
+    reasons = failures(found, 80, warpgroups=True)
     assert any("spilled" in reason for reason in reasons)
     assert any("local memory" in reason for reason in reasons)
 
 
 def test_too_much_shared_memory_is_found() -> None:
     _, found = product(120, 256, Tile(128, 128, 8, 4))
-    assert any("shared memory" in reason for reason in failures(found, 120, tensor_cores=True))
-    assert not any("shared memory" in reason for reason in failures(found, 90, tensor_cores=False))
+    assert any("shared memory" in reason for reason in failures(found, 120, warpgroups=True))
+    assert not any("shared memory" in reason for reason in failures(found, 90, warpgroups=False))
 
 
 def test_a_tile_without_warpgroup_products_is_found() -> None:
     _, found = product(90, 64, Tile(32, 64, 4, 1))
-    assert failures(found, 90, tensor_cores=True) == ["no warpgroup matrix products"]
-    assert failures(found, 90, tensor_cores=False) == []
+    assert failures(found, 90, warpgroups=True) == ["no warpgroup matrix products"]
+    assert failures(found, 90, warpgroups=False) == []
 
 
 def test_serialised_warpgroup_products_are_found() -> None:
     binary, _ = product(90, 64, Tile(64, 64, 4, 2))
     warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...\n"
     found = resources(dataclasses.replace(binary, log=warning + binary.log), 90)
-    assert failures(found, 90, tensor_cores=True) == ["warpgroup matrix products wait for one another"]
+    assert failures(found, 90, warpgroups=True) == ["warpgroup matrix products wait for one another"]
 
 
 def test_a_kernel_without_a_log_is_not_passed() -> None:

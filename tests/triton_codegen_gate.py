@@ -93,9 +93,9 @@ def check(task: Task) -> list[Line]:
     for binary in compile_task(task):
         name = kernel_of(binary)
         found = resources(binary, arch)
-        tensor_cores = task.dtype == "16-bit" and name in task_rows and name != "decode"  # 16 rows are too few for warpgroups
+        warpgroups = name in task_rows and task.dtype == "16-bit" and not is_narrow(name, task.head_dim)
         tile = tile_table()[task_rows[name]] if name in task_rows else None
-        lines.append(Line(task, name, tile, found, failures(found, arch, tensor_cores=tensor_cores)))
+        lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups)))
     missing = set(task_rows) - {line.kernel_name for line in lines}
     if missing:
         raise RuntimeError(f"{task}: no kernel ran for {missing}")
@@ -113,6 +113,14 @@ class Failed(NamedTuple):
     def rules_out(self, row: Row, tile: Tile) -> bool:
         easier = self.head_dim <= row.head_dim and self.hardness <= tune.FEATURE_CLASSES.index(row.feature_class)
         return easier and (self.kernel_name, self.tile) == (row.kernel_name, tile)
+
+
+def is_narrow(kernel_name: str, head_dim: int) -> bool:
+    """Whether a kernel may use warp matrix products on sm_90: warpgroup products have 64 rows, and registers for 64 rows.
+
+    Decoding has 16 rows. Sums of 64 rows by 256, two of them in dkdv, leave dkdv and dq too few registers for what else they hold.
+    """
+    return kernel_name == "decode" or (kernel_name in ("dkdv", "dq") and head_dim == 256)
 
 
 def choose(task: Task, keep: bool, failed: set[Failed]) -> list[Line]:

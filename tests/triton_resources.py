@@ -87,11 +87,11 @@ def threads_of(binary: Binary) -> int:
     return int(match[1]) if match else binary.metadata["num_warps"] * 32
 
 
-def failures(found: Resources, arch: int, *, tensor_cores: bool, shared_memory: int | None = None) -> list[str]:
+def failures(found: Resources, arch: int, *, warpgroups: bool, shared_memory: int | None = None) -> list[str]:
     """Why a kernel may not be shipped; empty when it may.
 
     Args:
-        tensor_cores: it has 16-bit matrix products, which sm_90 must run as warpgroup products.
+        warpgroups: its matrix products must be warpgroup products on sm_90.
         shared_memory: bytes it may take, if not all that the architecture has.
     """
     limit = SHARED_MEMORY[arch] if shared_memory is None else shared_memory
@@ -103,7 +103,7 @@ def failures(found: Resources, arch: int, *, tensor_cores: bool, shared_memory: 
         reasons.append(f"{local} local memory accesses in the hot loop")
     if found.shared_memory > limit:
         reasons.append(f"{found.shared_memory} bytes of shared memory, {limit} at most")
-    if tensor_cores and arch == 90 and not found.counts["HGMMA"][0]:
+    if warpgroups and arch == 90 and not found.counts["HGMMA"][0]:
         reasons.append("no warpgroup matrix products")
     if found.serialised:
         reasons.append("warpgroup matrix products wait for one another")
