@@ -63,8 +63,9 @@ def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
     if torch.compiler.is_compiling():
         return False
-    zeros = any(tensor._is_zerotensor() for tensor in problem.inputs)
-    return zeros or _functorch_active() or torch.autograd.forward_ad._current_level >= 0
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return any([tensor._is_zerotensor() for tensor in problem.inputs])
 
 
 def _functorch_active() -> bool:
@@ -74,8 +75,7 @@ def _functorch_active() -> bool:
 def _takes_cheap_path(problem: Problem) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    given = [tensor for tensor in (*problem.inputs, *problem.side_tensors()) if tensor is not None]
-    return all(map(_is_plain, given))
+    return all([tensor is None or _is_plain(tensor) for tensor in (*problem.inputs, *problem.side_tensors())])
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ A call that fills the GPU without splitting writes its result in step 2.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Problem, empty_output
-from .triton_arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of, visible_window
-from .triton_launch import INTERPRETED, Tile, launch, tile_for
+from .triton_arguments import (
+    common_arguments,
+    common_tensors,
+    feature_class,
+    kernel,
+    padded_head_dim,
+    rows_of,
+    sizes_and_options,
+    visible_window,
+)
+from .triton_launch import INTERPRETED, Launch, Tile, remembered_call, tile_for
 from .triton_tiles import (
     LN_2,
     LOG2_E,
@@ -51,49 +61,52 @@ def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     query, key, value = problem.query, problem.key, problem.value
     batch, num_heads, seqlen_q, _ = query.shape
     out = empty_output(query, value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not lse.numel():
         return out, lse
-    common = common_arguments(problem, None, None)
+    calls = remembered_call("decode", sizes_and_options(problem, None), lambda: _decode_calls(problem, out, lse))
+    splits = calls.splits
+    if splits == 1:
+        split_out, split_lse, sinks = out, lse, problem.sinks
+    else:  # sinks take part once, in combine
+        split_out = torch.empty(splits, batch, num_heads, seqlen_q, value.shape[3], dtype=torch.float32, device=query.device)
+        split_lse = torch.empty(splits, batch, num_heads, seqlen_q, dtype=torch.float32, device=query.device)
+        sinks = None
+    calls.decode((query, key, value, split_out, split_lse, sinks, *common_tensors(problem, None, None)))
+    if calls.combine is not None:
+        calls.combine((split_out, split_lse, out, lse, problem.sinks))
+    return out, lse
+
+
+class DecodeCalls(NamedTuple):
+    splits: int
+    decode: Launch
+    combine: Launch | None  # with one split there is nothing to combine
+
+
+def _decode_calls(problem: Problem, out: Tensor, lse: Tensor) -> DecodeCalls:
+    query, key, value = problem.query, problem.key, problem.value
+    batch, num_heads, seqlen_q, _ = query.shape
+    head_dim_v = value.shape[3]
     num_groups = key.shape[1]
     rows = num_heads // num_groups * seqlen_q
-    head_dim = max(padded_head_dim(query.shape[3]), padded_head_dim(value.shape[3]))
-    tile = tile_for("decode", query.dtype, head_dim, feature_class(problem))
+    tile = tile_for("decode", query.dtype, max(map(padded_head_dim, (query.shape[3], head_dim_v))), feature_class(problem))
     tile = tile._replace(BLOCK_M=max(16, min(tile.BLOCK_M, triton.next_power_of_2(rows))))
     splits = num_splits(problem)
-    if splits > 1:
-        split_out = query.new_empty(splits, batch, num_heads, seqlen_q, value.shape[3], dtype=torch.float32)
-        split_lse = query.new_empty(splits, batch, num_heads, seqlen_q, dtype=torch.float32)
-    else:
-        split_out, split_lse = out[None], lse[None]
-    launch(
-        attention_decode,
-        triton.cdiv(rows, tile.BLOCK_M) * splits * batch * num_groups,
-        (query, key, value, split_out, split_lse, problem.sinks if splits == 1 else None, *common.tensors),
-        (
-            *rows_of(query),
-            *rows_of(key),
-            *rows_of(value),
-            *rows_of(split_out[0]),
-            *rows_of(split_lse[0])[:2],
-            *common.numbers,
-            split_out.stride(0),
-            split_lse.stride(0),
-            splits,
-        ),
-        common.constants,
-        tile,
-    )
-    if splits > 1:
-        launch(
-            combine,
-            lse.numel(),
-            (split_out, split_lse, out, lse, problem.sinks),
-            (*rows_of(out), *rows_of(lse)[:2], lse.numel(), seqlen_q, num_heads, splits),
-            (value.shape[3], padded_head_dim(value.shape[3])),
-            COMBINE_TILE,
-        )
-    return out, lse
+    if splits == 1:
+        split_out_strides, split_lse_strides, split_strides = rows_of(out), rows_of(lse)[:2], (0, 0)
+    else:  # contiguous
+        split_lse_strides = (num_heads * seqlen_q, seqlen_q)
+        split_out_strides = (num_heads * seqlen_q * head_dim_v, seqlen_q * head_dim_v, head_dim_v)
+        split_strides = (lse.numel() * head_dim_v, lse.numel())
+    common = common_arguments(problem, None, None)
+    strides = (*rows_of(query), *rows_of(key), *rows_of(value), *split_out_strides, *split_lse_strides)
+    num_programs = triton.cdiv(rows, tile.BLOCK_M) * splits * batch * num_groups
+    decode = Launch(attention_decode, num_programs, (*strides, *common.numbers, *split_strides, splits), common.constants, tile)
+    if splits == 1:
+        return DecodeCalls(splits, decode, None)
+    sizes = (*rows_of(out), *rows_of(lse)[:2], lse.numel(), seqlen_q, num_heads, splits)
+    return DecodeCalls(splits, decode, Launch(combine, lse.numel(), sizes, (head_dim_v, padded_head_dim(head_dim_v)), COMBINE_TILE))
 
 
 def num_splits(problem: Problem) -> int:
@@ -197,7 +210,7 @@ def attention_decode(
         v = load_tile(value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, True)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_DV)
 
-    nothing = (row_sum == 0.0) | (row_max == float("-inf"))
+    nothing = row_sum == 0.0
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, row_sum)[:, None])
     store_tile(out + (heads * stride_out_head)[:, None], acc, rows, row_exists, stride_out_row, HEAD_DIM_V, BLOCK_DV)
     row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)
@@ -240,7 +253,7 @@ def combine(
         acc = acc * rescale + tl.sum(tile * weights[:, None], 0)
         row_sum = row_sum * rescale + tl.sum(weights, 0)
         row_max = new_max
-    nothing = (row_sum == 0.0) | (row_max == float("-inf"))
+    nothing = row_sum == 0.0
     acc = tl.where(nothing, 0.0, acc / tl.where(nothing, 1.0, row_sum))
     out += batch * stride_out_batch + head * stride_out_head + row * stride_out_row
     tl.store(out + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM)

@@ -26,7 +26,7 @@ from .triton_arguments import (
     rows_of,
     sizes_and_options,
 )
-from .triton_launch import Launch, remembered_launch, tile_for
+from .triton_launch import Launch, remembered_call, tile_for
 from .triton_mask import tile_lists
 from .triton_tiles import (
     LN_2,
@@ -50,13 +50,13 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
     query, value = problem.query, problem.value
     out = empty_output(query, value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if problem.cu_seqlens_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)
     row_tiles, _ = tile_lists(problem, columns=False)
     if out.numel():
-        run = remembered_launch(sizes_and_options(problem, row_tiles), lambda: _launch_for(problem, out, lse, row_tiles))
+        run = remembered_call("forward", sizes_and_options(problem, row_tiles), lambda: _launch_for(problem, out, lse, row_tiles))
         run((query, problem.key, value, out, lse, problem.sinks, *common_tensors(problem, row_tiles, problem.mask_bits)))
     if problem.dropout_p == 1.0:
         out.zero_()
@@ -184,7 +184,7 @@ def attention_forward(
 
     if rng_state is not None:
         acc *= 65536.0 / (65536 - dropout_threshold)
-    nothing = (row_sum == 0.0) | (row_max == float("-inf")) | ~row_present
+    nothing = (row_sum == 0.0) | ~row_present  # of a row of NaN scores the maximum is -inf, but the sum NaN
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, row_sum)[:, None])
     store_tile(out, acc, rows, rows < seqlen_q, stride_out_row, HEAD_DIM_V, BLOCK_DV)
     row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)

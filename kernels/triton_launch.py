@@ -12,11 +12,13 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+Prepared = TypeVar("Prepared")
 
 INTERPRETED = triton.knobs.runtime.interpret
 FAST_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # whose CompiledKernel.run takes what _run_compiled passes
@@ -89,7 +91,7 @@ class Launch:
         self.constants = constants
         self.tile = tile
         self.fixed = (*numbers, *constants, tile.BLOCK_M, tile.BLOCK_N)
-        self.compiled: dict[tuple, Any] = {}  # by device and by which pointers are multiples of 16
+        self.compiled: dict[Any, Any] = {}  # by device, and by which pointers are multiples of 16 if not all are
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         if INTERPRETED:
@@ -98,7 +100,11 @@ class Launch:
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (device, *[pointer is None or pointer % 16 == 0 for pointer in pointers])
+        low_bits = 0
+        for pointer in pointers:
+            if pointer is not None:
+                low_bits |= pointer
+        key = device if low_bits % 16 == 0 else (device, *[pointer is None or pointer % 16 == 0 for pointer in pointers])
         compiled = self.compiled.get(key)
         elsewhere = compiled is not None and tensors[0].get_device() not in (device, -1)  # type: ignore[union-attr]
         if compiled is None or elsewhere or _has_hooks(self.kernel):
@@ -110,11 +116,12 @@ class Launch:
 
 
 MAX_REMEMBERED = 4096  # different calls
-_remembered: dict[tuple, Launch] = {}
+_remembered: dict[tuple, Any] = {}
 
 
-def remembered_launch(call: tuple, make: Callable[[], Launch]) -> Launch:
-    """make()'s result, made once for each `call`: everything that it follows from, but for the tile table and the kind of GPU."""
+def remembered_call(name: str, sizes: tuple, make: Callable[[], Prepared]) -> Prepared:
+    """make()'s launches, made once for each name and `sizes`: all that they follow from, but for the tile table and the kind of GPU."""
+    call = (name, sizes)
     found = _remembered.get(call)
     if found is None:
         if len(_remembered) >= MAX_REMEMBERED:
