@@ -103,7 +103,7 @@ def check(task: Task) -> list[Line]:
 
 
 class Failed(NamedTuple):
-    """A candidate that did not pass for a kernel, and so will not for larger head dims and harder classes."""
+    """A candidate that did not pass for a kernel, and so will hardly pass for larger head dims and harder classes."""
 
     kernel_name: str
     head_dim: int
@@ -132,7 +132,7 @@ def choose(task: Task, keep: bool, failed: set[Failed]) -> list[Line]:
         current = tile_table()[row]
         if keep:
             tiles = tiles[tiles.index(current) :] if current in tiles else [current, *tiles]
-        remaining[name] = [tile for tile in tiles if not any(f.rules_out(row, tile) for f in failed)] or tiles[-1:]
+        remaining[name] = sorted(tiles, key=lambda tile, row=row: any(f.rules_out(row, tile) for f in failed))  # those last
         tile_table()[row] = remaining[name][0]
     best: dict[str, Line] = {}
     while True:
