@@ -53,6 +53,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "dropout and a float mask": {"dropout_p": 0.25, "attn_mask": ("float32", "11QK")},
     "dropout of everything": {"dropout_p": 1.0, "lse_gradient": True},
     "softcap": {"softcap": 1.5},
+    "softcap far above the scores": {"softcap": 500.0},
     "softcap, causal, lse": {"softcap": 1.5, "is_causal": "top_left", "lse_gradient": True},
     "alibi": {"alibi_slopes": "H", "sizes": (1, 2, 2)},
     "alibi by batch, bottom-right": {"alibi_slopes": "BH", "is_causal": "bottom_right", "key_lengths": (40, 75), "sizes": (2, 2, 2)},
