@@ -133,6 +133,17 @@ def test_the_gate_covers_the_tile_table() -> None:
     assert gated == {key for key in tile_table() if key[1] != "other"}
 
 
+def test_a_class_with_the_same_tiles_and_more_features_is_checked_in_a_classs_place() -> None:
+    for task in gate.tasks(""):
+        other = gate.stands_for(task)
+        assert [tile_table()[row] for row in other.rows().values()] == [tile_table()[row] for row in task.rows().values()]
+        assert gate.stands_for(other) == other
+        if task.feature_class == "plain":
+            assert other == task
+        assert other[:4] == task[:4]
+        assert tune.FEATURE_CLASSES.index(other.feature_class) >= tune.FEATURE_CLASSES.index(task.feature_class)
+
+
 # One of each pass; with all rows of the table it takes a quarter of an hour.
 SAMPLE = (
     ("forward", "16-bit", 64, "plain"),

@@ -6,7 +6,8 @@
 
 The real host code runs on CPU tensors (triton_offline.py), one representative problem for each row of the table, with everything that
 its feature class may hold (benchmarks/tune.py). What fails: spills, local memory in a hot loop, more shared memory than there is, and on
-sm_90 16-bit products that are not warpgroup products or that wait for one another. float16 compiles like bfloat16 and is not repeated.
+sm_90 16-bit products that are not warpgroup products or that wait for one another. float16 compiles like bfloat16 and is not repeated;
+nor is a class whose tiles are those of a class with more features (stands_for).
 """
 
 from __future__ import annotations
@@ -69,6 +70,22 @@ def tasks(pattern: str) -> Iterator[Task]:
                         task = Task(measured_pass, family, dtype, head_dim, feature_class)
                         if task.rows() and re.search(pattern, " ".join(map(str, task))):
                             yield task
+
+
+def stands_for(task: Task) -> Task:
+    """The task whose kernels are checked in a task's place: that of the class with the most features among those with the same tiles.
+
+    Its kernels do all that the task's do and more, so they need at least its registers and shared memory. Not so for plain: tile lists
+    take the place of loop bounds.
+    """
+    richer = tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(task.feature_class) + 1 :] if task.feature_class != "plain" else ()
+    for feature_class in reversed(richer):
+        other = task._replace(feature_class=feature_class)
+        if other.rows().keys() == task.rows().keys() and all(
+            tile_table()[row] == tile_table()[other.rows()[name]] for name, row in task.rows().items()
+        ):
+            return other
+    return task
 
 
 def kernel_of(binary: Binary) -> str:
@@ -228,7 +245,10 @@ def main() -> None:
     start = time.monotonic()
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(options.only):
-        groups.setdefault(task[:3] if options.choose else task, []).append(task)
+        if options.choose:
+            groups.setdefault(task[:3], []).append(task)
+        else:
+            groups[stands_for(task)] = [stands_for(task)]
     results: dict[tuple, list[Line]] = {}
     errors = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
