@@ -48,6 +48,23 @@ def test_gradients_of_absent_keys_are_zero_whatever_the_queries_hold(stored: flo
         assert not results[name][:, :, problem.key_mask[0]].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask_dims", ["BHQK", "1HQK"])
+def test_an_infinite_gradient_of_a_row_stays_with_the_keys_it_attends_to(mask_dims: str, dtype: torch.dtype, device: str) -> None:
+    """The gradients of scores that are masked are 0, not 0 times infinity."""
+    call = {"seqlens": (40, 40), "is_causal": "top_left", "attn_mask": ("float32", mask_dims), "dtype": dtype}
+    problem, dout, dlse = build(call, device)
+    problem.attn_mask.nan_to_num_(neginf=0.0)
+    dout[:, :, 5] = torch.inf
+    results = run(triton_backend, problem, dout, dlse)
+    others = torch.arange(40, device=device) != 5
+    assert not results["query"][:, :, 5].isfinite().any()
+    assert results["query"][:, :, others].isfinite().all()
+    assert results["key"][:, :, 6:].isfinite().all()
+    assert results["attn_mask"][:, :, others].isfinite().all()
+    assert (results["attn_mask"][:, :, 5, 6:] == 0).all()
+
+
 @pytest.mark.parametrize(("sizes", "seqlens"), [((0, 2, 2), (5, 7)), ((2, 2, 1), (0, 7)), ((2, 2, 1), (5, 0))], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"key_mask": "holes", "attn_mask": ("float32", "1HQK"), "sinks": True, "alibi_slopes": "H"}], ids=["plain", "all"]
