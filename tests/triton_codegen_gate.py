@@ -151,7 +151,8 @@ def choose(task: Task, keep: bool, failed: set[Failed]) -> list[Line]:
         tiles = tune.candidates(row)
         current = tile_table()[row]
         if keep:
-            tiles = tiles[tiles.index(current) :] if current in tiles else [current, *tiles]
+            first = tiles.index(current) if current in tiles else 0
+            tiles = list(dict.fromkeys([current, *tiles[first:], *tiles[:first]]))
         remaining[name] = sorted(tiles, key=lambda tile, row=row: any(f.rules_out(row, tile) for f in failed))  # those last
         tile_table()[row] = remaining[name][0]
     best: dict[str, Line] = {}
