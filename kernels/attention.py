@@ -302,7 +302,7 @@ def attention_weights(
         query: (B, Hq, Lq, Dqk).
         key: (B, Hkv, Lk, Dqk).
         lse: (B, Hq, Lq), from `attention(..., return_lse=True)` with the same masks and options.
-        average_heads: return the mean over heads without holding the weights of more than one head.
+        average_heads: return the mean over heads, without holding those of single heads unless a gradient is asked for.
         dropout_p: with the `rng_state` given to `attention`, replays its dropout mask.
         options: the masks and options of `attention`.
 
@@ -320,6 +320,8 @@ def attention_weights(
         raise TypeError(f"lse must be a floating-point torch.Tensor, got {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
     if lse.shape != query.shape[:3]:
         raise ValueError(f"lse must have shape (batch, num_heads, seqlen_q) = {tuple(query.shape[:3])}, got {tuple(lse.shape)}")
+    if lse.device != query.device:
+        raise ValueError(f"lse must be on the device of query, {query.device}, got {lse.device}")
     return weights_of(problem, lse, average_heads)
 
 

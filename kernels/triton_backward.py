@@ -11,6 +11,8 @@ With P = exp(scores - lse), D the dropout factors and dscores = P * (D * (dout V
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +45,11 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     """Writes every gradient asked for; out and lse are the forward's, dout and dlse their gradients."""
     if problem.row_tiles is not None and problem.column_tiles is None:
         raise ValueError("the mask was prepared without what gradients need")
+    if not out.shape[1]:  # keys may have heads all the same, which no query reads
+        for gradient in (getattr(gradients, field.name) for field in fields(gradients)):
+            if gradient is not None:
+                gradient.zero_()
+        return
     if problem.cu_seqlens_q is not None:  # tokens that belong to no sequence
         for gradient in (gradients.query, gradients.key, gradients.value):
             gradient.zero_()

@@ -88,6 +88,11 @@ def test_lse_that_is_no_floating_point_tensor_is_refused() -> None:
         attention_weights(QUERY, KEY, torch.zeros(2, 4, 5, dtype=torch.int64))
 
 
+def test_lse_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="lse must be on the device of query, cpu, got meta"):
+        attention_weights(QUERY, KEY, torch.zeros(2, 4, 5, device="meta"))
+
+
 def test_scaled_dot_product_attention_names_what_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="key must be a torch.Tensor, got NoneType"):
         scaled_dot_product_attention(QUERY, None, KEY)

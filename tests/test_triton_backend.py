@@ -103,3 +103,16 @@ def test_the_interpreter_runs_only_by_name() -> None:
     reasons, same, status = output_of(CALL + script, TRITON_INTERPRET="1").splitlines()
     assert reasons == "[\"Triton is interpreted (TRITON_INTERPRET=1), which only backend='triton' asks for\"]"
     assert (same, status) == ("True", "None")
+
+
+def test_keys_that_no_query_head_reads_have_zero_gradients() -> None:
+    pytest.importorskip("triton")
+    script = (
+        "for num_heads_kv in (0, 2):\n"
+        "    query = torch.randn(2, 0, 8, 16, requires_grad=True)\n"
+        "    key = torch.randn(2, num_heads_kv, 9, 16, requires_grad=True)\n"
+        "    mask = torch.randn(8, 9, requires_grad=True)\n"
+        "    out = attention(query, key, key, attn_mask=mask, backend='triton')\n"
+        "    print([int(gradient.count_nonzero()) for gradient in torch.autograd.grad(out.sum(), (query, key, mask))])\n"
+    )
+    assert output_of(CALL + script, TRITON_INTERPRET="1").splitlines() == ["[0, 0, 0]"] * 2
