@@ -184,7 +184,7 @@ def test_packed_sequences_with_everything(device: str) -> None:
 DECODE: dict[str, dict[str, Any]] = {
     "one row": {},
     "several rows": {"seqlens": (5, 300)},
-    "grouped heads": {"sizes": (3, 4, 2), "seqlens": (3, 300)},
+    "grouped heads": {"sizes": (3, 4, 2), "seqlens": (4, 300)},
     "window": {"window": (70, None), "seqlens": (2, 300)},
     "key_mask": {"key_mask": "holes"},
     "softcap, alibi, sinks": {"softcap": 2.0, "alibi_slopes": "BH", "sinks": True, "sizes": (3, 4, 2)},

@@ -96,6 +96,17 @@ def test_tiles_of_one_kind(device: str) -> None:
     mask = torch.ones(200, 200, dtype=torch.bool, device=device)
     mask[:64, 64:128], mask[64:128, :] = False, False
     mask[128:192, 70], mask[130, 64:128] = False, False
+    mask[140, 10] = False  # the only one of its tile
     problem.attn_mask = mask[None, None]
     results = check(triton_backend, problem, dout, dlse)
     assert (results["lse"][0, 0, 64:128] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_tiles_of_each_batch_element_and_head(prepare: bool, device: str) -> None:
+    """Another one of the four tiles is empty in each."""
+    problem, dout, dlse = build({"attn_mask": ("bool", "BHQK"), "sizes": (2, 2, 2), "seqlens": (128, 128)}, device)
+    problem.attn_mask = torch.ones(2, 2, 128, 128, dtype=torch.bool, device=device)
+    for batch, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        problem.attn_mask[batch, head, 64 * batch : 64 * batch + 64, 64 * head : 64 * head + 64] = False
+    check(triton_backend, problem, dout, dlse, prepare=prepare)

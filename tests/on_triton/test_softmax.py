@@ -55,6 +55,15 @@ def test_edges(case: str, dtype: torch.dtype, device: str) -> None:
     check(triton_backend, problem, dout, dlse)
 
 
+@pytest.mark.parametrize("num_rows", [40, 2])  # two rows are decoded
+def test_nan_scores_give_nan_through_softcap(num_rows: int, device: str) -> None:
+    problem, _, _ = build({"softcap": 1.5, "seqlens": (num_rows, 75), "sizes": (1, 1, 1)}, device)
+    problem.query[0, 0, 1] = torch.nan
+    out, lse = triton_backend.forward(problem)
+    for result in (out[0, 0].amax(-1), lse[0, 0]):
+        assert result.isnan().nonzero().flatten().tolist() == [1]
+
+
 def test_float16_scores_beyond_its_range(device: str) -> None:
     problem, dout, dlse = build({"dtype": torch.float16, "scale": 1.0, "sizes": (1, 1, 1)}, device)
     problem.query[:], problem.key[:] = problem.query.sign() * 80, problem.key.sign() * 80  # |scores| up to 102,400
