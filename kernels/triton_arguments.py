@@ -52,7 +52,7 @@ def sizes_and_options(problem: Problem, tiles: Tensor | None) -> tuple:
         *side_tensors,
         None if tiles is None else (tiles.shape, tiles.stride()),
         problem.options(),
-        query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        input_precision(query.dtype),
     )
 
 
@@ -89,7 +89,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         problem.max_seqlen_q,
         problem.max_seqlen_k,
         query.shape[1],
-        query.shape[1] // key.shape[1],
+        query.shape[1] // max(key.shape[1], 1),  # there may be no heads at all
         problem.scale * LOG2_E if problem.softcap is None else problem.scale / problem.softcap,
         0.0 if problem.softcap is None else problem.softcap * LOG2_E,
         UNLIMITED if window_left is None else min(window_left, UNLIMITED),
@@ -106,9 +106,14 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         window_right is not None,
         problem.causal == "bottom_right",
         mask_is_bool,
-        "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        input_precision(query.dtype),
     )
     return Arguments(common_tensors(problem, tiles, mask_bits), numbers, constants)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Of products: torch's own setting for float32. Its older name, allow_tf32, cannot be read once this one has been set."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def visible_window(problem: Problem) -> tuple[int | None, int | None]:

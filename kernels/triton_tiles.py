@@ -168,7 +168,8 @@ def tanh(x):
     series = x + x * square * (
         -1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0 - square * (1382.0 / 155925.0))))
     )
-    exponential = tl.exp2(tl.minimum(tl.abs(x), 20.0) * (2.0 * LOG2_E))
+    limited = tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL)  # by default the minimum of NaN and 20 is 20
+    exponential = tl.exp2(limited * (2.0 * LOG2_E))
     far = 1.0 - 2.0 / (exponential + 1.0)
     return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -far, far))
 

@@ -20,6 +20,7 @@ from triton_offline import Launch, offline  # noqa: E402
 
 from fused_attention.benchmarks import tune  # noqa: E402
 from fused_attention.kernels import triton_launch  # noqa: E402
+from fused_attention.kernels.triton_arguments import input_precision  # noqa: E402
 from fused_attention.kernels.triton_launch import Tile, launch, tile_table  # noqa: E402
 
 TILE = Tile(16, 32, 4, 2)
@@ -270,6 +271,18 @@ def test_arguments_and_parameters_must_match(launches: list[Launch]) -> None:
     tensors, numbers, constants, tile = call()
     with pytest.raises(TypeError, match="13 parameters, got 14 arguments"):
         launch(copy_kernel, 1, tensors, (*numbers, 1), constants, tile)
+
+
+def test_products_follow_torchs_setting() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            matmul.fp32_precision = setting
+            assert input_precision(torch.float32) == setting
+            assert input_precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_the_tile_table_is_complete() -> None:
