@@ -72,7 +72,7 @@ def test_float16_scores_beyond_its_range(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_beyond_the_exponent_range(dtype: torch.dtype, device: str) -> None:
-    """At scores of 1e8 one unit in the last place is 16, of which a multiply-add puts up to half into the exponent of the largest weight."""
+    """At scores of 1e8 the last place is 16: a multiply-add puts up to half of it into the exponent of the largest weight."""
     problem, _, _ = build({"dtype": dtype, "scale": 1e7}, device)
     out, lse = triton_backend.forward(problem)
     exact = attention_reference(replace(problem, inputs=(), query=problem.query.double(), key=problem.key.double()))
