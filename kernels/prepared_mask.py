@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .problem import Causal, check_dense, checked_seqlen, make_problem, unpack_bits
-from .reference import allowed_pairs
+from . import triton_backend
+from .problem import Causal, Problem, check_dense, checked_seqlen, make_problem, unpack_bits
+from .reference import MASKED_BELOW, allowed_pairs
 
 TILE = 64
 GATHER_BITS = 0x0102040810204080  # times eight bytes that are 0 or 1: byte k ends up as bit 56 + k
@@ -101,12 +102,14 @@ def prepare_mask(
         is_causal=is_causal,
         window=window,
     )
+    bias = None if problem.attn_mask is None or problem.attn_mask.dtype == torch.bool else problem.attn_mask
     with torch.no_grad():
-        allowed = allowed_pairs(problem)
-        mask_bits = pack_bits(allowed)
-        full, mixed = classify_tiles(mask_bits, seqlen_k)
+        if bias is not None:
+            problem.attn_mask = bias >= MASKED_BELOW
+        prepare = triton_backend.prepared_tiles if triton_backend.prepares(problem) else prepared_tiles
+        mask_bits, mask_bits_transposed, row_tiles, column_tiles = prepare(problem, gradients)
     return PreparedMask(
-        bias=None if problem.attn_mask is None or problem.attn_mask.dtype == torch.bool else problem.attn_mask,
+        bias=bias,
         key_mask=problem.key_mask,
         key_lengths=problem.key_lengths,
         query_lengths=problem.query_lengths,
@@ -114,10 +117,21 @@ def prepare_mask(
         window=(problem.window_left, problem.window_right),
         shape=(batch, num_heads, seqlen_q, seqlen_k),
         mask_bits=mask_bits,
-        mask_bits_transposed=pack_bits(allowed.transpose(2, 3)) if gradients else None,
-        row_tiles=tile_lists(full, mixed),
-        column_tiles=tile_lists(full.transpose(2, 3), mixed.transpose(2, 3)) if gradients else None,
+        mask_bits_transposed=mask_bits_transposed,
+        row_tiles=row_tiles,
+        column_tiles=column_tiles,
     )
+
+
+def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """mask_bits, mask_bits_transposed, row_tiles and column_tiles in plain PyTorch; on a GPU Triton makes the same without a dense mask."""
+    allowed = allowed_pairs(problem)
+    mask_bits = pack_bits(allowed)
+    full, mixed = classify_tiles(mask_bits, problem.key.shape[2])
+    if not gradients:
+        return mask_bits, None, tile_lists(full, mixed), None
+    column_tiles = tile_lists(full.transpose(2, 3), mixed.transpose(2, 3))
+    return mask_bits, pack_bits(allowed.transpose(2, 3)), tile_lists(full, mixed), column_tiles
 
 
 def _seqlen(name: str, seqlen: int | None, *sources: tuple[Tensor | None, int]) -> int:

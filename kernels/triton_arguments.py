@@ -88,6 +88,8 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         0 if tiles is None else tiles.shape[3] - 2,
         problem.max_seqlen_q,
         problem.max_seqlen_k,
+        query.shape[2],
+        key.shape[2],
         query.shape[1],
         query.shape[1] // max(key.shape[1], 1),  # there may be no heads at all
         problem.scale * LOG2_E if problem.softcap is None else problem.scale / problem.softcap,

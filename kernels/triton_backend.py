@@ -102,6 +102,17 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
     return _module("weights").attention_weights(problem, lse, average_heads)
 
 
+def prepares(problem: Problem) -> bool:
+    """Whether prepare_mask may leave its work to the kernels: eager calls on a GPU."""
+    eager = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0 and type(problem.query) is Tensor
+    return eager and problem.query.is_cuda and _machine_reason(problem.query.device) is None
+
+
+def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """mask_bits, mask_bits_transposed, row_tiles and column_tiles of a PreparedMask."""
+    return _module("mask").prepared_tiles(problem, gradients)
+
+
 @functools.cache
 def _module(name: str) -> Any:
     return importlib.import_module(f"{__package__}.triton_{name}")

@@ -143,7 +143,8 @@ def attention_decode(
     stride_slopes_batch: tl.int64, stride_slopes_head: tl.int64,
     stride_bits_batch: tl.int64, stride_bits_head: tl.int64, stride_bits_line: tl.int64,
     stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
-    seqlen_q: tl.int32, seqlen_k: tl.int32, num_heads: tl.int32, heads_per_group: tl.int32,
+    seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
+    num_heads: tl.int32, heads_per_group: tl.int32,
     score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32,
     stride_out_split: tl.int64, stride_lse_split: tl.int64, num_splits: tl.int32,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -157,7 +158,9 @@ def attention_decode(
     split = program // num_row_blocks % num_splits
     group = program // num_row_blocks // num_splits % num_groups
     batch = program // num_row_blocks // num_splits // num_groups
-    _, _, _, _, keys_present, offset = sequence_sizes(batch, seqlen_q, seqlen_k, None, key_lengths, None, None, BOTTOM_RIGHT)
+    _, _, _, _, keys_present, offset = sequence_sizes(
+        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, None, key_lengths, None, None, BOTTOM_RIGHT
+    )
     packed = (program % num_row_blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_exists = packed < heads_per_group * seqlen_q
     rows = packed % seqlen_q

@@ -2,7 +2,7 @@
 
   1. classify: one program looks at one tile of scores, and reads no mask where sequence ends, causal or window leave nothing
   2. list: one program turns some lines of that map into lists, the full tiles from the front and the mixed ones from the back
-The format is that of PreparedMask, whose lists are used where the caller brings one.
+The format is that of PreparedMask, whose lists are used where the caller brings one; for prepare_mask step 1 also packs the bits.
 """
 
 from __future__ import annotations
@@ -36,15 +36,30 @@ def tile_lists(problem: Problem, columns: bool) -> tuple[Tensor | None, Tensor |
     return _lists(kinds), _lists(kinds.transpose(2, 3)) if columns else None
 
 
-def tile_kinds(problem: Problem) -> Tensor:
-    """(B', H', row blocks, key blocks) int8: 0 empty, 1 full, 2 mixed."""
+def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """mask_bits, mask_bits_transposed, row_tiles and column_tiles of a PreparedMask; without gradients no transposed ones."""
+    batches, heads = _shared_by(problem)
+    seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
+    bits = problem.query.new_zeros(batches, heads, seqlen_q, triton.cdiv(seqlen_k, 32), dtype=torch.int32)
+    transposed = problem.query.new_zeros(batches, heads, seqlen_k, triton.cdiv(seqlen_q, 32), dtype=torch.int32) if gradients else None
+    kinds = tile_kinds(problem, bits, transposed)
+    return bits, transposed, _lists(kinds), _lists(kinds.transpose(2, 3)) if gradients else None
+
+
+def _shared_by(problem: Problem) -> tuple[int, int]:
+    """B' and H': 1 where the mask is the same for every batch or head."""
+    by_batch = any(tensor is not None for tensor in (problem.key_mask, problem.key_lengths, problem.query_lengths))
+    if problem.attn_mask is None or problem.attn_mask.dtype != torch.bool:
+        return problem.batch, 1
+    return problem.batch if by_batch else problem.attn_mask.shape[0], problem.attn_mask.shape[1]
+
+
+def tile_kinds(problem: Problem, mask_bits: Tensor | None = None, mask_bits_transposed: Tensor | None = None) -> Tensor:
+    """(B', H', row blocks, key blocks) int8: 0 empty, 1 full, 2 mixed. Sets the bits of allowed pairs in what is given of zeros."""
     query, key_mask = problem.query, problem.key_mask
-    batch, _, seqlen_q, _ = query.shape
-    seqlen_k = problem.key.shape[2]
+    seqlen_q, seqlen_k = query.shape[2], problem.key.shape[2]
     mask = problem.attn_mask if problem.attn_mask is not None and problem.attn_mask.dtype == torch.bool else None
-    by_batch = any(tensor is not None for tensor in (key_mask, problem.key_lengths, problem.query_lengths))
-    batches = batch if by_batch or mask is None else mask.shape[0]
-    heads = 1 if mask is None else mask.shape[1]
+    batches, heads = _shared_by(problem)
     if mask is not None:
         mask = mask.view(torch.uint8).expand(batches, heads, seqlen_q, seqlen_k)
     kinds = query.new_empty(batches, heads, triton.cdiv(seqlen_q, TILE_SIDE), triton.cdiv(seqlen_k, TILE_SIDE), dtype=torch.int8)
@@ -59,6 +74,8 @@ def tile_kinds(problem: Problem) -> Tensor:
                 None if key_mask is None else key_mask.view(torch.uint8),
                 problem.key_lengths,
                 problem.query_lengths,
+                mask_bits,
+                mask_bits_transposed,
             ),
             (
                 *((0, 0, 0, 0) if mask is None else mask.stride()),
@@ -102,6 +119,8 @@ def classify(
     kinds,  # (B', H', row blocks, key blocks) int8
     attn_mask,  # (B', H', Lq, Lk) bool as bytes, any strides
     key_mask, key_lengths, query_lengths,
+    mask_bits,  # (B', H', Lq, ceil(Lk / 32)) int32 zeros, or None
+    mask_bits_transposed,  # (B', H', Lk, ceil(Lq / 32)) int32 zeros, or None
     stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key: tl.int64,
     stride_key_mask_batch: tl.int64, stride_key_mask_key: tl.int64,
     num_heads: tl.int32, seqlen_q: tl.int32, seqlen_k: tl.int32, window_left: tl.int32, window_right: tl.int32,
@@ -119,7 +138,7 @@ def classify(
     head = program // num_key_blocks // num_row_blocks % num_heads
     batch = program // num_key_blocks // num_row_blocks // num_heads
     _, _, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, query_lengths, key_lengths, None, None, BOTTOM_RIGHT
+        batch, seqlen_q, seqlen_k, seqlen_q, seqlen_k, query_lengths, key_lengths, None, None, BOTTOM_RIGHT
     )
     first, _, _, last = key_blocks(
         start_m, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
@@ -149,7 +168,27 @@ def classify(
             kind = 1
         elif num_allowed > 0:
             kind = 2
+        if mask_bits is not None:
+            _store_bits(
+                mask_bits + (batch * num_heads + head) * seqlen_q * tl.cdiv(seqlen_k, 32), allowed, start_m, start_n, seqlen_q, seqlen_k
+            )
+        if mask_bits_transposed is not None:
+            map_start = (batch * num_heads + head) * seqlen_k * tl.cdiv(seqlen_q, 32)
+            _store_bits(mask_bits_transposed + map_start, tl.trans(allowed), start_n, start_m, seqlen_k, seqlen_q)
     tl.store(kinds + program, kind)
+
+
+@triton.jit
+def _store_bits(bits, allowed, first_line, first_position, num_lines, num_positions):
+    """Packs a tile, the second dim into words of 32. bits: (num_lines, ceil(num_positions / 32)) int32."""
+    WORDS: tl.constexpr = allowed.shape[1] // 32
+    values = allowed.to(tl.int32).reshape(allowed.shape[0], WORDS, 32) << tl.arange(0, 32)[None, None, :]
+    words = tl.sum(values, 2)  # of different bits
+    lines = (first_line + tl.arange(0, allowed.shape[0])).to(tl.int64)
+    places = first_position // 32 + tl.arange(0, WORDS)
+    num_words = tl.cdiv(num_positions, 32)
+    in_memory = (lines < num_lines)[:, None] & (places < num_words)[None, :]
+    tl.store(bits + lines[:, None] * num_words + places[None, :], words, mask=in_memory)
 
 
 @kernel

@@ -18,16 +18,20 @@ TILE = tl.constexpr(64)  # side of the tiles that tile lists classify
 
 @triton.jit
 def sequence_sizes(
-    batch, seqlen_q, seqlen_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, BOTTOM_RIGHT: tl.constexpr,
+    batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
+    BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     """Of one sequence: its first row and key in memory, its rows in memory, its rows and keys that are present, its diagonal offset."""
     first_row = tl.zeros((), dtype=tl.int64)
     first_key = tl.zeros((), dtype=tl.int64)
     if cu_seqlens_q is not None:
-        start_q = tl.load(cu_seqlens_q + batch)
-        start_k = tl.load(cu_seqlens_k + batch)
-        seqlen_q = tl.minimum(seqlen_q, tl.load(cu_seqlens_q + batch + 1) - start_q)
-        seqlen_k = tl.minimum(seqlen_k, tl.load(cu_seqlens_k + batch + 1) - start_k)
+        # Clamped, so that no value leads out of the memory there is.
+        start_q = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + batch), 0), num_tokens_q)
+        start_k = tl.minimum(tl.maximum(tl.load(cu_seqlens_k + batch), 0), num_tokens_k)
+        end_q = tl.minimum(tl.load(cu_seqlens_q + batch + 1), num_tokens_q)
+        end_k = tl.minimum(tl.load(cu_seqlens_k + batch + 1), num_tokens_k)
+        seqlen_q = tl.minimum(seqlen_q, tl.maximum(end_q - start_q, 0))
+        seqlen_k = tl.minimum(seqlen_k, tl.maximum(end_k - start_k, 0))
         first_row += start_q
         first_key += start_k
     rows_present = seqlen_q

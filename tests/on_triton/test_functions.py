@@ -159,6 +159,23 @@ def test_packed_sequences(case: str, dtype: torch.dtype, device: str) -> None:
             assert_accurate(f"gradient of {name}", "gradient", ours, eager[name], exact[name], rounding[name])
 
 
+@pytest.mark.parametrize("starts", [[0, 14], [-4, 6], [6, 2], [0, 10, 30]], ids=str)
+def test_starts_of_packed_sequences_never_lead_out_of_memory(starts: list[int], device: str) -> None:
+    """As in the formula they are clamped to the tokens there are; what stands around them is neither read nor written."""
+    num_tokens, guard = 10, 6
+    memory = torch.full((4, num_tokens + 2 * guard, 2, 16), torch.nan, device=device)
+    inside = memory[:, guard:-guard]
+    inside.copy_(torch.randn(4, num_tokens, 2, 16))
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [tensor.detach().requires_grad_() for tensor in inside[:3]]
+        out = attention_varlen(*leaves, cu_seqlens, cu_seqlens, 40, 40, is_causal=True, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, inside[3])))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_sequences_with_everything(device: str) -> None:
     """Against the formula: dropout, whose numbers count within a sequence, lengths, sequences longer than promised, and side gradients."""
     _, (query, key, value, dout, dlse), sizes = packed_sequences({"sizes": (1, 2, 1)}, torch.float32, device)
