@@ -315,7 +315,11 @@ def tile_weights(
         scores, rows, keys, rows_present, keys_present, offset, attn_mask, stride_mask_row, stride_mask_key, alibi_slope,
         MASK_IS_BOOL, HAS_ALIBI, MASKED,
     )  # fmt: skip
-    weights = tl.exp2(scores - row_lse)
+    exponent = scores - row_lse
+    if attn_mask is not None and not MASK_IS_BOOL:
+        # A mask of -1e8 in a whole row leaves scores and lse some log2 units of rounding, which may differ from the forward's.
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    weights = tl.exp2(exponent)
     if MASKED:
         allowed = allowed_pairs(
             rows, keys, rows_present, keys_present, exist, offset, window_left, window_right,

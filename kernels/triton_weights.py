@@ -128,7 +128,8 @@ def weights_from_lse(
         row_lse = tl.load(lse + head * stride_lse_head + rows * stride_lse_row, mask=row_present, other=float("-inf")).to(tl.float32)
         nothing = row_lse == float("-inf")
         shift = tl.where(nothing, 0.0, row_lse * LOG2_E)
-        head_weights = tl.where(allowed & ~nothing[:, None], tl.exp2(scores - shift[:, None]), 0.0)
+        exponent = tl.minimum(scores - shift[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)  # scores and lse are rounded
+        head_weights = tl.where(allowed & ~nothing[:, None], tl.exp2(exponent), 0.0)
         if rng_state is not None:
             keep = dropout_keep(rng_state, batch * num_heads + head, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
             head_weights = tl.where(keep, head_weights, 0.0)

@@ -116,3 +116,22 @@ def test_keys_that_no_query_head_reads_have_zero_gradients() -> None:
         "    print([int(gradient.count_nonzero()) for gradient in torch.autograd.grad(out.sum(), (query, key, mask))])\n"
     )
     assert output_of(CALL + script, TRITON_INTERPRET="1").splitlines() == ["[0, 0, 0]"] * 2
+
+
+def test_kernels_run_with_the_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs of different kinds have different tiles."""
+
+    class OnSecondDevice:
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+        def get_device(self) -> int:
+            return 1
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    guard = triton_backend._on_device_of(OnSecondDevice())
+    assert isinstance(guard, torch.cuda.device)
+    assert guard.idx == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert triton_backend._on_device_of(OnSecondDevice()) is triton_backend.NOTHING
+    assert triton_backend._on_device_of(torch.zeros(1)) is triton_backend.NOTHING
