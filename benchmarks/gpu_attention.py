@@ -39,6 +39,12 @@ DROPOUT_P = 0.1
 ERROR_LIMIT = 0.05  # of the largest element, between bfloat16 kernels; the tests judge the accuracy
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 OURS = "ours"
+# How many times faster than the best peer each feature is meant to be, at head dims 64 and 128 from 2,048 tokens on.
+BARS = {
+    "forward": {"full": 0.75, "causal": 0.75, "bias": 1.0, "bias gradient": 1.0, "bool mask": 1.0},
+    "backward": {"full": 0.5, "causal": 0.5, "bias gradient": 1.2},
+}
+DROPOUT_BAR = 0.7  # of our own time without dropout
 PROVIDERS = (OURS, *SDPA, "flex")
 
 
@@ -190,10 +196,13 @@ def measure(cell: Cell, providers: tuple[str, ...], device: str, seconds: float,
             results[name] = _reason(error)
     for name in runnable:
         results[name] = {}
-    for measured_pass in PASSES:
-        functions = {name: functions[measured_pass] for name, functions in runnable.items()}
-        for name, milliseconds in _interleaved(functions, device, seconds).items():
-            results[name][measured_pass] = round(milliseconds, 5)
+    try:
+        for measured_pass in PASSES:
+            functions = {name: functions[measured_pass] for name, functions in runnable.items()}
+            for name, milliseconds in _interleaved(functions, device, seconds).items():
+                results[name][measured_pass] = round(milliseconds, 5)
+    except Exception as error:  # out of memory, say: the cell is recorded, not tried again for ever
+        results |= dict.fromkeys(runnable, f"while timing: {_reason(error)}")
     return results
 
 
@@ -232,27 +241,50 @@ def table(results: dict[Cell, dict[str, Any]], wanted: list[Cell]) -> str:
         lines.append("| feature | length | head_dim | " + " | ".join(PROVIDERS) + " | ours TFLOP/s | best peer / ours |")
         lines.append("|---" * (5 + len(PROVIDERS)) + "|")
         for cell in wanted:
-            lines.append("| " + " | ".join(_row(cell, measured_pass, results.get(cell))) + " |")
+            lines.append("| " + " | ".join(_row(cell, measured_pass, results)) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _row(cell: Cell, measured_pass: str, result: dict[str, Any] | None) -> list[str]:
+def _row(cell: Cell, measured_pass: str, results: dict[Cell, dict[str, Any]]) -> list[str]:
     row = [cell.feature, str(cell.length), str(cell.head_dim)]
-    if result is None:
+    if cell not in results:
         return [*row, *["not run"] * len(PROVIDERS), "", ""]
-    times = {name: result[name][measured_pass] for name in PROVIDERS if isinstance(result.get(name), dict)}
+    times = _times(results[cell], measured_pass)
     row += [f"{times[name]:.4f}" if name in times else "-" for name in PROVIDERS]
     peers = [milliseconds for name, milliseconds in times.items() if name != OURS]
     if OURS not in times:
         return [*row, "", ""]
     row.append(f"{cell.flops(measured_pass) / times[OURS] / 1e9:.0f}")
-    return [*row, f"{min(peers) / times[OURS]:.2f}" if peers else "no peer"]
+    ratio = f"{min(peers) / times[OURS]:.2f}" if peers else "no peer"
+    judged = cell.length >= 2048 and cell.head_dim in (64, 128)
+    if peers and judged and cell.feature in BARS[measured_pass]:
+        ratio += _against(min(peers) / times[OURS], BARS[measured_pass][cell.feature])
+    own_full = _times(results.get(cell._replace(feature="full"), {}), measured_pass).get(OURS)
+    if cell.feature == "dropout" and own_full:
+        ratio += f"; {own_full / times[OURS]:.2f}{_against(own_full / times[OURS], DROPOUT_BAR)} of its own full"
+    return [*row, ratio]
+
+
+def _times(result: dict[str, Any], measured_pass: str) -> dict[str, float]:
+    return {name: result[name][measured_pass] for name in PROVIDERS if isinstance(result.get(name), dict)}
+
+
+def _against(ratio: float, bar: float) -> str:
+    return f" ({'>=' if ratio >= bar else 'below'} {bar:g})"
 
 
 def load(path: Path) -> dict[Cell, dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {Cell(*record["cell"]): record["results"] for record in map(json.loads, lines) if "cell" in record}
+    """What a file holds; of a cell measured twice the last. A line that was cut off is left out, its cell is measured again."""
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # also empty lines
+        if "cell" in record:
+            results[Cell(*record["cell"])] = record["results"]
+    return results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -272,11 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
     done = load(options.results)
     end = time.monotonic() + 60 * options.minutes
     with options.results.open("a") as file:
+        print(file=file)  # the last line may have been cut off
         if not done:
             machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
             print(json.dumps({"machine": machine}), file=file, flush=True)
         for cell in wanted:
-            if cell in done or time.monotonic() > end:
+            if set(providers) <= done.get(cell, {}).keys() or time.monotonic() > end:
                 continue
             done[cell] = measure(cell, providers, "cuda", options.seconds)
             print(json.dumps({"cell": cell, "results": done[cell]}), file=file, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -70,9 +69,13 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "not run" in capsys.readouterr().out
     assert gpu_attention.main([str(file)]) == 0
     assert measured == [Cell("full", 128, 64), Cell("bias", 512, 64)]
-    assert json.loads(file.read_text().splitlines()[0])["machine"]["gpu"] == "a GPU"
+    assert '{"machine": {"gpu": "a GPU"' in file.read_text()
     assert gpu_attention.main([str(file)]) == 0
     assert len(measured) == 2
+    file.write_text(file.read_text()[:-20])  # a run that was killed while it wrote
+    assert gpu_attention.main([str(file)]) == 0
+    assert measured[2:] == [Cell("bias", 512, 64)]
+    assert len(gpu_attention.load(file)) == 2
     printed = capsys.readouterr().out
     assert "| full | 128 | 64 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | - |" in printed
     assert "not run" not in printed
@@ -89,4 +92,31 @@ def test_the_ratio_is_to_the_best_peer() -> None:
     cell = Cell("causal", 2048, 128)
     times = {"ours": 2.0, "flash": 3.0, "efficient": 9.0, "cudnn": 1.0}
     text = table({cell: {name: {"forward": time, "backward": time} for name, time in times.items()} | {"flex": "-"}}, [cell])
-    assert "| 0.50 |" in text
+    assert "| 0.50 (below 0.75) |" in text
+
+
+def test_a_baseline_of_the_peers_does_not_stand_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def fake_measure(cell: Cell, providers: tuple[str, ...], device: str, seconds: float) -> dict:
+        measured.append(providers)
+        return {name: {"forward": 1.0, "backward": 2.0} for name in providers}
+
+    monkeypatch.setattr(gpu_attention, "measure", fake_measure)
+    monkeypatch.setattr(gpu_attention, "cells", lambda: [Cell("full", 128, 64)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file = str(tmp_path / "results.jsonl")
+    gpu_attention.main([file, "--peers-only"])
+    gpu_attention.main([file])
+    gpu_attention.main([file, "--peers-only"])
+    assert measured == [gpu_attention.PROVIDERS[1:], gpu_attention.PROVIDERS]
+
+
+def test_bars() -> None:
+    full, dropout = Cell("full", 2048, 64), Cell("dropout", 2048, 64)
+    ours, peer = {"forward": 2.0, "backward": 2.0}, {"forward": 1.0, "backward": 1.0}
+    slow = {"forward": 4.0, "backward": 2.5}
+    text = table({full: {"ours": ours, "flash": peer}, dropout: {"ours": slow, "flash": peer}}, [full, dropout])
+    for expected in ("0.50 (below 0.75) |", "0.50 (>= 0.5) |", "0.50 (below 0.7) of its own full |", "0.80 (>= 0.7) of its own full |"):
+        assert expected in text
