@@ -1,0 +1,667 @@
+"""The emulator itself: layouts against independently computed ones, seeded bugs, bad input, the conformance file.
+
+tests/emulator/__init__.py says what the emulator is. What its kernels need from nvcc is skipped where nvcc is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import lzma
+from functools import cache
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+import torch
+from emulator import LaunchError, Module, PtxError, Result, Schedule, TensorMap, ptx_text
+from emulator.ptx_text import HEADER, kernel, store_words
+
+FOLDER = Path(emulator.__file__).parent
+pytestmark = pytest.mark.skipif(emulator.why_not_buildable() is not None, reason=str(emulator.why_not_buildable()))
+needs_nvcc = pytest.mark.skipif(emulator.find_nvcc() is None, reason="nvcc was not found (CUDA_HOME, PATH)")
+
+
+@cache
+def compiled(name: str, architecture: str) -> Module:
+    return Module(emulator.compile_ptx(FOLDER / name, architecture, include=[FOLDER / "kernels"]))
+
+
+def run_threads(body: str, arrays: list[np.ndarray], threads: int = 32, grid: int = 1, **options) -> Result:
+    """A hand-written kernel whose parameters are pointers to the arrays."""
+    ptx = HEADER + kernel(body, ["u64"] * len(arrays))
+    return Module(ptx).launch("kernel", (grid,), (threads,), options.pop("shared_bytes", 1024), arrays, **options)
+
+
+def to_bits(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(dtype).view(torch.int16).numpy().view(np.uint16)
+
+
+def small_integers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+# PTX ISA, figures "mma.m16n8k16 fragment layout": (row, column) of each element that a thread holds.
+
+
+def mma_a_elements(thread: int, k: int) -> list[tuple[int, int]]:
+    group, member = divmod(thread, 4)
+    return [(group + 8 * (i in (2, 3, 6, 7)), member * 2 + i % 2 + 8 * (i >= 4)) for i in range(k // 2)]
+
+
+def mma_b_elements(thread: int, k: int) -> list[tuple[int, int]]:
+    group, member = divmod(thread, 4)
+    return [(member * 2 + i % 2 + 8 * (i >= 2), group) for i in range(k // 4)]
+
+
+def mma_c_elements(thread: int) -> list[tuple[int, int]]:
+    group, member = divmod(thread, 4)
+    return [(group + 8 * (i >= 2), member * 2 + i % 2) for i in range(4)]
+
+
+def gather(matrix: np.ndarray, elements: list[list[tuple[int, int]]]) -> np.ndarray:
+    return np.array([[matrix[element] for element in of_thread] for of_thread in elements])
+
+
+@pytest.mark.parametrize("k", [8, 16])
+@pytest.mark.parametrize(("inputs", "accumulator"), [("bf16", "f32"), ("f16", "f32"), ("f16", "f16")])
+def test_mma_layout(inputs: str, accumulator: str, k: int) -> None:
+    a, b, c = small_integers(16, k), small_integers(k, 8, seed=1), small_integers(16, 8, seed=2)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[inputs]
+    a_words = to_bits(gather(a, [mma_a_elements(t, k) for t in range(32)]), dtype).view(np.uint32)
+    b_words = to_bits(gather(b, [mma_b_elements(t, k) for t in range(32)]), dtype).view(np.uint32)
+    held = gather(c, [mma_c_elements(t) for t in range(32)]).astype(np.float32)
+    c_words = (to_bits(held, torch.float16) if accumulator == "f16" else held).view(np.uint32)
+    words = c_words.shape[1]
+    names = {"a": (0, k // 4), "b": (8, k // 8), "c": (16, words)}
+    body = "\n".join(
+        ptx_text.load_words(f"%p{i}", [f"%r{first + r}" for r in range(count)]) for i, (first, count) in enumerate(names.values())
+    )
+    a_, b_, c_ = (ptx_text.vector("r", *place) for place in names.values())
+    d = [f"%r{24 + r}" for r in range(words)]
+    instruction = f"mma.sync.aligned.m16n8k{k}.row.col.{accumulator}.{inputs}.{inputs}.{accumulator}"
+    body += f"\n{instruction} {ptx_text.vector('r', 24, words)}, {a_}, {b_}, {c_};\n"
+    out = np.zeros((32, words), np.uint32)
+    run_threads(body + store_words("%p3", d), [a_words, b_words, c_words, out]).check()
+    results = out.view(np.float16 if accumulator == "f16" else np.float32).astype(np.float32)
+    assert np.array_equal(results, gather(a @ b + c, [mma_c_elements(t) for t in range(32)]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_and_stmatrix_layout(count: int, transposed: bool) -> None:
+    matrices = np.arange(count * 64, dtype=np.uint16).reshape(count, 8, 8)
+    expected = np.zeros((32, count, 2), np.uint16)
+    for t in range(32):
+        for i in range(count):
+            m = matrices[i].T if transposed else matrices[i]
+            expected[t, i] = m[t // 4, 2 * (t % 4)], m[t // 4, 2 * (t % 4) + 1]
+    trans = ".trans" if transposed else ""
+    registers = [f"%r{i}" for i in range(count)]
+    row_address = "mov.u32 %r100, smem;\nshl.b32 %r101, %t, 4;\nadd.u32 %r101, %r100, %r101;\n"
+    load = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {ptx_text.vector('r', 0, count)}, [%r101];\n"
+    out = np.zeros((32, count, 2), np.uint16)
+    body = (
+        row_address
+        + ptx_text.copy_words("%r100", "%p0", str(count * 32), 32)
+        + "\nbar.warp.sync -1;\n"
+        + load
+        + store_words("%p1", registers)
+    )
+    result = run_threads(body, [matrices, out]).check()
+    assert np.array_equal(out, expected)
+    assert result.counts["bank_conflicts"] == 0
+
+    stored = np.zeros((count, 8, 8), np.uint16)
+    body = (
+        row_address
+        + ptx_text.load_words("%p0", registers)
+        + f"\nstmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r101], {ptx_text.vector('r', 0, count)};\nbar.warp.sync -1;\n"
+        + f"setp.lt.u32 %q0, %t, {count * 8};\n@%q0 ld.shared.v4.u32 {{%r0, %r1, %r2, %r3}}, [%r101];\n"
+        + "mul.wide.u32 %d0, %t, 16;\nadd.u64 %d0, %d0, %p1;\n@%q0 st.global.v4.u32 [%d0], {%r0, %r1, %r2, %r3};\n"
+    )
+    run_threads(body, [expected, stored]).check()
+    assert np.array_equal(stored, matrices)
+
+
+def test_rows_in_the_same_banks_are_counted() -> None:
+    body = "mov.u32 %r0, smem;\nmad.lo.u32 %r1, %t, 128, %r0;\nst.shared.u32 [%r1], %t;\nbar.warp.sync -1;\n"
+    body += "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2, %r3, %r4, %r5}, [%r1];"
+    assert run_threads(body, [], shared_bytes=4096).counts["bank_conflicts"] == 4 * 7
+
+
+def place_operand(matrix: np.ndarray, mn_major: bool, swizzle: int) -> tuple[np.ndarray, int]:
+    """The bytes in shared memory of an operand of 16 along K (matrix: MN x 16), and its descriptor without the start address.
+
+    CUTLASS, mma_sm90_desc.hpp, canonical layouts: atoms of 8 rows of `swizzle` bytes (16 without swizzle) along the major dimension, whose
+    16-byte chunks are permuted by xor with the row.
+    """
+    size = matrix.shape[0]
+    bits = to_bits(matrix if not mn_major else matrix.T, torch.bfloat16)  # rows of contiguous elements
+    lines, length = bits.shape
+    row_bytes = swizzle or 16
+    atoms_along = -(-length * 2 // row_bytes)
+    if mn_major or not swizzle:
+        image = np.zeros((lines // 8, atoms_along, 8, row_bytes // 2), np.uint16)
+    else:  # K-major rows of the swizzle's width, of which 32 bytes are used
+        image = np.zeros((lines // 8, 1, 8, row_bytes // 2), np.uint16)
+    for line in range(lines):
+        for chunk in range(length // 8):
+            atom, within = divmod(chunk, row_bytes // 16)
+            place = within ^ (line % 8 * (row_bytes // 16) // 8) if swizzle else within
+            image[line // 8, atom, line % 8, place * 8 : place * 8 + 8] = bits[line, chunk * 8 : chunk * 8 + 8]
+    between_lines, between_atoms = image[0].nbytes, image[0, 0].nbytes  # to the next 8 lines; to the next atom of the same lines
+    if not swizzle:
+        # Without swizzle a descriptor's strides go: leading along K, stride along MN.
+        leading, stride = (between_lines, between_atoms) if mn_major else (between_atoms, between_lines)
+    else:
+        leading, stride = between_atoms, between_lines
+    layout = {0: 0, 128: 1, 64: 2, 32: 3}[swizzle]
+    assert image.size >= size * 16
+    return image.reshape(-1), leading >> 4 << 16 | stride >> 4 << 32 | layout << 62
+
+
+def wgmma_elements(thread: int, n: int) -> list[tuple[int, int]]:
+    """PTX ISA, "wgmma.mma_async fragments": like mma's C for every 8 columns, 16 rows per warp."""
+    warp, lane = divmod(thread, 32)
+    return [(16 * warp + row, 8 * block + column) for block in range(n // 8) for row, column in mma_c_elements(lane)]
+
+
+WGMMA_CASES = [
+    # n, inputs, accumulator, A in registers, A and B MN-major, swizzle
+    *((64, "bf16", "f32", False, ta, tb, swizzle) for ta in (False, True) for tb in (False, True) for swizzle in (0, 32, 64, 128)),
+    *((64, "bf16", "f32", True, False, tb, 128) for tb in (False, True)),
+    *((n, "bf16", "f32", False, False, False, 128) for n in (8, 24, 96, 128, 192, 256)),
+    *((n, "bf16", "f32", True, False, True, 128) for n in (128, 256)),
+    *(
+        (n, "f16", accumulator, registers, False, False, 64)
+        for n in (16, 256)
+        for accumulator in ("f32", "f16")
+        for registers in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("n", "inputs", "accumulator", "a_in_registers", "transpose_a", "transpose_b", "swizzle"), WGMMA_CASES)
+def test_wgmma_layout(
+    n: int, inputs: str, accumulator: str, a_in_registers: bool, transpose_a: bool, transpose_b: bool, swizzle: int
+) -> None:
+    a, b, c = small_integers(64, 16), small_integers(16, n, seed=1), small_integers(64, n, seed=2)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[inputs]
+    a_image, a_descriptor = place_operand(a, transpose_a, swizzle)
+    b_image, b_descriptor = place_operand(b.T, transpose_b, swizzle)
+    start_of_b = -(-a_image.nbytes // 1024) * 1024
+    image = np.zeros(start_of_b // 2 + b_image.size, np.uint16)
+    image[: a_image.size], image[start_of_b // 2 :] = a_image, b_image
+    if inputs == "f16":  # the same small integers in the other format
+        image = to_bits((image.astype(np.uint32) << 16).view(np.float32), torch.float16)
+    registers = to_bits(gather(a, [wgmma_elements(t, 16) for t in range(128)]), dtype).view(np.uint32)
+    held = gather(c, [wgmma_elements(t, n) for t in range(128)]).astype(np.float32)
+    d = np.ascontiguousarray(to_bits(held, torch.float16) if accumulator == "f16" else held)
+    ptx = ptx_text.wgmma(n, inputs, accumulator, a_in_registers=a_in_registers, transpose_a=transpose_a, transpose_b=transpose_b)
+    args = [image, image.nbytes // 4, a_descriptor, b_descriptor + (start_of_b >> 4), registers, d, 1]
+    Module(ptx).launch("kernel", (1,), (128,), image.nbytes, args, schedule=1).check()
+    results = (d.view(np.float16) if accumulator == "f16" else d).astype(np.float32).reshape(128, -1)
+    assert np.array_equal(results, gather(c + a @ b, [wgmma_elements(t, n) for t in range(128)]))
+
+
+# ------------------------------------------------------------------------------------------------ conformance file
+
+
+@needs_nvcc
+def test_conformance_file() -> None:
+    """The launches of conformance.cu, which on a GPU writes the same bytes."""
+    module = compiled("conformance.cu", "90a")
+    output = bytearray()
+    words = np.zeros(8192, np.uint32)
+    words[4096:] = np.arange(4096, 8192, dtype=np.uint32) * np.uint32(2654435761)
+    module.launch("conformance_warp", (1,), (32,), 4096, [words]).check()
+    output += words[: 32 * 64].tobytes()
+    for swizzle in (0, 32, 64, 128):
+        for c0, c1 in ((0, 0), (0, 32), (0, 64), (-8, -3)):
+            source, stored, raw = (
+                np.arange(72 * 80, dtype=np.uint16).reshape(1, 72, 80),
+                np.zeros((1, 72, 80), np.uint16),
+                np.zeros(2048, np.uint32),
+            )
+            maps = [TensorMap(array[:, :, :64], (1, 64, swizzle // 2 or 64), swizzle) for array in (source, stored)]
+            box_bytes = (swizzle or 128) * 64
+            module.launch("conformance_tma", (1,), (128,), 16640, [*maps, raw, box_bytes, c0, c1], schedule=c1 + 3).check()
+            output += raw.tobytes()[:box_bytes] + stored.tobytes()
+    for form, lbo, sbo, layout, k_step in (
+        ("00", 16, 1024, 1, 32),
+        ("00", 16, 512, 2, 32),
+        ("00", 16, 256, 3, 2048),
+        ("00", 1024, 128, 0, 2048),
+        ("11", 8192, 1024, 1, 2048),
+        ("11", 4096, 512, 2, 1024),
+        ("11", 2048, 256, 3, 512),
+        ("11", 1024, 128, 0, 2048),
+        ("01", 16, 1024, 1, 2048),
+    ):
+        sums = np.zeros((128, 64), np.float32)
+        module.launch(f"conformance_wgmma_{form}", (1,), (128,), 32768, [sums, lbo, sbo, layout, k_step]).check()
+        output += sums.tobytes()
+    golden = lzma.decompress((FOLDER / "conformance_emulated.bin.xz").read_bytes())
+    assert len(output) == len(golden)
+    different = np.flatnonzero(np.frombuffer(output, np.uint8) != np.frombuffer(golden, np.uint8))
+    assert different.size == 0, f"{different.size} bytes differ, the first at {different[0]}"
+
+
+# ------------------------------------------------------------------------------------------------ seeded bugs
+
+COMPUTE = {"80": "80", "90": "90a"}
+SEQLEN, HEADS = 321, 2  # full tiles, and a tail of one row
+
+
+@cache
+def attention_case() -> tuple[list[np.ndarray], np.ndarray]:
+    generator = np.random.default_rng(0)
+    q, k, v = generator.standard_normal((3, HEADS, SEQLEN, 64))
+    inputs = [to_bits(x, torch.bfloat16) for x in (q, k, v)]
+    q, k, v = ((x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in inputs)
+    return inputs, np.stack([q, k, v])
+
+
+def expected_output(causal: bool) -> np.ndarray:
+    q, k, v = attention_case()[1]
+    scores = np.einsum("hid,hjd->hij", q, k) / 8
+    if causal:
+        scores = np.where(np.tril(np.ones((SEQLEN, SEQLEN), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def run_forward(architecture: str, entry: str, seed: int, consumers: int = 2) -> tuple[Result, np.ndarray]:
+    inputs, _ = attention_case()
+    out, lse = np.full((HEADS, SEQLEN, 64), 0x7FFF, np.uint16), np.full((HEADS, SEQLEN), np.nan, np.float32)
+    scale_log2 = float(np.log2(np.e) / 8)
+    module = compiled(f"kernels/seeded_bugs_sm{architecture}.cu", COMPUTE[architecture])
+    if architecture == "80":
+        grid, threads, shared_bytes, registers = (-(-SEQLEN // 64), HEADS), 128, 5 * 8192, 0
+        args = [*inputs, out, lse, SEQLEN, scale_log2]
+    else:
+        grid, threads = (-(-SEQLEN // (64 * consumers)), HEADS), 128 * (consumers + 1)
+        shared_bytes, registers = (4 + consumers) * 8192 + 256, 168 if consumers == 2 else 0
+        args = [*(TensorMap(x, (1, 64, 64), 128) for x in (*inputs, out)), lse, SEQLEN, scale_log2]
+    result = module.launch(entry, grid, (threads,), shared_bytes, args, seed, registers=registers)
+    return result, (out.astype(np.uint32) << 16).view(np.float32)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "entry"), [("80", "FORWARD"), ("80", "FORWARD_CAUSAL"), ("90", "FORWARD"), ("90", "FORWARD_CAUSAL")]
+)
+def test_correct_kernels_are_not_reported(architecture: str, entry: str, seed: int) -> None:
+    result, out = run_forward(architecture, entry, seed)
+    result.check()
+    assert np.abs(out - expected_output("CAUSAL" in entry)).max() < 2e-2
+
+
+@needs_nvcc
+def test_one_consumer_warpgroup() -> None:
+    result, out = run_forward("90", "FORWARD_ONE_CONSUMER", 1, consumers=1)
+    result.check()
+    assert np.abs(out - expected_output(False)).max() < 2e-2
+
+
+# What must be among the reports; None: only the numbers are wrong.
+SEEDED_BUGS = {
+    ("80", "NO_CP_ASYNC_WAIT"): "in-flight-read",
+    ("80", "NO_BARRIER_AFTER_CP_ASYNC"): "race",
+    ("80", "NO_SYNCWARP_IN_EPILOGUE"): "race",
+    ("80", "PREFETCH_INTO_LIVE_BUFFER"): "race",
+    ("80", "TAIL_ROWS_NOT_CLAMPED"): "global-oob",
+    ("80", "TAIL_ROWS_STORED"): "global-race",
+    ("90", "NO_WAIT_FOR_V"): "race",
+    ("90", "NO_PROXY_FENCE_BEFORE_STORE"): "missing-proxy-fence",
+    ("90", "WRONG_PARITY"): "deadlock",
+    ("90", "EXPECT_TX_TOO_SMALL"): "deadlock",
+    ("90", "EXPECT_TX_TOO_LARGE"): "deadlock",
+    ("90", "V_RELEASED_BEFORE_WGMMA_WAIT"): "race",
+    ("90", "NO_WGMMA_WAIT"): "exit-pending",
+    ("90", "NO_WGMMA_FENCE"): "missing-wgmma-fence",
+    ("90", "NO_BARRIER_BEFORE_STORE"): "race",
+    ("90", "NO_WAIT_FOR_EMPTY_SLOT"): "deadlock",
+    ("90", "EMPTY_BARRIER_COUNT"): "deadlock",
+    ("90", "NO_BULK_WAIT"): "exit-pending",
+    ("90", "NO_FENCE_MBARRIER_INIT"): "missing-proxy-fence",
+    ("90", "WRONG_DESCRIPTOR_STRIDE"): None,
+    ("90", "PROXY_FENCE_AFTER_BARRIER"): "missing-proxy-fence",
+    ("90", "NO_SETMAXNREG_DEC"): "deadlock",
+    ("90", "BARRIER_COUNT"): "deadlock",
+    ("90", "NO_BARRIER_AFTER_MBARRIER_INIT"): "race",
+    ("90", "NO_TAIL_MASK"): None,
+    ("90", "EXPECT_TX_OF_ONE_LOAD"): "tx-count",
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("architecture", "bug", "kind"), [(*case, kind) for case, kind in SEEDED_BUGS.items()], ids=lambda value: str(value)
+)
+def test_seeded_bug_is_caught(architecture: str, bug: str, kind: str | None) -> None:
+    result, out = run_forward(architecture, bug, 0)
+    if kind is None:
+        assert np.abs(out - expected_output(False)).max() > 2e-2
+    else:
+        assert kind in result.kinds
+        assert all(report.where.split(":")[0].endswith((".cuh", ".cu")) for report in result.reports)
+
+
+@needs_nvcc
+def test_every_seeded_bug_is_in_the_table() -> None:
+    for architecture in ("80", "90"):
+        entries = compiled(f"kernels/seeded_bugs_sm{architecture}.cu", COMPUTE[architecture]).entries
+        assert {entry for entry in entries if not entry.startswith("FORWARD")} == {
+            bug for family, bug in SEEDED_BUGS if family == architecture
+        }
+    assert len(SEEDED_BUGS) == 26
+
+
+@needs_nvcc
+def test_deadlock_report_says_who_waits_for_what() -> None:
+    result, _ = run_forward("90", "BARRIER_COUNT", 0)
+    (deadlock,) = (report for report in result.reports if report.kind == "deadlock")
+    assert "256 of 384 threads cannot make progress" in deadlock.message
+    assert "warps 4-7: lanes ffffffff: barrier at forward_sm90.cuh:" in deadlock.message
+    assert "barrier 1: 128 of 256 threads arrived" in deadlock.message
+
+
+# ------------------------------------------------------------------------------------------------ ordinary CUDA C++
+
+
+@needs_nvcc
+def test_functions_globals_and_constants() -> None:
+    out = torch.zeros(17, dtype=torch.int32)
+    compiled("kernels/ordinary_cuda.cu", "80").launch("functions", (1,), (16,), 0, [out]).check()
+    fibonacci = [0, 1]
+    while len(fibonacci) < 16:
+        fibonacci.append(sum(fibonacci[-2:]))
+    assert out.tolist() == [fibonacci[t] * 1000 + t * 20 + 3 + 3 ** (t % 5) for t in range(16)] + [16]
+
+
+@needs_nvcc
+def test_ordinary_cuda() -> None:
+    n = 300
+    x = torch.randn(n, dtype=torch.bfloat16)
+    total, most = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    compiled("kernels/ordinary_cuda.cu", "80").launch("reversed_sums", (3,), (128,), 0, [x, total, most, n], schedule=2).check()
+    table = 3 * sum((t * 7 % 16) * (t + 1) for t in range(128))
+    assert total.item() == pytest.approx(x.float().sum().item() + table, rel=1e-5)
+    assert most.item() == max((x[i : i + 128] > 0).sum() for i in (0, 128, 256))
+
+
+# ------------------------------------------------------------------------------------------------ instructions
+
+
+def test_calls_written_by_hand() -> None:
+    function = """
+.func (.param .b32 result) multiply(.param .b32 a, .param .align 8 .b8 b[8])
+{
+.reg .b32 %x<4>;
+ld.param.u32 %x0, [a];
+ld.param.u32 %x1, [b+4];
+mul.lo.u32 %x2, %x0, %x1;
+st.param.b32 [result], %x2;
+ret;
+}
+"""
+    body = """
+{
+.param .b32 first;
+.param .align 8 .b8 second[8];
+.param .b32 product;
+st.param.b32 [first], %t;
+st.param.b32 [second], 1000;
+st.param.b32 [second+4], 7;
+call.uni (product), multiply, (first, second);
+ld.param.b32 %r0, [product];
+}
+"""
+    out = np.zeros(32, np.uint32)
+    ptx = HEADER + function + kernel(body + store_words("%p0", ["%r0"]), ["u64"])
+    Module(ptx).launch("kernel", (1,), (32,), 0, [out]).check()
+    assert out.tolist() == [7 * t for t in range(32)]
+
+
+def float_bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+ARITHMETIC = [
+    ("mul.hi.u32 %r0, 0xD2511F53, 0xDEADBEEF;", 0xD2511F53 * 0xDEADBEEF >> 32),
+    ("mul.hi.s32 %r0, -3, 2;", 0xFFFFFFFF),
+    ("mad.lo.s32 %r0, -3, 5, 1;", 2**32 - 14),
+    ("div.s32 %r0, -7, 2;", 2**32 - 3),
+    ("rem.s32 %r0, -7, 2;", 2**32 - 1),
+    ("shr.s32 %r0, -8, 40;", 0xFFFFFFFF),
+    ("shl.b32 %r0, 1, 32;", 0),
+    ("shf.l.wrap.b32 %r0, 0x80000000, 1, 33;", 3),
+    ("bfe.s32 %r0, 0xF0, 4, 4;", 0xFFFFFFFF),
+    ("bfi.b32 %r0, 0xAB, 0x11223344, 8, 8;", 0x1122AB44),
+    ("prmt.b32 %r0, 0x33221100, 0x77665544, 0x7531;", 0x77553311),
+    ("lop3.b32 %r0, 0xF0F0, 0xFF00, 0xAAAA, 0x96;", 0xF0F0 ^ 0xFF00 ^ 0xAAAA),
+    ("clz.b32 %r0, 0x00010000;", 15),
+    ("brev.b32 %r0, 1;", 0x80000000),
+    ("bfind.u32 %r0, 0x00010000;", 16),
+    ("popc.b32 %r0, 0xF0F0;", 8),
+    ("fma.rn.f32 %r0, 0f40000000, 0f40400000, 0fBF800000;", float_bits(5)),
+    ("min.NaN.f32 %r0, 0f7FC00000, 0f3F800000;\nabs.f32 %r0, %r0;", 0x7FC00000),
+    ("max.f32 %r0, 0f7FC00000, 0f3F800000;", float_bits(1)),
+    ("ex2.approx.ftz.f32 %r0, 0f40400000;", float_bits(8)),
+    ("tanh.approx.f32 %r0, 0f00000000;", 0),
+    ("add.ftz.f32 %r0, 0f00000001, 0f00000000;", 0),
+    ("mul.sat.f32 %r0, 0f40000000, 0f40400000;", float_bits(1)),
+    ("copysign.f32 %r0, 0fBF800000, 0f40000000;", float_bits(-2)),
+    ("cvt.rn.bf16x2.f32 %r0, 0f40000000, 0f3F800000;", 0x40003F80),
+    ("cvt.rn.f16x2.f32 %r0, 0f40000000, 0f3F800000;", 0x40003C00),
+    ("cvt.rzi.s32.f32 %r0, 0fC0200000;", 2**32 - 2),
+    ("cvt.rni.s32.f32 %r0, 0f40200000;", 2),
+    ("cvt.rni.f32.f32 %r0, 0f40600000;", float_bits(4)),
+    ("cvt.rzi.u32.f32 %r0, 0fBF800000;", 0),
+    ("cvt.rzi.s32.f32 %r0, 0f7F800000;", 0x7FFFFFFF),
+    ("cvt.sat.s8.s32 %r0, 300;", 127),
+    ("cvt.rn.f32.s32 %r0, -3;", float_bits(-3)),
+    ("fma.rn.bf16x2 %r0, 0x40003F80, 0x40004000, 0x3F803F80;", 0x40A04040),  # (2 * 2 + 1, 1 * 2 + 1)
+    ("add.f16x2 %r0, 0x40003C00, 0x3C003C00;", 0x42004000),
+    ("setp.lt.s32 %q0, -1, 1;\nselp.u32 %r0, 5, 6, %q0;", 5),
+    ("setp.lt.u32 %q0, -1, 1;\nselp.u32 %r0, 5, 6, %q0;", 6),
+    ("setp.ltu.f32 %q0, 0f7FC00000, 0f00000000;\nselp.u32 %r0, 5, 6, %q0;", 5),
+    ("setp.eq.u32 %q1, 1, 2;\nsetp.eq.and.u32 %q0, 1, 1, !%q1;\nselp.u32 %r0, 5, 6, %q0;", 5),
+    ("mov.b64 %d0, {1, 2};\nshr.u64 %d0, %d0, 32;\ncvt.u32.u64 %r0, %d0;", 2),
+    ("vote.sync.ballot.b32 %r0, 1, -1;", 0xFFFFFFFF),
+    ("redux.sync.max.s32 %r0, %t, -1;", 31),
+    ("redux.sync.add.u32 %r0, %t, -1;", 31 * 16),
+    ("shfl.sync.idx.b32 %r0, %t, 7, 31, -1;", 7),
+    ("mov.u32 %r1, 0;\nactivate: add.u32 %r1, %r1, 1;\nsetp.lt.u32 %q0, %r1, 9;\n@%q0 bra activate;\nmov.u32 %r0, %r1;", 9),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), ARITHMETIC, ids=[text.split()[0] for text, _ in ARITHMETIC])
+def test_instruction(text: str, expected: int) -> None:
+    out = np.zeros(32, np.uint32)
+    run_threads(text + "\n" + store_words("%p0", ["%r0"]), [out]).check()
+    assert (out == expected).all(), f"{text} gives {out[0]:#x}, not {expected:#x}"
+
+
+def test_movmatrix_transposes() -> None:
+    matrix = np.arange(64, dtype=np.uint16)
+    words, out = matrix.view(np.uint32).copy(), np.zeros(32, np.uint32)
+    body = ptx_text.load_words("%p0", ["%r0"]) + "\nmovmatrix.sync.aligned.m8n8.trans.b16 %r1, %r0;\n" + store_words("%p1", ["%r1"])
+    run_threads(body, [words, out]).check()
+    assert np.array_equal(out.view(np.uint16).reshape(8, 8), matrix.reshape(8, 8).T)
+
+
+MBARRIER = """
+mov.u32 %r0, smem;
+add.u32 %r1, %r0, 512;
+setp.eq.u32 %q0, %t, 0;
+@%q0 mbarrier.init.shared::cta.b64 [%r1], {count};
+@%q0 fence.mbarrier_init.release.cluster;
+bar.sync 0;
+"""
+MBARRIER_WAIT = "WAIT: mbarrier.try_wait.parity.shared::cta.b64 %q1, [%r1], 0;\n@!%q1 bra WAIT;\n"
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_bulk_copies_and_reductions(seed: int) -> None:
+    source, copied, added = (np.arange(64, dtype=np.float32) * factor for factor in (1, 0, 10))
+    body = (
+        MBARRIER.format(count=1)
+        + "@%q0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 256;\n"
+        + "@%q0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r0], [%p0], 256, [%r1];\n"
+        + MBARRIER_WAIT
+        + "@%q0 cp.async.bulk.global.shared::cta.bulk_group [%p1], [%r0], 256;\n"
+        + "@%q0 cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%p2], [%r0], 256;\n"
+        + "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\n"
+    )
+    run_threads(body, [source, copied, added], schedule=seed).check()
+    assert np.array_equal(copied, source)
+    assert np.array_equal(added, 11 * source)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cp_async_signals_an_mbarrier(seed: int) -> None:
+    source, out = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
+    body = (
+        MBARRIER.format(count=32)
+        + "mad.lo.u32 %r2, %t, 4, %r0;\nmad.wide.u32 %d0, %t, 4, %p0;\ncp.async.ca.shared.global [%r2], [%d0], 4;\n"
+        + "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r1];\n"
+        + MBARRIER_WAIT
+        + "xor.b32 %r3, %r2, 4;\nld.shared.u32 %r4, [%r3];\n"
+        + store_words("%p1", ["%r4"])
+    )
+    run_threads(body, [source, out], schedule=seed).check()
+    assert out.tolist() == [t ^ 1 for t in range(32)]
+
+
+# ------------------------------------------------------------------------------------------------ reports and refusals
+
+REPORTS = {
+    "smem-oob": "mov.u32 %r0, smem;\nst.shared.u32 [%r0+1024], %t;",
+    "misaligned": "mov.u32 %r0, smem;\nst.shared.u32 [%r0+2], %t;",
+    "global-oob": "st.global.u32 [%p0+128], %t;",
+    "local-oob": ".local .align 4 .b8 mine[16];\nmov.u64 %d0, mine;\nst.local.u32 [%d0+16], %t;",
+    "uninitialized": "mov.u32 %r0, smem;\nld.shared.u32 %r1, [%r0];",
+    "race": "mov.u32 %r0, smem;\nst.shared.u32 [%r0], %t;",
+    "deadlock": "setp.lt.u32 %q0, %t, 16;\n@%q0 bar.sync 1, 64;",
+    "divergent-collective": "setp.lt.u32 %q0, %t, 16;\n@%q0 bra LOW;\nbar.warp.sync -1;\nret;\nLOW: vote.sync.ballot.b32 %r0, 1, -1;",
+    "collective": "shfl.sync.idx.b32 %r0, %t, 31, 31, 0xffff;",
+    "barrier": "bar.sync 1, 31;",
+    "mbarrier": "mov.u32 %r0, smem;\nmbarrier.arrive.shared::cta.b64 _, [%r0];",
+    "exit-pending": "mov.u32 %r0, smem;\nmad.lo.u32 %r0, %t, 4, %r0;\ncp.async.ca.shared.global [%r0], [%p0], 4;",
+    "livelock": "FOREVER: bra FOREVER;",
+    "trap": "trap;",
+    "global-race": "mul.wide.u32 %d0, %t, 4;\nadd.u64 %d0, %d0, %p0;\nst.global.u32 [%d0], %t;",
+}
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_report(kind: str) -> None:
+    schedule = Schedule(report_uninitialized=kind == "uninitialized", max_instructions=10_000)
+    result = run_threads(REPORTS[kind], [np.zeros(32, np.uint32)], grid=2, schedule=schedule)
+    assert kind in result.kinds, result.reports
+    with pytest.raises(AssertionError, match=kind):
+        result.check()
+
+
+def test_neighbouring_bytes_do_not_race() -> None:
+    body = "mov.u32 %r0, smem;\nadd.u32 %r0, %r0, %t;\nst.shared.u8 [%r0], %t;\nld.shared.u8 %r1, [%r0];"
+    run_threads(body, [], schedule=1).check()
+
+
+def test_one_report_per_line_is_counted() -> None:
+    (report,) = run_threads("st.global.u32 [%p0+128], %t;", [np.zeros(32, np.uint32)]).reports
+    assert (report.kind, report.block, report.thread, report.count) == ("global-oob", (0, 0, 0), 0, 32)
+    assert "argument 0+128, which has 128 bytes" in report.message
+
+
+def test_views_and_structures_of_pointers() -> None:
+    packed = torch.arange(64, dtype=torch.int32).reshape(8, 8)
+    view = packed[:, 2:4]  # strided: what lies between its elements is in reach, what lies around it is not
+
+    class Parameters(ctypes.Structure):
+        _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+    parameters = Parameters(view.data_ptr(), view.stride(0) * 4)
+    ptx = (
+        HEADER
+        + """
+.visible .entry kernel(.param .align 8 .b8 structure[16], .param .u32 row)
+{
+.reg .b64 %d<4>;
+.reg .b32 %r<4>;
+ld.param.u64 %d0, [structure];
+ld.param.u64 %d1, [structure+8];
+ld.param.u32 %r0, [row];
+cvt.u64.u32 %d2, %r0;
+mad.lo.s64 %d3, %d1, %d2, %d0;
+st.global.u32 [%d3+4], -1;
+ret;
+}
+"""
+    )
+    module = Module(ptx)
+    module.launch("kernel", (1,), (1,), 0, [parameters, 7], buffers={"view": view}).check()
+    assert packed[7].tolist() == [56, 57, 58, -1, 60, 61, 62, 63]
+    (report,) = module.launch("kernel", (1,), (1,), 0, [parameters, 8], buffers={"view": view}).reports
+    assert (report.kind, "view+260" in report.message) == ("global-oob", True)
+
+
+def test_same_seed_same_run() -> None:
+    body = "mov.u32 %r0, smem;\nshr.u32 %r1, %t, 5;\natom.shared.add.u32 %r2, [%r0], 1;\n" + store_words("%p0", ["%r2"])
+    runs = []
+    for seed in (4, 4, 5):
+        out = np.zeros(256, np.uint32)
+        run_threads("bar.sync 0;\n" + body, [out], threads=256, schedule=seed).check()
+        runs.append((out - out.min()).tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_bad_launches() -> None:
+    module = Module(HEADER + kernel("", ["u64", "u32"]) + kernel("", name="kernel_two"))
+    array = np.zeros(4, np.float32)
+    for entry, grid, block, shared_bytes, args, message in [
+        ("kernel", (1,), (32,), 0, [array], "1 arguments for 2 parameters"),
+        ("kernel", (1,), (32,), 0, [array, np.int64(1)], "argument 1 has 8 bytes, the parameter 4"),
+        ("kernel", (1,), (2048,), 0, [array, 1], "2048 threads"),
+        ("kernel", (1,), (32,), 228 * 1024, [array, 1], "bytes of shared memory"),
+        ("kernel", (0,), (32,), 0, [array, 1], r"grid \(0, 1, 1\)"),
+        ("missing", (1,), (32,), 0, [], "0 kernels match 'missing'"),
+        ("ern", (1,), (32,), 0, [], "2 kernels match"),
+    ]:
+        with pytest.raises(LaunchError, match=message):
+            module.launch(entry, grid, block, shared_bytes, args)
+    module.launch("kernel", (1,), (32,), 0, [array, 1]).check()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("frobnicate.u32 %r0, %r1;", "frobnicate.u32: not supported"),
+        ("add.rz.f32 %r0, %r1, %r2;", r"add.rz.f32: .rz is not supported"),
+        ("add.u32 %r0, %r1, %nothing;", "unknown operand %nothing"),
+        ("bra NOWHERE;", "label NOWHERE"),
+        ("call.uni outside;", "call of outside, which the module does not define"),
+        ("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r0}, {%r1}, {%r2}, {%r3};", "not supported"),
+    ],
+)
+def test_unknown_ptx_is_refused(body: str, message: str) -> None:
+    with pytest.raises(PtxError, match=message):
+        Module(HEADER + kernel(body))
+
+
+def test_tensor_maps_are_refused_as_by_the_driver() -> None:
+    array = np.zeros((4, 64), np.float16)
+    for box, swizzle, message in [
+        ((4, 64), 64, "fit the swizzle"),
+        ((4, 4), 0, "multiple of 16 bytes"),
+        ((300, 64), 0, "1 to 256"),
+        ((4, 8), 16, "swizzle"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TensorMap(array, box, swizzle)
