@@ -18,7 +18,7 @@ who runs when; asynchronous copies land as late as is legal, or earlier. What is
     smem-oob, global-oob, local-oob, misaligned    bad addresses
     global-race            blocks that exchange data through plain accesses
     uninitialized          shared memory read before it is written (when the schedule asks for it)
-    limit, trap            more mbarriers than the detector follows; the kernel's own trap
+    limit, trap, branch    more mbarriers than the detector follows; the kernel's own trap; a jump beyond its table
 
 What it cannot show: speed, registers, what ptxas does to the PTX, rounding inside tensor cores, weak memory order between blocks,
 clusters. Blocks run one after the other, so a kernel whose blocks wait for each other ends in a livelock report.

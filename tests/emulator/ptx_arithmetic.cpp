@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstdlib>
 
@@ -195,9 +196,7 @@ uint64_t shift_right(int64_t a, uint64_t count, Type type) {
   return count >= bits ? 0 : uint64_t(a) >> count;
 }
 
-}  // namespace
-
-void execute_arithmetic(I& i, Cells cells) {
+void execute_to_nearest(I& i, Cells cells) {
   const auto word = [&](int k) { return uint32_t(operand(i, cells, k)); };
   const Type type = i.type;
   switch (i.opcode) {
@@ -296,6 +295,15 @@ void execute_arithmetic(I& i, Cells cells) {
     default:
       return convert(i, cells);
   }
+}
+
+}  // namespace
+
+void execute_arithmetic(I& i, Cells cells) {
+  if (!i.float_rounding) return execute_to_nearest(i, cells);
+  std::fesetround(i.float_rounding);
+  execute_to_nearest(i, cells);
+  std::fesetround(FE_TONEAREST);
 }
 
 }  // namespace emulator

@@ -1,6 +1,7 @@
 // From mnemonics to opcodes. Every part of a mnemonic must be known: an instruction is never executed with a modifier ignored, unless
 // the modifier cannot change what the emulator computes (cache hints, memory order, scopes).
 #include <algorithm>
+#include <cfenv>
 #include <set>
 
 #include "ptx_program.h"
@@ -95,6 +96,8 @@ class Modifiers {
  private:
   Parts parts;
 };
+
+bool is_float(Type type) { return type == Type::f32 || type == Type::f64; }
 
 bool decode_space(Modifiers& modifiers, Instruction& instruction) {
   if (modifiers.take("global")) return instruction.space = Space::global, true;
@@ -244,8 +247,7 @@ bool decode_opcode(const std::string& base, Modifiers& modifiers, Instruction& i
     if (modifiers.take("wide")) return set(mad ? Opcode::mad_wide : Opcode::mul_wide);
     if (modifiers.take("hi")) return set(mad ? Opcode::mad_hi : Opcode::mul_hi);
     modifiers.take("lo");
-    const bool is_float = instruction.type == Type::f32 || instruction.type == Type::f64;
-    return set(mad ? (is_float ? Opcode::fma : Opcode::mad) : Opcode::mul);
+    return set(mad ? (is_float(instruction.type) ? Opcode::fma : Opcode::mad) : Opcode::mul);
   }
   if (base == "shf") {
     instruction.flag = modifiers.take("l");
@@ -295,6 +297,7 @@ bool decode_opcode(const std::string& base, Modifiers& modifiers, Instruction& i
   if (base == "mbarrier") return decode_mbarrier(modifiers, instruction);
   if (base == "fence") return decode_fence(modifiers, instruction);
   if (base == "wgmma") return decode_wgmma(modifiers, instruction);
+  if (base == "brx") return modifiers.take("idx") && set(Opcode::branch_table);
   if (base == "setmaxnreg")
     return instruction.flag = modifiers.take("inc"), (instruction.flag || modifiers.take("dec")) && set(Opcode::setmaxnreg);
   const auto plain = PLAIN.find(base);
@@ -346,6 +349,12 @@ std::string decode(const std::vector<std::string>& mnemonic, Instruction& instru
   if (modifiers.take("L2::cache_hint") && !instruction.operands.empty()) instruction.operands.pop_back();
   if (!decode_opcode(mnemonic[0], modifiers, instruction)) return "not supported";
   if (mnemonic[0] == "setp" && instruction.types.size() != 1) return "not supported";
+  const bool rounds = is_float(instruction.type) && (instruction.opcode != Opcode::cvt || !is_float(instruction.type2));
+  if (rounds)
+    instruction.float_rounding = modifiers.take("rz")   ? FE_TOWARDZERO
+                                 : modifiers.take("rm") ? FE_DOWNWARD
+                                 : modifiers.take("rp") ? FE_UPWARD
+                                                        : 0;
   const std::string left = modifiers.left();
   return left.empty() ? "" : left + " is not supported";
 }

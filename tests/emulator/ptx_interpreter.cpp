@@ -5,6 +5,7 @@
 
 #include "barriers.h"
 #include "cp_async.h"
+#include "global_memory.h"
 #include "number_formats.h"
 #include "mbarrier.h"
 #include "ptx_memory.h"
@@ -114,6 +115,13 @@ void execute_barrier(const Instruction& i, uint64_t* cells) {
   }
 }
 
+// Tensor maps lie among the kernel's parameters (__grid_constant__) or in global memory.
+bool is_tensor_map(const PtxThread& thread, const Instruction& i, uint64_t address) {
+  const uint64_t offset = address - uint64_t(thread.kernel_parameters);
+  const bool is_parameter = offset < thread.kernel_parameter_bytes && offset + sizeof(TensorMap) <= thread.kernel_parameter_bytes;
+  return is_parameter || global_range_ok(reinterpret_cast<void*>(address), sizeof(TensorMap), "tensor map", i.where);
+}
+
 // Everything that concerns other threads or asynchronous hardware.
 void execute_collective(PtxThread& thread, const Instruction& i, uint64_t* cells) {
   const auto value = [&](int k) { return cells[i.cell[k]]; };
@@ -190,9 +198,11 @@ void execute_collective(PtxThread& thread, const Instruction& i, uint64_t* cells
     case Opcode::fence_mbarrier_init:
       return fence_mbarrier_init(i.where);
     case Opcode::tma_load:
+      if (!is_tensor_map(thread, i, address(1))) return;
       return tma_load(uint32_t(address(0)), reinterpret_cast<TensorMap*>(address(1)), uint32_t(address(2)),
                       int(i.operands[1].coordinates.size()), coordinates(1), i.where);
     case Opcode::tma_store:
+      if (!is_tensor_map(thread, i, address(0))) return;
       return tma_store(reinterpret_cast<TensorMap*>(address(0)), uint32_t(address(1)), int(i.operands[0].coordinates.size()),
                        coordinates(0), StoreKind(i.variant), i.where);
     case Opcode::bulk_load:
@@ -258,6 +268,15 @@ void run_ptx_thread() {
         }
         frame->next = i.target;
         break;
+      case Opcode::branch_table: {
+        const uint64_t index = uint32_t(cells[i.cell[0]]);
+        if (index >= i.targets.size()) {
+          report("branch", i.where, "brx.idx with index %llu of a table of %zu", (unsigned long long)index, i.targets.size());
+          abandon_block();
+        }
+        frame->next = i.targets[index];
+        break;
+      }
       case Opcode::call:
         enter_call(thread, i);
         continue_frame();

@@ -51,8 +51,9 @@ class Parser {
 
   Function* function = nullptr;  // whose body is being read
   std::vector<Scope> scopes;
-  std::vector<int> scope_parent;  // by scope number
-  std::map<std::pair<int, std::string>, int> labels;
+  std::vector<int> scope_parent;                      // by scope number
+  std::map<std::pair<int, std::string>, int> labels;  // by scope number and name
+  std::map<std::string, std::vector<std::string>> label_tables;
   std::map<std::pair<Source, uint64_t>, uint32_t> value_cells;
 
   void error(const std::string& message) {
@@ -150,6 +151,7 @@ class Parser {
     scopes = {Scope{{}, 0, -1}};
     scope_parent = {-1};
     labels.clear();
+    label_tables.clear();
     value_cells.clear();
     function = &f;
     if (text[position] == '(') f.results = parse_parameters(take_bracketed());
@@ -211,8 +213,13 @@ class Parser {
       size_t colon = end;
       while (colon < text.size() && isspace(uint8_t(text[colon]))) ++colon;
       if (end > position && text[colon] == ':') {
-        labels[{scopes.back().number, text.substr(position, end - position)}] = int(function->code.size());
+        const std::string label = text.substr(position, end - position);
         position = colon + 1;
+        skip_space();
+        if (at(".branchtargets"))
+          label_tables[label] = split(take_until(";").substr(strlen(".branchtargets")), ',');
+        else
+          labels[{scopes.back().number, label}] = int(function->code.size());
       } else {
         parse_statement(trim(take_until(";")));
       }
@@ -247,9 +254,9 @@ class Parser {
     const std::string mnemonic = rest.substr(0, space);
     std::vector<std::string> operands = split(rest.substr(space), ',');
     const std::vector<std::string> parts = split(mnemonic, '.');
-    if (parts[0] == "bra") {
-      instruction.name = operands[0];
-      operands.clear();
+    if (parts[0] == "bra" || parts[0] == "brx") {
+      instruction.name = operands.back();
+      operands.pop_back();
     } else if (parts[0] == "call") {
       operands = parse_call(operands, instruction);
     }
@@ -356,14 +363,21 @@ class Parser {
     return operand;
   }
 
+  // From the scope of the branch outwards.
+  int find_label(const std::string& name, int scope) {
+    for (; scope >= 0; scope = scope_parent[scope]) {
+      const auto label = labels.find({scope, name});
+      if (label != labels.end()) return label->second;
+    }
+    error("label " + name);
+    return 0;
+  }
+
   void end_function() {
     for (Instruction& instruction : function->code) {
-      if (instruction.opcode != Opcode::branch) continue;
-      for (int scope = instruction.scope; scope >= 0 && instruction.target < 0; scope = scope_parent[scope]) {
-        const auto label = labels.find({scope, instruction.name});
-        if (label != labels.end()) instruction.target = label->second;
-      }
-      if (instruction.target < 0) error("label " + instruction.name);
+      if (instruction.opcode == Opcode::branch) instruction.target = find_label(instruction.name, instruction.scope);
+      if (instruction.opcode == Opcode::branch_table)
+        for (const std::string& label : label_tables[instruction.name]) instruction.targets.push_back(find_label(label, instruction.scope));
     }
     Instruction last;
     last.opcode = Opcode::ret;

@@ -31,7 +31,7 @@ enum class Opcode : uint8_t {
   mov, add, sub, mul, mul_wide, mul_hi, mad, mad_wide, mad_hi, fma, div, rem, min, max, neg, abs, copysign, ex2, lg2, rcp, sqrt, rsqrt,
   tanh, sin, cos, and_, or_, xor_, not_, shl, shr, shf, bfi, bfe, bfind, brev, popc, clz, prmt, lop3, setp, selp, cvt,
   // ptx_interpreter.cpp
-  branch, call, ret, exit, trap, nop, pause, cvta, isspacep, load, store, atomic,
+  branch, branch_table, call, ret, exit, trap, nop, pause, cvta, isspacep, load, store, atomic,
   barrier, barrier_arrive, barrier_reduce, syncwarp, shuffle, vote, redux, elect, ldmatrix, stmatrix, movmatrix, mma,
   cp_async, cp_async_commit, cp_async_wait, cp_async_wait_all, cp_async_mbarrier_arrive,
   mbarrier_init, mbarrier_inval, mbarrier_arrive, mbarrier_expect_tx, mbarrier_try_wait, mbarrier_test_wait,
@@ -60,7 +60,8 @@ struct Instruction {
   Type type = Type::none, type2 = Type::none;  // result and source, where they differ
   Space space = Space::generic;
   Comparison comparison = Comparison::eq;
-  Rounding rounding = Rounding::none;
+  Rounding rounding = Rounding::none;  // to an integer
+  int float_rounding = 0;              // a mode of fesetround(); 0: to nearest
   Combination combination = Combination::none;
   AtomicKind atomic = AtomicKind::add;
   bool unordered = false, flush = false, saturate = false, nan_wins = false;
@@ -73,9 +74,10 @@ struct Instruction {
   Location where = 0;
   uint32_t cell[8] = {};  // the first cell of each operand
   std::vector<Operand> operands;
-  std::vector<Type> types;  // all of them, in order
-  std::string name;         // of a label or function, until it is resolved
-  int scope = 0;            // in which a branch looks for its label
+  std::vector<Type> types;       // all of them, in order
+  std::vector<int32_t> targets;  // of a branch by table
+  std::string name;              // of a label, a table of labels or a function, until it is resolved
+  int scope = 0;                 // in which a branch looks for its label
 };
 
 // How a cell that is not a register gets its value when a frame is made.

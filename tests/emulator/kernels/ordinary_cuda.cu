@@ -37,3 +37,36 @@ extern "C" __global__ void reversed_sums(const __nv_bfloat16* x, float* sum, int
   if ((t & 31) == 0) atomicAdd(sum, v);
   if (t == 0) atomicMax(most, positive);
 }
+
+// Functions of CUDA's math library, which is PTX that nvcc inlines.
+extern "C" __global__ void math_functions(const int* which, float* x) {
+  float& y = x[threadIdx.x];
+  switch (which[threadIdx.x]) {
+    case 0:
+      y = sqrtf(y);
+      break;
+    case 1:
+      y = expf(y);
+      break;
+    case 2:
+      y = __expf(y);
+      break;
+    case 3:
+      y = tanhf(y);
+      break;
+    case 4:
+      y = logf(y);
+      break;
+    case 5:
+      y = fmodf(y, 3.0f);
+      break;
+    case 6:
+      y = 1 / y;
+      break;
+    case 7:
+      y = floorf(y / 2);
+      break;
+    default:
+      y = -y;
+  }
+}
