@@ -45,27 +45,31 @@ _WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wa
 
 def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times."""
-    if backend == "reference" or _transformed(problem):
+    if backend == "reference":
         return attention_reference(problem)
-    if not _takes_cheap_path(problem):
-        return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
-    if torch.is_grad_enabled() and problem.requires_grad():
-        return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
-    return KERNEL_BACKENDS[backend].forward(problem)
+    if _takes_cheap_path(problem):
+        if torch.is_grad_enabled() and problem.requires_grad():
+            return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
+        return KERNEL_BACKENDS[backend].forward(problem)
+    if _transformed(problem):
+        return attention_reference(problem)
+    return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
 
 
 def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
     """Whether the memory of the problem's and the other tensors may be handed to a kernel from Python, with no operator in between."""
-    return _takes_cheap_path(problem) and not _transformed(problem) and all(map(_is_plain, others))
+    return _takes_cheap_path(problem) and all(map(_is_plain, others))
 
 
 def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return any([tensor._is_zerotensor() for tensor in problem.inputs])
+    return _differentiates_otherwise() or any([tensor._is_zerotensor() for tensor in problem.inputs])
+
+
+def _differentiates_otherwise() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _functorch_active() -> bool:
@@ -73,7 +77,7 @@ def _functorch_active() -> bool:
 
 
 def _takes_cheap_path(problem: Problem) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _differentiates_otherwise():
         return False
     return all([tensor is None or _is_plain(tensor) for tensor in (*problem.inputs, *problem.side_tensors())])
 

@@ -90,7 +90,7 @@ def prepare_mask(
     device = next((tensor.device for tensor in tensors.values()), None)
     seqlen_q = _seqlen("seqlen_q", seqlen_q, (attn_mask, -2))
     seqlen_k = _seqlen("seqlen_k", seqlen_k, (key_mask, -1), (attn_mask, -1))
-    nothing = torch.empty(1, device=device)
+    nothing = torch.zeros(1, device=device)
     query, key = (nothing.expand(batch, num_heads, seqlen, 1) for seqlen in (seqlen_q, seqlen_k))
     problem = make_problem(
         "separate",

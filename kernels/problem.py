@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,6 +54,8 @@ class Problem:
     deterministic: bool
     max_seqlen_q: int  # Lq; of varlen the caller's: no sequence is longer
     max_seqlen_k: int
+    # Of the inputs: dtype, device, shape and strides of each, where make_problem knows them as plain numbers.
+    description: tuple | None = field(default=None, init=False)
 
     @property
     def batch(self) -> int:
@@ -157,6 +159,12 @@ def empty_output(query: Tensor, head_dim_v: int) -> Tensor:
     return query.new_empty_strided((batch, num_heads, seqlen_q, head_dim_v), (batch_stride, head_dim_v, row_stride, 1))
 
 
+def empty_lse(query: Tensor) -> Tensor:
+    """Uninitialised (B, Hq, Lq) float32."""
+    batch, num_heads, seqlen_q, _ = query.shape  # a tuple: torch.Size would take longer to parse
+    return torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=query.device)
+
+
 def with_memory_of(query: Tensor, out: Tensor) -> Tensor:
     """`out` in the memory order that `empty_output` gives."""
     if is_sequence_first(query):
@@ -199,7 +207,7 @@ def make_problem(
     """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
-    inputs = _checked_inputs(layout, inputs)
+    inputs, description = _checked_inputs(layout, inputs)
     query, key, value = split(layout, inputs)
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
@@ -283,6 +291,7 @@ def make_problem(
         max_seqlen_q,
         max_seqlen_k,
     )
+    problem.description = description
     if prepared is not None and prepared.mask_bits_transposed is None and torch.is_grad_enabled() and problem.requires_grad():
         raise ValueError("attn_mask was prepared with gradients=False, but a gradient is asked for: leave gradients=True in prepare_mask")
     return problem
@@ -301,17 +310,18 @@ MAX_ACCEPTED = 4096
 _accepted: set[tuple] = set()  # descriptions of inputs that _check_inputs found nothing wrong with: it costs more than a small launch
 
 
-def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs, those whose last dim is not contiguous copied."""
+def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple | None]:
+    """The inputs, those whose last dim is not contiguous copied, and their description."""
     description = _description(layout, inputs)
     if description in _accepted:
-        return inputs
+        return inputs, description
     checked = _check_inputs(layout, inputs)
-    if description is not None and all(map(operator.is_, checked, inputs)):
-        if len(_accepted) >= MAX_ACCEPTED:
-            _accepted.clear()
-        _accepted.add(description)
-    return checked
+    if description is None or not all(map(operator.is_, checked, inputs)):
+        return checked, None
+    if len(_accepted) >= MAX_ACCEPTED:
+        _accepted.clear()
+    _accepted.add(description)
+    return inputs, description
 
 
 def _description(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple | None:

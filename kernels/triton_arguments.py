@@ -41,18 +41,15 @@ class Arguments(NamedTuple):
 
 def sizes_and_options(problem: Problem, tiles: Tensor | None) -> tuple:
     """Everything that a kernel's numbers and constexprs follow from: two problems that agree in it differ in their tensors alone."""
-    query, key, value = problem.query, problem.key, problem.value
+    inputs = problem.description or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in problem.inputs])
     side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in problem.side_tensors()]
     return (
-        query.dtype,
-        query.get_device(),
-        (query.shape, query.stride()),
-        (key.shape, key.stride()),
-        (value.shape, value.stride()),
+        problem.layout,
+        inputs,
         *side_tensors,
         None if tiles is None else (tiles.shape, tiles.stride()),
         problem.options(),
-        input_precision(query.dtype),
+        input_precision(problem.query.dtype),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -89,21 +88,28 @@ def uncovered(problem: Problem) -> list[str]:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
+    if _is_elsewhere(problem.query):
+        with torch.cuda.device(problem.query.device):
+            return forward(problem)
     decode = _module("decode")
-    with _on_device_of(problem.query):
-        return decode.decode_forward(problem) if decode.takes(problem) else _module("forward").forward(problem)
+    return decode.decode_forward(problem) if decode.takes(problem) else _module("forward").forward(problem)
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
     """Writes every gradient asked for; bit for bit the same in every run."""
-    with _on_device_of(problem.query):
-        _module("backward").backward(problem, out, lse, dout, dlse, gradients)
+    if _is_elsewhere(problem.query):
+        with torch.cuda.device(problem.query.device):
+            backward(problem, out, lse, dout, dlse, gradients)
+        return
+    _module("backward").backward(problem, out, lse, dout, dlse, gradients)
 
 
 def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), which never holds those of single heads."""
-    with _on_device_of(problem.query):
-        return _module("weights").attention_weights(problem, lse, average_heads)
+    if _is_elsewhere(problem.query):
+        with torch.cuda.device(problem.query.device):
+            return attention_weights(problem, lse, average_heads)
+    return _module("weights").attention_weights(problem, lse, average_heads)
 
 
 def prepares(problem: Problem) -> bool:
@@ -114,18 +120,15 @@ def prepares(problem: Problem) -> bool:
 
 def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """mask_bits, mask_bits_transposed, row_tiles and column_tiles of a PreparedMask."""
-    with _on_device_of(problem.query):
-        return _module("mask").prepared_tiles(problem, gradients)
+    if _is_elsewhere(problem.query):
+        with torch.cuda.device(problem.query.device):
+            return prepared_tiles(problem, gradients)
+    return _module("mask").prepared_tiles(problem, gradients)
 
 
-NOTHING = nullcontext()
-
-
-def _on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Tiles are those of the current device, which may be of another kind than the tensors' in a machine with several."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return NOTHING
-    return torch.cuda.device(tensor.device)
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Whether another GPU than the tensor's is current, which may be of another kind: tiles are the current one's."""
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Problem, empty_output
+from .problem import Problem, empty_lse, empty_output
 from .triton_arguments import (
     common_arguments,
     common_tensors,
@@ -61,7 +61,7 @@ def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     query, key, value = problem.query, problem.key, problem.value
     batch, num_heads, seqlen_q, _ = query.shape
     out = empty_output(query, value.shape[3])
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    lse = empty_lse(query)
     if not lse.numel():
         return out, lse
     calls = remembered_call("decode", sizes_and_options(problem, None), lambda: _decode_calls(problem, out, lse))

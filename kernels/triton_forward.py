@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Problem, empty_output
+from .problem import Problem, empty_lse, empty_output
 from .triton_arguments import (
     common_arguments,
     common_tensors,
@@ -50,7 +50,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
     query, value = problem.query, problem.value
     out = empty_output(query, value.shape[3])
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    lse = empty_lse(query)
     if problem.cu_seqlens_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)

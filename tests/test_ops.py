@@ -44,7 +44,7 @@ CALLS = {"separate": attention, "qkv": attention_qkv_packed, "kv": attention_kv_
 @pytest.mark.parametrize("layout", NUM_INPUTS)
 def test_an_operators_arguments_are_the_fields_of_a_problem(layout: str) -> None:
     names = [argument.name for argument in getattr(torch.ops.fused_attention, f"attention_{layout}").default._schema.arguments]
-    after_the_inputs = [field.name for field in fields(Problem)][5:]  # layout, inputs, query, key, value
+    after_the_inputs = [field.name for field in fields(Problem) if field.init][5:]  # layout, inputs, query, key, value
     assert names[NUM_INPUTS[layout] :] == [*after_the_inputs, "backend"]
     side_tensors = after_the_inputs[:NUM_SIDE_TENSORS]
     assert side_tensors[-1] == "column_tiles"

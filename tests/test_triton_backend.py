@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -120,18 +122,39 @@ def test_keys_that_no_query_head_reads_have_zero_gradients() -> None:
 
 def test_kernels_run_with_the_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs of different kinds have different tiles."""
+    current, seen = [0], []
 
-    class OnSecondDevice:
+    class Query:
         is_cuda = True
         device = torch.device("cuda", 1)
 
         def get_device(self) -> int:
             return 1
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    guard = triton_backend._on_device_of(OnSecondDevice())
-    assert isinstance(guard, torch.cuda.device)
-    assert guard.idx == 1
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert triton_backend._on_device_of(OnSecondDevice()) is triton_backend.NOTHING
-    assert triton_backend._on_device_of(torch.zeros(1)) is triton_backend.NOTHING
+    class Problem:
+        query = Query()
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    class Kernels:
+        def takes(self, problem: object) -> bool:
+            return False
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *arguments: seen.append((name, current[0]))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton_backend, "_module", lambda name: Kernels())
+    problem: Any = Problem()
+    triton_backend.forward(problem)
+    triton_backend.backward(problem, *[None] * 5)
+    triton_backend.attention_weights(problem, None, False)
+    triton_backend.prepared_tiles(problem, True)
+    assert seen == [("forward", 1), ("backward", 1), ("attention_weights", 1), ("prepared_tiles", 1)]
+    assert current == [0]
+    assert not triton_backend._is_elsewhere(torch.zeros(1))
