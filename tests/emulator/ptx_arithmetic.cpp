@@ -42,6 +42,7 @@ void compute(I& i, Cells cells, Float&& on_floats, Integer&& on_integers) {
 #define INTEGERS(expression) \
   [&]([[maybe_unused]] int64_t a, [[maybe_unused]] int64_t b, [[maybe_unused]] int64_t c) -> int64_t { return expression; }
 
+int64_t clip(int64_t value, bool relu) { return relu && value < 0 ? 0 : value; }
 bool less(int64_t a, int64_t b, Type type) { return is_signed(type) ? a < b : uint64_t(a) < uint64_t(b); }
 
 template <class T>
@@ -217,9 +218,9 @@ void execute_to_nearest(I& i, Cells cells) {
     case Opcode::rem:
       return compute(i, cells, FLOATS(a), INTEGERS(remainder(a, b, type)));
     case Opcode::min:
-      return compute(i, cells, FLOATS(minimum(a, b, i.nan_wins)), INTEGERS(less(a, b, type) ? a : b));
+      return compute(i, cells, FLOATS(minimum(a, b, i.nan_wins)), INTEGERS(clip(less(a, b, type) ? a : b, i.relu)));
     case Opcode::max:
-      return compute(i, cells, FLOATS(maximum(a, b, i.nan_wins)), INTEGERS(less(a, b, type) ? b : a));
+      return compute(i, cells, FLOATS(maximum(a, b, i.nan_wins)), INTEGERS(clip(less(a, b, type) ? b : a, i.relu)));
     case Opcode::neg:
       return compute(i, cells, FLOATS(-a), INTEGERS(int64_t(0 - uint64_t(a))));
     case Opcode::abs:

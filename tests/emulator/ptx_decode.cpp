@@ -346,6 +346,7 @@ std::string decode(const std::vector<std::string>& mnemonic, Instruction& instru
   instruction.flush = modifiers.take("ftz");
   instruction.saturate = modifiers.take("sat");
   instruction.nan_wins = modifiers.take("NaN");
+  instruction.relu = (mnemonic[0] == "min" || mnemonic[0] == "max") && instruction.type == Type::s32 && modifiers.take("relu");
   if (modifiers.take("L2::cache_hint") && !instruction.operands.empty()) instruction.operands.pop_back();
   if (!decode_opcode(mnemonic[0], modifiers, instruction)) return "not supported";
   if (mnemonic[0] == "setp" && instruction.types.size() != 1) return "not supported";

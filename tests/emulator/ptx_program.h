@@ -64,7 +64,7 @@ struct Instruction {
   int float_rounding = 0;              // a mode of fesetround(); 0: to nearest
   Combination combination = Combination::none;
   AtomicKind atomic = AtomicKind::add;
-  bool unordered = false, flush = false, saturate = false, nan_wins = false;
+  bool unordered = false, flush = false, saturate = false, nan_wins = false, relu = false;
   bool flag = false;    // depends on the opcode: .trans, .to, .inc, .left, ...
   uint8_t vector = 1;   // elements of a load or store
   int32_t variant = 0;  // depends on the opcode: a shape, a mode
