@@ -110,7 +110,7 @@ def through_triton(num_programs: int, tensors: tuple, numbers: tuple, constants:
 
 def passed_to_the_driver(launched: Launch) -> tuple:
     arguments = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in launched.arguments)
-    code = launched.binary.cubin  # not the handle: Triton compiles a row stride of 1 apart, to the same code
+    code = launched.binary.ptx  # not the handle: Triton compiles a row stride of 1 apart, to the same code
     return code, launched.num_programs, launched.stream, launched.packed_metadata, arguments
 
 
