@@ -396,9 +396,14 @@ def _check_tensor(
         raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
-    if tuple(tensor.shape) not in shapes:
+    if not any(_same_shape(tensor.shape, shape) for shape in shapes):
         allowed = " or ".join(str(tuple(int(n) for n in shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {shape_words} = {allowed}, got {tuple(tensor.shape)}")
+
+
+def _same_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Number by number: torch.compile does not know whether tuples that hold symbols are equal."""
+    return len(shape) == len(expected) and all(size == wanted for size, wanted in zip(shape, expected, strict=True))
 
 
 def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: int) -> Tensor:
@@ -468,7 +473,7 @@ def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], devi
         )
     if mask.dim() == 2:
         mask = mask[None, None]
-    if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, full_shape, strict=True)):
+    if mask.dim() != 4 or not all(size == 1 or size == full for size, full in zip(mask.shape, full_shape, strict=True)):
         raise ValueError(
             "attn_mask must have shape (seqlen_q, seqlen_k), or 4 dims that broadcast to (batch, num_heads, seqlen_q, seqlen_k) = "
             f"{tuple(int(n) for n in full_shape)}, got {tuple(mask.shape)}"
