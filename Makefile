@@ -21,8 +21,8 @@ bench: build ## compare with torch on this machine; prints one table and saves t
 	$(BIN)/python -m fused_attention bench
 
 codegen: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (15 minutes)
-	$(BIN)/python tests/triton_codegen_gate.py --report docs/triton-codegen.txt
-	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report docs/triton-codegen-oldest.txt
+	$(BIN)/python tests/triton_codegen_gate.py --report build/triton-codegen.txt
+	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report build/triton-codegen-oldest.txt
 
 test-oldest-triton: install .venv-triton-oldest/installed ## run the tests of the Triton kernels with the oldest supported Triton
 	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py
