@@ -177,8 +177,6 @@ def _launch_through_triton(kernel: Any, num_programs: int, tensors: tuple, numbe
     block_m, block_n, num_warps, num_stages = tile
     arguments = (*tensors, *numbers, *constants, block_m, block_n)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}  # a * b + c as one instruction
-    if tensors[0].dtype is torch.float32 and _is_cuda():
-        options["maxnreg"] = 255  # products without tensor cores: left alone, ptxas spills a little to fit more blocks on a processor
     return kernel[(num_programs,)](*arguments, **options)
 
 
@@ -238,10 +236,6 @@ def _has_hooks(kernel: Any) -> bool:
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-def _is_cuda() -> bool:
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def _takes_fast_launches(compiled: Any) -> bool:

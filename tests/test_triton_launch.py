@@ -103,8 +103,6 @@ CALLS = {
 def through_triton(num_programs: int, tensors: tuple, numbers: tuple, constants: tuple, tile: Tile) -> None:
     block_m, block_n, num_warps, num_stages = tile
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if tensors[0].dtype == torch.float32:
-        options["maxnreg"] = 255
     copy_kernel[(num_programs,)](*tensors, *numbers, *constants, block_m, block_n, **options)
 
 
