@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiled kernels that this build of the extension contains. The table itself is generated from instances/manifest.py; it is empty in
+// a build without CUDA.
+#pragma once
+#include "forward_arguments.h"
+
+namespace fused_attention::cuda {
+
+enum class Pass : int { forward = 0, decode = 1, helper = 2 };  // helper: the mask pre-pass and combine, found by name
+
+struct Image {
+  const char* name;  // of the instance and of its entry point
+  int family;        // 80 or 90: ten times the oldest compute capability that it runs on
+  Pass pass;
+  int head_dim_qk, head_dim_v;
+  Dtype dtype;
+  FeatureClass feature_class;
+  bool dropout;
+  int block_m, block_n, num_threads, shared_bytes;  // a block's rows and keys, its threads and its dynamic shared memory
+  const unsigned char *begin, *end;                 // a fatbin: machine code and PTX
+};
+
+extern const Image kImages[];
+extern const int kNumImages;
+extern const int kToolkitVersion;       // that compiled them, as the driver counts: 13000 is CUDA 13.0
+extern const char* const kWhyNoImages;  // null in a build with CUDA; otherwise why there is none, and how to get one
+
+}  // namespace fused_attention::cuda
