@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every pre-pass kernel (mask_tiles.cuh) takes as its only parameter, and how large what it makes is; made by plan.cpp.
+//
+//   problem has                                      launches, in order
+//   a bool attn_mask, and whatever else masks        mask_tiles_classify, mask_tiles_list     -> mask_bits, lists
+//   a key_mask, with or without a float attn_mask    mask_tiles_keys                          -> lists
+//   a PreparedMask, and BLOCK_M is 128               mask_tiles_merge                         -> lists
+//   a PreparedMask, and BLOCK_M is 64                none: its lists are used as they are
+//
+// The forward then takes bits() as problem.mask_bits (with a bool attn_mask) and tiles() as its tiles.
+#pragma once
+#include <algorithm>
+
+#include "../problem.h"
+
+namespace fused_attention::cuda {
+
+constexpr int kKeysPerTile = 64;
+constexpr int kMaskThreads = 256;  // of a block of every kernel but mask_tiles_classify, which has 2 * block_m
+
+struct MaskArguments {
+  // attn_mask is a bool one or absent. batch, num_heads and seqlen_q are the tensors' own.
+  AttentionProblem problem;
+  int32_t block_m = 64;  // rows to a tile, 64 or 128
+
+  // What masks is the same for all batch elements, all heads or all rows where the number here is 1: B', H' and Lq'.
+  int64_t batch = 0, num_heads = 0, rows = 0;
+  int64_t row_blocks = 0, key_tiles = 0, words = 0;  // ceil(Lq' / block_m), ceil(Lk / 64), ceil(Lk / 32)
+
+  uint32_t* mask_bits = nullptr;  // (B', H', Lq', words): written by mask_tiles_classify
+  uint8_t* kinds = nullptr;       // (B', H', row_blocks, key_tiles) of 0 empty, 1 full, 2 mixed: scratch
+  int32_t* lists = nullptr;       // (B', H', row_blocks, 2 + key_tiles): written by every kernel but mask_tiles_classify
+
+  MaskArguments() = default;
+  MaskArguments(const AttentionProblem& masked, int32_t rows_per_tile) : problem(masked), block_m(rows_per_tile) {
+    if (problem.attn_mask_dtype != MaskDtype::boolean) problem.attn_mask = {};  // skips no tiles
+    const StridedTensor& mask = problem.attn_mask;
+    const bool prepared = problem.row_tiles.data != nullptr;
+    const bool batches_differ =
+        prepared ? problem.row_tiles.batch != 0
+                 : mask.batch != 0 || problem.key_mask != nullptr || problem.key_lengths != nullptr || problem.query_lengths != nullptr;
+    const bool heads_differ = prepared ? problem.row_tiles.head != 0 : mask.head != 0;
+    const bool rows_differ = prepared || mask.row != 0 || problem.causal != Causal::none || problem.window_left < kUnlimited ||
+                             problem.window_right < kUnlimited;
+    batch = batches_differ ? problem.batch : std::min<int64_t>(problem.batch, 1);
+    num_heads = heads_differ ? problem.num_heads : std::min<int64_t>(problem.num_heads, 1);
+    rows = rows_differ ? problem.seqlen_q : std::min<int64_t>(problem.seqlen_q, 1);
+    row_blocks = (rows + block_m - 1) / block_m;
+    key_tiles = (problem.seqlen_k + kKeysPerTile - 1) / kKeysPerTile;
+    words = (problem.seqlen_k + 31) / 32;
+  }
+
+  int64_t mask_bits_bytes() const { return batch * num_heads * rows * words * 4; }
+  int64_t kinds_bytes() const { return lines() * key_tiles; }
+  int64_t lists_bytes() const { return lines() * (2 + key_tiles) * 4; }
+
+  BitMask bits() const {
+    const int64_t head = rows * words;
+    return {mask_bits, batch > 1 ? num_heads * head : 0, num_heads > 1 ? head : 0, rows > 1 ? words : 0};
+  }
+  TileLists tiles() const {
+    const int64_t line = 2 + key_tiles, head = row_blocks * line;
+    return {lists, batch > 1 ? num_heads * head : 0, num_heads > 1 ? head : 0, rows > 1 ? line : 0, static_cast<int32_t>(key_tiles)};
+  }
+
+  // Grids are one-dimensional; where a grid can be no larger its blocks take several pieces of work each.
+  int64_t classify_blocks() const { return std::min(lines() * key_tiles, kMaxBlocks); }
+  int64_t keys_blocks() const { return std::min(lines(), kMaxBlocks); }
+  int64_t list_blocks() const { return std::min((lines() + kMaskThreads / 32 - 1) / (kMaskThreads / 32), kMaxBlocks); }  // and merge
+
+ private:
+  static constexpr int64_t kMaxBlocks = 0x7fffffff;
+  int64_t lines() const { return batch * num_heads * row_blocks; }
+};
+
+}  // namespace fused_attention::cuda
