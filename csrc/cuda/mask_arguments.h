@@ -65,8 +65,7 @@ struct MaskArguments {
 
   // Grids are one-dimensional; where a grid can be no larger its blocks take several pieces of work each.
   int64_t classify_blocks() const { return std::min(lines() * key_tiles, kMaxBlocks); }
-  int64_t keys_blocks() const { return std::min(lines(), kMaxBlocks); }
-  int64_t list_blocks() const { return std::min((lines() + kMaskThreads / 32 - 1) / (kMaskThreads / 32), kMaxBlocks); }  // and merge
+  int64_t list_blocks() const { return std::min((lines() + kMaskThreads / 32 - 1) / (kMaskThreads / 32), kMaxBlocks); }  // of the others
 
  private:
   static constexpr int64_t kMaxBlocks = 0x7fffffff;

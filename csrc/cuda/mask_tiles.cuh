@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pre-pass: which tiles of block_m rows x 64 keys are empty, full or mixed, as lists for each block of rows, and a bool mask as bits.
+//
+//   mask_tiles_classify   a bool attn_mask and everything else that masks -> mask_bits, kinds
+//   mask_tiles_list       kinds -> lists
+//   mask_tiles_keys       key_mask, lengths, causal and window -> lists; their bits are cheaper to evaluate than to load
+//   mask_tiles_merge      a PreparedMask's lists of 64 rows -> lists of 128 rows
+//
+// Full: every row that is present may attend to all 64 keys, which all exist. Empty: none may attend to any of them. Rows past
+// query_lengths have no say: what they get does not depend on the keys. mask_arguments.h says which kernels a problem needs.
+#pragma once
+#include "mask_arguments.h"
+
+namespace fused_attention::cuda {
+
+constexpr uint32_t kWholeWarp = 0xffffffff, kAllKeys = 0xffffffff;
+constexpr int kEmpty = 0, kFull = 1, kMixed = 2;
+
+struct KeyRange {
+  int64_t from, to;  // [from, to), empty where to <= from
+};
+
+// One sequence, of which `rows_present` rows and `keys_present` keys are present.
+struct MaskedSequence {
+  int64_t rows_present, keys_present, offset, window_left, window_right;
+
+  __device__ MaskedSequence(const AttentionProblem& problem, int64_t batch)
+      : rows_present(problem.seqlen_q), keys_present(problem.seqlen_k), offset(0), window_left(problem.window_left) {
+    if (problem.query_lengths != nullptr) rows_present = min(max(int64_t{problem.query_lengths[batch]}, int64_t{0}), rows_present);
+    if (problem.key_lengths != nullptr) keys_present = min(max(int64_t{problem.key_lengths[batch]}, int64_t{0}), keys_present);
+    if (problem.causal == Causal::bottom_right) offset = keys_present - rows_present;
+    window_right = problem.causal == Causal::none ? int64_t{problem.window_right} : 0;
+  }
+
+  __device__ bool sees_all_to_the_left() const { return window_left >= kUnlimited; }
+  __device__ bool sees_all_to_the_right() const { return window_right >= kUnlimited; }
+
+  __device__ KeyRange keys_of(int64_t row) const {
+    return {sees_all_to_the_left() ? 0 : max(row + offset - window_left, int64_t{0}),
+            sees_all_to_the_right() ? keys_present : min(row + offset + window_right + 1, keys_present)};
+  }
+};
+
+// Bit b: whether key first_key + b is in the range.
+__device__ inline uint32_t bits_of(KeyRange range, int64_t first_key) {
+  const auto bits_below = [&](int64_t key) {
+    const int count = static_cast<int>(min(max(key - first_key, int64_t{0}), int64_t{32}));
+    return count == 32 ? kAllKeys : (1u << count) - 1;
+  };
+  return bits_below(range.to) & ~bits_below(range.from);
+}
+
+// Bit b: whether key first_key + b exists, of a batch element. A whole warp calls it.
+__device__ inline uint32_t existing_keys(const AttentionProblem& problem, int64_t batch, int64_t keys_present, int64_t first_key) {
+  if (problem.key_mask == nullptr) return bits_of({0, keys_present}, first_key);
+  const int64_t key = first_key + threadIdx.x % 32;
+  return __ballot_sync(kWholeWarp,
+                       key < keys_present && problem.key_mask[batch * problem.key_mask_batch + key * problem.key_mask_key] != 0);
+}
+
+// 16 bytes -> 16 bits, 1 where a byte is not 0.
+__device__ inline uint32_t pack_bytes(uint4 bytes) {
+  const auto pack_four = [](uint32_t four) {
+    const uint32_t set = (((four & 0x7f7f7f7f) + 0x7f7f7f7f) | four) >> 7 & 0x01010101;
+    return set * 0x01020408 >> 24 & 0xf;  // bit 8 k moves to bit 24 + k
+  };
+  return pack_four(bytes.x) | pack_four(bytes.y) << 4 | pack_four(bytes.z) << 8 | pack_four(bytes.w) << 12;
+}
+
+// Bit b: whether this thread's row may attend to key first_key + b, of those that `wanted` asks for; nothing is read where it asks for
+// none. A whole warp calls it, each lane with its own row (32 following each other) and the same keys. row_mask: of this thread's row.
+__device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const uint8_t* row_mask, int64_t first_key, uint32_t wanted) {
+  const int64_t alignment =
+      reinterpret_cast<intptr_t>(problem.attn_mask.data) | problem.attn_mask.batch | problem.attn_mask.head | problem.attn_mask.row;
+  if (problem.attn_mask_key == 1 && alignment % 16 == 0 && first_key + 32 <= problem.seqlen_k) {
+    if (wanted == 0) return 0;
+    const uint4* halves = reinterpret_cast<const uint4*>(row_mask + first_key);
+    const uint4 first = halves[0], second = halves[1];
+    return (pack_bytes(first) | pack_bytes(second) << 16) & wanted;
+  }
+  const int lane = threadIdx.x % 32;
+  uint32_t bits = 0;
+#pragma unroll 8
+  for (int row = 0; row < 32; ++row) {
+    const auto* mask = reinterpret_cast<const uint8_t*>(__shfl_sync(kWholeWarp, reinterpret_cast<uintptr_t>(row_mask), row));
+    const bool is_wanted = __shfl_sync(kWholeWarp, wanted, row) >> lane & 1;
+    const uint32_t of_row = __ballot_sync(kWholeWarp, is_wanted && mask[(first_key + lane) * problem.attn_mask_key] != 0);
+    if (lane == row) bits = of_row;
+  }
+  return bits;
+}
+
+// Writes the list of a line from the kinds of its tiles. A whole warp calls it; kind_of(tile) is the kind of each lane's tile, which may
+// lie past the last one.
+template <class KindOf>
+__device__ inline void write_list(int32_t* list, int64_t num_tiles, KindOf kind_of) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t lanes_below = (1u << lane) - 1;
+  int64_t num_full = 0, num_mixed = 0;
+  for (int64_t start = 0; start < num_tiles; start += 32) {
+    const int64_t tile = start + lane;
+    const int kind = kind_of(tile);
+    const uint32_t full = __ballot_sync(kWholeWarp, tile < num_tiles && kind == kFull);
+    const uint32_t mixed = __ballot_sync(kWholeWarp, tile < num_tiles && kind == kMixed);
+    if (full >> lane & 1) list[2 + num_full + __popc(full & lanes_below)] = static_cast<int32_t>(tile);
+    if (mixed >> lane & 1) list[1 + num_tiles - num_mixed - __popc(mixed & lanes_below)] = static_cast<int32_t>(tile);
+    num_full += __popc(full);
+    num_mixed += __popc(mixed);
+  }
+  if (lane < 2) list[lane] = static_cast<int32_t>(lane == 0 ? num_full : num_mixed);
+}
+
+// Calls write(line) for the lines of lists that are this warp's.
+template <class Write>
+__device__ inline void for_each_line(const MaskArguments& arguments, Write write) {
+  const int64_t num_lines = arguments.batch * arguments.num_heads * arguments.row_blocks, warps_per_block = blockDim.x / 32;
+  for (int64_t line = blockIdx.x * warps_per_block + threadIdx.x / 32; line < num_lines; line += gridDim.x * warps_per_block) {
+    write(line);
+  }
+}
+
+}  // namespace fused_attention::cuda
+
+// One tile at a time; each thread packs 32 keys of one row, each warp those of 32 rows.
+extern "C" __global__ void __launch_bounds__(256)
+    mask_tiles_classify(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
+  using namespace fused_attention;
+  using namespace fused_attention::cuda;
+  const AttentionProblem& problem = arguments.problem;
+  const int64_t num_tiles = arguments.batch * arguments.num_heads * arguments.row_blocks * arguments.key_tiles;
+  for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    const int64_t line = tile / arguments.key_tiles, start_n = (tile - line * arguments.key_tiles) * kKeysPerTile;
+    const int64_t map = line / arguments.row_blocks, start_m = (line - map * arguments.row_blocks) * arguments.block_m;
+    const int64_t batch = map / arguments.num_heads, head = map - batch * arguments.num_heads;
+    const int word = threadIdx.x >= arguments.block_m;
+    const int64_t row = start_m + threadIdx.x - word * arguments.block_m, first_key = start_n + 32 * word;
+
+    const MaskedSequence sequence(problem, batch);
+    const bool present = row < min(sequence.rows_present, arguments.rows);
+    uint32_t allowed = existing_keys(problem, batch, sequence.keys_present, first_key);
+    allowed = present ? allowed & bits_of(sequence.keys_of(row), first_key) : 0;
+    const auto* mask = static_cast<const uint8_t*>(problem.attn_mask.data);
+    mask += batch * problem.attn_mask.batch + head * problem.attn_mask.head + row * problem.attn_mask.row;
+    allowed = attn_mask_bits(problem, mask, first_key, allowed);
+    if (row < arguments.rows && first_key < problem.seqlen_k) {
+      arguments.mask_bits[(map * arguments.rows + row) * arguments.words + first_key / 32] = allowed;
+    }
+    const bool all = __syncthreads_and(!present || allowed == kAllKeys), some = __syncthreads_or(allowed != 0);
+    if (threadIdx.x == 0) arguments.kinds[tile] = !some ? kEmpty : all ? kFull : kMixed;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) mask_tiles_list(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
+  using namespace fused_attention::cuda;
+  const int64_t num_tiles = arguments.key_tiles;
+  for_each_line(arguments, [&](int64_t line) {
+    const uint8_t* kinds = arguments.kinds + line * num_tiles;
+    write_list(arguments.lists + line * (2 + num_tiles), num_tiles, [&](int64_t tile) { return tile < num_tiles ? kinds[tile] : kEmpty; });
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(256) mask_tiles_keys(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
+  using namespace fused_attention;
+  using namespace fused_attention::cuda;
+  const AttentionProblem& problem = arguments.problem;
+  const int lane = threadIdx.x % 32;
+  for_each_line(arguments, [&](int64_t line) {
+    const int64_t batch = line / arguments.row_blocks, start_m = (line - batch * arguments.row_blocks) * arguments.block_m;
+    const MaskedSequence sequence(problem, batch);
+    const int64_t last_row = min(start_m + arguments.block_m, min(sequence.rows_present, arguments.rows)) - 1;
+    KeyRange by_first = sequence.keys_of(start_m), by_last = sequence.keys_of(last_row);
+    if (last_row < start_m) by_first = by_last = {0, 0};
+    const KeyRange by_some = {by_first.from, by_last.to}, by_all = {by_last.from, by_first.to};  // both move to the right row by row
+    write_list(arguments.lists + line * (2 + arguments.key_tiles), arguments.key_tiles, [&](int64_t tile) {
+      const int64_t first_tile = tile - lane;
+      int kind = kEmpty;
+#pragma unroll 8
+      for (int i = 0; i < 32; ++i) {
+        const int64_t start_n = (first_tile + i) * kKeysPerTile;
+        if (start_n + kKeysPerTile <= by_some.from || start_n >= by_some.to) continue;
+        bool all = true, some = false;
+#pragma unroll
+        for (int word = 0; word < 2; ++word) {
+          const int64_t first_key = start_n + 32 * word;
+          const uint32_t exist = existing_keys(problem, batch, sequence.keys_present, first_key);
+          all = all && (exist & bits_of(by_all, first_key)) == kAllKeys;
+          some = some || (exist & bits_of(by_some, first_key)) != 0;
+        }
+        if (i == lane) kind = !some ? kEmpty : all ? kFull : kMixed;
+      }
+      return kind;
+    });
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(256) mask_tiles_merge(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
+  using namespace fused_attention;
+  using namespace fused_attention::cuda;
+  constexpr int kRowsPerList = 64;
+  const TileLists& given = arguments.problem.row_tiles;
+  for_each_line(arguments, [&](int64_t line) {
+    const int64_t map = line / arguments.row_blocks, row_block = line - map * arguments.row_blocks;
+    const int64_t batch = map / arguments.num_heads, head = map - batch * arguments.num_heads;
+    const int32_t* upper = given.data + batch * given.batch + head * given.head + 2 * row_block * given.line;
+    const int32_t* lower = (2 * row_block + 1) * kRowsPerList < arguments.rows ? upper + given.line : upper;  // there may be none
+    // The full tiles from place 2 on ascend, the mixed ones before the end descend.
+    const auto kind_in = [&](const int32_t* list, int64_t tile) {
+      const auto holds = [&](int num, auto&& tile_at) {
+        int begin = 0, end = num;  // the first one not below `tile` is in [begin, end]
+        while (begin < end) {
+          const int middle = (begin + end) / 2;
+          if (tile_at(middle) < tile) {
+            begin = middle + 1;
+          } else {
+            end = middle;
+          }
+        }
+        return begin < num && tile_at(begin) == tile;
+      };
+      if (holds(list[0], [&](int i) { return list[2 + i]; })) return kFull;
+      return holds(list[1], [&](int i) { return list[1 + given.num_tiles - i]; }) ? kMixed : kEmpty;
+    };
+    write_list(arguments.lists + line * (2 + arguments.key_tiles), arguments.key_tiles, [&](int64_t tile) {
+      const int kind = kind_in(upper, tile);
+      return kind == kind_in(lower, tile) ? kind : kMixed;
+    });
+  });
+}
