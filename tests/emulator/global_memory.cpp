@@ -20,7 +20,7 @@ struct Region {
   std::vector<uint32_t> writer;  // of each granule: 1 + the block that last wrote it in this launch; empty until a write
 };
 
-constexpr uintptr_t GRANULE = 2;  // bytes
+constexpr uintptr_t GRANULE = 1;  // bytes: neighbours may belong to different blocks
 std::vector<Buffer> buffers;
 std::vector<Region> regions;  // in order of address
 size_t last_region;
