@@ -43,6 +43,64 @@ CALL: dict[str, Any] = {
     "seed": 0,
 }
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, gradient of lse": {"lse_gradient": True},
+    "causal": {"is_causal": "top_left"},
+    "causal, more queries than keys": {"is_causal": "top_left", "seqlens": (75, 40)},
+    "causal bottom-right, more keys": {"is_causal": "bottom_right", "seqlens": (40, 75)},
+    "causal bottom-right, more queries": {"is_causal": "bottom_right", "seqlens": (75, 40), "lse_gradient": True},
+    "window": {"window": (9, 4)},
+    "window left": {"window": (9, None)},
+    "window right": {"window": (None, 4)},
+    "window and causal bottom-right": {"window": (20, 3), "is_causal": "bottom_right", "seqlens": (70, 40)},
+    "window without a key of its own": {"window": (0, 0), "seqlens": (70, 40)},
+    "key_mask right": {"key_mask": "right"},
+    "key_mask left": {"key_mask": "left", "is_causal": "top_left"},
+    "key_mask holes": {"key_mask": "holes", "lse_gradient": True},
+    "key_mask nothing in one": {"key_mask": "nothing in one"},
+    "key_lengths": {"key_lengths": (40, 75)},
+    "key_lengths zero, too long, negative": {"key_lengths": (0, 90, -3), "sizes": (3, 1, 1)},
+    "query_lengths": {"query_lengths": (40, 70), "lse_gradient": True},
+    "query_lengths zero, too long, negative": {"query_lengths": (0, 90, -3), "sizes": (3, 1, 1)},
+    "all lengths, key_mask and causal bottom-right": {
+        "key_lengths": (40, 75), "query_lengths": (65, 9), "key_mask": "holes", "is_causal": "bottom_right",
+    },
+    "bool mask": {"attn_mask": ("bool", "BHQK"), "sizes": (1, 2, 2)},
+    "bool mask, key_mask and causal": {"attn_mask": ("bool", "11QK"), "key_mask": "right", "is_causal": "top_left"},
+    "float mask": {"attn_mask": ("float32", "BHQK"), "sizes": (1, 2, 2)},
+    "float mask and key_mask": {"attn_mask": ("float32", "1HQK"), "key_mask": "holes"},
+    "float mask and causal": {"attn_mask": ("float32", "11QK"), "is_causal": "bottom_right"},
+    "bfloat16 mask": {"attn_mask": ("bfloat16", "1HQK"), "sizes": (1, 2, 2)},
+    "prepared causal": {"is_causal": "top_left", "prepare": True},
+    "prepared bool mask": {"attn_mask": ("bool", "1HQK"), "sizes": (2, 2, 1), "prepare": True},
+    "prepared float mask, key_mask, window, bottom-right": {
+        "attn_mask": ("float32", "BHQK"), "key_mask": "holes", "window": (30, 5), "is_causal": "bottom_right", "prepare": True,
+    },
+    "prepared, with everything else": {
+        "key_mask": "right", "key_lengths": (60, 70), "query_lengths": (70, 40), "is_causal": "bottom_right", "sizes": (2, 2, 1),
+        "dropout_p": 0.25, "softcap": 2.0, "alibi_slopes": "BH", "sinks": True, "lse_gradient": True, "prepare": True,
+    },
+    "dropout": {"dropout_p": 0.25, "sizes": (1, 2, 2)},
+    "dropout with masks": {"dropout_p": 0.25, "key_mask": "holes", "is_causal": "top_left", "lse_gradient": True},
+    "dropout and a float mask": {"dropout_p": 0.25, "attn_mask": ("float32", "11QK")},
+    "dropout of everything": {"dropout_p": 1.0, "lse_gradient": True},
+    "softcap": {"softcap": 1.5},
+    "softcap far above the scores": {"softcap": 500.0},
+    "softcap, causal, lse": {"softcap": 1.5, "is_causal": "top_left", "lse_gradient": True},
+    "alibi": {"alibi_slopes": "H", "sizes": (1, 2, 2)},
+    "alibi by batch, bottom-right": {"alibi_slopes": "BH", "is_causal": "bottom_right", "key_lengths": (40, 75), "sizes": (2, 2, 2)},
+    "sinks": {"sinks": True, "lse_gradient": True, "sizes": (1, 2, 2)},
+    "sinks, a batch element without keys": {"sinks": True, "key_mask": "nothing in one", "query_lengths": (70, 30)},
+    "grouped heads": {"sizes": (2, 4, 2), "is_causal": "top_left"},
+    "one key head": {"sizes": (1, 4, 1), "key_mask": "holes", "dropout_p": 0.25},
+    "everything": {
+        "sizes": (2, 4, 2), "is_causal": "bottom_right", "window": (50, 10), "attn_mask": ("float32", "BHQK"), "key_mask": "holes",
+        "key_lengths": (60, 75), "query_lengths": (70, 50), "dropout_p": 0.25, "scale": 0.4, "softcap": 2.0, "alibi_slopes": "BH",
+        "sinks": True, "lse_gradient": True,
+    },
+}  # fmt: skip
+
 
 def guarded(tensor: Tensor, memory: str, guard: float = torch.nan) -> tuple[Tensor, Tensor]:
     """The (B, H, L, D) values in one of the memory orders that modules produce, inside a larger buffer full of `guard`; view and buffer."""
@@ -91,6 +149,13 @@ def build(call: dict[str, Any], device: str) -> tuple[Problem, Tensor, Tensor | 
     )
     dlse = torch.randn(batch, num_heads, seqlen_q).to(device) if call["lse_gradient"] else None
     return problem, dout, dlse
+
+
+def options_of(problem: Problem) -> dict[str, Any]:
+    """The arguments of `attention` that make this problem."""
+    same = ("attn_mask", "key_mask", "key_lengths", "query_lengths", "scale", "dropout_p", "rng_state", "softcap", "alibi_slopes", "sinks")
+    causal = problem.causal if problem.causal != "none" else False
+    return {name: getattr(problem, name) for name in same} | {"is_causal": causal, "window": (problem.window_left, problem.window_right)}
 
 
 def prepared(problem: Problem, gradients: bool = True) -> Problem:

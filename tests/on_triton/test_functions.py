@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
-from attention_calls import DTYPES, build, guarded
+from attention_calls import DTYPES, build, guarded, options_of
 from torch import Tensor
 
 from fused_attention import attention_decode, attention_varlen, explain
@@ -16,13 +16,6 @@ from fused_attention.kernels import triton_backend, triton_decode
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
 from fused_attention.kernels.problem import Problem, make_problem
 from fused_attention.kernels.weights import weights_by_formula
-
-
-def options_of(problem: Problem) -> dict[str, Any]:
-    """The arguments of `attention` that make this problem."""
-    same = ("attn_mask", "key_mask", "key_lengths", "query_lengths", "scale", "dropout_p", "rng_state", "softcap", "alibi_slopes", "sinks")
-    causal = problem.causal if problem.causal != "none" else False
-    return {name: getattr(problem, name) for name in same} | {"is_causal": causal, "window": (problem.window_left, problem.window_right)}
 
 
 def leaves_of(problem: Problem) -> dict[str, Tensor]:
