@@ -23,7 +23,8 @@ X86_64 = platform.machine() in ("x86_64", "AMD64")
 BINDING = ["csrc/module.cpp"]
 CPU_KERNELS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/isa_base.cpp"]
 CPU_KERNELS_X86 = ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp", "csrc/cpu/isa_amx.cpp"]
-SOURCES = BINDING + CPU_KERNELS + (CPU_KERNELS_X86 if X86_64 else [])
+CUDA_HOST = ["csrc/cuda/driver.cpp", "csrc/cuda/plan.cpp", "csrc/cuda/no_images.cpp"]
+SOURCES = BINDING + CUDA_HOST + CPU_KERNELS + (CPU_KERNELS_X86 if X86_64 else [])
 
 LINKED_PACKAGES = ("kernels", "transformer", "benchmarks")
 
@@ -52,7 +53,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {CXX} -shared -fopenmp -Wl,--exclude-libs,ALL $in -o $out",
+            f"  command = {CXX} -shared -fopenmp -Wl,--exclude-libs,ALL $in -ldl -o $out",
         ]
         objects = []
         for source in ext.sources:

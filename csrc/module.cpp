@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python bindings: raw addresses and strides in, an AttentionProblem out. Nothing here knows torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cuda/driver.h"
 
 namespace py = pybind11;
 using namespace fused_attention;
@@ -80,6 +84,124 @@ void cpu_backward(int num_threads, int dtype, const Shape& shape, double scale, 
   cpu::backward(problem, num_threads);
 }
 
+using Strides = std::tuple<int64_t, int64_t, int64_t>;  // of batch, head and row in elements
+
+StridedTensor unplaced(const Strides& strides) { return {nullptr, std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)}; }
+
+// An AttentionProblem without its addresses, as bytes that Python keeps for all calls that differ in nothing else.
+py::bytes cuda_problem(int dtype, const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& sizes,
+                       const std::tuple<int64_t, int64_t>& num_tokens, double scale, int causal, const std::tuple<int32_t, int32_t>& window,
+                       double softcap, uint32_t dropout_threshold, const Strides& query, const Strides& key, const Strides& value,
+                       const Strides& out, const Strides& attn_mask, int64_t attn_mask_key, int attn_mask_dtype,
+                       const std::tuple<int64_t, int64_t>& key_mask, const std::tuple<int64_t, int64_t>& alibi_slopes,
+                       const Strides& mask_bits, const Strides& row_tiles, int32_t num_tiles) {
+  AttentionProblem problem;
+  problem.dtype = checked<Dtype>("dtype", dtype);
+  std::tie(problem.batch, problem.num_heads, problem.num_heads_kv, problem.seqlen_q, problem.seqlen_k, problem.head_dim_qk,
+           problem.head_dim_v) = sizes;
+  std::tie(problem.num_tokens_q, problem.num_tokens_k) = num_tokens;
+  problem.softmax_scale = static_cast<float>(scale);
+  problem.causal = checked<Causal>("causal", causal);
+  std::tie(problem.window_left, problem.window_right) = window;
+  problem.softcap = static_cast<float>(softcap);
+  problem.dropout_threshold = dropout_threshold;
+  problem.query = unplaced(query);
+  problem.key = unplaced(key);
+  problem.value = unplaced(value);
+  problem.out = unplaced(out);
+  problem.attn_mask = unplaced(attn_mask);
+  problem.attn_mask_key = attn_mask_key;
+  problem.attn_mask_dtype = static_cast<MaskDtype>(attn_mask_dtype);
+  std::tie(problem.key_mask_batch, problem.key_mask_key) = key_mask;
+  std::tie(problem.alibi_slopes_batch, problem.alibi_slopes_head) = alibi_slopes;
+  problem.mask_bits = {nullptr, std::get<0>(mask_bits), std::get<1>(mask_bits), std::get<2>(mask_bits)};
+  problem.row_tiles = {nullptr, std::get<0>(row_tiles), std::get<1>(row_tiles), std::get<2>(row_tiles), num_tiles};
+  return py::bytes(reinterpret_cast<const char*>(&problem), sizeof(problem));
+}
+
+constexpr int kNumAddresses = 16;
+using Addresses = std::array<void*, kNumAddresses>;
+
+AttentionProblem placed(const char* bytes, size_t num_bytes, const Addresses& addresses) {
+  AttentionProblem problem;
+  if (num_bytes != sizeof(problem)) throw std::invalid_argument("the problem must be what cuda_problem returned");
+  std::memcpy(static_cast<void*>(&problem), bytes, sizeof(problem));
+  const void* const* address = addresses.data();
+  const auto place = [&address](auto& pointer) {
+    pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(const_cast<void*>(*address++));
+  };
+  place(problem.query.data);
+  place(problem.key.data);
+  place(problem.value.data);
+  place(problem.out.data);
+  place(problem.lse);
+  place(problem.attn_mask.data);
+  place(problem.key_mask);
+  place(problem.key_lengths);
+  place(problem.query_lengths);
+  place(problem.alibi_slopes);
+  place(problem.sinks);
+  place(problem.rng_state);
+  place(problem.cu_seqlens_q);
+  place(problem.cu_seqlens_k);
+  place(problem.mask_bits.data);
+  place(problem.row_tiles.data);
+  return problem;
+}
+
+py::tuple cuda_plan(const py::bytes& problem, int compute_capability, int multiprocessors, int shared_bytes, Address workspace,
+                    const std::array<Address, kNumAddresses>& addresses) {
+  Addresses pointers;
+  for (int i = 0; i < kNumAddresses; ++i) pointers[i] = reinterpret_cast<void*>(addresses[i]);
+  const std::string bytes = problem;
+  const cuda::Plan plan = cuda::plan_forward(placed(bytes.data(), bytes.size(), pointers),
+                                             {compute_capability, multiprocessors, shared_bytes}, reinterpret_cast<void*>(workspace));
+  py::list launches;
+  for (const cuda::Launch& launch : plan.launches) {
+    const py::bytes arguments(reinterpret_cast<const char*>(launch.arguments), launch.argument_bytes);
+    launches.append(py::make_tuple(launch.image->name, launch.blocks, launch.threads, launch.shared_bytes, arguments));
+  }
+  return py::make_tuple(plan.workspace_bytes, launches);
+}
+
+// cuda_forward(problem, device, stream, workspace, addresses...) -> bytes of workspace wanted; 0 = launched. Without pybind11's
+// conversions, which take longer than everything else here.
+PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
+  constexpr int kBeforeAddresses = 4;
+  if (num_arguments != kBeforeAddresses + kNumAddresses || !PyBytes_Check(arguments[0])) {
+    PyErr_SetString(PyExc_TypeError, "cuda_forward takes a problem, device, stream, workspace and 16 addresses");
+    return nullptr;
+  }
+  const long device = PyLong_AsLong(arguments[1]);
+  void* const stream = PyLong_AsVoidPtr(arguments[2]);
+  void* const workspace = PyLong_AsVoidPtr(arguments[3]);
+  Addresses addresses;
+  for (int i = 0; i < kNumAddresses; ++i) addresses[i] = PyLong_AsVoidPtr(arguments[kBeforeAddresses + i]);
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    size_t wanted = 0;
+    {
+      const py::gil_scoped_release released;
+      const AttentionProblem problem = placed(PyBytes_AS_STRING(arguments[0]), PyBytes_GET_SIZE(arguments[0]), addresses);
+      const cuda::Plan plan = cuda::plan_forward(problem, cuda::device_limits(static_cast<int>(device)), workspace);
+      if (plan.workspace_bytes == 0 || workspace != nullptr) {
+        cuda::launch(static_cast<int>(device), stream, plan);
+      } else {
+        wanted = plan.workspace_bytes;
+      }
+    }
+    return PyLong_FromSize_t(wanted);
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef cuda_forward_definition = {"cuda_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cuda_forward)),
+                                       METH_FASTCALL, "Launches the forward kernels, or says how many bytes of workspace they want."};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -96,4 +218,38 @@ PYBIND11_MODULE(_native, module) {
         return names;
       },
       "Every instruction set that this machine can run, best first.");
+  module.attr("cuda_forward") = py::reinterpret_steal<py::object>(PyCFunction_New(&cuda_forward_definition, nullptr));
+  module.def("cuda_problem", &cuda_problem, py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("num_tokens"), py::arg("scale"),
+             py::arg("causal"), py::arg("window"), py::arg("softcap"), py::arg("dropout_threshold"), py::arg("query"), py::arg("key"),
+             py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"), py::arg("attn_mask_dtype"),
+             py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"), py::arg("num_tiles"),
+             "All of a problem but its addresses, for cuda_forward and cuda_plan.");
+  module.def("cuda_plan", &cuda_plan,
+             "What cuda_forward would launch: bytes of workspace, and (name, blocks, threads, shared, arguments).");
+  module.def(
+      "cuda_why_not",
+      [](int device) -> py::object {
+        const std::string reason = cuda::why_not(device);
+        return reason.empty() ? py::object(py::none()) : py::object(py::str(reason));
+      },
+      "Why the CUDA kernels cannot run on a device (-1: on any), or None.");
+  module.def("cuda_device_count", &cuda::device_count, "How many GPUs the NVIDIA driver sees; 0 without a driver.");
+  module.def(
+      "cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::kToolkitVersion); },
+      "Of CUDA, that the driver supports (0 without one) and that compiled the kernels (0 without any); 13000 is 13.0.");
+  module.def(
+      "cuda_device_limits",
+      [](int device) {
+        const cuda::DeviceLimits limits = cuda::device_limits(device);
+        return py::make_tuple(limits.compute_capability, limits.multiprocessors, limits.shared_bytes);
+      },
+      "Compute capability times ten, multiprocessors and bytes of shared memory for a block.");
+  module.def(
+      "cuda_images",
+      [] {
+        py::list names;
+        for (int i = 0; i < cuda::kNumImages; ++i) names.append(cuda::kImages[i].name);
+        return names;
+      },
+      "The kernels in this build.");
 }

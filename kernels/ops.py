@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import native, triton_backend
+from . import cuda_backend, native, triton_backend
 from .problem import (
     DIFFERENTIABLE_SIDE_TENSORS,
     NUM_INPUTS,
@@ -26,7 +26,7 @@ from .problem import (
 )
 from .reference import attention_reference
 
-KERNEL_BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": native}
+KERNEL_BACKENDS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend, "cpu": native}
 
 _INPUT_SCHEMAS: dict[Layout, str] = {
     "separate": "Tensor query, Tensor key, Tensor value",

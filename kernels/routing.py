@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native, reference, triton_backend
+from . import cuda_backend, native, reference, triton_backend
 from .problem import Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
-NOT_INSTALLED = "this installation of fused_attention does not contain it"
 WARN_ABOVE_SCORES = 2**20  # a routed call that lands on the reference with more scores per head than this warns once
 
 
@@ -31,11 +30,11 @@ def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
     """Why a backend cannot run this problem; empty when it can."""
     if backend == "reference":
         return reference.unsupported_reasons(problem)
+    if backend == "cuda":
+        return cuda_backend.unsupported_reasons(problem)
     if backend == "triton":
         return triton_backend.unsupported_reasons(problem)
-    if backend == "cpu":
-        return native.unsupported_reasons(problem)
-    return [NOT_INSTALLED]
+    return native.unsupported_reasons(problem)
 
 
 def routed_reasons(backend: str, problem: Problem) -> list[str]:
@@ -48,7 +47,7 @@ def routed_reasons(backend: str, problem: Problem) -> list[str]:
 
 def backend_status() -> dict[str, str | None]:
     """For each backend None when this machine can run it, else the reason why not."""
-    return {"cuda": NOT_INSTALLED, "triton": triton_backend.status(), "cpu": native.status(), "reference": None}
+    return {"cuda": cuda_backend.status(), "triton": triton_backend.status(), "cpu": native.status(), "reference": None}
 
 
 def choose(problem: Problem, backend: str | None) -> str:

@@ -47,3 +47,42 @@ def cpu_backward(
 ) -> None: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
+def cuda_problem(
+    *,
+    dtype: int,
+    sizes: tuple[int, int, int, int, int, int, int],  # batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim_qk, head_dim_v
+    num_tokens: tuple[int, int],  # of packed queries and keys, otherwise 0
+    scale: float,
+    causal: int,
+    window: tuple[int, int],
+    softcap: float,
+    dropout_threshold: int,
+    query: tuple[int, ...],  # strides of batch, head and row, as of all four-dimensional tensors
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    out: tuple[int, ...],
+    attn_mask: tuple[int, ...],
+    attn_mask_key: int,
+    attn_mask_dtype: int,
+    key_mask: tuple[int, ...],
+    alibi_slopes: tuple[int, ...],
+    mask_bits: tuple[int, ...],
+    row_tiles: tuple[int, ...],
+    num_tiles: int,
+) -> bytes:
+    """All of a problem but its 16 addresses, which are, in this order: query, key, value, out, lse, attn_mask, key_mask, key_lengths,
+    query_lengths, alibi_slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, row_tiles."""
+
+def cuda_forward(problem: bytes, device: int, stream: int, workspace: int, /, *addresses: int) -> int:
+    """Launches the kernels and returns 0, or launches nothing and returns how many bytes of workspace they want."""
+
+def cuda_plan(
+    problem: bytes, compute_capability: int, multiprocessors: int, shared_bytes: int, workspace: int, addresses: tuple[int, ...], /
+) -> tuple[int, list[tuple[str, int, int, int, bytes]]]:
+    """What cuda_forward would launch on such a device: bytes of workspace, and name, blocks, threads, shared bytes and arguments."""
+
+def cuda_why_not(device: int, /) -> str | None: ...
+def cuda_device_count() -> int: ...
+def cuda_device_limits(device: int, /) -> tuple[int, int, int]: ...
+def cuda_versions() -> tuple[int, int]: ...
+def cuda_images() -> list[str]: ...

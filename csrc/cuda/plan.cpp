@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace fused_attention::cuda {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();  // of a grid along x
+constexpr size_t kPieceAlignment = 256;                              // of each part of the workspace, as device allocations have
+
+int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+
+  template <class T>
+  T* take(int64_t bytes) {
+    T* piece = reinterpret_cast<T*>(base_ + size_);
+    size_ += (static_cast<size_t>(bytes) + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+    return piece;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  uintptr_t base_;
+  size_t size_ = 0;
+};
+
+void check_pointer(const char* name, const StridedTensor& tensor, int64_t elements) {
+  if (elements != 0 && tensor.data == nullptr) throw std::invalid_argument(std::string(name) + " has no memory");
+  const int64_t bits = reinterpret_cast<intptr_t>(tensor.data) | 2 * (tensor.batch | tensor.head | tensor.row);
+  if (bits % 16 != 0) throw std::invalid_argument(std::string(name) + " must have an address and strides that are multiples of 16 bytes");
+}
+
+// What unsupported_reasons in Python has looked at already: nothing is launched on unchecked pointers.
+void check(const AttentionProblem& problem) {
+  if (problem.dtype == Dtype::float32) throw std::invalid_argument("the CUDA kernels take bfloat16 and float16");
+  if (problem.head_dim_qk % 8 != 0 || problem.head_dim_v % 8 != 0) throw std::invalid_argument("head_dim must be divisible by 8");
+  if (!(problem.softmax_scale > 0) || !std::isfinite(problem.softmax_scale)) throw std::invalid_argument("scale must be finite and > 0");
+  if (problem.num_heads_kv <= 0 || problem.num_heads % problem.num_heads_kv != 0) {
+    throw std::invalid_argument("the heads of query must be a multiple of those of key");
+  }
+  if (problem.seqlen_q > kUnlimited || problem.seqlen_k > kUnlimited) {
+    throw std::invalid_argument("sequences may have 2^30 queries and keys at most");
+  }
+  const bool packed = problem.cu_seqlens_q != nullptr;
+  if (packed != (problem.cu_seqlens_k != nullptr)) throw std::invalid_argument("cu_seqlens_q and cu_seqlens_k come together");
+  const int64_t keys = packed ? problem.num_tokens_k : problem.seqlen_k;
+  check_pointer("query", problem.query, packed ? problem.num_tokens_q : 1);
+  check_pointer("key", problem.key, keys);
+  check_pointer("value", problem.value, keys);
+  if (problem.out.data == nullptr || problem.lse == nullptr) throw std::invalid_argument("out and lse must have memory");
+  const bool draws = problem.dropout_threshold > 0;
+  if (draws && (problem.dropout_threshold >= 65536 || problem.rng_state == nullptr)) {
+    throw std::invalid_argument("dropout needs a threshold below 65536 and rng_state");
+  }
+}
+
+FeatureClass feature_class(const AttentionProblem& problem) {
+  if (problem.attn_mask.data != nullptr && problem.attn_mask_dtype != MaskDtype::boolean) return FeatureClass::bias;
+  const void* const sources[] = {problem.attn_mask.data, problem.key_mask,       problem.key_lengths,  problem.query_lengths,
+                                 problem.cu_seqlens_q,   problem.mask_bits.data, problem.alibi_slopes, problem.sinks};
+  const bool masked = std::any_of(std::begin(sources), std::end(sources), [](const void* source) { return source != nullptr; });
+  return masked || problem.softcap != 0 ? FeatureClass::masked : FeatureClass::plain;
+}
+
+const Image& named_image(const char* name) {
+  for (int i = 0; i < kNumImages; ++i) {
+    if (std::strcmp(kImages[i].name, name) == 0) return kImages[i];
+  }
+  throw std::runtime_error(std::string("this build has no CUDA kernel ") + name);
+}
+
+// The narrowest instance that the head dims fit in and that fits the device; null when `required` is false and there is none.
+const Image* find_image(Pass pass, const AttentionProblem& problem, const DeviceLimits& limits, bool required) {
+  const FeatureClass wanted = pass == Pass::decode ? FeatureClass::masked : feature_class(problem);
+  const bool dropout = wanted == FeatureClass::plain && problem.dropout_threshold > 0;  // the others decide at run time
+  const Image* best = nullptr;
+  const Image* too_large = nullptr;
+  for (int i = 0; i < kNumImages; ++i) {
+    const Image& image = kImages[i];
+    if (image.pass != pass || image.dtype != problem.dtype || image.feature_class != wanted || image.dropout != dropout) continue;
+    if (image.head_dim_qk < problem.head_dim_qk || image.head_dim_v < problem.head_dim_v) continue;
+    if (image.shared_bytes > limits.shared_bytes) {
+      too_large = &image;
+    } else if (best == nullptr || image.head_dim_qk + image.head_dim_v < best->head_dim_qk + best->head_dim_v) {
+      best = &image;
+    }
+  }
+  if (best != nullptr || !required) return best;
+  if (too_large != nullptr) {
+    throw std::runtime_error(std::string("CUDA kernel ") + too_large->name + " needs " + std::to_string(too_large->shared_bytes) +
+                             " bytes of shared memory a block, this GPU has " + std::to_string(limits.shared_bytes) +
+                             ": use backend='triton'");
+  }
+  throw std::runtime_error("this build has no CUDA kernel for head dims " + std::to_string(problem.head_dim_qk) + " and " +
+                           std::to_string(problem.head_dim_v) + (kNumImages == 0 ? std::string(": ") + kWhyNoImages : std::string()));
+}
+
+template <class Arguments>
+void add_launch(Plan& plan, const Image& image, int64_t blocks, int threads, const Arguments& arguments) {
+  if (blocks == 0) return;
+  if (blocks > kMaxBlocks) {
+    throw std::invalid_argument(std::string("CUDA kernel ") + image.name + " would need " + std::to_string(blocks) +
+                                " blocks, a grid has 2^31 - 1 at most: split the batch");
+  }
+  Launch& launch = plan.launches.emplace_back();
+  launch.image = &image;
+  launch.blocks = static_cast<uint32_t>(blocks);
+  launch.threads = static_cast<uint32_t>(threads);
+  launch.shared_bytes = static_cast<uint32_t>(image.shared_bytes);
+  launch.argument_bytes = sizeof(Arguments);
+  std::memcpy(launch.arguments, &arguments, sizeof(Arguments));
+}
+
+// What tells full, mixed and empty tiles of block_m x 64 scores apart, where loop bounds do not; leaves its result in `arguments`.
+void plan_mask_tiles(Plan& plan, Workspace& workspace, int block_m, ForwardArguments& arguments) {
+  AttentionProblem& problem = arguments.problem;
+  const bool bool_mask = problem.attn_mask.data != nullptr && problem.attn_mask_dtype == MaskDtype::boolean;
+  const bool prepared = problem.row_tiles.data != nullptr;
+  if (prepared && block_m == kKeysPerTile) {
+    arguments.tiles = problem.row_tiles;
+  } else if (prepared || bool_mask || problem.key_mask != nullptr) {
+    MaskArguments mask(problem, block_m);
+    mask.lists = workspace.take<int32_t>(mask.lists_bytes());
+    if (prepared) {
+      add_launch(plan, named_image("mask_tiles_merge"), mask.list_blocks(), kMaskThreads, mask);
+    } else if (bool_mask) {
+      mask.mask_bits = workspace.take<uint32_t>(mask.mask_bits_bytes());
+      mask.kinds = workspace.take<uint8_t>(mask.kinds_bytes());
+      add_launch(plan, named_image("mask_tiles_classify"), mask.classify_blocks(), 2 * block_m, mask);
+      add_launch(plan, named_image("mask_tiles_list"), mask.list_blocks(), kMaskThreads, mask);
+      problem.mask_bits = mask.bits();
+    } else {
+      add_launch(plan, named_image("mask_tiles_keys"), mask.list_blocks(), kMaskThreads, mask);
+    }
+    arguments.tiles = mask.tiles();
+  }
+  if (bool_mask) problem.attn_mask = {};
+}
+
+// Enough blocks to keep every processor busy; from sizes alone, never from lengths, which are on the device.
+int num_splits(const AttentionProblem& problem, const DeviceLimits& limits, int64_t unsplit_blocks) {
+  const int64_t right = problem.causal == Causal::none ? problem.window_right : 0;
+  const int64_t visible = std::min(problem.seqlen_k, problem.seqlen_q + problem.window_left + right);
+  const int64_t wanted = ceil_div(static_cast<int64_t>(kBlocksPerProcessor) * limits.multiprocessors, unsplit_blocks);
+  return static_cast<int>(std::max<int64_t>(1, std::min({wanted, int64_t{kMaxSplits}, ceil_div(visible, kKeysPerSplit)})));
+}
+
+// The decoding kernel that takes this call, or null: it is for few rows whose masks need nothing but their position.
+const Image* decode_image(const AttentionProblem& problem, const DeviceLimits& limits) {
+  const int64_t rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
+  const bool masks = problem.attn_mask.data != nullptr || problem.row_tiles.data != nullptr || problem.query_lengths != nullptr;
+  if (rows > kMaxDecodeRows || masks || problem.cu_seqlens_q != nullptr || problem.dropout_threshold != 0) return nullptr;
+  const Image* image = find_image(Pass::decode, problem, limits, false);
+  // Several blocks of rows read the same keys: only where that keeps processors busy which the forward kernel would leave idle.
+  const bool idle = problem.batch * problem.num_heads < limits.multiprocessors;
+  return image != nullptr && (rows <= image->block_m || idle) ? image : nullptr;
+}
+
+void plan_decode(Plan& plan, Workspace& workspace, const Image& image, const DeviceLimits& limits, ForwardArguments& arguments) {
+  const AttentionProblem& problem = arguments.problem;
+  const int64_t lines = problem.batch * problem.num_heads * problem.seqlen_q;
+  const int64_t row_blocks = ceil_div(arguments.heads_per_group * problem.seqlen_q, image.block_m);
+  const int64_t unsplit_blocks = problem.batch * problem.num_heads_kv * row_blocks;
+  const int splits = num_splits(problem, limits, unsplit_blocks);
+  arguments.num_splits = splits;
+  if (splits > 1) {
+    arguments.partial_out = workspace.take<float>(splits * lines * problem.head_dim_v * sizeof(float));
+    arguments.partial_lse = workspace.take<float>(splits * lines * sizeof(float));
+  }
+  add_launch(plan, image, unsplit_blocks * splits, image.num_threads, arguments);
+  if (splits > 1) {
+    const Image& combine = named_image(problem.dtype == Dtype::bfloat16 ? "sm80_combine_bf16" : "sm80_combine_fp16");
+    add_launch(plan, combine, ceil_div(lines, combine.block_m), combine.num_threads, arguments);
+  }
+}
+
+}  // namespace
+
+Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace_memory) {
+  Plan plan;
+  if (problem.batch == 0 || problem.num_heads == 0 || problem.seqlen_q == 0) return plan;
+  check(problem);
+  ForwardArguments arguments;
+  arguments.problem = problem;
+  const double scale = problem.softmax_scale, softcap = problem.softcap;
+  arguments.score_scale = static_cast<float>(softcap != 0 ? scale / softcap : scale * kLog2E);
+  arguments.softcap_log2 = static_cast<float>(softcap * kLog2E);
+  arguments.heads_per_group = static_cast<int32_t>(problem.num_heads / problem.num_heads_kv);
+  Workspace workspace(workspace_memory);
+  if (const Image* decode = decode_image(problem, limits)) {
+    plan_decode(plan, workspace, *decode, limits, arguments);
+  } else {
+    const Image& image = *find_image(Pass::forward, problem, limits, true);
+    plan_mask_tiles(plan, workspace, image.block_m, arguments);
+    const int64_t blocks = problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, image.block_m);
+    add_launch(plan, image, blocks, image.num_threads, arguments);
+  }
+  plan.workspace_bytes = workspace.size();
+  return plan;
+}
+
+}  // namespace fused_attention::cuda

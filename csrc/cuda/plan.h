@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernels run a problem on a GPU, over which grids, with which arguments: plain arithmetic that needs no GPU.
+#pragma once
+#include <cstddef>
+#include <vector>
+
+#include "images.h"
+#include "mask_arguments.h"
+
+namespace fused_attention::cuda {
+
+struct DeviceLimits {
+  int compute_capability = 0;  // times ten
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // dynamic shared memory that a block may ask for
+};
+
+struct Launch {  // one-dimensional, with its arguments by value
+  const Image* image = nullptr;
+  uint32_t blocks = 0, threads = 0, shared_bytes = 0, argument_bytes = 0;
+  alignas(16) unsigned char arguments[std::max(sizeof(ForwardArguments), sizeof(MaskArguments))];
+};
+
+struct Plan {
+  size_t workspace_bytes = 0;    // of memory on the device, 16-byte aligned, that need not be cleared
+  std::vector<Launch> launches;  // in order; without its workspace a plan that wants one must not be launched
+};
+
+constexpr int kMaxDecodeRows = 64;      // query rows to a key head, all query heads together
+constexpr int kMaxSplits = 128;         // of the keys of a decoding call
+constexpr int kKeysPerSplit = 256;      // at least, so that combining costs little
+constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
+
+// Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no room for the kernel.
+Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace);
+
+}  // namespace fused_attention::cuda

@@ -1,0 +1,248 @@
+"""The CUDA C++ kernels (csrc/cuda) as a backend: what they take, and how a Problem gets to them. The forward pass only so far."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import dropout_threshold
+from .problem import Gradients, Problem, empty_lse, empty_output
+
+try:
+    from fused_attention import _native
+except ImportError as error:  # installed without a compiler, or on a platform that has no native kernels
+    _native = None  # type: ignore[assignment]
+    NOT_BUILT = f"the compiled extension is not available ({error})"
+
+MAX_HEAD_DIM = 256
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
+UNLIMITED = 2**30  # a window side that no sequence reaches
+
+
+def status() -> str | None:
+    """None when this machine can run the kernels, else the reason why not."""
+    return _machine_reason(None)
+
+
+def _machine_reason(device: torch.device | None) -> str | None:
+    """Why the kernels cannot run on a device (None: on any of this machine)."""
+    return _cached_machine_reason(device)
+
+
+# A compiled graph is for one device: the answer is a constant of it.
+_machine_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _cached_machine_reason(device: torch.device | None) -> str | None:
+    if _native is None:
+        return NOT_BUILT
+    if device is not None and device.type != "cuda":
+        return f"the tensors are on {device}, not on a GPU"
+    if torch.version.cuda is None and device is not None:
+        return "this torch runs GPUs of another maker"
+    return _native.cuda_why_not(-1 if device is None else device.index or 0)
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why the CUDA kernels cannot run this problem here; empty when they can."""
+    machine = _machine_reason(problem.query.device)
+    return [machine, *uncovered(problem)] if machine else uncovered(problem)
+
+
+def uncovered(problem: Problem) -> list[str]:
+    """What the kernels do not cover on any machine."""
+    query, key, value = problem.query, problem.key, problem.value
+    reasons = []
+    if query.dtype not in DTYPES:
+        reasons.append(f"dtype {query.dtype} is not covered (bfloat16 and float16 are)")
+    head_dim, head_dim_v = query.shape[3], value.shape[3]
+    if head_dim > MAX_HEAD_DIM or head_dim_v > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {max(head_dim, head_dim_v)} is above {MAX_HEAD_DIM}")
+    if head_dim % 8 or head_dim_v % 8:
+        reasons.append(f"head_dim {head_dim if head_dim % 8 else head_dim_v} is not divisible by 8")
+    elif not reasons:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not _has_aligned_strides(tensor):
+                reasons.append(f"the strides of {name}, {tensor.stride()}, are not multiples of 8")
+            elif _address_if_known(tensor) % 16:
+                reasons.append(f"the address of {name} is not a multiple of 16 bytes")
+    if problem.scale <= 0:
+        reasons.append(f"scale must be > 0, is {problem.scale}")
+    if problem.max_seqlen_q > UNLIMITED or problem.max_seqlen_k > UNLIMITED:
+        reasons.append(f"seqlen {max(problem.max_seqlen_q, problem.max_seqlen_k)} is above 2^30")
+    if torch.is_grad_enabled() and problem.requires_grad():
+        reasons.append("gradients are not covered: only calls without (torch.no_grad()) are")
+    return reasons
+
+
+def _has_aligned_strides(tensor: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes from the first one."""
+    batch, head, row, _ = tensor.stride()
+    if (batch | head | row) % 8 == 0:
+        return True
+    return all(size == 1 or stride % 8 == 0 for size, stride in zip(tensor.shape[:3], (batch, head, row), strict=True))
+
+
+def _address_if_known(tensor: Tensor) -> int:
+    """0 of what has no memory yet: fake tensors and those of functorch. Where such a call runs, `forward` copies what is unaligned."""
+    if torch.compiler.is_compiling():
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+class _Call(NamedTuple):
+    """What calls share that differ in their tensors' memory alone."""
+
+    problem: bytes  # an AttentionProblem (csrc/problem.h) without its addresses
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+
+
+MAX_REMEMBERED = 4096  # different calls
+_remembered: dict[tuple, _Call] = {}
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
+    query, key, value = problem.query, problem.key, problem.value
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    if (addresses[0] | addresses[1] | addresses[2]) % 16:  # seen too late to choose another backend: in a compiled graph
+        return forward(_with_aligned_inputs(problem))
+    kind = _kind_of(problem)
+    call = _remembered.get(kind)
+    if call is None:
+        if len(_remembered) >= MAX_REMEMBERED:
+            _remembered.clear()
+        call = _remembered[kind] = _new_call(problem)
+    out = query.new_empty_strided(call.out_shape, call.out_strides)
+    lse = query.new_empty_strided(call.lse_shape, call.lse_strides, dtype=torch.float32)
+    if problem.cu_seqlens_q is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    attn_mask, alibi_slopes, sinks = _as_kernels_take_them(problem)
+    device, stream = _device_and_stream(query)
+    arguments = (
+        *addresses,
+        out.data_ptr(),
+        lse.data_ptr(),
+        _address(attn_mask),
+        _address(problem.key_mask),
+        _address(problem.key_lengths),
+        _address(problem.query_lengths),
+        _address(alibi_slopes),
+        _address(sinks),
+        _address(problem.rng_state),
+        _address(problem.cu_seqlens_q),
+        _address(problem.cu_seqlens_k),
+        _address(problem.mask_bits),
+        _address(problem.row_tiles),
+    )
+    wanted = _run(call.problem, device, stream, 0, *arguments)
+    if wanted:
+        workspace = query.new_empty(wanted, dtype=torch.uint8)
+        _run(call.problem, device, stream, workspace.data_ptr(), *arguments)
+    if problem.dropout_p == 1.0:
+        out.zero_()
+    return out, lse
+
+
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    raise NotImplementedError("the CUDA kernels have no backward pass: unsupported_reasons keeps calls with gradients away")
+
+
+def _run(problem: bytes, device: int, stream: int, workspace: int, *addresses: int) -> int:
+    """Launches the kernels, or returns how many bytes of workspace they want. Tests replace it by one that runs _native.cuda_plan."""
+    return _native.cuda_forward(problem, device, stream, workspace, *addresses)
+
+
+def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
+    """The tensor's device and torch's current stream of it."""
+    device = tensor.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _kind_of(problem: Problem) -> tuple:
+    """Everything that a _Call follows from."""
+    inputs = problem.description or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in problem.inputs])
+    side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in problem.side_tensors()]
+    return (problem.layout, inputs, *side_tensors, *problem.options())
+
+
+def _new_call(problem: Problem) -> _Call:
+    query, key, value = problem.query, problem.key, problem.value
+    attn_mask, alibi_slopes, _ = _as_kernels_take_them(problem)
+    out, lse = empty_output(query, value.shape[3]), empty_lse(query)
+    packed = problem.cu_seqlens_q is not None
+    mask_strides = _strides(attn_mask, 4)
+    slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
+    plain = _native.cuda_problem(
+        dtype=DTYPES[query.dtype],
+        sizes=(
+            problem.batch,
+            query.shape[1],
+            key.shape[1],
+            problem.max_seqlen_q,
+            problem.max_seqlen_k,
+            query.shape[3],
+            value.shape[3],
+        ),
+        num_tokens=(query.shape[2], key.shape[2]) if packed else (0, 0),
+        scale=problem.scale,
+        causal=CAUSAL[problem.causal],
+        window=(_window_side(problem.window_left), _window_side(problem.window_right)),
+        softcap=problem.softcap or 0.0,
+        dropout_threshold=0 if problem.rng_state is None else dropout_threshold(problem.dropout_p),
+        query=_strides(query, 3),
+        key=_strides(key, 3),
+        value=_strides(value, 3),
+        out=_strides(out, 3),
+        attn_mask=mask_strides[:3],
+        attn_mask_key=mask_strides[3],
+        attn_mask_dtype=0 if attn_mask is None else MASK_DTYPES[attn_mask.dtype],
+        key_mask=_strides(problem.key_mask, 2),
+        alibi_slopes=_strides(slopes, 2),
+        mask_bits=_strides(problem.mask_bits, 3),
+        row_tiles=_strides(problem.row_tiles, 3),
+        num_tiles=0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
+    )
+    return _Call(plain, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride())
+
+
+def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
+    if tensor is None:
+        return (0,) * dims
+    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True)])
+
+
+def _window_side(side: int | None) -> int:
+    return UNLIMITED if side is None else min(side, UNLIMITED)
+
+
+def _as_kernels_take_them(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """attn_mask, alibi_slopes and sinks in dtypes that the kernels read; sinks are contiguous."""
+    attn_mask, alibi_slopes, sinks = problem.attn_mask, problem.alibi_slopes, problem.sinks
+    if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
+        distinct = [slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride()]  # an expanded mask stays small
+        attn_mask = attn_mask[tuple(distinct)].float()
+    return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
+
+
+def _with_aligned_inputs(problem: Problem) -> Problem:
+    inputs = tuple([tensor.clone(memory_format=torch.contiguous_format) for tensor in problem.inputs])
+    return Problem.from_op_arguments(problem.layout, (*inputs, *problem.op_arguments()[len(inputs) :]))
