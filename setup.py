@@ -17,13 +17,16 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.append(str(ROOT))
+from csrc.cuda import build_images, toolkit  # noqa: E402
+
 CXX = os.environ.get("CXX", "g++")
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 
 BINDING = ["csrc/module.cpp"]
 CPU_KERNELS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/isa_base.cpp"]
 CPU_KERNELS_X86 = ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp", "csrc/cpu/isa_amx.cpp"]
-CUDA_HOST = ["csrc/cuda/driver.cpp", "csrc/cuda/plan.cpp", "csrc/cuda/no_images.cpp"]
+CUDA_HOST = ["csrc/cuda/driver.cpp", "csrc/cuda/plan.cpp"]
 SOURCES = BINDING + CUDA_HOST + CPU_KERNELS + (CPU_KERNELS_X86 if X86_64 else [])
 
 LINKED_PACKAGES = ("kernels", "transformer", "benchmarks")
@@ -59,10 +62,16 @@ class NinjaBuild(build_ext):
         for source in ext.sources:
             objects.append(source.replace("/", "_") + ".o")
             lines.append(f"build {objects[-1]}: compile {ROOT / source}")
+        images = build_images.prepare(build_dir)
+        objects.append("cuda/images.o")
+        lines += [*images.rules, f"build {objects[-1]}: compile {images.table} | {' '.join(images.fatbins)}"]
         lines.append(f"build {target}: link {' '.join(objects)}")
         (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.check_call([sys.executable, "-m", "ninja", *jobs, "-C", str(build_dir), str(target)])
+        if subprocess.call([sys.executable, "-m", "ninja", *jobs, "-C", str(build_dir), str(target)]) != 0:
+            hint = " (FUSED_ATTENTION_CUDA=0 builds without the CUDA kernels)" if images.built else ""
+            raise SystemExit(f"fused_attention: the native kernels do not compile: ninja's messages are above{hint}")
+        build_images.report(images)
 
 
 def packages() -> dict[str, object]:
@@ -76,7 +85,10 @@ def packages() -> dict[str, object]:
 reason = why_not_native()
 if reason:
     print(f"fused_attention: building without native kernels: {reason}", file=sys.stderr)
+# Only pip's isolated builds install setup_requires; anywhere else setuptools would download eggs.
+by_pip = "setuptools.build_meta" in sys.modules
 setup(
+    setup_requires=toolkit.wheel_requirements() if by_pip and not reason else [],
     ext_modules=[] if reason else [Extension("fused_attention._native", SOURCES)],
     cmdclass={"build_ext": NinjaBuild},
     package_data={"fused_attention": ["py.typed", "_native.pyi"], "fused_attention.kernels": ["*.json"]},

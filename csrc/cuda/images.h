@@ -23,6 +23,7 @@ struct Image {
 extern const Image kImages[];
 extern const int kNumImages;
 extern const int kToolkitVersion;       // that compiled them, as the driver counts: 13000 is CUDA 13.0
+extern const char* const kBuilt;        // what compiled them, for which GPUs; empty in a build without CUDA
 extern const char* const kWhyNoImages;  // null in a build with CUDA; otherwise why there is none, and how to get one
 
 }  // namespace fused_attention::cuda

@@ -1,0 +1,117 @@
+"""The CUDA part of the build: writes the generated sources and the rules for ninja, and reports what the images cost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from csrc.cuda.instances.manifest import INSTANCES, image_names, image_source, table_source
+from csrc.cuda.toolkit import PTX_FLAGS, NoToolkit, Toolkit, architectures, toolkit_to_build_with
+
+CSRC = Path(__file__).resolve().parents[1]
+COMPILE = CSRC / "cuda/compile_image.py"
+MAX_SECONDS = 8.0  # of processor time an image
+MAX_KILOBYTES = 250.0
+
+
+class Cost(NamedTuple):
+    """One image's."""
+
+    image: str
+    seconds: float  # of processor time, which a busy machine does not add to
+    kilobytes: float  # of its fatbin
+
+
+class Images(NamedTuple):
+    """What the build is to compile."""
+
+    folder: Path
+    rules: list[str]  # for ninja, run in the folder's parent
+    table: Path  # the C++ file to link, which embeds the images
+    fatbins: list[str]  # that it embeds
+    built: str  # by which compiler, for which GPUs; empty without CUDA
+    why_not: str  # empty with CUDA
+
+
+def prepare(build_dir: Path) -> Images:
+    """Writes the sources, those that are new or changed; compiles nothing."""
+    folder = build_dir / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "images.cpp"
+    try:
+        toolkit = toolkit_to_build_with()
+    except NoToolkit as reason:
+        why_not = f"the CUDA kernels are not built: {reason}"
+        _write(table, table_source([], why_not=f"{why_not}; reinstall with FUSED_ATTENTION_CUDA=1, which fetches the compiler it needs"))
+        return Images(folder, [], table, [], "", why_not)
+    for instance in {instance.image: instance for instance in INSTANCES}.values():
+        _write(folder / f"{instance.image}.cu", image_source(instance))
+    built = f"{toolkit}, machine code for {', '.join(f'sm_{number}' for number in architectures())}, PTX for compute_80"
+    _write(table, table_source(INSTANCES, toolkit_version=toolkit.driver_version, built=built))
+    images = image_names(INSTANCES)
+    return Images(folder, _rules(toolkit, images), table, [f"cuda/{image}.fatbin" for image in images], built, "")
+
+
+def _rules(toolkit: Toolkit, images: Iterable[str]) -> list[str]:
+    nvcc = [toolkit.nvcc, *PTX_FLAGS, "-arch=compute_80", f"-I{CSRC}"]
+    tools = [f"--ptxas={toolkit.ptxas}", f"--fatbinary={toolkit.fatbinary}", f"--built-by={toolkit}"]
+    if toolkit.ptx_version:
+        tools.append(f"--ptx-version={toolkit.ptx_version}")
+    command = [sys.executable, COMPILE, *tools, f"--architectures={','.join(architectures())}", "--", "$in", *nvcc]
+    return [
+        "rule image",
+        f"  command = {' '.join(shlex.quote(str(word)) if word != '$in' else '$in' for word in command)}",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        *(f"build cuda/{image}.fatbin: image cuda/{image}.cu | {COMPILE}" for image in images),
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def costs(images: Images) -> list[Cost]:
+    names = [Path(fatbin).stem for fatbin in images.fatbins]
+    return [Cost(**json.loads((images.folder / f"{name}.json").read_text())) for name in names]
+
+
+def over_limits(rows: Iterable[Cost]) -> list[str]:
+    """What is wrong with the images, one sentence each."""
+    return [
+        f"{row.image}: {value:g} {unit}, at most {limit:g} are allowed"
+        for row in rows
+        for value, unit, limit in (
+            (row.seconds, "seconds of processor time", MAX_SECONDS),
+            (row.kilobytes, "kilobytes", MAX_KILOBYTES),
+        )
+        if value > limit
+    ]
+
+
+def summary(rows: list[Cost]) -> str:
+    slowest, largest = max(rows, key=lambda row: row.seconds), max(rows, key=lambda row: row.kilobytes)
+    seconds, megabytes = sum(row.seconds for row in rows), sum(row.kilobytes for row in rows) / 1024
+    return (
+        f"{len(rows)} images, {seconds:.0f} s of processor time (at most {slowest.seconds:.1f} s, {slowest.image}), "
+        f"{megabytes:.1f} MB (at most {largest.kilobytes:.0f} KB, {largest.image})"
+    )
+
+
+def report(images: Images) -> None:
+    """Says what was built, or why nothing was; RuntimeError where an image is over the limits."""
+    if images.why_not:
+        print(f"fused_attention: {images.why_not}", file=sys.stderr)
+        return
+    rows = costs(images)
+    lines = [f"{'image':<44} {'seconds':>8} {'KB':>8}", *(f"{row.image:<44} {row.seconds:>8.2f} {row.kilobytes:>8.1f}" for row in rows)]
+    file = images.folder / "report.txt"
+    file.write_text("\n".join([f"{images.built}: {summary(rows)}", *lines]) + "\n")
+    print(f"fused_attention: CUDA kernels by {images.built}: {summary(rows)}; {file.relative_to(CSRC.parent)}", file=sys.stderr)
+    if wrong := over_limits(rows):
+        raise RuntimeError("CUDA images over the limits:\n" + "\n".join(wrong))

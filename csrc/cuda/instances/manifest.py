@@ -1,0 +1,172 @@
+"""The one list of compiled CUDA kernels, and the sources made from it: a .cu file for each image, the table in images.h.
+
+An image is one .cu file, compiled to one fatbin; an instance is one kernel in it, a row of the table. Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[2]
+ELEMENTS = {"bf16": ("__nv_bfloat16", "Dtype::bfloat16"), "fp16": ("__half", "Dtype::float16")}
+FEATURE_CLASSES = ("plain", "masked", "bias")  # FeatureClass of forward_arguments.h
+SMALL_SHARED_BYTES = 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
+LARGE_SHARED_BYTES = 163 * 1024  # on sm_80
+
+
+@dataclass(frozen=True)
+class Instance:
+    name: str  # of the kernel's entry point
+    image: str  # stem of the .cu, .ptx and .fatbin file that it is in
+    header: str  # that defines it, below csrc
+    family: int  # ten times the oldest compute capability that it runs on
+    pass_name: str  # forward, decode or helper
+    head_dim_qk: int = 0  # helpers have neither head dims nor tiles
+    head_dim_v: int = 0
+    dtype: str = "bf16"
+    feature_class: str = "plain"
+    dropout: bool = False
+    block_m: int = 0  # rows of a block
+    block_n: int = 0  # keys of a tile
+    num_warps: int = 8
+    stages: int = 0  # key and value tiles in shared memory at a time
+    shared_bytes: int = 0  # dynamic, of a block
+    blocks_per_sm: int = 1  # that the registers must leave room for
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+
+@dataclass(frozen=True)
+class Tile:
+    block_m: int
+    block_n: int
+    num_warps: int
+    stages: int
+    blocks_per_sm: int
+
+    def shared_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
+        """Q, and `stages` tiles of K and of V, two bytes an element; out goes where Q was."""
+        return 2 * (self.block_m * head_dim_qk + self.stages * self.block_n * (head_dim_qk + head_dim_v))
+
+
+# By (head_dim_qk, head_dim_v).
+FORWARD_TILES = {
+    (32, 32): Tile(128, 64, 4, 2, 2),
+    (64, 64): Tile(128, 64, 4, 2, 2),
+    (96, 96): Tile(128, 64, 4, 2, 1),
+    (128, 128): Tile(128, 64, 4, 2, 1),
+    (192, 192): Tile(64, 64, 4, 1, 1),
+    (256, 256): Tile(64, 64, 4, 1, 1),
+    (192, 128): Tile(64, 64, 4, 1, 1),
+}
+DECODE_TILES = {
+    (32, 32): Tile(16, 64, 4, 2, 2),
+    (64, 64): Tile(16, 64, 4, 2, 2),
+    (96, 96): Tile(16, 64, 4, 2, 1),
+    (128, 128): Tile(16, 64, 4, 2, 1),
+    (192, 192): Tile(16, 64, 4, 1, 1),
+    (256, 256): Tile(16, 64, 4, 1, 1),
+    (192, 128): Tile(16, 64, 4, 1, 1),
+}
+# In the classes with masks a kernel decides about dropout at run time.
+FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
+
+
+def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, dtype: str, feature_class: str, dropout: bool) -> Instance:
+    name = f"sm80_{pass_name}_{head_dims[0]}x{head_dims[1]}_{dtype}{suffix}"
+    return Instance(
+        name, name, "cuda/sm80/forward.cuh" if pass_name == "forward" else "cuda/sm80/decode.cuh", 80, pass_name, *head_dims, dtype,
+        feature_class, dropout, tile.block_m, tile.block_n, tile.num_warps, tile.stages, tile.shared_bytes(*head_dims), tile.blocks_per_sm,
+    )  # fmt: skip
+
+
+def _instances() -> Iterator[Instance]:
+    for (head_dims, tile), dtype, (feature_class, dropout) in product(FORWARD_TILES.items(), ELEMENTS, FORWARD_CLASSES):
+        suffix = f"_{feature_class}{'_dropout' if dropout else ''}"
+        yield _tiled("forward", suffix, head_dims, tile, dtype, feature_class, dropout)
+    for (head_dims, tile), dtype in product(DECODE_TILES.items(), ELEMENTS):
+        yield _tiled("decode", "", head_dims, tile, dtype, "masked", False)
+    for dtype in ELEMENTS:
+        name = f"sm80_combine_{dtype}"
+        yield Instance(name, name, "cuda/sm80/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
+    for step in ("classify", "list", "keys", "merge"):
+        yield Instance(f"mask_tiles_{step}", "mask_tiles", "cuda/mask_tiles.cuh", 80, "helper")
+
+
+INSTANCES = tuple(instance for instance in _instances() if (CSRC / instance.header).exists())
+
+
+def image_names(instances: Iterable[Instance] = INSTANCES) -> list[str]:
+    return list(dict.fromkeys(instance.image for instance in instances))
+
+
+def image_source(instance: Instance) -> str:
+    """The .cu file of the instance's image."""
+    head = f'// Generated from csrc/cuda/instances/manifest.py.\n#include "{instance.header}"\n'
+    if instance.image == "mask_tiles":  # its header defines the entry points itself
+        return head
+    element = ELEMENTS[instance.dtype][0]
+    kernel = instance.name.split("_")[1]
+    if kernel == "combine":
+        check, call = "", f"combine<{element}, {instance.block_m}>(arguments)"
+    else:
+        flags = [f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower()] if kernel == "forward" else []
+        tile = (instance.block_m, instance.block_n, instance.num_warps, instance.stages)
+        parameters = ", ".join(map(str, (element, instance.head_dim_qk, instance.head_dim_v, *flags, *tile)))
+        check = (
+            f"using Config = {kernel.capitalize()}Config<{parameters}>;\n"
+            f'static_assert(Config::kSharedBytes == {instance.shared_bytes}, "manifest.py has another number");\n'
+        )
+        call = f"{kernel}<Config>(arguments)"
+    return (
+        f"{head}using namespace fused_attention::cuda;\nusing namespace fused_attention::cuda::sm80;\n{check}"
+        f'extern "C" __global__ void __launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})\n'
+        f"    {instance.name}(const __grid_constant__ ForwardArguments arguments) {{\n  {call};\n}}\n"
+    )
+
+
+def table_source(instances: Iterable[Instance], *, toolkit_version: int = 0, built: str = "", why_not: str = "") -> str:
+    """A C++ file with the images' bytes, the definition of kImages and of what else images.h declares.
+
+    toolkit_version: 13000 is CUDA 13.0. built: what compiled the images, for which GPUs. why_not: there are none because of that.
+    """
+    instances = list(instances)
+    bytes_of_images = "".join(_embedded(image) for image in image_names(instances))
+    rows = ",\n".join(_row(instance) for instance in instances) or "    {}"
+    return (
+        '// Generated from csrc/cuda/instances/manifest.py.\n#include "cuda/images.h"\n\n'
+        f"{bytes_of_images}namespace fused_attention::cuda {{\n\n"
+        f"const Image kImages[] = {{\n{rows},\n}};\n"
+        f"const int kNumImages = {len(instances)};\nconst int kToolkitVersion = {toolkit_version};\n"
+        f"const char* const kBuilt = {_quoted(built)};\n"
+        f"const char* const kWhyNoImages = {_quoted(why_not) if why_not else 'nullptr'};\n\n}}  // namespace fused_attention::cuda\n"
+    )
+
+
+def _embedded(image: str) -> str:
+    """The path is relative to the build folder, where the compiler runs."""
+    begin, end = f"image_{image}", f"image_{image}_end"
+    directives = (
+        ".section .rodata", ".balign 16", f".hidden {begin}", f".globl {begin}", f"{begin}:", f'.incbin \\"cuda/{image}.fatbin\\"',
+        f".hidden {end}", f".globl {end}", f"{end}:", ".byte 0", ".previous",
+    )  # fmt: skip
+    assembly = "\n".join(f'    "{directive}\\n"' for directive in directives)
+    return f'asm(\n{assembly});\nextern "C" __attribute__((visibility("hidden"))) const unsigned char {begin}[], {end}[];\n\n'
+
+
+def _row(instance: Instance) -> str:
+    members = (
+        f'"{instance.name}"', instance.family, f"Pass::{instance.pass_name}", instance.head_dim_qk, instance.head_dim_v,
+        ELEMENTS[instance.dtype][1], f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower(), instance.block_m,
+        instance.block_n, instance.num_threads, instance.shared_bytes, f"image_{instance.image}", f"image_{instance.image}_end",
+    )  # fmt: skip
+    return f"    {{{', '.join(map(str, members))}}}"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'

@@ -1,0 +1,220 @@
+"""Finds the CUDA compiler: an installed toolkit, or the wheels that NVIDIA publishes. Needs the standard library alone.
+
+FUSED_ATTENTION_CUDA          auto (build the CUDA kernels where nvcc or an NVIDIA driver is), 1 (build them), 0 (do not)
+FUSED_ATTENTION_CUDA_VERSION  the toolkit to take, 13.0 for example; otherwise one that the driver can run
+FUSED_ATTENTION_CUDA_ARCHS    GPUs to make machine code for, "80 90" for example; PTX for newer ones is always there
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OLDEST = (12, 8)
+DEFAULT_ARCHITECTURES = ("80",)
+WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+WHEELS_VERSION = "13.0"
+# There are no wheels of nvcc 12. For drivers of CUDA 12, nvcc 13's PTX, which uses nothing newer, is assembled by a ptxas of theirs.
+PTXAS_WHEEL = "nvidia-cuda-nvcc-cu12==12.9.*"
+PTX_OF_OLDER_PTXAS = "8.8"
+# Kernels are preprocessed by the host's compiler, never compiled by it: any version of it will do.
+PTX_FLAGS = ("-ptx", "-lineinfo", "-std=c++17", "-O3", "-allow-unsupported-compiler")
+
+
+class NoToolkit(Exception):
+    """Why the CUDA kernels cannot, or are not to, be compiled."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    nvcc: str  # its path, as that of the others
+    ptxas: str
+    fatbinary: str
+    release: str  # of nvcc: 13.0.88
+    ptxas_release: str
+
+    @property
+    def driver_version(self) -> int:
+        """The CUDA version that the machine code is for, as the driver counts: 13000 is CUDA 13.0."""
+        major, minor = _version(self.ptxas_release)
+        return 1000 * major + 10 * minor
+
+    @property
+    def ptx_version(self) -> str | None:
+        """What the PTX must call itself for an older ptxas to read it; None: as nvcc wrote it."""
+        return PTX_OF_OLDER_PTXAS if self.ptxas_release != self.release else None
+
+    def __str__(self) -> str:
+        return f"nvcc {self.release}" + (f" with ptxas {self.ptxas_release}" if self.ptx_version else "")
+
+
+def wanted() -> str:
+    value = os.environ.get("FUSED_ATTENTION_CUDA", "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"FUSED_ATTENTION_CUDA must be auto, 0 or 1, is {value!r}")
+    return value
+
+
+def architectures() -> tuple[str, ...]:
+    """Of machine code: 80 is compute capability 8.0."""
+    text = os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "")
+    names = re.split(r"[\s,;]+", text.strip()) if text.strip() else DEFAULT_ARCHITECTURES
+    numbers = [name.removeprefix("sm_").replace(".", "") for name in names]
+    for number, name in zip(numbers, names, strict=True):
+        if not re.fullmatch(r"(8|9|1[0-9])[0-9][af]?", number):
+            raise SystemExit(f"FUSED_ATTENTION_CUDA_ARCHS: {name!r} is no architecture from sm_80 on; an example: '80 90'")
+    return tuple(dict.fromkeys(numbers))
+
+
+@functools.cache
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that this machine's NVIDIA driver supports; None without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _places() -> Iterator[tuple[str, Path]]:
+    """Where an nvcc may be, best first."""
+    if home := os.environ.get("CUDA_HOME"):
+        yield "CUDA_HOME", Path(home, "bin/nvcc")
+    if found := shutil.which("nvcc"):
+        yield "PATH", Path(found)
+    for folder in sys.path:
+        for path in sorted(Path(folder or ".", "nvidia").glob("cu[0-9]*/bin/nvcc")):
+            yield "wheel", path
+
+
+def _wheel_ptxas() -> tuple[str, str] | None:
+    """Path and release of the ptxas for drivers of CUDA 12."""
+    for folder in sys.path:
+        path = Path(folder or ".", "nvidia/cuda_nvcc/bin/ptxas")
+        if path.is_file() and (release := _release(path)):
+            return str(path), release
+    return None
+
+
+def _version(release: str) -> tuple[int, int]:
+    major, minor = release.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _release(program: Path) -> str | None:
+    try:
+        text = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    match = re.search(r"\bV(\d+\.\d+\.\d+)", text)
+    return match[1] if match else None
+
+
+def _why_unfit(release: str) -> str | None:
+    """Why machine code of this release is not what is asked for, or not what the driver runs."""
+    if asked := os.environ.get("FUSED_ATTENTION_CUDA_VERSION"):
+        return None if f"{release}.".startswith(f"{asked}.") else f"FUSED_ATTENTION_CUDA_VERSION asks for {asked}"
+    driver = driver_version()
+    unfit = driver is not None and _version(release)[0] > driver[0]
+    return f"the driver, for CUDA {driver[0]}.{driver[1]}, does not run its code" if driver and unfit else None
+
+
+def _toolkit_of(nvcc: Path) -> Toolkit:
+    """NoToolkit: what is wrong with it."""
+    if not nvcc.is_file():
+        raise NoToolkit("is not there")
+    release = _release(nvcc)
+    if release is None:
+        raise NoToolkit("does not run")
+    if _version(release) < OLDEST:
+        raise NoToolkit(f"is {release}, {OLDEST[0]}.{OLDEST[1]} or newer is needed")
+    tools = {}
+    for name in ("ptxas", "fatbinary"):
+        paths = [folder / name for folder in (nvcc.parent, nvcc.resolve().parent) if (folder / name).is_file()]
+        if not paths:
+            raise NoToolkit(f"has no {name} beside it")
+        tools[name] = str(paths[0])
+    ptxas_release = release
+    if unfit := _why_unfit(release):
+        older = _wheel_ptxas()
+        if older is None or _why_unfit(older[1]) or _version(older[1]) > _version(release):
+            raise NoToolkit(f"is {release}, {unfit}")
+        tools["ptxas"], ptxas_release = older
+    if failure := _why_it_fails(nvcc):
+        raise NoToolkit(f"does not work: {failure}")
+    return Toolkit(str(nvcc), tools["ptxas"], tools["fatbinary"], release, ptxas_release)
+
+
+def _why_it_fails(nvcc: Path) -> str:
+    """Compiles next to nothing with the headers that the kernels need."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n__global__ void probe() {}\n")
+        run = subprocess.run(
+            [nvcc, *PTX_FLAGS, "-arch=compute_80", source, "-o", Path(folder, "probe.ptx")], capture_output=True, text=True
+        )
+    lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+    return "" if run.returncode == 0 else lines[0]
+
+
+@functools.cache
+def find_toolkit() -> Toolkit:
+    """The first nvcc that can be used: of CUDA_HOME, of PATH, of wheels. NoToolkit says what is wrong with each."""
+    refused = []
+    for place, nvcc in _places():
+        try:
+            return _toolkit_of(nvcc)
+        except NoToolkit as reason:
+            refused.append(f"{nvcc} ({place}) {reason}")
+    raise NoToolkit("; ".join(refused) or "nvcc was not found in CUDA_HOME, in PATH or as a wheel")
+
+
+def find_nvcc() -> str | None:
+    try:
+        return find_toolkit().nvcc
+    except NoToolkit:
+        return None
+
+
+def wheel_requirements() -> list[str]:
+    """The wheels to install so that find_toolkit finds them; none where they are not wanted or not needed."""
+    if wanted() == "0" or find_nvcc() is not None or (wanted() == "auto" and driver_version() is None):
+        return []
+    driver = driver_version()
+    version = os.environ.get("FUSED_ATTENTION_CUDA_VERSION") or (WHEELS_VERSION if driver is None or driver >= (13, 0) else "12.9")
+    nvcc_version = ".".join(version.split(".")[:2]) if int(version.split(".")[0]) >= 13 else WHEELS_VERSION
+    wheels = [f"{name}=={nvcc_version}.*" for name in WHEELS]
+    return wheels if nvcc_version in version else [*wheels, PTXAS_WHEEL]
+
+
+def toolkit_to_build_with() -> Toolkit:
+    """NoToolkit where the kernels are not wanted or, with FUSED_ATTENTION_CUDA=auto, cannot be compiled."""
+    if wanted() == "0":
+        raise NoToolkit("FUSED_ATTENTION_CUDA=0 was set")
+    try:
+        return find_toolkit()
+    except NoToolkit as reason:
+        if wanted() == "auto":
+            driver = "there is an NVIDIA driver, but no usable" if driver_version() else "there is neither an NVIDIA driver nor a usable"
+            raise NoToolkit(f"{driver} CUDA compiler ({reason})") from None
+        wheels = " ".join(repr(name) for name in wheel_requirements())
+        raise SystemExit(
+            f"FUSED_ATTENTION_CUDA=1, but there is no CUDA compiler: {reason}.\nInstall a CUDA toolkit from {OLDEST[0]}.{OLDEST[1]} on and "
+            "set CUDA_HOME; or build without --no-build-isolation, so that pip fetches the compiler's wheels; or install them into this "
+            f"environment: pip install {wheels}"
+        ) from None
+
+
+if __name__ == "__main__":  # for the Makefile: the wheels that are missing
+    print("\n".join(wheel_requirements()))
