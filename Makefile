@@ -42,7 +42,8 @@ build: install ## compile what changed in csrc/
 $(VENV)/installed: pyproject.toml setup.py constraints.txt | check-tools
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -vE '^(torch|triton)==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools wheel pybind11 ninja
+	wheels="$$($(BIN)/python csrc/cuda/toolkit.py)" && \
+	  $(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools wheel pybind11 ninja $$wheels
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 

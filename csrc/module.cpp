@@ -237,6 +237,7 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::kToolkitVersion); },
       "Of CUDA, that the driver supports (0 without one) and that compiled the kernels (0 without any); 13000 is 13.0.");
+  module.def("cuda_built", [] { return cuda::kBuilt; }, "What compiled the kernels, for which GPUs; empty in a build without CUDA.");
   module.def(
       "cuda_device_limits",
       [](int device) {

@@ -49,6 +49,24 @@ def _cached_machine_reason(device: torch.device | None) -> str | None:
     return _native.cuda_why_not(-1 if device is None else device.index or 0)
 
 
+def compiled() -> str:
+    """How many kernels this build has, what compiled them and for which GPUs; or why it has none."""
+    if _native is None:
+        return f"none ({NOT_BUILT})"
+    images = _native.cuda_images()
+    return f"{len(images)}, by {_native.cuda_built()}" if images else f"none ({_native.cuda_why_not(-1)})"
+
+
+def driver() -> str:
+    """What the NVIDIA driver supports and which GPUs it sees."""
+    if _native is None or _native.cuda_versions()[0] == 0:
+        return "none"
+    version = _native.cuda_versions()[0]
+    capabilities = [_native.cuda_device_limits(device)[0] for device in range(_native.cuda_device_count())]
+    gpus = ", ".join(f"compute capability {capability // 10}.{capability % 10}" for capability in capabilities)
+    return f"supports CUDA {version // 1000}.{version % 1000 // 10}; GPUs: {gpus or 'none'}"
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the CUDA kernels cannot run this problem here; empty when they can."""
     machine = _machine_reason(problem.query.device)

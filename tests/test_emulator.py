@@ -19,7 +19,7 @@ from emulator.ptx_text import HEADER, kernel, store_words
 
 FOLDER = Path(emulator.__file__).parent
 pytestmark = pytest.mark.skipif(emulator.why_not_buildable() is not None, reason=str(emulator.why_not_buildable()))
-needs_nvcc = pytest.mark.skipif(emulator.find_nvcc() is None, reason="nvcc was not found (CUDA_HOME, PATH)")
+needs_nvcc = pytest.mark.skipif(emulator.find_nvcc() is None, reason="nvcc was not found (CUDA_HOME, PATH, wheels)")
 
 
 @cache

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def test_a_wheel_from_a_zip_download_is_complete(tmp_path: Path) -> None:
         content.extractall(source)  # links become small text files, as on a system without them
     assert (source / "src/fused_attention/kernels").is_file()
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
-    subprocess.run([*map(str, build)], check=True)
+    subprocess.run([*map(str, build)], check=True, env=os.environ | {"FUSED_ATTENTION_CUDA": "0"})
     (wheel,) = tmp_path.glob("fused_attention-*.whl")
     with zipfile.ZipFile(wheel) as content:
         names = set(content.namelist())
@@ -40,6 +42,24 @@ def test_a_wheel_from_a_zip_download_is_complete(tmp_path: Path) -> None:
     backend, file = run.stdout.split()
     assert backend == "cpu"
     assert file.startswith(str(tmp_path))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_a_source_distribution_has_all_that_the_build_reads(tmp_path: Path) -> None:
+    archive = tmp_path / "source.tar"
+    subprocess.run(["git", "archive", "--format=tar", f"--output={archive}", "HEAD"], cwd=ROOT, check=True)
+    source = tmp_path / "source"
+    with tarfile.open(archive) as content:
+        content.extractall(source, filter="tar")
+    needed = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert "csrc/cuda/instances/manifest.py" in needed
+    script = "import setuptools.build_meta as b; b.build_sdist('..')"
+    subprocess.run([sys.executable, "-c", script], cwd=source, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("fused_attention-*.tar.gz")
+    with tarfile.open(sdist) as content:
+        held = {name.partition("/")[2] for name in content.getnames()}
+    assert needed | {"setup.py", "pyproject.toml"} <= held
+    assert not any(name.endswith(".pyc") for name in held)
 
 
 def test_a_rebuild_compiles_only_what_changed() -> None:

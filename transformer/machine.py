@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cuda_backend, native
 from fused_attention.kernels.routing import backend_status
 from fused_attention.transformer.precision import bf16_pays, choose_device
 
@@ -24,6 +24,8 @@ def machine_facts() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CPU kernels": cpu_kernels(),
+        "CUDA kernels": cuda_backend.compiled(),
+        "NVIDIA driver": cuda_backend.driver(),
         "bf16 autocast": f"{'pays' if bf16_pays(device) else 'does not pay'} on {device.type}",
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"),
     }

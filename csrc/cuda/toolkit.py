@@ -75,6 +75,13 @@ def architectures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
+def asked_version() -> str | None:
+    text = os.environ.get("FUSED_ATTENTION_CUDA_VERSION") or None
+    if text is not None and not re.fullmatch(r"\d+\.\d+(\.\d+)?", text):
+        raise SystemExit(f"FUSED_ATTENTION_CUDA_VERSION must be like 13.0, is {text!r}")
+    return text
+
+
 @functools.cache
 def driver_version() -> tuple[int, int] | None:
     """The newest CUDA that this machine's NVIDIA driver supports; None without a driver."""
@@ -123,7 +130,7 @@ def _release(program: Path) -> str | None:
 
 def _why_unfit(release: str) -> str | None:
     """Why machine code of this release is not what is asked for, or not what the driver runs."""
-    if asked := os.environ.get("FUSED_ATTENTION_CUDA_VERSION"):
+    if asked := asked_version():
         return None if f"{release}.".startswith(f"{asked}.") else f"FUSED_ATTENTION_CUDA_VERSION asks for {asked}"
     driver = driver_version()
     unfit = driver is not None and _version(release)[0] > driver[0]
@@ -192,10 +199,10 @@ def wheel_requirements() -> list[str]:
     if wanted() == "0" or find_nvcc() is not None or (wanted() == "auto" and driver_version() is None):
         return []
     driver = driver_version()
-    version = os.environ.get("FUSED_ATTENTION_CUDA_VERSION") or (WHEELS_VERSION if driver is None or driver >= (13, 0) else "12.9")
-    nvcc_version = ".".join(version.split(".")[:2]) if int(version.split(".")[0]) >= 13 else WHEELS_VERSION
-    wheels = [f"{name}=={nvcc_version}.*" for name in WHEELS]
-    return wheels if nvcc_version in version else [*wheels, PTXAS_WHEEL]
+    major, minor = _version(asked_version() or ("12.9" if driver and driver < (13, 0) else WHEELS_VERSION))
+    if major < 13:
+        return [*(f"{name}=={WHEELS_VERSION}.*" for name in WHEELS), PTXAS_WHEEL]
+    return [f"{name}=={major}.{minor}.*" for name in WHEELS]
 
 
 def toolkit_to_build_with() -> Toolkit:

@@ -15,6 +15,11 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1]))
+from csrc.cuda.toolkit import find_nvcc  # noqa: E402
+
+__all__ = ["compile_ptx", "find_nvcc", "library", "why_not_buildable"]
+
 BUILD = HERE.parents[1] / "build" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 
@@ -56,18 +61,11 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(BUILD / "emulator.so"))
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    if home and Path(home, "bin/nvcc").is_file():
-        return str(Path(home, "bin/nvcc"))
-    return shutil.which("nvcc")
-
-
 def compile_ptx(source: Path, architecture: str, *, include: Sequence[Path] = (), flags: Sequence[str] = ()) -> str:
     """The PTX of a CUDA source, with line numbers; kept in build/emulator as long as no file of its folders changes."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("nvcc was not found (CUDA_HOME, PATH)")
+        raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, wheels)")
     command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-ptx", f"-arch=compute_{architecture}", *flags, *(f"-I{path}" for path in include)]
     digest = hashlib.sha256(repr(command).encode())
     for folder in (source.parent, *include):

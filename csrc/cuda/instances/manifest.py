@@ -98,7 +98,8 @@ def _instances() -> Iterator[Instance]:
         yield Instance(f"mask_tiles_{step}", "mask_tiles", "cuda/mask_tiles.cuh", 80, "helper")
 
 
-INSTANCES = tuple(instance for instance in _instances() if (CSRC / instance.header).exists())
+PLANNED = tuple(_instances())
+INSTANCES = tuple(instance for instance in PLANNED if (CSRC / instance.header).exists())
 
 
 def image_names(instances: Iterable[Instance] = INSTANCES) -> list[str]:
