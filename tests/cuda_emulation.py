@@ -130,8 +130,8 @@ def why_not() -> str | None:
     """Why the kernels cannot run here; None when they can."""
     if cuda_backend._native is None:
         return cuda_backend.NOT_BUILT
-    if not cuda_backend._native.cuda_images():
-        return "built without CUDA"
+    if not any("_forward_" in name for name in cuda_backend._native.cuda_images()):
+        return "this build has no CUDA forward kernels"  # without which the host code plans nothing
     return why_not_buildable()
 
 
