@@ -38,7 +38,7 @@ from .triton_tiles import (
     tile_weights,
 )
 
-DELTA_ELEMENTS = 4096  # of a tile in attention_delta
+DELTA_ELEMENTS = 2048  # of a tile in attention_delta
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
@@ -85,7 +85,7 @@ def attention_delta_of(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | No
     delta = torch.empty_like(lse)
     batch, num_heads, seqlen_q, head_dim = out.shape
     block_d = padded_head_dim(head_dim)
-    tile = Tile(DELTA_ELEMENTS // block_d, block_d, 4, 1)
+    tile = Tile(DELTA_ELEMENTS // block_d, block_d, 8, 1)
     num_programs = triton.cdiv(seqlen_q, tile.BLOCK_M) * batch * num_heads
     if num_programs:
         launch(
