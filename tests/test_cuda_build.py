@@ -17,7 +17,7 @@ from emulator.build import CXX
 from csrc.cuda import build_images, toolkit
 from csrc.cuda.build_images import Cost
 from csrc.cuda.instances import manifest
-from csrc.cuda.instances.manifest import PLANNED
+from csrc.cuda.instances.manifest import INSTANCES
 from fused_attention.kernels import cuda_backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc was not found 
 
 def test_every_head_dim_dtype_and_class_has_its_instance() -> None:
     def kinds(pass_name: str) -> list[tuple]:
-        rows = [row for row in PLANNED if row.pass_name == pass_name]
+        rows = [row for row in INSTANCES if row.pass_name == pass_name]
         return sorted((row.head_dim_qk, row.head_dim_v, row.dtype, row.feature_class, row.dropout) for row in rows)
 
     classes = [("plain", False), ("plain", True), ("masked", False), ("bias", False)]
@@ -39,9 +39,9 @@ def test_every_head_dim_dtype_and_class_has_its_instance() -> None:
 
 
 def test_instances_keep_to_the_limits() -> None:
-    assert max(Counter(row.name for row in PLANNED).values()) == 1
-    assert max(Counter((row.family, row.pass_name) for row in PLANNED).values()) <= 60
-    for row in PLANNED:
+    assert max(Counter(row.name for row in INSTANCES).values()) == 1
+    assert max(Counter((row.family, row.pass_name) for row in INSTANCES).values()) <= 60
+    for row in INSTANCES:
         assert row.shared_bytes <= manifest.SMALL_SHARED_BYTES, row.name
         assert row.shared_bytes % 16 == 0, row.name
         assert row.num_threads <= 1024, row.name
@@ -51,10 +51,10 @@ def test_instances_keep_to_the_limits() -> None:
 
 
 def test_a_name_says_what_the_instance_is() -> None:
-    names = {row.name for row in PLANNED}
+    names = {row.name for row in INSTANCES}
     assert {"sm80_forward_192x128_bf16_plain_dropout", "sm80_forward_32x32_fp16_bias", "sm80_decode_256x256_fp16"} < names
     assert {"sm80_combine_bf16", "mask_tiles_merge"} < names
-    row = next(row for row in PLANNED if row.name == "sm80_forward_192x128_bf16_plain_dropout")
+    row = next(row for row in INSTANCES if row.name == "sm80_forward_192x128_bf16_plain_dropout")
     assert (row.head_dim_qk, row.head_dim_v, row.dtype, row.feature_class, row.dropout) == (192, 128, "bf16", "plain", True)
 
 
@@ -94,8 +94,8 @@ def read_table(folder: Path) -> list[str]:
 
 
 def test_the_table_holds_the_rows_and_the_images(tmp_path: Path) -> None:
-    rows = [row for row in PLANNED if row.name in ("sm80_forward_192x128_bf16_plain_dropout", "sm80_decode_64x64_fp16")]
-    rows += [row for row in PLANNED if row.image == "mask_tiles"]
+    rows = [row for row in INSTANCES if row.name in ("sm80_forward_192x128_bf16_plain_dropout", "sm80_decode_64x64_fp16")]
+    rows += [row for row in INSTANCES if row.image == "mask_tiles"]
     (tmp_path / "cuda").mkdir()
     for image in manifest.image_names(rows):
         (tmp_path / f"cuda/{image}.fatbin").write_text(f"bytes of {image}")
@@ -144,7 +144,7 @@ class SmallBuild:
         self.csrc.mkdir()
         self.shared = self.csrc / "shared.h"
         self.shared.write_text("#pragma once\n#include <cuda_bf16.h>\n#include <cuda_fp16.h>\nconstexpr float kNumber = 3;\n")
-        rows = [row for row in PLANNED if row.name in ("sm80_forward_64x64_bf16_plain", "sm80_forward_64x64_fp16_plain")]
+        rows = [row for row in INSTANCES if row.name in ("sm80_forward_64x64_bf16_plain", "sm80_forward_64x64_fp16_plain")]
         self.rows = [replace(row, header=f"{row.dtype}.cuh") for row in rows]
         for row in self.rows:
             (self.csrc / row.header).write_text(KERNELS.format(shared="shared.h", shared_bytes=row.shared_bytes))

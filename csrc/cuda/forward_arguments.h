@@ -5,6 +5,8 @@
 
 namespace fused_attention::cuda {
 
+constexpr int kKeysPerTile = 64;  // of the tiles that lists name
+
 enum class FeatureClass : int {
   plain = 0,   // full, causal and window, by loop bounds
   masked = 1,  // and lengths, packed sequences, key_mask, bits, alibi, softcap, sinks, as branches that a whole block takes
@@ -18,6 +20,7 @@ struct ForwardArguments {
   float score_scale = 0.0f;     // softmax_scale * log2(e), or softmax_scale / softcap
   float softcap_log2 = 0.0f;    // softcap * log2(e)
   int32_t heads_per_group = 1;  // query heads to a key head
+  float kept_scale = 1.0f;      // of weights that dropout keeps
   TileLists tiles;              // of the kernel's own BLOCK_M rows; null: loop bounds say which key blocks to visit
 
   // Decoding: each block of rows is computed num_splits times, each over its share of the key blocks, and combined afterwards.

@@ -11,11 +11,10 @@
 #pragma once
 #include <algorithm>
 
-#include "../problem.h"
+#include "forward_arguments.h"
 
 namespace fused_attention::cuda {
 
-constexpr int kKeysPerTile = 64;
 constexpr int kMaskThreads = 256;  // of a block of every kernel but mask_tiles_classify, which has 2 * block_m
 
 struct MaskArguments {

@@ -9,54 +9,12 @@
 // Full: every row that is present may attend to all 64 keys, which all exist. Empty: none may attend to any of them. Rows past
 // query_lengths have no say: what they get does not depend on the keys. mask_arguments.h says which kernels a problem needs.
 #pragma once
+#include "mask.cuh"
 #include "mask_arguments.h"
 
 namespace fused_attention::cuda {
 
-constexpr uint32_t kWholeWarp = 0xffffffff, kAllKeys = 0xffffffff;
 constexpr int kEmpty = 0, kFull = 1, kMixed = 2;
-
-struct KeyRange {
-  int64_t from, to;  // [from, to), empty where to <= from
-};
-
-// One sequence, of which `rows_present` rows and `keys_present` keys are present.
-struct MaskedSequence {
-  int64_t rows_present, keys_present, offset, window_left, window_right;
-
-  __device__ MaskedSequence(const AttentionProblem& problem, int64_t batch)
-      : rows_present(problem.seqlen_q), keys_present(problem.seqlen_k), offset(0), window_left(problem.window_left) {
-    if (problem.query_lengths != nullptr) rows_present = min(max(int64_t{problem.query_lengths[batch]}, int64_t{0}), rows_present);
-    if (problem.key_lengths != nullptr) keys_present = min(max(int64_t{problem.key_lengths[batch]}, int64_t{0}), keys_present);
-    if (problem.causal == Causal::bottom_right) offset = keys_present - rows_present;
-    window_right = problem.causal == Causal::none ? int64_t{problem.window_right} : 0;
-  }
-
-  __device__ bool sees_all_to_the_left() const { return window_left >= kUnlimited; }
-  __device__ bool sees_all_to_the_right() const { return window_right >= kUnlimited; }
-
-  __device__ KeyRange keys_of(int64_t row) const {
-    return {sees_all_to_the_left() ? 0 : max(row + offset - window_left, int64_t{0}),
-            sees_all_to_the_right() ? keys_present : min(row + offset + window_right + 1, keys_present)};
-  }
-};
-
-// Bit b: whether key first_key + b is in the range.
-__device__ inline uint32_t bits_of(KeyRange range, int64_t first_key) {
-  const auto bits_below = [&](int64_t key) {
-    const int count = static_cast<int>(min(max(key - first_key, int64_t{0}), int64_t{32}));
-    return count == 32 ? kAllKeys : (1u << count) - 1;
-  };
-  return bits_below(range.to) & ~bits_below(range.from);
-}
-
-// Bit b: whether key first_key + b exists, of a batch element. A whole warp calls it.
-__device__ inline uint32_t existing_keys(const AttentionProblem& problem, int64_t batch, int64_t keys_present, int64_t first_key) {
-  if (problem.key_mask == nullptr) return bits_of({0, keys_present}, first_key);
-  const int64_t key = first_key + threadIdx.x % 32;
-  return __ballot_sync(kWholeWarp,
-                       key < keys_present && problem.key_mask[batch * problem.key_mask_batch + key * problem.key_mask_key] != 0);
-}
 
 // 16 bytes -> 16 bits, 1 where a byte is not 0.
 __device__ inline uint32_t pack_bytes(uint4 bytes) {
@@ -69,7 +27,7 @@ __device__ inline uint32_t pack_bytes(uint4 bytes) {
 
 // Bit b: whether this thread's row may attend to key first_key + b, of those that `wanted` asks for; nothing is read where it asks for
 // none. A whole warp calls it, each lane with its own row (32 following each other) and the same keys. row_mask: of this thread's row.
-__device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const uint8_t* row_mask, int64_t first_key, uint32_t wanted) {
+__device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const uint8_t* row_mask, int first_key, uint32_t wanted) {
   const int64_t alignment =
       reinterpret_cast<intptr_t>(problem.attn_mask.data) | problem.attn_mask.batch | problem.attn_mask.head | problem.attn_mask.row;
   if (problem.attn_mask_key == 1 && alignment % 16 == 0 && first_key + 32 <= problem.seqlen_k) {
@@ -129,14 +87,15 @@ extern "C" __global__ void __launch_bounds__(256)
   const AttentionProblem& problem = arguments.problem;
   const int64_t num_tiles = arguments.batch * arguments.num_heads * arguments.row_blocks * arguments.key_tiles;
   for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    const int64_t line = tile / arguments.key_tiles, start_n = (tile - line * arguments.key_tiles) * kKeysPerTile;
-    const int64_t map = line / arguments.row_blocks, start_m = (line - map * arguments.row_blocks) * arguments.block_m;
+    const int64_t line = tile / arguments.key_tiles, map = line / arguments.row_blocks;
+    const int start_n = static_cast<int>(tile - line * arguments.key_tiles) * kKeysPerTile;
+    const int start_m = static_cast<int>(line - map * arguments.row_blocks) * arguments.block_m;
     const int64_t batch = map / arguments.num_heads, head = map - batch * arguments.num_heads;
-    const int word = threadIdx.x >= arguments.block_m;
-    const int64_t row = start_m + threadIdx.x - word * arguments.block_m, first_key = start_n + 32 * word;
+    const int thread = threadIdx.x, word = thread >= arguments.block_m;
+    const int row = start_m + thread - word * arguments.block_m, first_key = start_n + 32 * word;
 
-    const MaskedSequence sequence(problem, batch);
-    const bool present = row < min(sequence.rows_present, arguments.rows);
+    const Sequence sequence(problem, batch);
+    const bool present = row < min(int64_t{sequence.rows_present}, arguments.rows);
     uint32_t allowed = existing_keys(problem, batch, sequence.keys_present, first_key);
     allowed = present ? allowed & bits_of(sequence.keys_of(row), first_key) : 0;
     const auto* mask = static_cast<const uint8_t*>(problem.attn_mask.data);
@@ -165,9 +124,11 @@ extern "C" __global__ void __launch_bounds__(256) mask_tiles_keys(const __grid_c
   const AttentionProblem& problem = arguments.problem;
   const int lane = threadIdx.x % 32;
   for_each_line(arguments, [&](int64_t line) {
-    const int64_t batch = line / arguments.row_blocks, start_m = (line - batch * arguments.row_blocks) * arguments.block_m;
-    const MaskedSequence sequence(problem, batch);
-    const int64_t last_row = min(start_m + arguments.block_m, min(sequence.rows_present, arguments.rows)) - 1;
+    const int64_t batch = line / arguments.row_blocks;
+    const int start_m = static_cast<int>(line - batch * arguments.row_blocks) * arguments.block_m;
+    const Sequence sequence(problem, batch);
+    const int rows = static_cast<int>(min(int64_t{sequence.rows_present}, arguments.rows));
+    const int last_row = min(start_m + arguments.block_m, rows) - 1;
     KeyRange by_first = sequence.keys_of(start_m), by_last = sequence.keys_of(last_row);
     if (last_row < start_m) by_first = by_last = {0, 0};
     const KeyRange by_some = {by_first.from, by_last.to}, by_all = {by_last.from, by_first.to};  // both move to the right row by row
@@ -176,12 +137,12 @@ extern "C" __global__ void __launch_bounds__(256) mask_tiles_keys(const __grid_c
       int kind = kEmpty;
 #pragma unroll 8
       for (int i = 0; i < 32; ++i) {
-        const int64_t start_n = (first_tile + i) * kKeysPerTile;
+        const int start_n = static_cast<int>(first_tile + i) * kKeysPerTile;
         if (start_n + kKeysPerTile <= by_some.from || start_n >= by_some.to) continue;
         bool all = true, some = false;
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
-          const int64_t first_key = start_n + 32 * word;
+          const int first_key = start_n + 32 * word;
           const uint32_t exist = existing_keys(problem, batch, sequence.keys_present, first_key);
           all = all && (exist & bits_of(by_all, first_key)) == kAllKeys;
           some = some || (exist & bits_of(by_some, first_key)) != 0;

@@ -194,6 +194,7 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
   const double scale = problem.softmax_scale, softcap = problem.softcap;
   arguments.score_scale = static_cast<float>(softcap != 0 ? scale / softcap : scale * kLog2E);
   arguments.softcap_log2 = static_cast<float>(softcap * kLog2E);
+  arguments.kept_scale = problem.dropout_scale();
   arguments.heads_per_group = static_cast<int32_t>(problem.num_heads / problem.num_heads_kv);
   Workspace workspace(workspace_memory);
   if (const Image* decode = decode_image(problem, limits)) {

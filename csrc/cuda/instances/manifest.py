@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
-ELEMENTS = {"bf16": ("__nv_bfloat16", "Dtype::bfloat16"), "fp16": ("__half", "Dtype::float16")}
+DTYPES = {"bf16": "Dtype::bfloat16", "fp16": "Dtype::float16"}
 FEATURE_CLASSES = ("plain", "masked", "bias")  # FeatureClass of forward_arguments.h
 SMALL_SHARED_BYTES = 99 * 1024  # what a block may have on sm_86, sm_89 and sm_120
 LARGE_SHARED_BYTES = 163 * 1024  # on sm_80
@@ -54,15 +54,22 @@ class Tile:
         return 2 * (self.block_m * head_dim_qk + self.stages * self.block_n * (head_dim_qk + head_dim_v))
 
 
-# By (head_dim_qk, head_dim_v).
+# By (head_dim_qk, head_dim_v). A warp has 32 rows where its accumulators leave room, which halves what it reads of K and V.
 FORWARD_TILES = {
     (32, 32): Tile(128, 64, 4, 2, 2),
     (64, 64): Tile(128, 64, 4, 2, 2),
-    (96, 96): Tile(128, 64, 4, 2, 1),
-    (128, 128): Tile(128, 64, 4, 2, 1),
-    (192, 192): Tile(64, 64, 4, 1, 1),
-    (256, 256): Tile(64, 64, 4, 1, 1),
-    (192, 128): Tile(64, 64, 4, 1, 1),
+    (96, 96): Tile(128, 64, 4, 1, 2),
+    (128, 128): Tile(128, 64, 4, 1, 2),
+    (192, 192): Tile(128, 64, 8, 1, 1),
+    (256, 256): Tile(128, 32, 8, 1, 1),
+    (192, 128): Tile(128, 64, 8, 1, 1),
+}
+# With a float mask, a piece of which waits in registers for its scores: 16 rows to a warp.
+BIAS_TILES = FORWARD_TILES | {
+    (32, 32): Tile(64, 64, 4, 2, 3),
+    (64, 64): Tile(64, 64, 4, 2, 3),
+    (96, 96): Tile(64, 64, 4, 1, 3),
+    (128, 128): Tile(64, 64, 4, 1, 2),
 }
 DECODE_TILES = {
     (32, 32): Tile(16, 64, 4, 2, 2),
@@ -86,20 +93,20 @@ def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, 
 
 
 def _instances() -> Iterator[Instance]:
-    for (head_dims, tile), dtype, (feature_class, dropout) in product(FORWARD_TILES.items(), ELEMENTS, FORWARD_CLASSES):
+    for head_dims, dtype, (feature_class, dropout) in product(FORWARD_TILES, DTYPES, FORWARD_CLASSES):
+        tile = (BIAS_TILES if feature_class == "bias" else FORWARD_TILES)[head_dims]
         suffix = f"_{feature_class}{'_dropout' if dropout else ''}"
         yield _tiled("forward", suffix, head_dims, tile, dtype, feature_class, dropout)
-    for (head_dims, tile), dtype in product(DECODE_TILES.items(), ELEMENTS):
+    for (head_dims, tile), dtype in product(DECODE_TILES.items(), DTYPES):
         yield _tiled("decode", "", head_dims, tile, dtype, "masked", False)
-    for dtype in ELEMENTS:
+    for dtype in DTYPES:
         name = f"sm80_combine_{dtype}"
         yield Instance(name, name, "cuda/sm80/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
     for step in ("classify", "list", "keys", "merge"):
         yield Instance(f"mask_tiles_{step}", "mask_tiles", "cuda/mask_tiles.cuh", 80, "helper")
 
 
-PLANNED = tuple(_instances())
-INSTANCES = tuple(instance for instance in PLANNED if (CSRC / instance.header).exists())
+INSTANCES = tuple(_instances())
 
 
 def image_names(instances: Iterable[Instance] = INSTANCES) -> list[str]:
@@ -111,21 +118,21 @@ def image_source(instance: Instance) -> str:
     head = f'// Generated from csrc/cuda/instances/manifest.py.\n#include "{instance.header}"\n'
     if instance.image == "mask_tiles":  # its header defines the entry points itself
         return head
-    element = ELEMENTS[instance.dtype][0]
+    dtype = DTYPES[instance.dtype]
     kernel = instance.name.split("_")[1]
     if kernel == "combine":
-        check, call = "", f"combine<{element}, {instance.block_m}>(arguments)"
+        check, call = "", f"combine<{dtype}, {instance.block_m}>(arguments)"
     else:
         flags = [f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower()] if kernel == "forward" else []
         tile = (instance.block_m, instance.block_n, instance.num_warps, instance.stages)
-        parameters = ", ".join(map(str, (element, instance.head_dim_qk, instance.head_dim_v, *flags, *tile)))
+        parameters = ", ".join(map(str, (dtype, instance.head_dim_qk, instance.head_dim_v, *flags, *tile)))
         check = (
             f"using Config = {kernel.capitalize()}Config<{parameters}>;\n"
             f'static_assert(Config::kSharedBytes == {instance.shared_bytes}, "manifest.py has another number");\n'
         )
         call = f"{kernel}<Config>(arguments)"
     return (
-        f"{head}using namespace fused_attention::cuda;\nusing namespace fused_attention::cuda::sm80;\n{check}"
+        f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\nusing namespace fused_attention::cuda::sm80;\n{check}"
         f'extern "C" __global__ void __launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})\n'
         f"    {instance.name}(const __grid_constant__ ForwardArguments arguments) {{\n  {call};\n}}\n"
     )
@@ -163,7 +170,7 @@ def _embedded(image: str) -> str:
 def _row(instance: Instance) -> str:
     members = (
         f'"{instance.name}"', instance.family, f"Pass::{instance.pass_name}", instance.head_dim_qk, instance.head_dim_v,
-        ELEMENTS[instance.dtype][1], f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower(), instance.block_m,
+        DTYPES[instance.dtype], f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower(), instance.block_m,
         instance.block_n, instance.num_threads, instance.shared_bytes, f"image_{instance.image}", f"image_{instance.image}_end",
     )  # fmt: skip
     return f"    {{{', '.join(map(str, members))}}}"

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// One function for each PTX instruction that CUDA C++ has no name for: the only inline assembly of the kernels. PTX ISA 8.x, sm_80.
+#pragma once
+#include <cstdint>
+
+#include "../problem.h"
+
+#define FA_DEVICE __device__ __forceinline__
+
+namespace fused_attention::cuda::ptx {
+
+FA_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+// 2^x, with 2^-inf = 0; about 2 ulp.
+FA_DEVICE float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x); 2^-22 absolute or relative, whichever is larger.
+FA_DEVICE float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers rounded to DTYPE, low in the lower half.
+template <Dtype DTYPE>
+FA_DEVICE uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (DTYPE == Dtype::bfloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+FA_DEVICE float from_half(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8 and receives elements 2 (i % 4) and the next of row i / 4.
+FA_DEVICE void ldmatrix_x4(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same, of the transposed matrices.
+FA_DEVICE void ldmatrix_x4_trans(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8), float32 sums. With g = lane / 4 and c = 2 (lane % 4) a lane holds of d rows {g, g + 8} x columns
+// {c, c + 1}; of a (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8) and the column after each; of b rows {c, c + 1}, {c + 8, c + 9} of column
+// g.
+template <Dtype DTYPE>
+FA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (DTYPE == Dtype::bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// 16 bytes from global to shared memory, past L1; zeros, and nothing is read, where not `exists`.
+FA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(exists ? 16 : 0) : "memory");
+}
+
+FA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the newest N groups of this thread have landed.
+template <int N>
+FA_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+}  // namespace fused_attention::cuda::ptx

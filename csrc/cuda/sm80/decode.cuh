@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel for few query rows and many keys, compute capability 8.0 and newer: reading K and V once is all the time there is.
+//
+// The rows of all query heads that share a key head are one matrix of 16 rows (row r is query r % Lq of head r / Lq of the group). Each
+// warp visits its own 16 keys of every block of 64, with copies of its own on the way and no barrier; the warps' results are merged at
+// the end. With num_splits > 1 a block sees its share of the keys only, and combine.cuh merges the blocks' results.
+#pragma once
+#include "../scores.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, int BLOCK_M, int BLOCK_N, int NUM_WARPS, int STAGES>
+struct DecodeConfig {
+  static constexpr Dtype kDtype = DTYPE;
+  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kWarps = NUM_WARPS, kStages = STAGES;
+  static constexpr int kRows = BLOCK_M, kBlockN = BLOCK_N, kThreads = 32 * NUM_WARPS;
+  static_assert(BLOCK_M == 16 && BLOCK_N == 16 * NUM_WARPS, "each warp takes one 16 x 16 piece of the scores");
+
+  using QueryTile = SharedTile<kRows, HEAD_DIM_QK>;
+  using KeyTile = SharedTile<16, HEAD_DIM_QK>;  // of one warp
+  using ValueTile = SharedTile<16, HEAD_DIM_V>;
+  static constexpr int kSharedBytes = QueryTile::kBytes + STAGES * NUM_WARPS * (KeyTile::kBytes + ValueTile::kBytes);
+  static constexpr bool kQueryInRegisters = HEAD_DIM_QK <= 128;
+
+  // For the merge: out of every warp, then (row_max, row_sum); padded so that the rows of a matrix lie in different banks.
+  static constexpr int kMergePitch = HEAD_DIM_V + 8;  // float32 numbers
+  static constexpr int kMergeFloats = NUM_WARPS * kRows * (kMergePitch + 2);
+  static_assert(4 * kMergeFloats <= kSharedBytes);
+};
+
+template <class Config>
+FA_DEVICE void decode(const ForwardArguments& arguments) {
+  constexpr Dtype kDtype = Config::kDtype;
+  constexpr int kStages = Config::kStages, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8, kRows = Config::kRows;
+  using QueryTile = typename Config::QueryTile;
+  using KeyTile = typename Config::KeyTile;
+  using ValueTile = typename Config::ValueTile;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const uint32_t q_smem = ptx::shared_address(shared);                                    // (16, HEAD_DIM_QK)
+  const uint32_t k_smem = q_smem + QueryTile::kBytes + warp * kStages * KeyTile::kBytes;  // STAGES x (16, HEAD_DIM_QK), this warp's
+  const uint32_t v_smem = q_smem + QueryTile::kBytes + Config::kWarps * kStages * KeyTile::kBytes +
+                          warp * kStages * ValueTile::kBytes;  // STAGES x (16, HEAD_DIM_V)
+
+  // Grid: splits innermost, then blocks of rows, key heads, batch elements.
+  const AttentionProblem& problem = arguments.problem;
+  const int seqlen_q = static_cast<int>(problem.seqlen_q), num_rows = arguments.heads_per_group * seqlen_q;
+  const auto num_splits = static_cast<uint32_t>(arguments.num_splits), row_blocks = static_cast<uint32_t>((num_rows + kRows - 1) / kRows);
+  const int split = blockIdx.x % num_splits, start_m = blockIdx.x / num_splits % row_blocks * kRows;
+  const uint32_t key_line = blockIdx.x / num_splits / row_blocks, num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
+  const int64_t key_head = key_line % num_heads_kv, batch = key_line / num_heads_kv;
+  const Sequence sequence(problem, batch);
+  const ScoreMask mask(sequence, problem, batch, 0);
+  const auto head_of = [&](int row) { return key_head * arguments.heads_per_group + row / seqlen_q; };
+  const auto of_lane = [&](int half) { return start_m + 8 * half + lane / 4; };  // the rows of this lane's accumulators
+  const auto* const key = static_cast<const uint16_t*>(problem.key.data) + batch * problem.key.batch + key_head * problem.key.head;
+  const auto* const value = static_cast<const uint16_t*>(problem.value.data) + batch * problem.value.batch + key_head * problem.value.head;
+
+  // The blocks of 64 keys that any row sees, and this split's share of them.
+  constexpr int kBlockN = Config::kBlockN;
+  const KeyRange seen = {sequence.keys_of(0).from, sequence.keys_of(seqlen_q - 1).to};
+  const int first_block = seen.from / kBlockN, num_blocks = max((max(seen.to, 0) + kBlockN - 1) / kBlockN - first_block, 0);
+  const int share = (num_blocks + arguments.num_splits - 1) / arguments.num_splits;
+  const int begin = first_block + min(split * share, num_blocks), steps = first_block + min((split + 1) * share, num_blocks) - begin;
+  const auto first_key_of = [&](int step) { return (begin + step) * kBlockN + 16 * warp; };
+
+  // Loads: every call is one group of cp.async, an empty one past the last block.
+  const auto load = [&](int step, const uint16_t* tensor, int64_t stride, int64_t columns, uint32_t smem, auto tile) {
+    using Tile = decltype(tile);
+    if (step < steps) {
+      const int first_key = first_key_of(step);
+      copy_rows_async<Tile, 32>(smem + step % kStages * Tile::kBytes, tensor + first_key * stride, stride, static_cast<int>(columns), lane,
+                                [&](int row) { return mask.key_exists(first_key + row); });
+    }
+    ptx::cp_async_commit();
+  };
+  const auto load_k = [&](int step) { load(step, key, problem.key.row, problem.head_dim_qk, k_smem, KeyTile()); };
+  const auto load_v = [&](int step) { load(step, value, problem.value.row, problem.head_dim_v, v_smem, ValueTile()); };
+  const auto* const query = static_cast<const uint16_t*>(problem.query.data) + batch * problem.query.batch;
+  for (int piece = thread; piece < kRows * Config::kHeadDimQk / kChunk; piece += Config::kThreads) {
+    const int row = piece / (Config::kHeadDimQk / kChunk), chunk = piece % (Config::kHeadDimQk / kChunk), place = start_m + row;
+    const uint16_t* const source = query + head_of(place) * problem.query.head + place % seqlen_q * problem.query.row + chunk * kChunk;
+    ptx::cp_async_16(q_smem + QueryTile::offset(row, chunk), source, place < num_rows && chunk * kChunk < problem.head_dim_qk);
+  }
+  ptx::cp_async_commit();
+  load_k(0);
+#pragma unroll
+  for (int stage = 1; stage < kStages; ++stage) {
+    load_v(stage - 1);
+    load_k(stage);
+  }
+  ptx::cp_async_wait<2 * kStages - 1>();
+  __syncthreads();  // Q has landed, copied by all warps
+
+  const LaneAddress<QueryTile> q_lane = left_operand<QueryTile>(q_smem, 0);
+  const LaneAddress<KeyTile> k_lane = right_operand_of_rows<KeyTile>(k_smem);
+  const LaneAddress<ValueTile> v_lane = right_operand_of_columns<ValueTile>(v_smem);
+  uint32_t q[Config::kQueryInRegisters ? kSteps : 1][4];
+  if constexpr (Config::kQueryInRegisters) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) ptx::ldmatrix_x4(q[i], q_lane.at(0, i));
+  }
+  float slope_log2[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = of_lane(half);
+    const bool has_slope = problem.alibi_slopes != nullptr && row < num_rows;
+    slope_log2[half] =
+        has_slope ? problem.alibi_slopes[batch * problem.alibi_slopes_batch + head_of(row) * problem.alibi_slopes_head] * kLog2E : 0.0f;
+  }
+  Accumulators<1, kOutBlocks> acc = {};
+  OnlineSoftmax<1> softmax([&](int, int half) {  // a sink counts once
+    const bool has_sink = problem.sinks != nullptr && split == 0 && warp == 0 && of_lane(half) < num_rows;
+    return has_sink ? problem.sinks[head_of(of_lane(half))] * kLog2E : -kInfinity;
+  });
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const int first_key = first_key_of(step);
+    ptx::cp_async_wait<2 * kStages - 2>();  // K of this step
+    __syncwarp();
+    load_v(step + kStages - 1);
+
+    // S = Q K^T (16, 16)
+    Accumulators<1, 2> scores;
+    LaneAddress<KeyTile> k_here = k_lane;
+    k_here.row += step % kStages * KeyTile::kBytes;
+    multiply_transposed<kDtype, kSteps>(
+        scores,
+        [&](int i, int, uint32_t (&a)[4]) {
+          if constexpr (Config::kQueryInRegisters) {
+#pragma unroll
+            for (int word = 0; word < 4; ++word) a[word] = q[i][word];
+          } else {
+            ptx::ldmatrix_x4(a, q_lane.at(0, i));
+          }
+        },
+        k_here);
+    ptx::cp_async_wait<2 * kStages - 2>();  // V of this step
+    __syncwarp();
+    load_k(step + kStages);
+
+    // P = softmax(S)
+    float scale = arguments.score_scale;
+    if (arguments.softcap_log2 != 0.0f) {
+      for_each_element(scores, [&](float& score, int, int) { score = accurate_tanh(score * scale) * arguments.softcap_log2; });
+      scale = 1.0f;
+    }
+    if (problem.alibi_slopes != nullptr) {
+      for_each_element(scores, [&](float& score, int row, int place) {
+        const int distance = first_key + place - (start_m + row) % seqlen_q - sequence.offset;
+        score = fmaf(score, scale, -slope_log2[row / 8] * static_cast<float>(abs(distance)));
+      });
+      scale = 1.0f;
+    }
+    mask.apply<false>(scores, [&](int, int half) { return of_lane(half) % seqlen_q; }, first_key);
+    softmax.template update<true>(scores, scale, acc);
+
+    // O += P V (16, HEAD_DIM_V)
+    LaneAddress<ValueTile> v_here = v_lane;
+    v_here.row += step % kStages * ValueTile::kBytes;
+    multiply_add<kDtype>(acc, scores, v_here);
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // Q, K and V were read
+
+  float* const acc_smem = reinterpret_cast<float*>(shared);                                // (warps, 16, kMergePitch)
+  float* const statistics_smem = acc_smem + Config::kWarps * kRows * Config::kMergePitch;  // (warps, 16, 2)
+  softmax.sum_over_quads();
+  for_each_element(acc,
+                   [&](float& element, int row, int column) { acc_smem[(warp * kRows + row) * Config::kMergePitch + column] = element; });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (lane % 4 == 0) {
+      float* const statistics = statistics_smem + 2 * (warp * kRows + 8 * half + lane / 4);
+      statistics[0] = softmax.row_max[0][half];
+      statistics[1] = softmax.row_sum[0][half];
+    }
+  }
+  __syncthreads();
+
+  // Merge: as many threads to a row as there are for it, eight columns at a time.
+  constexpr int kThreadsPerRow = Config::kThreads / kRows;
+  const int row = thread / kThreadsPerRow, place = start_m + row;
+  if (place >= num_rows) return;
+  OnlineSoftmax<1> merged([](int, int) { return -kInfinity; });
+  float(&merged_max) = merged.row_max[0][0], (&merged_sum) = merged.row_sum[0][0];
+#pragma unroll
+  for (int w = 0; w < Config::kWarps; ++w) merged_max = fmaxf(merged_max, statistics_smem[2 * (w * kRows + row)]);
+  float factor[Config::kWarps];
+#pragma unroll
+  for (int w = 0; w < Config::kWarps; ++w) {
+    const float* const statistics = statistics_smem + 2 * (w * kRows + row);
+    factor[w] = ptx::ex2(statistics[0] - (merged_max == -kInfinity ? 0.0f : merged_max));
+    merged_sum = fmaf(statistics[1], factor[w], merged_sum);
+  }
+  const float reciprocal = merged.reciprocal_sum(0, 0), lse = merged.lse(0, 0);
+  const int64_t head = head_of(place), query_row = place % seqlen_q;
+  const int64_t lines = problem.batch * problem.num_heads * seqlen_q, line = (batch * problem.num_heads + head) * seqlen_q + query_row;
+  const bool final = arguments.num_splits == 1;
+  if (thread % kThreadsPerRow == 0) (final ? problem.lse + line : arguments.partial_lse + split * lines + line)[0] = lse;
+  for (int column = thread % kThreadsPerRow * kChunk; column < problem.head_dim_v; column += kThreadsPerRow * kChunk) {
+    float sums[kChunk] = {};
+#pragma unroll
+    for (int w = 0; w < Config::kWarps; ++w) {
+      const float4* const terms = reinterpret_cast<const float4*>(acc_smem + (w * kRows + row) * Config::kMergePitch + column);
+#pragma unroll
+      for (int quarter = 0; quarter < 2; ++quarter) {
+        const float4 four = terms[quarter];
+        sums[4 * quarter] = fmaf(four.x, factor[w], sums[4 * quarter]);
+        sums[4 * quarter + 1] = fmaf(four.y, factor[w], sums[4 * quarter + 1]);
+        sums[4 * quarter + 2] = fmaf(four.z, factor[w], sums[4 * quarter + 2]);
+        sums[4 * quarter + 3] = fmaf(four.w, factor[w], sums[4 * quarter + 3]);
+      }
+    }
+#pragma unroll
+    for (float& sum : sums) sum *= reciprocal;
+    if (final) {
+      auto* const out = static_cast<uint16_t*>(problem.out.data) + batch * problem.out.batch + head * problem.out.head +
+                        query_row * problem.out.row + column;
+      *reinterpret_cast<uint4*>(out) = {ptx::pack<kDtype>(sums[0], sums[1]), ptx::pack<kDtype>(sums[2], sums[3]),
+                                        ptx::pack<kDtype>(sums[4], sums[5]), ptx::pack<kDtype>(sums[6], sums[7])};
+    } else {
+      float4* const partial = reinterpret_cast<float4*>(arguments.partial_out + (split * lines + line) * problem.head_dim_v + column);
+      partial[0] = {sums[0], sums[1], sums[2], sums[3]};
+      partial[1] = {sums[4], sums[5], sums[6], sums[7]};
+    }
+  }
+}
+
+}  // namespace fused_attention::cuda::sm80

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of 16-bit elements in shared memory, and matrix products of a warp on them.
+//
+// A row is kept in chunks of 16 bytes. Chunk c of row r stands at place c ^ (r % 8) among eight, or at c ^ (r / 2 % 4) among four where a
+// row is no multiple of 128 bytes: the same chunk of eight rows that follow each other, which is what one 8 x 8 matrix of ldmatrix reads,
+// then lies in eight different groups of four banks, and so do eight chunks of a row, which is what eight lanes copy
+// (docs/cuda-kernels.md).
+#pragma once
+#include "ptx.cuh"
+
+namespace fused_attention::cuda {
+
+constexpr int kChunk = 8;  // elements in 16 bytes
+
+template <int ROWS, int COLUMNS>
+struct SharedTile {
+  static_assert(COLUMNS % 32 == 0, "rows of whole 64-byte pieces");
+  static constexpr int kRows = ROWS, kColumns = COLUMNS, kPitch = 2 * COLUMNS, kBytes = ROWS * kPitch;
+  static constexpr int kPermuted = COLUMNS % 64 == 0 ? 8 : 4;  // chunks that change places among each other
+
+  static FA_DEVICE int swizzle(int row) { return kPermuted == 8 ? row % 8 : row / 2 % 4; }
+  static FA_DEVICE uint32_t offset(int row, int chunk) { return row * kPitch + ((chunk ^ swizzle(row)) << 4); }
+};
+
+// The address that a lane gives to ldmatrix. What changes in loops is added as constants: only the place of the chunk needs an instruction.
+template <class Tile>
+struct LaneAddress {
+  uint32_t row;   // of the lane's row
+  uint32_t flip;  // the lane's chunk of the first two, swizzled
+
+  FA_DEVICE LaneAddress(uint32_t tile, int lane_row, int lane_chunk)
+      : row(tile + lane_row * Tile::kPitch), flip((lane_chunk ^ Tile::swizzle(lane_row)) << 4) {}
+
+  // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right.
+  FA_DEVICE uint32_t at(int rows, int sixteens) const {
+    constexpr int kPeriod = Tile::kPermuted / 2;
+    return row + rows * Tile::kPitch + sixteens / kPeriod * (kPeriod * 32) + ((sixteens % kPeriod * 32) ^ flip);
+  }
+};
+
+// What lane i of a warp addresses to get, for a 16 x 16 piece at a tile's row 0:
+template <class Tile>
+FA_DEVICE LaneAddress<Tile> left_operand(uint32_t tile, int first_row) {  // the a of mma
+  const int lane = threadIdx.x % 32;
+  return {tile, first_row + lane % 16, lane / 16};
+}
+template <class Tile>
+FA_DEVICE LaneAddress<Tile> right_operand_of_rows(uint32_t tile) {  // b0 and b1 for 8 rows, then for the next 8: B is the tile transposed
+  const int lane = threadIdx.x % 32;
+  return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
+}
+template <class Tile>
+FA_DEVICE LaneAddress<Tile> right_operand_of_columns(uint32_t tile) {  // with trans: b0 and b1 for 8 columns, then for the next 8
+  const int lane = threadIdx.x % 32;
+  return {tile, lane % 16, lane / 16};
+}
+
+// Copies rows of a tensor into a tile, asynchronously. Rows that do not exist and columns past `columns` become 0.
+//   source: row 0 of the tile; exists(row): whether that row of the tile is there
+template <class Tile, int NUM_THREADS, class Exists>
+FA_DEVICE void copy_rows_async(uint32_t tile, const uint16_t* source, int64_t stride, int columns, int thread, Exists exists) {
+  constexpr int kLanes = Tile::kPermuted, kRowsAtOnce = NUM_THREADS / kLanes;  // lanes that copy a row together
+  static_assert(Tile::kRows % kRowsAtOnce == 0, "every pass copies whole rows");
+  const int row = thread / kLanes, chunk = thread % kLanes;
+  source += row * stride + chunk * kChunk;
+#pragma unroll
+  for (int pass = 0; pass < Tile::kRows / kRowsAtOnce; ++pass) {
+    const bool row_exists = exists(row + pass * kRowsAtOnce);
+    const uint32_t target = tile + Tile::offset(row + pass * kRowsAtOnce, chunk);
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / (kLanes * kChunk); ++i) {
+      const int column = i * kLanes * kChunk;
+      ptx::cp_async_16(target + 2 * column, source + column, row_exists && chunk * kChunk + column < columns);
+    }
+    source += kRowsAtOnce * stride;
+  }
+}
+
+// Accumulators of a warp: MATRICES times 16 rows, BLOCKS times 8 columns. Lane i holds of each 16 x 8 block the elements (i / 4, 2 (i %
+// 4)), the one to its right, and both of these 8 rows below.
+template <int MATRICES, int BLOCKS>
+using Accumulators = float[MATRICES][BLOCKS][4];
+
+// act(element, row, column), both relative to the accumulators.
+template <int MATRICES, int BLOCKS, class Act>
+FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Act act) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < MATRICES; ++m) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) act(accumulators[m][n][e], 16 * m + e / 2 * 8 + lane / 4, 8 * n + 2 * (lane % 4) + e % 2);
+    }
+  }
+}
+
+// scores = left (16 * MATRICES x 16 * STEPS) times the transpose of keys (8 * BLOCKS x 16 * STEPS)
+//   left(step, matrix, a): puts the a operand of that piece into a
+template <Dtype DTYPE, int STEPS, int MATRICES, int BLOCKS, class KeyTile, class Left>
+FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left left, const LaneAddress<KeyTile>& keys) {
+#pragma unroll
+  for (int m = 0; m < MATRICES; ++m) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    uint32_t a[MATRICES][4];
+#pragma unroll
+    for (int m = 0; m < MATRICES; ++m) left(step, m, a[m]);
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, keys.at(8 * n, step));
+#pragma unroll
+      for (int m = 0; m < MATRICES; ++m) {
+        ptx::mma_m16n8k16<DTYPE>(scores[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<DTYPE>(scores[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// out (16 * MATRICES x 8 * OUT_BLOCKS) += weights (16 * MATRICES x 8 * BLOCKS), rounded to DTYPE, times values (8 * BLOCKS x 8 *
+// OUT_BLOCKS). Two accumulator blocks side by side lie as the a operand does.
+template <Dtype DTYPE, int MATRICES, int BLOCKS, int OUT_BLOCKS, class ValueTile>
+FA_DEVICE void multiply_add(Accumulators<MATRICES, OUT_BLOCKS>& out, const Accumulators<MATRICES, BLOCKS>& weights,
+                            const LaneAddress<ValueTile>& values) {
+#pragma unroll
+  for (int step = 0; step < BLOCKS / 2; ++step) {
+    uint32_t a[MATRICES][4];
+#pragma unroll
+    for (int m = 0; m < MATRICES; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&block)[4] = weights[m][2 * step + i / 2];
+        a[m][i] = ptx::pack<DTYPE>(block[i % 2 * 2], block[i % 2 * 2 + 1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < OUT_BLOCKS; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, values.at(16 * step, n / 2));
+#pragma unroll
+      for (int m = 0; m < MATRICES; ++m) {
+        ptx::mma_m16n8k16<DTYPE>(out[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<DTYPE>(out[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+}  // namespace fused_attention::cuda
