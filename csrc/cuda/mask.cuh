@@ -115,10 +115,10 @@ FA_DEVICE const T* of_head(const T* data, int64_t batch_stride, int64_t batch, i
 struct ScoreMask {
   const Sequence& sequence;
   const AttentionProblem& problem;
-  int64_t batch;
+  int batch;
   const uint32_t* bits;  // of row 0 of the head; they say all there is to say about rows that are present
 
-  FA_DEVICE ScoreMask(const Sequence& sequence, const AttentionProblem& problem, int64_t batch, int64_t head)
+  FA_DEVICE ScoreMask(const Sequence& sequence, const AttentionProblem& problem, int batch, int head)
       : sequence(sequence),
         problem(problem),
         batch(batch),

@@ -11,6 +11,12 @@ namespace fused_attention::cuda::ptx {
 
 FA_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
+// x, of which the compiler knows no more, so that it computes what follows from x anew and keeps no registers for it.
+FA_DEVICE uint32_t again(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x, with 2^-inf = 0; about 2 ulp.
 FA_DEVICE float ex2(float x) {
   float y;
@@ -22,6 +28,13 @@ FA_DEVICE float ex2(float x) {
 FA_DEVICE float lg2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x; 1 ulp.
+FA_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -59,21 +72,22 @@ FA_DEVICE void ldmatrix_x4_trans(uint32_t (&matrices)[4], uint32_t address) {
                : "memory");
 }
 
-// d (16 x 8) += a (16 x 16) b (16 x 8), float32 sums. With g = lane / 4 and c = 2 (lane % 4) a lane holds of d rows {g, g + 8} x columns
-// {c, c + 1}; of a (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8) and the column after each; of b rows {c, c + 1}, {c + 8, c + 9} of column
-// g.
+// d (16 x 8) = a (16 x 16) b (16 x 8) + c, float32 sums. With g = lane / 4 and k = 2 (lane % 4) a lane holds of c and d rows {g, g + 8} x
+// columns {k, k + 1}; of a (g, k), (g + 8, k), (g, k + 8), (g + 8, k + 8) and the column after each; of b rows {k, k + 1}, {k + 8, k + 9}
+// of column g.
+#define FA_MMA(TYPES)                                                                                                   \
+  asm("mma.sync.aligned.m16n8k16.row.col." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                                  \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
 template <Dtype DTYPE>
-FA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+FA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
   if constexpr (DTYPE == Dtype::bfloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    FA_MMA("f32.bf16.bf16.f32");
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    FA_MMA("f32.f16.f16.f32");
   }
 }
+#undef FA_MMA
 
 // 16 bytes from global to shared memory, past L1; zeros, and nothing is read, where not `exists`.
 FA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool exists) {

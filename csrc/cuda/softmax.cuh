@@ -108,7 +108,7 @@ struct OnlineSoftmax {
   FA_DEVICE float lse(int m, int half) const {  // natural logarithm
     return saw_something(m, half) ? (row_max[m][half] + ptx::lg2(row_sum[m][half])) * kLn2 : -kInfinity;
   }
-  FA_DEVICE float reciprocal_sum(int m, int half) const { return saw_something(m, half) ? 1.0f / row_sum[m][half] : 0.0f; }
+  FA_DEVICE float reciprocal_sum(int m, int half) const { return saw_something(m, half) ? ptx::rcp(row_sum[m][half]) : 0.0f; }
 };
 
 }  // namespace fused_attention::cuda

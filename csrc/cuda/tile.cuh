@@ -22,14 +22,29 @@ struct SharedTile {
   static FA_DEVICE uint32_t offset(int row, int chunk) { return row * kPitch + ((chunk ^ swizzle(row)) << 4); }
 };
 
-// The address that a lane gives to ldmatrix. What changes in loops is added as constants: only the place of the chunk needs an instruction.
+// The address that a lane gives to ldmatrix for a 16 x 16 piece of a tile. An mma wants its operands in registers that follow each other,
+// which decides the order of the four 8 x 8 matrices:
+//
+//   by_rows      upper left, lower left, upper right, lower right: the a operand; with trans b0 and b1 of columns 0 to 7, then of 8 to 15
+//   by_columns   upper left, upper right, lower left, lower right: b0 and b1 of the piece transposed, of rows 0 to 7, then of 8 to 15
+//
+// What changes in loops is added as constants: only the place of the chunk needs an instruction.
 template <class Tile>
 struct LaneAddress {
   uint32_t row;   // of the lane's row
   uint32_t flip;  // the lane's chunk of the first two, swizzled
 
-  FA_DEVICE LaneAddress(uint32_t tile, int lane_row, int lane_chunk)
-      : row(tile + lane_row * Tile::kPitch), flip((lane_chunk ^ Tile::swizzle(lane_row)) << 4) {}
+  static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0) {
+    const int lane = threadIdx.x % 32;
+    return of_lane(tile, first_row + lane % 16, lane / 16);
+  }
+  static FA_DEVICE LaneAddress by_columns(uint32_t tile) {
+    const int lane = threadIdx.x % 32;
+    return of_lane(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  }
+  static FA_DEVICE LaneAddress of_lane(uint32_t tile, int row, int chunk) {
+    return {tile + row * Tile::kPitch, static_cast<uint32_t>(chunk ^ Tile::swizzle(row)) << 4};
+  }
 
   // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right.
   FA_DEVICE uint32_t at(int rows, int sixteens) const {
@@ -38,30 +53,13 @@ struct LaneAddress {
   }
 };
 
-// What lane i of a warp addresses to get, for a 16 x 16 piece at a tile's row 0:
-template <class Tile>
-FA_DEVICE LaneAddress<Tile> left_operand(uint32_t tile, int first_row) {  // the a of mma
-  const int lane = threadIdx.x % 32;
-  return {tile, first_row + lane % 16, lane / 16};
-}
-template <class Tile>
-FA_DEVICE LaneAddress<Tile> right_operand_of_rows(uint32_t tile) {  // b0 and b1 for 8 rows, then for the next 8: B is the tile transposed
-  const int lane = threadIdx.x % 32;
-  return {tile, lane % 8 + lane / 16 * 8, lane / 8 % 2};
-}
-template <class Tile>
-FA_DEVICE LaneAddress<Tile> right_operand_of_columns(uint32_t tile) {  // with trans: b0 and b1 for 8 columns, then for the next 8
-  const int lane = threadIdx.x % 32;
-  return {tile, lane % 16, lane / 16};
-}
-
 // Copies rows of a tensor into a tile, asynchronously. Rows that do not exist and columns past `columns` become 0.
 //   source: row 0 of the tile; exists(row): whether that row of the tile is there
 template <class Tile, int NUM_THREADS, class Exists>
-FA_DEVICE void copy_rows_async(uint32_t tile, const uint16_t* source, int64_t stride, int columns, int thread, Exists exists) {
+FA_DEVICE void copy_rows_async(uint32_t tile, const uint16_t* source, int64_t stride, int columns, uint32_t thread, Exists exists) {
   constexpr int kLanes = Tile::kPermuted, kRowsAtOnce = NUM_THREADS / kLanes;  // lanes that copy a row together
   static_assert(Tile::kRows % kRowsAtOnce == 0, "every pass copies whole rows");
-  const int row = thread / kLanes, chunk = thread % kLanes;
+  const int row = static_cast<int>(thread / kLanes), chunk = static_cast<int>(thread % kLanes);
   source += row * stride + chunk * kChunk;
 #pragma unroll
   for (int pass = 0; pass < Tile::kRows / kRowsAtOnce; ++pass) {
@@ -99,11 +97,7 @@ FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Ac
 //   left(step, matrix, a): puts the a operand of that piece into a
 template <Dtype DTYPE, int STEPS, int MATRICES, int BLOCKS, class KeyTile, class Left>
 FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left left, const LaneAddress<KeyTile>& keys) {
-#pragma unroll
-  for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; ++n) scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0.0f;
-  }
+  const float zero[4] = {};  // no registers to set to 0: there is one that always is
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     uint32_t a[MATRICES][4];
@@ -115,8 +109,11 @@ FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left 
       ptx::ldmatrix_x4(b, keys.at(8 * n, step));
 #pragma unroll
       for (int m = 0; m < MATRICES; ++m) {
-        ptx::mma_m16n8k16<DTYPE>(scores[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<DTYPE>(scores[m][n + 1], a[m], b[2], b[3]);
+        using Block = const float (&)[4];
+        Block left_sum = step == 0 ? zero : static_cast<Block>(scores[m][n]);
+        Block right_sum = step == 0 ? zero : static_cast<Block>(scores[m][n + 1]);
+        ptx::mma_m16n8k16<DTYPE>(scores[m][n], a[m], b[0], b[1], left_sum);
+        ptx::mma_m16n8k16<DTYPE>(scores[m][n + 1], a[m], b[2], b[3], right_sum);
       }
     }
   }
@@ -144,8 +141,8 @@ FA_DEVICE void multiply_add(Accumulators<MATRICES, OUT_BLOCKS>& out, const Accum
       ptx::ldmatrix_x4_trans(b, values.at(16 * step, n / 2));
 #pragma unroll
       for (int m = 0; m < MATRICES; ++m) {
-        ptx::mma_m16n8k16<DTYPE>(out[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<DTYPE>(out[m][n + 1], a[m], b[2], b[3]);
+        ptx::mma_m16n8k16<DTYPE>(out[m][n], a[m], b[0], b[1], out[m][n]);
+        ptx::mma_m16n8k16<DTYPE>(out[m][n + 1], a[m], b[2], b[3], out[m][n + 1]);
       }
     }
   }

@@ -59,7 +59,7 @@ FORWARD_TILES = {
     (32, 32): Tile(128, 64, 4, 2, 2),
     (64, 64): Tile(128, 64, 4, 2, 2),
     (96, 96): Tile(128, 64, 4, 1, 2),
-    (128, 128): Tile(128, 64, 4, 1, 2),
+    (128, 128): Tile(128, 32, 4, 2, 2),
     (192, 192): Tile(128, 64, 8, 1, 1),
     (256, 256): Tile(128, 32, 8, 1, 1),
     (192, 128): Tile(128, 64, 8, 1, 1),
@@ -67,8 +67,8 @@ FORWARD_TILES = {
 # With a float mask, a piece of which waits in registers for its scores: 16 rows to a warp.
 BIAS_TILES = FORWARD_TILES | {
     (32, 32): Tile(64, 64, 4, 2, 3),
-    (64, 64): Tile(64, 64, 4, 2, 3),
-    (96, 96): Tile(64, 64, 4, 1, 3),
+    (64, 64): Tile(64, 64, 4, 2, 2),
+    (96, 96): Tile(64, 64, 4, 1, 2),
     (128, 128): Tile(64, 64, 4, 1, 2),
 }
 DECODE_TILES = {

@@ -25,7 +25,7 @@ FA_DEVICE void combine(const ForwardArguments& arguments) {
   for (int split = lane; split < num_splits; split += 32) sum += weight(split);
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
-  const float reciprocal = sum != 0.0f ? 1.0f / sum : 0.0f;
+  const float reciprocal = sum != 0.0f ? ptx::rcp(sum) : 0.0f;
   if (lane == 0) problem.lse[line] = sum != 0.0f ? shift + ptx::lg2(sum) * kLn2 : -kInfinity;
 
   const int64_t row = line % problem.seqlen_q, head = line / problem.seqlen_q % problem.num_heads;

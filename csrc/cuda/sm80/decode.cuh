@@ -92,9 +92,9 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   ptx::cp_async_wait<2 * kStages - 1>();
   __syncthreads();  // Q has landed, copied by all warps
 
-  const LaneAddress<QueryTile> q_lane = left_operand<QueryTile>(q_smem, 0);
-  const LaneAddress<KeyTile> k_lane = right_operand_of_rows<KeyTile>(k_smem);
-  const LaneAddress<ValueTile> v_lane = right_operand_of_columns<ValueTile>(v_smem);
+  const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem);
+  const auto k_lane = LaneAddress<KeyTile>::by_columns(k_smem);
+  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem);
   uint32_t q[Config::kQueryInRegisters ? kSteps : 1][4];
   if constexpr (Config::kQueryInRegisters) {
 #pragma unroll

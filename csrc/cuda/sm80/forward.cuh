@@ -32,18 +32,37 @@ struct ForwardConfig {
   static constexpr bool kQueryInRegisters = kMatrices * HEAD_DIM_QK <= 128;
 };
 
-// Where a block works.
-struct Place {
-  int64_t batch, head;
-  int start_m;
+// The rows of one sequence and head that a block of threads computes.
+template <int BLOCK_M>
+struct RowBlock {
+  int batch, head, start_m;
+  Sequence sequence;
 
-  FA_DEVICE Place(const AttentionProblem& problem, int block_m) {
-    const auto row_blocks = static_cast<uint32_t>((problem.seqlen_q + block_m - 1) / block_m);
-    const auto num_heads = static_cast<uint32_t>(problem.num_heads);
-    const uint32_t line = blockIdx.x / row_blocks;
-    start_m = static_cast<int>(row_blocks - 1 - blockIdx.x % row_blocks) * block_m;  // the longest causal rows first
-    head = line % num_heads;
-    batch = line / num_heads;
+  FA_DEVICE RowBlock(const AttentionProblem& problem, uint32_t number) : RowBlock(problem, number, row_blocks_of(problem)) {}
+
+  FA_DEVICE uint16_t* rows_of(const StridedTensor& tensor) const {
+    return row_0(tensor, head) + (sequence.first_row + start_m) * tensor.row;
+  }
+  FA_DEVICE const uint16_t* keys_of(const StridedTensor& tensor, int key_head) const {
+    return row_0(tensor, key_head) + sequence.first_key * tensor.row;
+  }
+  FA_DEVICE float* rows_of_lse(const AttentionProblem& problem) const {
+    const bool packed = problem.cu_seqlens_q != nullptr;
+    const int64_t line = packed ? head : batch * problem.num_heads + head, length = packed ? problem.num_tokens_q : problem.seqlen_q;
+    return problem.lse + line * length + sequence.first_row + start_m;
+  }
+
+ private:
+  static FA_DEVICE uint32_t row_blocks_of(const AttentionProblem& problem) {
+    return static_cast<uint32_t>((problem.seqlen_q + BLOCK_M - 1) / BLOCK_M);
+  }
+  FA_DEVICE RowBlock(const AttentionProblem& problem, uint32_t number, uint32_t row_blocks)
+      : batch(static_cast<int>(number / row_blocks / static_cast<uint32_t>(problem.num_heads))),
+        head(static_cast<int>(number / row_blocks % static_cast<uint32_t>(problem.num_heads))),
+        start_m(static_cast<int>(row_blocks - 1 - number % row_blocks) * BLOCK_M),  // the longest causal rows first
+        sequence(problem, batch) {}
+  FA_DEVICE uint16_t* row_0(const StridedTensor& tensor, int h) const {
+    return static_cast<uint16_t*>(tensor.data) + batch * tensor.batch + h * tensor.head;
   }
 };
 
@@ -62,32 +81,25 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V)
 
   const AttentionProblem& problem = arguments.problem;
-  const Place place(problem, Config::kBlockM);
-  const Sequence sequence(problem, place.batch);
-  if (place.start_m >= sequence.rows) return;
-  const int64_t key_head = place.head / arguments.heads_per_group;
-  const auto head_of = [&](const StridedTensor& tensor, int64_t head, int64_t row) {
-    return static_cast<uint16_t*>(tensor.data) + place.batch * tensor.batch + head * tensor.head + row * tensor.row;
-  };
-  const uint16_t* const query = head_of(problem.query, place.head, sequence.first_row + place.start_m);  // (Lq - start_m, Dqk)
-  const uint16_t* const key = head_of(problem.key, key_head, sequence.first_key);                        // (Lk, Dqk)
-  const uint16_t* const value = head_of(problem.value, key_head, sequence.first_key);                    // (Lk, Dv)
-  uint16_t* const out = head_of(problem.out, place.head, sequence.first_row + place.start_m);            // (Lq - start_m, Dv)
-  const int64_t lse_rows = problem.cu_seqlens_q == nullptr ? problem.seqlen_q : problem.num_tokens_q;
-  const int64_t lse_line = problem.cu_seqlens_q == nullptr ? place.batch * problem.num_heads + place.head : place.head;
-  float* const lse = problem.lse + lse_line * lse_rows + sequence.first_row + place.start_m;  // (Lq - start_m,)
-
-  const int32_t* const tiles = of_head(arguments.tiles.data, arguments.tiles.batch, place.batch, arguments.tiles.head, place.head);
-  const KeyBlocks<Config::kBlockM, kBlockN> blocks(
-      sequence, place.start_m, kPlain || tiles == nullptr ? nullptr : tiles + place.start_m / Config::kBlockM * arguments.tiles.line,
-      arguments.tiles.num_tiles);
-  const ScoreMask mask(sequence, problem, place.batch, place.head);
-  const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * Config::kRowsPerWarp;
-  const int rows_left = sequence.rows_present - place.start_m;  // may be below 0
+  const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
+  const Sequence& sequence = block.sequence;
+  if (block.start_m >= sequence.rows) return;
+  const int key_head = block.head / arguments.heads_per_group;
+  const uint16_t* const key = block.keys_of(problem.key, key_head);      // (Lk, Dqk)
+  const uint16_t* const value = block.keys_of(problem.value, key_head);  // (Lk, Dv)
+  const int32_t* tiles = nullptr;
+  if (!kPlain && arguments.tiles.data != nullptr) {
+    tiles = arguments.tiles.data + block.batch * arguments.tiles.batch + block.head * arguments.tiles.head +
+            block.start_m / Config::kBlockM * arguments.tiles.line;
+  }
+  const KeyBlocks<Config::kBlockM, kBlockN> blocks(sequence, block.start_m, tiles, arguments.tiles.num_tiles);
+  const ScoreMask mask(sequence, problem, block.batch, block.head);
+  const int warp_row = threadIdx.x / 32 * Config::kRowsPerWarp;  // the first one of this warp
 
   // Loads: every call is one group of cp.async, an empty one past the last block.
   const auto load_keys = [&](int step, const uint16_t* tensor, int64_t stride, int columns, uint32_t smem, auto tile) {
     using Tile = decltype(tile);
+    const uint32_t thread = ptx::again(threadIdx.x);
     if (step < blocks.num_blocks) {
       const int start_n = blocks.start(step);
       const uint16_t* const source = tensor + start_n * stride;
@@ -106,8 +118,9 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   const auto load_v = [&](int step) {
     load_keys(step, value, problem.value.row, static_cast<int>(problem.head_dim_v), v_smem, ValueTile());
   };
-  copy_rows_async<QueryTile, Config::kThreads>(q_smem, query, problem.query.row, static_cast<int>(problem.head_dim_qk), thread,
-                                               [&](int row) { return row < rows_left; });
+  copy_rows_async<QueryTile, Config::kThreads>(q_smem, block.rows_of(problem.query), problem.query.row,
+                                               static_cast<int>(problem.head_dim_qk), threadIdx.x,
+                                               [&](int row) { return block.start_m + row < sequence.rows_present; });
   load_k(0);
 #pragma unroll
   for (int stage = 1; stage < kStages; ++stage) {
@@ -115,19 +128,19 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     load_k(stage);
   }
 
-  const LaneAddress<QueryTile> q_lane = left_operand<QueryTile>(q_smem, warp_row);
-  const LaneAddress<KeyTile> k_lane = right_operand_of_rows<KeyTile>(k_smem);
-  const LaneAddress<ValueTile> v_lane = right_operand_of_columns<ValueTile>(v_smem);
+  const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem, warp_row);
+  const auto k_lane = LaneAddress<KeyTile>::by_columns(k_smem);
+  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem);
   uint32_t q[Config::kQueryInRegisters ? kSteps : 1][kMatrices][4];
   Accumulators<kMatrices, kOutBlocks> acc = {};
   const bool has_sink = !kPlain && problem.sinks != nullptr;
-  OnlineSoftmax<kMatrices> softmax([&](int, int) { return has_sink ? problem.sinks[place.head] * kLog2E : -kInfinity; });
-  const ScoreTransform transform(arguments, place.batch, place.head);
+  OnlineSoftmax<kMatrices> softmax([&](int, int) { return has_sink ? problem.sinks[block.head] * kLog2E : -kInfinity; });
+  const ScoreTransform transform(arguments, block.batch, block.head);
 
   const auto step_over = [&](int step, auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
     const int start_n = kMasked || !kPlain || Config::kDropout ? blocks.start(step) : 0;
-    const int first_row = place.start_m + warp_row;
+    const int first_row = block.start_m + warp_row;
 
     // K of this block has landed, and every warp is past the product with V of the last one.
     ptx::cp_async_wait<2 * kStages - 2>();
@@ -145,7 +158,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
 
     // S = Q K^T (BLOCK_M, BLOCK_N), each warp its own rows.
     Accumulators<kMatrices, kScoreBlocks> scores;
-    [[maybe_unused]] std::conditional_t<kBias, Bias<kMatrices, kScoreBlocks>, NoBias> bias(problem, place.batch, place.head);
+    [[maybe_unused]] std::conditional_t<kBias, Bias<kMatrices, kScoreBlocks>, NoBias> bias(problem, block.batch, block.head);
     if constexpr (kBias) bias.load(first_row, sequence.rows_present - 1, start_n);
     LaneAddress<KeyTile> k_here = k_lane;
     k_here.row += step % kStages * KeyTile::kBytes;
@@ -170,11 +183,12 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     float scale = arguments.score_scale;
     if constexpr (!kPlain) scale = transform.apply(scores, sequence.offset, first_row, start_n, bias);
     if constexpr (kMasked) {
-      mask.apply<kPlain>(scores, [&](int m, int half) { return first_row + 16 * m + 8 * half + lane / 4; }, start_n);
+      mask.apply<kPlain>(
+          scores, [&](int m, int half) { return first_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x % 32 / 4); }, start_n);
     }
     softmax.template update<kMasked || kBias>(scores, scale, acc);
     if (kPlain ? Config::kDropout : problem.dropout_threshold != 0) {
-      Dropout(problem, place.batch, place.head).apply(scores, first_row, start_n);
+      Dropout(problem, block.batch, block.head).apply(scores, first_row, start_n);
     }
 
     // O += P V (BLOCK_M, HEAD_DIM_V)
@@ -190,30 +204,36 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   ptx::cp_async_wait<0>();
   __syncthreads();  // Q has landed and was read: a warp's rows of it may lie in what another warp copied
 
+  // out = O / row_sum. Where a block and a thread work is found anew, so that the loops above need not remember it.
+  const RowBlock<Config::kBlockM> done(problem, ptx::again(blockIdx.x));
+  const int thread = static_cast<int>(ptx::again(threadIdx.x)), lane = thread % 32, first_row = thread / 32 * Config::kRowsPerWarp;
+  const int rows = done.sequence.rows - done.start_m, rows_present = done.sequence.rows_present - done.start_m;  // of this block
+  float* const lse = done.rows_of_lse(problem);                                                                  // (rows,)
+  uint16_t* const out = done.rows_of(problem.out);                                                               // (rows, Dv)
   softmax.sum_over_quads();
 #pragma unroll
   for (int m = 0; m < kMatrices; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 16 * m + 8 * half + lane / 4;
-      const bool present = row < rows_left;
+      const int row = first_row + 16 * m + 8 * half + lane / 4;
+      const bool present = row < rows_present;
       const float factor = present ? softmax.reciprocal_sum(m, half) * arguments.kept_scale : 0.0f;
 #pragma unroll
       for (int n = 0; n < kOutBlocks; ++n) {
         const uint32_t pair = ptx::pack<kDtype>(acc[m][n][2 * half] * factor, acc[m][n][2 * half + 1] * factor);
         *reinterpret_cast<uint32_t*>(shared + QueryTile::offset(row, n) + 4 * (lane % 4)) = present ? pair : 0;
       }
-      if (lane % 4 == 0 && row < sequence.rows - place.start_m) lse[row] = present ? softmax.lse(m, half) : -kInfinity;
+      if (lane % 4 == 0 && row < rows) lse[row] = present ? softmax.lse(m, half) : -kInfinity;
     }
   }
   __syncwarp();
   constexpr int kLanes = ValueTile::kPermuted;
 #pragma unroll
   for (int i = 0; i < Config::kRowsPerWarp * kLanes / 32; ++i) {
-    const int row = warp_row + i * (32 / kLanes) + lane / kLanes;
+    const int row = first_row + i * (32 / kLanes) + lane / kLanes;
 #pragma unroll
     for (int chunk = lane % kLanes; chunk < Config::kHeadDimV / kChunk; chunk += kLanes) {
-      if (row < sequence.rows - place.start_m && chunk * kChunk < problem.head_dim_v) {
+      if (row < rows && chunk * kChunk < problem.head_dim_v) {
         *reinterpret_cast<uint4*>(out + row * problem.out.row + chunk * kChunk) =
             *reinterpret_cast<const uint4*>(shared + QueryTile::offset(row, chunk));
       }
