@@ -51,6 +51,7 @@ __all__ = [
 
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 227 * 1024
+MAX_RESIDENT_THREADS = 24 * 1024  # each has a stack with a guard, and Linux counts those
 ORDERS = ("round_robin", "random", "priority")
 DELIVERIES = ("late", "eager", "random")
 
@@ -73,6 +74,8 @@ class Schedule:
     check_races: bool = True
     strict_proxy: bool = True  # a writer must itself fence before the barrier; False: any fence on the path will do
     report_uninitialized: bool = False
+    resident_blocks: int | None = 1  # at the same time; None: all
+    ordered_additions: bool = False  # blocks must add floats to the same bytes in a fixed order, so that results repeat bit for bit
     max_instructions: int = 100_000_000  # by one thread, before it counts as a livelock; 0: no limit
 
     @classmethod
@@ -202,6 +205,9 @@ class Module:
             _add_buffer(array, buffer_name)
         if isinstance(schedule, int):
             schedule = Schedule.of_seed(schedule)
+        resident = min(math.prod(grid), schedule.resident_blocks or math.prod(grid))
+        if resident < 1 or resident * math.prod(block) > max(MAX_RESIDENT_THREADS, math.prod(block)):
+            raise LaunchError(f"{entry}: {resident} resident blocks of {math.prod(block)} threads, {MAX_RESIDENT_THREADS} threads are allowed")
         arguments = _LaunchArguments(
             grid=(ctypes.c_uint32 * 3)(*grid),
             block=(ctypes.c_uint32 * 3)(*block),
@@ -213,7 +219,9 @@ class Module:
             check_races=schedule.check_races,
             strict_proxy=schedule.strict_proxy,
             report_uninitialized=schedule.report_uninitialized,
+            ordered_additions=schedule.ordered_additions,
             registers_per_thread=registers,
+            resident_blocks=resident,
         )
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         start = time.perf_counter()
@@ -234,7 +242,9 @@ class _LaunchArguments(ctypes.Structure):
         ("check_races", ctypes.c_int32),
         ("strict_proxy", ctypes.c_int32),
         ("report_uninitialized", ctypes.c_int32),
+        ("ordered_additions", ctypes.c_int32),
         ("registers_per_thread", ctypes.c_int32),
+        ("resident_blocks", ctypes.c_uint32),
     )
 
 
