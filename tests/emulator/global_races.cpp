@@ -89,8 +89,8 @@ bool conflicts(const Epoch& before, const GlobalAccess& access, const void* addr
   const bool both_strong = before.access.strong && access.strong;
   if (both_strong && !(both_add && launch.schedule.ordered_additions)) return false;
   const auto text = [&](const char* problem) {
-    return name_of(access.agent) + " " + verb(access.effect) + " " + name_of_global(address) + problem + noun(before.access.effect) + " by " +
-           name_of(before.access.agent) + " of block number " + std::to_string(before.block) + " at " + to_string(before.where);
+    return name_of(access.agent) + " " + verb(access.effect) + " " + name_of_global(address) + problem + noun(before.access.effect) +
+           " by " + name_of(before.access.agent) + " of block number " + std::to_string(before.block) + " at " + to_string(before.where);
   };
   if (!knows(*current, before.block, before.access.agent, before.access.clock)) {
     const char* const advice = before.access.async_proxy ? " (cp.async.bulk.wait_group without .read, then a release, would order it)" : "";

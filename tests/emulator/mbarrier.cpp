@@ -10,8 +10,8 @@
 namespace emulator {
 
 struct MBarriers {
-  std::map<uint32_t, MBarrier> at;   // by address
-  std::vector<uint32_t> spins_of;  // by thread: polls that failed since a phase last completed anywhere
+  std::map<uint32_t, MBarrier> at;  // by address
+  std::vector<uint32_t> spins_of;   // by thread: polls that failed since a phase last completed anywhere
 };
 
 namespace {

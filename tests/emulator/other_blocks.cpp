@@ -101,7 +101,7 @@ void strong_read(uint64_t address, Order order) {
   if (!found) return;
   Fences& fences = fences_of(*current);
   if (!acquires(order)) {
-    fences.read = joined(fences.read, found);
+    join(fences.read, found);
   } else if (found != fences.received) {
     receive(*current, found);
     fences.received = found;

@@ -24,6 +24,9 @@ struct BlockClocks {
 using OtherBlocks = std::shared_ptr<const std::vector<BlockClocks>>;  // in order of block; nullptr: nothing is known
 
 OtherBlocks joined(const OtherBlocks&, const OtherBlocks&);
+inline void join(OtherBlocks& into, const OtherBlocks& from) {  // both are mostly the same, or nothing
+  if (from && from != into) into = joined(into, from);
+}
 // Whether it includes what this agent of another block did up to that clock.
 bool includes(const OtherBlocks&, uint32_t block, uint32_t agent, uint32_t clock);
 

@@ -42,8 +42,8 @@ std::string explain_block(const Block& block) {
     (is_blocked ? waiting : polling) += 1;
     (is_blocked ? waiter : poller) = &thread;
   }
-  std::string text = "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " +
-                     std::to_string(block.index.z) + "):";
+  std::string text =
+      "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " + std::to_string(block.index.z) + "):";
   if (poller) {
     const Poll& poll = block.polls->of_thread[poller->index];
     text += " " + std::to_string(polling) + " threads poll " + name_of_place(poll.address) + " at " + to_string(poll.where);

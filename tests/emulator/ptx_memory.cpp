@@ -66,9 +66,7 @@ uint64_t aligned_address(const Instruction& i, const Operand& operand, const uin
   return address / bytes * bytes;
 }
 
-GlobalAccess access_of(const Instruction& i, Effect effect) {
-  return i.gpu_scope ? strong_access(effect, i.order) : plain_access(effect);
-}
+GlobalAccess access_of(const Instruction& i, Effect effect) { return i.gpu_scope ? strong_access(effect, i.order) : plain_access(effect); }
 
 void load(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
   const uint32_t size = size_of(i.type), bytes = size * i.vector;

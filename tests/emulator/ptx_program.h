@@ -48,7 +48,7 @@ enum class Combination : uint8_t { none, and_, or_, xor_ };       // of setp's r
 enum class AtomicKind : uint8_t { add, min, max, exch, cas, and_, or_, xor_, inc, dec };
 
 constexpr int FENCES_SHARED = 1, FENCES_GLOBAL = 2;  // variants of fence_proxy_async
-constexpr uint32_t SINK = 0;  // the cell of `_`, written and never read
+constexpr uint32_t SINK = 0;                         // the cell of `_`, written and never read
 
 struct Operand {
   std::vector<uint32_t> cells;        // one, or those of a vector {a, b, c, d} or a pair p|q

@@ -131,8 +131,8 @@ void release(const Thread& thread, Knowledge& knowledge) {
   join(knowledge.seen.data(), seen_by(thread.index));
   join(knowledge.fenced.data(), fenced_by(thread.index));
   const Races& races = *running->races;
-  knowledge.others = joined(knowledge.others, races.others[thread.index]);
-  knowledge.others_fenced = joined(knowledge.others_fenced, races.others_fenced[thread.index]);
+  join(knowledge.others, races.others[thread.index]);
+  join(knowledge.others_fenced, races.others_fenced[thread.index]);
   ++seen_by(thread.index)[thread.index];
 }
 
@@ -141,8 +141,8 @@ void acquire(const Thread& thread, const Knowledge& knowledge) {
   join(seen_by(thread.index), knowledge.seen.data());
   join(fenced_by(thread.index), knowledge.fenced.data());
   Races& races = *running->races;
-  races.others[thread.index] = joined(races.others[thread.index], knowledge.others);
-  races.others_fenced[thread.index] = joined(races.others_fenced[thread.index], knowledge.others_fenced);
+  join(races.others[thread.index], knowledge.others);
+  join(races.others_fenced[thread.index], knowledge.others_fenced);
 }
 
 void set_seen(Knowledge& knowledge, Agent agent, uint32_t clock) {
@@ -185,8 +185,7 @@ void receive(const Thread& thread, const OtherBlocks& published) {
       join(seen_by(thread.index), known.clocks->data());
       join(fenced_by(thread.index), known.clocks->data() + num_agents);
     }
-  OtherBlocks& others = running->races->others[thread.index];
-  others = joined(others, published);
+  join(running->races->others[thread.index], published);
 }
 
 bool knows(const Thread& thread, uint32_t block, Agent agent, uint32_t clock) {

@@ -49,6 +49,12 @@ void clear_runnable(Thread& thread) {
   if (!warp.runnable) thread.block->ready_warps &= ~(1u << thread.warp);
 }
 
+bool any_ready() {
+  for (const auto& block : blocks)
+    if (block->ready_warps) return true;
+  return false;
+}
+
 uint32_t num_ready_warps() {
   uint32_t count = 0;
   for (const auto& block : blocks) count += __builtin_popcount(block->ready_warps);
@@ -85,7 +91,7 @@ Thread* pick_thread() {
   for (;;) {
     if (launch.schedule.delivery == Delivery::random && random_number() % 4 == 0) deliver_in_some_block();
     if (!blocks[current_slot]->warps[current_warp].runnable) {
-      if (!num_ready_warps()) {
+      if (!any_ready()) {
         if (deliver_in_some_block()) continue;
         return nullptr;
       }
@@ -203,7 +209,7 @@ void maybe_preempt() {
   Thread& self = *current;
   clear_runnable(self);
   Thread* next = nullptr;
-  if (num_ready_warps()) {
+  if (any_ready()) {
     const uint32_t num_warps = launch.num_warps;
     const uint64_t place = current_slot * num_warps + current_warp + 1 + random_number() % (blocks.size() * num_warps);
     current_slot = uint32_t(place / num_warps % blocks.size());

@@ -46,7 +46,9 @@ void begin_flight(uint32_t offset, uint32_t bytes) {
   memset(&running->shared_memory->flying[offset / FLIGHT_GRANULE], 1, bytes / FLIGHT_GRANULE);
 }
 
-void end_flight(uint32_t offset, uint32_t bytes) { memset(&running->shared_memory->flying[offset / FLIGHT_GRANULE], 0, bytes / FLIGHT_GRANULE); }
+void end_flight(uint32_t offset, uint32_t bytes) {
+  memset(&running->shared_memory->flying[offset / FLIGHT_GRANULE], 0, bytes / FLIGHT_GRANULE);
+}
 
 bool in_flight(uint32_t offset, uint32_t bytes) {
   const uint8_t* flying = running->shared_memory->flying.data();

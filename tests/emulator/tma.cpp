@@ -37,7 +37,7 @@ struct Store {
 using Group = std::vector<Store>;
 struct Stores {  // of one thread
   Group open;
-  std::deque<Group> committed;  // those whose writes it has not waited for
+  std::deque<Group> committed;               // those whose writes it has not waited for
   uint32_t num_committed = 0, num_read = 0;  // num_read: groups whose reads of shared memory it has waited for
   int64_t agent = -1;
 };
