@@ -32,53 +32,19 @@ const std::set<std::string> HARMLESS = {"sync", "aligned", "volatile", "relaxed"
                                         "gpu",  "sys",     "cluster",  "nc",      "ca",      "cg",      "cs",      "lu", "cv",   "wb",
                                         "wt",   "uni",     "rn",       "approx",  "full",    "noftz",   "mmio",    "ptr"};
 
-const std::map<std::string, Opcode> PLAIN = {{"mov", Opcode::mov},
-                                             {"add", Opcode::add},
-                                             {"sub", Opcode::sub},
-                                             {"fma", Opcode::fma},
-                                             {"div", Opcode::div},
-                                             {"rem", Opcode::rem},
-                                             {"min", Opcode::min},
-                                             {"max", Opcode::max},
-                                             {"neg", Opcode::neg},
-                                             {"abs", Opcode::abs},
-                                             {"and", Opcode::and_},
-                                             {"or", Opcode::or_},
-                                             {"xor", Opcode::xor_},
-                                             {"not", Opcode::not_},
-                                             {"shl", Opcode::shl},
-                                             {"shr", Opcode::shr},
-                                             {"selp", Opcode::selp},
-                                             {"ex2", Opcode::ex2},
-                                             {"lg2", Opcode::lg2},
-                                             {"rcp", Opcode::rcp},
-                                             {"sqrt", Opcode::sqrt},
-                                             {"rsqrt", Opcode::rsqrt},
-                                             {"tanh", Opcode::tanh},
-                                             {"sin", Opcode::sin},
-                                             {"cos", Opcode::cos},
-                                             {"bfi", Opcode::bfi},
-                                             {"bfe", Opcode::bfe},
-                                             {"bfind", Opcode::bfind},
-                                             {"brev", Opcode::brev},
-                                             {"prmt", Opcode::prmt},
-                                             {"lop3", Opcode::lop3},
-                                             {"popc", Opcode::popc},
-                                             {"clz", Opcode::clz},
-                                             {"copysign", Opcode::copysign},
-                                             {"ret", Opcode::ret},
-                                             {"exit", Opcode::exit},
-                                             {"trap", Opcode::trap},
-                                             {"bra", Opcode::branch},
-                                             {"call", Opcode::call},
-                                             {"nanosleep", Opcode::pause},
-                                             {"prefetch", Opcode::nop},
-                                             {"prefetchu", Opcode::nop},
-                                             {"griddepcontrol", Opcode::nop},
-                                             {"createpolicy", Opcode::nop},
-                                             {"discard", Opcode::nop},
-                                             {"applypriority", Opcode::nop},
-                                             {"pmevent", Opcode::nop}};
+const std::map<std::string, Opcode> PLAIN = {
+    {"mov", Opcode::mov},          {"add", Opcode::add},           {"sub", Opcode::sub},           {"fma", Opcode::fma},
+    {"div", Opcode::div},          {"rem", Opcode::rem},           {"min", Opcode::min},           {"max", Opcode::max},
+    {"neg", Opcode::neg},          {"abs", Opcode::abs},           {"and", Opcode::and_},          {"or", Opcode::or_},
+    {"xor", Opcode::xor_},         {"not", Opcode::not_},          {"shl", Opcode::shl},           {"shr", Opcode::shr},
+    {"selp", Opcode::selp},        {"ex2", Opcode::ex2},           {"lg2", Opcode::lg2},           {"rcp", Opcode::rcp},
+    {"sqrt", Opcode::sqrt},        {"rsqrt", Opcode::rsqrt},       {"tanh", Opcode::tanh},         {"sin", Opcode::sin},
+    {"cos", Opcode::cos},          {"bfi", Opcode::bfi},           {"bfe", Opcode::bfe},           {"bfind", Opcode::bfind},
+    {"brev", Opcode::brev},        {"prmt", Opcode::prmt},         {"lop3", Opcode::lop3},         {"popc", Opcode::popc},
+    {"clz", Opcode::clz},          {"copysign", Opcode::copysign}, {"ret", Opcode::ret},           {"exit", Opcode::exit},
+    {"trap", Opcode::trap},        {"bra", Opcode::branch},        {"call", Opcode::call},         {"nanosleep", Opcode::pause},
+    {"prefetch", Opcode::nop},     {"prefetchu", Opcode::nop},     {"membar", Opcode::fence},      {"griddepcontrol", Opcode::nop},
+    {"createpolicy", Opcode::nop}, {"discard", Opcode::nop},       {"applypriority", Opcode::nop}, {"pmevent", Opcode::nop}};
 
 // Takes modifiers out of the mnemonic one after the other; what is left at the end is not supported.
 class Modifiers {
@@ -351,7 +317,6 @@ bool decode_opcode(const std::string& base, Modifiers& modifiers, Instruction& i
     return (modifiers.take("reduce") ? decode_cp_async(modifiers, instruction, true) : decode_cp_async(modifiers, instruction, false));
   if (base == "mbarrier") return decode_mbarrier(modifiers, instruction);
   if (base == "fence") return decode_fence(modifiers, instruction);
-  if (base == "membar") return instruction.gpu_scope = !modifiers.take("cta"), modifiers.take("gl"), set(Opcode::fence);
   if (base == "wgmma") return decode_wgmma(modifiers, instruction);
   if (base == "brx") return modifiers.take("idx") && set(Opcode::branch_table);
   if (base == "setmaxnreg")
@@ -361,6 +326,7 @@ bool decode_opcode(const std::string& base, Modifiers& modifiers, Instruction& i
   if (plain->second == Opcode::nop)
     while (modifiers.take_prefix("")) continue;
   if (base == "bfind") instruction.flag = modifiers.take("shiftamt");
+  if (base == "membar") instruction.gpu_scope = !modifiers.take("cta"), modifiers.take("gl");
   modifiers.take("b32");
   return set(plain->second);
 }
