@@ -107,7 +107,10 @@ bool conflicts(const Epoch& before, const GlobalAccess& access, const void* addr
 }  // namespace
 
 GlobalAccess plain_access(Effect effect) { return {effect, false, false, current->index, own_clock(*current)}; }
-GlobalAccess strong_access(Effect effect, Order order) { return {effect, true, false, current->index, strong_clock(*current, order)}; }
+GlobalAccess strong_access(Effect effect, Order order) {
+  const uint32_t clock = effect == Effect::read ? own_clock(*current) : strong_clock(*current, order);
+  return {effect, true, false, current->index, clock};
+}
 
 void check_global_access(const void* address, size_t bytes, const GlobalAccess& access, Location where) {
   if (!launch.schedule.check_races) return;

@@ -34,7 +34,7 @@ enum class Order : uint8_t { weak, relaxed, acquire, release, acq_rel };  // wea
 inline bool acquires(Order order) { return order == Order::acquire || order == Order::acq_rel; }
 inline bool releases(Order order) { return order == Order::release || order == Order::acq_rel; }
 
-// The current thread's strong accesses (relaxed or stronger, scope of the GPU), which others may synchronise with.
+// The current thread's strong accesses to global memory (relaxed or stronger, scope of the GPU), which others may synchronise with.
 void strong_read(uint64_t address, Order);
 void strong_write(uint64_t address, Order);
 void strong_update(uint64_t address, Order, bool writes);  // an atomic: reads and, a failed compare-and-swap excepted, writes

@@ -17,7 +17,7 @@ struct Poll {  // the last one of a thread
   Location where = 0;
 };
 
-constexpr uint32_t MAX_POLLS = 5'000;
+constexpr uint32_t MAX_POLLS = 20'000;
 
 }  // namespace
 

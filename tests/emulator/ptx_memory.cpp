@@ -77,8 +77,10 @@ void load(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
     return;
   }
   if (place.space == Space::shared) check_shared_read(*current, uint32_t(place.pointer - shared_memory()), bytes, i.where);
-  if (place.space == Space::global) check_global_access(place.pointer, bytes, access_of(i, Effect::read), i.where);
-  if (i.gpu_scope) strong_read(uint64_t(place.pointer), i.order);
+  if (place.space == Space::global) {
+    check_global_access(place.pointer, bytes, access_of(i, Effect::read), i.where);
+    if (i.gpu_scope) strong_read(uint64_t(place.pointer), i.order);
+  }
   for (uint32_t k = 0; k < i.vector; ++k) {
     uint64_t value = 0;
     memcpy(&value, place.pointer + k * size, size);
@@ -94,13 +96,15 @@ void store(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
   uint8_t data[40];
   for (uint32_t k = 0; k < i.vector; ++k) memcpy(data + k * size, &cells[i.operands[1].cells[k]], 8);
   if (place.space == Space::shared) check_shared_write(*current, uint32_t(place.pointer - shared_memory()), bytes, i.where, data);
-  if (place.space == Space::global) check_global_access(place.pointer, bytes, access_of(i, Effect::write), i.where);
-  if (i.gpu_scope)
-    strong_write(uint64_t(place.pointer), i.order);
-  else
-    weak_write(uint64_t(place.pointer), bytes);
+  if (place.space == Space::global) {
+    check_global_access(place.pointer, bytes, access_of(i, Effect::write), i.where);
+    if (i.gpu_scope)
+      strong_write(uint64_t(place.pointer), i.order);
+    else
+      weak_write(uint64_t(place.pointer), bytes);
+  }
   memcpy(place.pointer, data, bytes);
-  ++progress;
+  if (place.space == Space::global || place.space == Space::shared) ++progress;
 }
 
 uint64_t add(uint64_t a, uint64_t b, Type type) {
@@ -160,10 +164,10 @@ void atomic(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
     if (i.flag) cells[i.operands[0].cells[element]] = old;
   }
   const bool writes = i.atomic != AtomicKind::cas || old == truncated(cells[i.operands[k + 1].cells[0]], i.type);
-  if (i.gpu_scope) strong_update(uint64_t(place.pointer), i.order, writes);
+  if (i.gpu_scope && place.space == Space::global) strong_update(uint64_t(place.pointer), i.order, writes);
   if (changed)
     ++progress;
-  else
+  else if (i.flag)
     note_poll(place.pointer, old, i.where);
 }
 
