@@ -720,6 +720,15 @@ def test_overwriting_what_another_block_may_still_read() -> None:
     assert "writes argument 0+0, not ordered after the read by thread 0" in report.message
 
 
+def test_races_after_many_writes() -> None:
+    """More accesses than are remembered one by one: those that no byte names any more are dropped."""
+    body = "mov.u32 %r9, %ctaid.x;\nsetp.eq.u32 %q0, %r9, 1;\nmul.wide.u32 %d0, %t, 4;\nadd.u64 %d0, %d0, %p0;\n@%q0 bra READ;\n"
+    body += "mov.u32 %r0, 0;\nLOOP: st.global.u32 [%d0], %r0;\nbar.sync 0;\nadd.u32 %r0, %r0, 1;\n"
+    body += "setp.lt.u32 %q0, %r0, 2500;\n@%q0 bra LOOP;\nbra END;\nREAD: ld.global.u32 %r1, [%d0];\nEND:\n"
+    (report,) = run_threads(body, [np.zeros(128, np.uint32)], threads=128, grid=2).reports
+    assert (report.kind, report.count) == ("global-race", 128)
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_atomics_of_several_blocks(ordered: bool) -> None:
     """Integers add up to the same in any order; floats only nearly."""

@@ -21,7 +21,7 @@ bool same(const GlobalAccess& a, const GlobalAccess& b) {
 
 using EpochIndex = uint32_t;  // 0: none
 std::vector<Epoch> epochs;
-constexpr size_t MIN_EPOCHS = 1 << 20;
+constexpr size_t MIN_EPOCHS = 1 << 18;
 size_t max_epochs;  // beyond it those that no byte names any more are dropped
 
 struct Recent {  // of one thread
