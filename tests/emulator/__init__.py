@@ -4,9 +4,9 @@
     result = module.launch("kernel", grid=(4, 2), block=(128,), shared_bytes=0, args=[query, out, 64, 0.125], schedule=1)
     result.check()
 
-Every thread is a fiber, so that kernels wait, shuffle and copy asynchronously as on a GPU. A schedule, drawn from a seed, decides
-who runs when, and how many blocks are resident at a time; asynchronous copies land as late as is legal, or earlier. What is wrong with
-the kernel comes back as reports:
+Every thread is a fiber, so that kernels wait, shuffle and copy asynchronously as on a GPU. A schedule says how many blocks are resident
+at a time and, drawn from a seed, who runs when; asynchronous copies land as late as is legal, or earlier. What is wrong with the kernel
+comes back as reports:
 
     race                   two accesses to shared memory, one of them a write, that no barrier orders
     in-flight-read/-write  an access to memory that an asynchronous copy is still filling
@@ -26,14 +26,14 @@ the kernel comes back as reports:
 
 The edges between blocks are those of the PTX memory model, whether the blocks ran together or one after the other: that one happened to
 end before another began orders nothing. Writes and additions by TMA are other blocks' to see once their thread has passed
-cp.async.bulk.wait_group without .read and then released; until then, or until the launch ends, they have not reached global memory.
+cp.async.bulk.wait_group without .read and then released; until then they may be anywhere, and most schedules keep them back.
 
 What it cannot show: speed, registers, what ptxas does to the PTX, rounding inside tensor cores, clusters. Of weak memory order it shows
 what a race shows: loads always find the newest value, so code that is wrong in spite of strong accesses only, such as flags that two
 blocks raise and read without fence.sc, looks right. Of each byte of global memory the last write and one read after it are remembered,
 and reads only once the array has been written in the launch: some schedules see what others miss. Scopes of a block and of a cluster
-order nothing here, and within a block threads are ordered in shared memory only, global memory is not looked at. How many blocks a GPU
-holds is for the caller to say; one that no schedule starts in time for another is a report, one that the GPU has room for is not.
+order nothing here, and accesses to global memory by threads of one block are not compared. How many blocks a GPU has room for is for
+the caller to say, by Schedule.resident_blocks: a kernel may be right with all blocks resident and wait for ever with fewer.
 """
 
 from __future__ import annotations
