@@ -4,24 +4,36 @@
     result = module.launch("kernel", grid=(4, 2), block=(128,), shared_bytes=0, args=[query, out, 64, 0.125], schedule=1)
     result.check()
 
-Every thread is a fiber, so that kernels wait, shuffle and copy asynchronously as on a GPU. A schedule, drawn from a seed, decides
-who runs when; asynchronous copies land as late as is legal, or earlier. What is wrong with the kernel comes back as reports:
+Every thread is a fiber, so that kernels wait, shuffle and copy asynchronously as on a GPU. A schedule says how many blocks are resident
+at a time and, drawn from a seed, who runs when; asynchronous copies land as late as is legal, or earlier. What is wrong with the kernel
+comes back as reports:
 
     race                   two accesses to shared memory, one of them a write, that no barrier orders
     in-flight-read/-write  an access to memory that an asynchronous copy is still filling
-    missing-proxy-fence    plain writes that TMA or wgmma may not see; an mbarrier that TMA may not see
+    missing-proxy-fence    plain writes that TMA or wgmma may not see, in shared memory or by another block in global memory; an mbarrier
+                           that TMA may not see
     missing-wgmma-fence    wgmma without wgmma.fence
     acc-touched            registers of a wgmma used before wgmma.wait_group
     exit-pending           threads exit before their asynchronous work is done
-    deadlock, livelock     who waits for what
+    deadlock, livelock     who waits for what; whether blocks wait for others that cannot become resident before they end
     barrier, mbarrier, tx-count, collective, divergent-collective, setmaxnreg, tma, cp-async, wgmma    misuse of these
     smem-oob, global-oob, local-oob, misaligned    bad addresses
-    global-race            blocks that exchange data through plain accesses
+    global-race            accesses to global memory by two blocks, one of them a write and one of them plain, without an edge from one
+                           to the other: release and acquire, or fences with strong accesses, at the scope of the GPU
+    unordered-addition     float additions to the same bytes by two blocks without such an edge, when the schedule asks for a fixed order
     uninitialized          shared memory read before it is written (when the schedule asks for it)
     limit, trap, branch    more mbarriers than the detector follows; the kernel's own trap; a jump beyond its table
 
-What it cannot show: speed, registers, what ptxas does to the PTX, rounding inside tensor cores, weak memory order between blocks,
-clusters. Blocks run one after the other, so a kernel whose blocks wait for each other ends in a livelock report.
+The edges between blocks are those of the PTX memory model, whether the blocks ran together or one after the other: that one happened to
+end before another began orders nothing. Writes and additions by TMA are other blocks' to see once their thread has passed
+cp.async.bulk.wait_group without .read and then released; until then they may be anywhere, and most schedules keep them back.
+
+What it cannot show: speed, registers, what ptxas does to the PTX, rounding inside tensor cores, clusters. Of weak memory order it shows
+what a race shows: loads always find the newest value, so code that is wrong in spite of strong accesses only, such as flags that two
+blocks raise and read without fence.sc, looks right. Of each byte of global memory the last write and one read after it are remembered,
+and reads only once the array has been written in the launch: some schedules see what others miss. Scopes of a block and of a cluster
+order nothing here, and accesses to global memory by threads of one block are not compared. How many blocks a GPU has room for is for
+the caller to say, by Schedule.resident_blocks: a kernel may be right with all blocks resident and wait for ever with fewer.
 """
 
 from __future__ import annotations
@@ -51,6 +63,7 @@ __all__ = [
 
 MAX_THREADS = 1024
 MAX_SHARED_BYTES = 227 * 1024
+MAX_RESIDENT_THREADS = 24 * 1024  # each has a stack with a guard, and Linux counts those
 ORDERS = ("round_robin", "random", "priority")
 DELIVERIES = ("late", "eager", "random")
 
@@ -73,6 +86,8 @@ class Schedule:
     check_races: bool = True
     strict_proxy: bool = True  # a writer must itself fence before the barrier; False: any fence on the path will do
     report_uninitialized: bool = False
+    resident_blocks: int | None = 1  # at the same time; None: all
+    ordered_additions: bool = False  # blocks must add floats to the same bytes in a fixed order, so that results repeat bit for bit
     max_instructions: int = 100_000_000  # by one thread, before it counts as a livelock; 0: no limit
 
     @classmethod
@@ -202,6 +217,9 @@ class Module:
             _add_buffer(array, buffer_name)
         if isinstance(schedule, int):
             schedule = Schedule.of_seed(schedule)
+        resident = min(math.prod(grid), schedule.resident_blocks or math.prod(grid))
+        if resident < 1 or resident * math.prod(block) > max(MAX_RESIDENT_THREADS, math.prod(block)):
+            raise LaunchError(f"{entry}: {resident} resident blocks of {math.prod(block)} threads, at most {MAX_RESIDENT_THREADS} in all")
         arguments = _LaunchArguments(
             grid=(ctypes.c_uint32 * 3)(*grid),
             block=(ctypes.c_uint32 * 3)(*block),
@@ -213,7 +231,9 @@ class Module:
             check_races=schedule.check_races,
             strict_proxy=schedule.strict_proxy,
             report_uninitialized=schedule.report_uninitialized,
+            ordered_additions=schedule.ordered_additions,
             registers_per_thread=registers,
+            resident_blocks=resident,
         )
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         start = time.perf_counter()
@@ -234,7 +254,9 @@ class _LaunchArguments(ctypes.Structure):
         ("check_races", ctypes.c_int32),
         ("strict_proxy", ctypes.c_int32),
         ("report_uninitialized", ctypes.c_int32),
+        ("ordered_additions", ctypes.c_int32),
         ("registers_per_thread", ctypes.c_int32),
+        ("resident_blocks", ctypes.c_uint32),
     )
 
 

@@ -17,7 +17,14 @@ struct Barrier {
 
 constexpr uint32_t NUM_BARRIERS = 16;
 constexpr const char* WAITING = "barrier";
-Barrier barriers[NUM_BARRIERS];
+
+}  // namespace
+
+struct Barriers {
+  Barrier of_number[NUM_BARRIERS];
+};
+
+namespace {
 
 void arrive(uint32_t number, uint32_t num_threads, bool wait, bool predicate, Location where) {
   Thread& self = *current;
@@ -27,7 +34,7 @@ void arrive(uint32_t number, uint32_t num_threads, bool wait, bool predicate, Lo
     num_threads = launch.num_threads;
   else if (num_threads % 32)
     report("barrier", where, "barrier %u: %u threads is not a multiple of the warp size", number, num_threads);
-  Barrier& barrier = barriers[number % NUM_BARRIERS];
+  Barrier& barrier = running->barriers->of_number[number % NUM_BARRIERS];
   if (barrier.arrived == 0) {
     barrier.expected = num_threads;
     barrier.votes = BarrierVotes();
@@ -60,13 +67,14 @@ void arrive(uint32_t number, uint32_t num_threads, bool wait, bool predicate, Lo
 
 BarrierVotes barrier_sync(uint32_t number, uint32_t num_threads, Location where, bool predicate) {
   arrive(number, num_threads, true, predicate, where);
-  return barriers[number % NUM_BARRIERS].last_votes;
+  return running->barriers->of_number[number % NUM_BARRIERS].last_votes;
 }
 
 void barrier_arrive(uint32_t number, uint32_t num_threads, Location where) { arrive(number, num_threads, false, false, where); }
 
-void begin_block_barriers() {
-  for (Barrier& barrier : barriers) {
+void begin_block_barriers(Block& block) {
+  if (!block.barriers) block.barriers = std::make_shared<Barriers>();
+  for (Barrier& barrier : block.barriers->of_number) {
     barrier.arrived = 0;
     barrier.waiters.clear();
   }
@@ -74,7 +82,7 @@ void begin_block_barriers() {
 
 std::string explain_barrier_wait(const Thread& thread) {
   if (thread.waits_for != WAITING) return "";
-  const Barrier& barrier = barriers[thread.waits_object];
+  const Barrier& barrier = thread.block->barriers->of_number[thread.waits_object];
   return " -- barrier " + std::to_string(thread.waits_object) + ": " + std::to_string(barrier.arrived) + " of " +
          std::to_string(barrier.expected) + " threads arrived";
 }

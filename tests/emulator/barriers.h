@@ -17,7 +17,7 @@ constexpr uint32_t WHOLE_BLOCK = 0;  // as a count of threads
 BarrierVotes barrier_sync(uint32_t number, uint32_t num_threads, Location, bool predicate = false);
 void barrier_arrive(uint32_t number, uint32_t num_threads, Location);
 
-void begin_block_barriers();
+void begin_block_barriers(Block&);
 std::string explain_barrier_wait(const Thread&);
 
 }  // namespace emulator

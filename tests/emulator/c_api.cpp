@@ -1,9 +1,11 @@
 // What Python calls, through ctypes. Strings returned belong to the library and live until the next call of the same function.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <string>
 
 #include "global_memory.h"
+#include "global_races.h"
 #include "ptx_interpreter.h"
 #include "race_detector.h"
 #include "shared_memory.h"
@@ -77,7 +79,8 @@ struct LaunchArguments {
   uint32_t grid[3], block[3];
   uint64_t shared_bytes;  // dynamic
   uint64_t seed, max_instructions;
-  int32_t order, delivery, check_races, strict_proxy, report_uninitialized, registers_per_thread;
+  int32_t order, delivery, check_races, strict_proxy, report_uninitialized, ordered_additions, registers_per_thread;
+  uint32_t resident_blocks;
 };
 
 // The caller has checked the arguments: an entry of the module, sizes within the limits, every parameter's bytes.
@@ -95,6 +98,8 @@ void emulator_launch(const Module* module, const char* entry, const LaunchArgume
   launch.block = {a.block[0], a.block[1], a.block[2]};
   launch.num_threads = a.block[0] * a.block[1] * a.block[2];
   launch.num_warps = (launch.num_threads + 31) / 32;
+  launch.num_blocks = uint64_t(a.grid[0]) * a.grid[1] * a.grid[2];
+  launch.resident_blocks = uint32_t(std::min<uint64_t>(a.resident_blocks, launch.num_blocks));
   launch.registers_per_thread = a.registers_per_thread;
   launch.schedule = {a.seed,
                      WarpOrder(a.order),
@@ -102,22 +107,22 @@ void emulator_launch(const Module* module, const char* entry, const LaunchArgume
                      bool(a.check_races),
                      bool(a.strict_proxy),
                      bool(a.report_uninitialized),
+                     bool(a.ordered_additions),
                      a.max_instructions};
   counts = Counts{};
   seed_random_numbers(a.seed);
   begin_reports();
   for (const auto& [name, variable] : module->variables) add_buffer(variable.data.get(), variable.bytes, name);
   begin_launch_global_memory();
+  begin_launch_global_races();
+  begin_launch_other_blocks();
+  begin_launch_tma();
   begin_launch_shared_memory(module->dynamic_shared_offset() + a.shared_bytes);
   begin_launch_races();
   begin_ptx_launch(*module, function, values);
-  reserve_fiber_stacks(launch.num_threads);
-  for (uint64_t i : block_order(uint64_t(a.grid[0]) * a.grid[1] * a.grid[2])) {
-    begin_ptx_block();
-    const Dim3 index = {uint32_t(i % a.grid[0]), uint32_t(i / a.grid[0] % a.grid[1]), uint32_t(i / (uint64_t(a.grid[0]) * a.grid[1]))};
-    if (!run_block(index, run_ptx_thread) || too_many_findings()) break;
-  }
-  begin_ptx_block();  // frees what the last block's threads held
+  reserve_fiber_stacks(size_t(launch.num_threads) * launch.resident_blocks);
+  run_blocks(block_order(launch.num_blocks), run_ptx_thread);
+  land_late_stores();
 }
 
 struct ReportData {

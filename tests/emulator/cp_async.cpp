@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "global_memory.h"
+#include "global_races.h"
 #include "race_detector.h"
 #include "scheduler.h"
 #include "shared_memory.h"
@@ -24,7 +25,15 @@ struct Copies {  // of one thread
   uint32_t num_committed = 0;  // groups since the block began: the clock of the thread's cp.async agent
 };
 
-std::vector<Copies> copies_of;  // by thread
+}  // namespace
+
+struct CpAsyncCopies {
+  std::vector<Copies> of_thread;
+};
+
+namespace {
+
+Copies& own_copies() { return running->cp_async->of_thread[current->index]; }
 
 void land(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
@@ -48,10 +57,10 @@ void cp_async(uint32_t destination, const void* source, uint32_t bytes, uint32_t
   }
   if (!shared_range_ok(destination, bytes, "cp.async", where)) return;
   if (source_bytes && !global_range_ok(source, source_bytes, "cp.async", where)) source_bytes = 0;
-  if (source_bytes) check_global_access(source, source_bytes, false, where);
+  if (source_bytes) check_global_access(source, source_bytes, plain_access(Effect::read), where);
   const uint32_t offset = destination - SHARED_BASE;
   if (in_flight(offset, bytes)) report("in-flight-write", where, "cp.async into smem+0x%x, which another copy is still filling", offset);
-  Copies& copies = copies_of[self.index];
+  Copies& copies = own_copies();
   if (launch.schedule.check_races) {
     const Agent agent = cp_async_agent(self.index);
     race_write(offset, bytes, access_for(self, agent, copies.num_committed + 1, false, where));
@@ -63,7 +72,7 @@ void cp_async(uint32_t destination, const void* source, uint32_t bytes, uint32_t
 void cp_async_commit(Location where) {
   maybe_preempt();
   current->location = where;
-  Copies& copies = copies_of[current->index];
+  Copies& copies = own_copies();
   copies.committed.push_back(std::move(copies.open));
   copies.open.clear();
   ++copies.num_committed;
@@ -72,7 +81,7 @@ void cp_async_commit(Location where) {
 void cp_async_wait(uint32_t groups_left, Location where) {
   maybe_preempt();
   current->location = where;
-  Copies& copies = copies_of[current->index];
+  Copies& copies = own_copies();
   while (copies.committed.size() > groups_left) {
     land(copies.committed.front());
     copies.committed.pop_front();
@@ -82,7 +91,7 @@ void cp_async_wait(uint32_t groups_left, Location where) {
 
 uint32_t cp_async_land_all(Location where) {
   current->location = where;
-  Copies& copies = copies_of[current->index];
+  Copies& copies = own_copies();
   for (auto& group : copies.committed) {
     land(group);
     group.clear();
@@ -92,10 +101,13 @@ uint32_t cp_async_land_all(Location where) {
   return copies.num_committed + 1;
 }
 
-void begin_block_cp_async() { copies_of.assign(launch.num_threads, Copies()); }
+void begin_block_cp_async(Block& block) {
+  block.cp_async = std::make_shared<CpAsyncCopies>();
+  block.cp_async->of_thread.resize(launch.num_threads);
+}
 
 void check_cp_async_at_exit() {
-  const Copies& copies = copies_of[current->index];
+  const Copies& copies = own_copies();
   bool pending = !copies.open.empty();
   for (const auto& group : copies.committed) pending |= !group.empty();
   if (pending) report("exit-pending", current->location, "the thread exits with cp.async copies that it never waited for");

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "report.h"
+#include "scheduler.h"
 
 namespace emulator {
 
@@ -15,7 +16,7 @@ void cp_async_wait(uint32_t groups_left, Location);
 // Everything the thread has copied so far lands now (cp.async.mbarrier.arrive); returns the clock of its agent that covers it.
 uint32_t cp_async_land_all(Location);
 
-void begin_block_cp_async();
+void begin_block_cp_async(Block&);
 void check_cp_async_at_exit();
 
 }  // namespace emulator

@@ -57,7 +57,8 @@ void reserve_fiber_stacks(size_t count) {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stacks = static_cast<char*>(memory);
   num_stacks = count;
-  for (size_t i = 0; i < count; ++i) mprotect(stacks + pitch * i, GUARD_BYTES, PROT_NONE);
+  for (size_t i = 0; i < count; ++i)
+    if (mprotect(stacks + pitch * i, GUARD_BYTES, PROT_NONE)) throw std::bad_alloc();
 }
 
 Fiber new_fiber(size_t index, void (*entry)()) {

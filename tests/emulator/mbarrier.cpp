@@ -8,10 +8,14 @@
 #include "tma.h"
 
 namespace emulator {
+
+struct MBarriers {
+  std::map<uint32_t, MBarrier> at;  // by address
+  std::vector<uint32_t> spins_of;   // by thread: polls that failed since a phase last completed anywhere
+};
+
 namespace {
 
-std::map<uint32_t, MBarrier> mbarriers;  // by address
-std::vector<uint32_t> spins_of;          // by thread: polls that failed since a phase last completed anywhere
 constexpr uint32_t MAX_SPINS = 20'000;
 constexpr const char* WAITING = "mbarrier wait";
 
@@ -30,13 +34,13 @@ void complete_phases(MBarrier& barrier) {
       acquire(*waiter, barrier.completed);
       set_runnable(*waiter);
     }
-    spins_of.assign(launch.num_threads, 0);
+    running->mbarriers->spins_of.assign(launch.num_threads, 0);
     if (barrier.count == 0) break;
   }
 }
 
 void fence_own_inits() {
-  for (auto& [address, barrier] : mbarriers)
+  for (auto& [address, barrier] : running->mbarriers->at)
     if (barrier.init_thread == current->index) barrier.fenced = true;
 }
 
@@ -54,8 +58,8 @@ void arrive(MBarrier& barrier, uint32_t count, Location where) {
 
 MBarrier* find_mbarrier(uint32_t address, const char* what, Location where) {
   current->location = where;
-  const auto entry = mbarriers.find(address);
-  if (entry == mbarriers.end()) {
+  const auto entry = running->mbarriers->at.find(address);
+  if (entry == running->mbarriers->at.end()) {
     report("mbarrier", where, "%s on smem+0x%x, which is not an initialised mbarrier", what, address - SHARED_BASE);
     return nullptr;
   }
@@ -81,11 +85,11 @@ void mbarrier_init(uint32_t address, uint32_t count, Location where) {
   barrier.init_clock = own_clock(*current);
   clear(barrier.arriving);
   clear(barrier.completed);
-  mbarriers[address] = barrier;
+  running->mbarriers->at[address] = barrier;
 }
 
 void mbarrier_invalidate(uint32_t address, Location where) {
-  if (find_mbarrier(address, "mbarrier.inval", where)) mbarriers.erase(address);
+  if (find_mbarrier(address, "mbarrier.inval", where)) running->mbarriers->at.erase(address);
 }
 
 void mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_bytes, Location where) {
@@ -123,7 +127,7 @@ bool mbarrier_try_wait(uint32_t address, uint32_t parity, bool block, Location w
     block_current(WAITING, where, address, parity);
     return true;
   }
-  uint32_t& spins = spins_of[current->index];
+  uint32_t& spins = running->mbarriers->spins_of[current->index];
   if (++spins > MAX_SPINS) {
     report("livelock", where, "polls mbarrier smem+0x%x for parity %u without progress", address - SHARED_BASE, parity);
     block_current(WAITING, where, address, parity);
@@ -138,35 +142,35 @@ void fence_mbarrier_init(Location where) {
   fence_own_inits();
 }
 
-void fence_proxy_async(Location where) {
+void fence_proxy_async(bool shared_memory, bool global_memory, Location where) {
   maybe_preempt();
   current->location = where;
-  fence_own_inits();
-  fence_async_proxy(*current);
+  if (shared_memory) fence_own_inits();
+  fence_async_proxy(*current, shared_memory, global_memory);
 }
 
 void mbarrier_receive_bytes(uint32_t address, uint32_t bytes) {
-  const auto entry = mbarriers.find(address);
-  if (entry == mbarriers.end()) return;
+  const auto entry = running->mbarriers->at.find(address);
+  if (entry == running->mbarriers->at.end()) return;
   entry->second.expected_bytes -= bytes;
   complete_phases(entry->second);
 }
 
-void begin_block_mbarriers() {
-  mbarriers.clear();
-  spins_of.assign(launch.num_threads, 0);
+void begin_block_mbarriers(Block& block) {
+  block.mbarriers = std::make_shared<MBarriers>();
+  block.mbarriers->spins_of.assign(launch.num_threads, 0);
 }
 
 void check_mbarriers_at_end() {
-  for (const auto& [address, barrier] : mbarriers)
+  for (const auto& [address, barrier] : running->mbarriers->at)
     if (barrier.expected_bytes != 0)
       report("tx-count", barrier.init_where, "the block ends with tx-count %lld on the mbarrier initialised here",
              (long long)barrier.expected_bytes);
 }
 
 std::string explain_mbarrier_wait(const Thread& thread) {
-  const auto entry = mbarriers.find(thread.waits_object);
-  if (thread.waits_for != WAITING || entry == mbarriers.end()) return "";
+  const auto entry = running->mbarriers->at.find(thread.waits_object);
+  if (thread.waits_for != WAITING || entry == running->mbarriers->at.end()) return "";
   const MBarrier& barrier = entry->second;
   char text[256];
   snprintf(text, sizeof text,

@@ -30,13 +30,13 @@ void mbarrier_arrive_after_cp_async(uint32_t address, bool noinc, Location);
 // Whether the phase of this parity is complete; `block`: waits until it is.
 bool mbarrier_try_wait(uint32_t address, uint32_t parity, bool block, Location);
 void fence_mbarrier_init(Location);
-void fence_proxy_async(Location);
+void fence_proxy_async(bool shared_memory, bool global_memory, Location);
 
 // For TMA: the mbarrier at an address (reports and returns nullptr if there is none) and the arrival of bytes.
 MBarrier* find_mbarrier(uint32_t address, const char* what, Location);
 void mbarrier_receive_bytes(uint32_t address, uint32_t bytes);
 
-void begin_block_mbarriers();
+void begin_block_mbarriers(Block&);
 void check_mbarriers_at_end();
 std::string explain_mbarrier_wait(const Thread&);
 

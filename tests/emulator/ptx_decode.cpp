@@ -1,5 +1,5 @@
 // From mnemonics to opcodes. Every part of a mnemonic must be known: an instruction is never executed with a modifier ignored, unless
-// the modifier cannot change what the emulator computes (cache hints, memory order, scopes).
+// the modifier cannot change what the emulator computes (cache hints, orders and scopes within a block).
 #include <algorithm>
 #include <cfenv>
 #include <set>
@@ -26,7 +26,8 @@ const std::map<std::string, std::pair<Comparison, bool>> COMPARISONS = {
     {"ltu", {Comparison::lt, true}},   {"leu", {Comparison::le, true}},  {"gtu", {Comparison::gt, true}}, {"geu", {Comparison::ge, true}},
     {"num", {Comparison::num, false}}, {"nan", {Comparison::nan, false}}};
 
-// Same result with and without, here: cache and memory-order hints, scopes, alignment of warps, the only rounding there is.
+// Same result with and without, here: cache hints, orders and scopes of what concerns one block, alignment of warps, the only rounding
+// there is.
 const std::set<std::string> HARMLESS = {"sync", "aligned", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "weak", "cta",
                                         "gpu",  "sys",     "cluster",  "nc",      "ca",      "cg",      "cs",      "lu", "cv",   "wb",
                                         "wt",   "uni",     "rn",       "approx",  "full",    "noftz",   "mmio",    "ptr"};
@@ -42,7 +43,7 @@ const std::map<std::string, Opcode> PLAIN = {
     {"brev", Opcode::brev},        {"prmt", Opcode::prmt},         {"lop3", Opcode::lop3},         {"popc", Opcode::popc},
     {"clz", Opcode::clz},          {"copysign", Opcode::copysign}, {"ret", Opcode::ret},           {"exit", Opcode::exit},
     {"trap", Opcode::trap},        {"bra", Opcode::branch},        {"call", Opcode::call},         {"nanosleep", Opcode::pause},
-    {"prefetch", Opcode::nop},     {"prefetchu", Opcode::nop},     {"membar", Opcode::nop},        {"griddepcontrol", Opcode::nop},
+    {"prefetch", Opcode::nop},     {"prefetchu", Opcode::nop},     {"membar", Opcode::fence},      {"griddepcontrol", Opcode::nop},
     {"createpolicy", Opcode::nop}, {"discard", Opcode::nop},       {"applypriority", Opcode::nop}, {"pmevent", Opcode::nop}};
 
 // Takes modifiers out of the mnemonic one after the other; what is left at the end is not supported.
@@ -115,7 +116,7 @@ bool decode_cp_async(Modifiers& modifiers, Instruction& instruction, bool is_red
   if (!modifiers.take("async")) return false;
   if (modifiers.take("bulk")) {
     if (modifiers.take("commit_group")) return instruction.opcode = Opcode::bulk_commit, true;
-    if (modifiers.take("wait_group")) return modifiers.take("read"), instruction.opcode = Opcode::bulk_wait, true;
+    if (modifiers.take("wait_group")) return instruction.flag = modifiers.take("read"), instruction.opcode = Opcode::bulk_wait, true;
     if (modifiers.take("prefetch")) return modifiers.take("tensor"), modifiers.take_prefix(""), instruction.opcode = Opcode::nop, true;
     const Parts& parts = modifiers.all();
     const auto global = std::find(parts.begin(), parts.end(), "global");
@@ -128,8 +129,14 @@ bool decode_cp_async(Modifiers& modifiers, Instruction& instruction, bool is_red
     if (is_reduction) {
       if (!is_store || !modifiers.take("add")) return false;
       const Type type = instruction.types.empty() ? Type::f32 : instruction.types[0];  // a tensor reduction adds in the map's type
-      if (type != Type::f32 && type != Type::f16 && type != Type::bf16) return false;
-      instruction.variant = int(type == Type::f32 ? StoreKind::add_f32 : type == Type::f16 ? StoreKind::add_f16 : StoreKind::add_bf16);
+      static const std::map<Type, StoreKind> KINDS = {{Type::f32, StoreKind::add_f32},
+                                                      {Type::f16, StoreKind::add_f16},
+                                                      {Type::bf16, StoreKind::add_bf16},
+                                                      {Type::u32, StoreKind::add_32},
+                                                      {Type::s32, StoreKind::add_32}};
+      const auto kind = KINDS.find(type);
+      if (kind == KINDS.end()) return false;
+      instruction.variant = int(kind->second);
     }
     instruction.opcode =
         is_tensor ? (is_store ? Opcode::tma_store : Opcode::tma_load) : (is_store ? Opcode::bulk_store : Opcode::bulk_load);
@@ -201,15 +208,27 @@ bool decode_mma(Modifiers& modifiers, Instruction& instruction) {
          (half ? types[1] == Type::f16 : types[0] == Type::f32);
 }
 
+// The order and scope of a load, a store, an atomic or a fence; volatile accesses are relaxed ones.
+void decode_order(Modifiers& modifiers, Instruction& instruction, Order unless_given) {
+  modifiers.take("mmio");
+  const int order = modifiers.take_one_of({"weak", "relaxed", "acquire", "release", "acq_rel"});
+  instruction.order = modifiers.take("volatile") ? Order::relaxed : order >= 0 ? Order(order) : unless_given;
+  instruction.gpu_scope = instruction.order != Order::weak && modifiers.take_one_of({"cta", "cluster"}) < 0;
+}
+
 bool decode_fence(Modifiers& modifiers, Instruction& instruction) {
   if (modifiers.take("proxy")) {
-    const bool shared = !modifiers.take("async::generic") && !modifiers.take("global");  // global memory is one proxy here
-    modifiers.take_prefix("shared");
-    instruction.opcode = shared ? Opcode::fence_proxy_async : Opcode::nop;
+    const bool to_generic = modifiers.take("async::generic"), only_global = modifiers.take("global"),
+               only_shared = modifiers.take_prefix("shared");
+    instruction.opcode = to_generic ? Opcode::nop : Opcode::fence_proxy_async;
+    instruction.variant = (only_global ? 0 : FENCES_SHARED) | (only_shared ? 0 : FENCES_GLOBAL);
     return modifiers.take("async");
   }
-  instruction.opcode = modifiers.take("mbarrier_init") ? Opcode::fence_mbarrier_init : Opcode::nop;
-  return true;
+  if (modifiers.take("mbarrier_init")) return instruction.opcode = Opcode::fence_mbarrier_init, true;
+  instruction.opcode = Opcode::fence;
+  modifiers.take("sc");
+  decode_order(modifiers, instruction, Order::acq_rel);
+  return instruction.order == Order::acq_rel;
 }
 
 bool decode_barrier(Modifiers& modifiers, Instruction& instruction) {
@@ -231,6 +250,7 @@ bool decode_barrier(Modifiers& modifiers, Instruction& instruction) {
 bool decode_atomic(Modifiers& modifiers, Instruction& instruction, bool returns) {
   instruction.opcode = Opcode::atomic;
   instruction.flag = returns;
+  decode_order(modifiers, instruction, Order::relaxed);
   decode_space(modifiers, instruction);
   instruction.vector = uint8_t(vector_length(modifiers));
   const int kind = modifiers.take_one_of({"add", "min", "max", "exch", "cas", "and", "or", "xor", "inc", "dec"});
@@ -272,6 +292,7 @@ bool decode_opcode(const std::string& base, Modifiers& modifiers, Instruction& i
   if (base == "cvta") return instruction.flag = modifiers.take("to"), decode_space(modifiers, instruction) && set(Opcode::cvta);
   if (base == "isspacep") return decode_space(modifiers, instruction) && set(Opcode::isspacep);
   if (base == "ld" || base == "ldu" || base == "st") {
+    decode_order(modifiers, instruction, Order::weak);
     decode_space(modifiers, instruction);
     instruction.vector = uint8_t(vector_length(modifiers));
     return set(base == "st" ? Opcode::store : Opcode::load);
@@ -305,6 +326,7 @@ bool decode_opcode(const std::string& base, Modifiers& modifiers, Instruction& i
   if (plain->second == Opcode::nop)
     while (modifiers.take_prefix("")) continue;
   if (base == "bfind") instruction.flag = modifiers.take("shiftamt");
+  if (base == "membar") instruction.gpu_scope = !modifiers.take("cta"), modifiers.take("gl");
   modifiers.take("b32");
   return set(plain->second);
 }

@@ -21,10 +21,9 @@ namespace {
 const Module* module;
 const Function* entry;
 const uint8_t* kernel_parameters;
-std::vector<PtxThread> ptx_threads;  // of the running block
 
 uint64_t special_value(Special special) {
-  const Dim3 tid = current->thread_index, ntid = launch.block, ctaid = launch.block_index, nctaid = launch.grid;
+  const Dim3 tid = current->thread_index, ntid = launch.block, ctaid = running->index, nctaid = launch.grid;
   const uint64_t values[] = {tid.x,   tid.y,    tid.z,    ntid.x,   ntid.y,        ntid.z,        ctaid.x, ctaid.y,
                              ctaid.z, nctaid.x, nctaid.y, nctaid.z, current->lane, current->warp, 0};
   return values[int(special)];
@@ -193,8 +192,10 @@ void execute_collective(PtxThread& thread, const Instruction& i, uint64_t* cells
       return set(mbarrier_try_wait(uint32_t(address(1)), word(2), true, i.where));
     case Opcode::mbarrier_test_wait:
       return set(mbarrier_try_wait(uint32_t(address(1)), word(2), false, i.where));
+    case Opcode::fence:
+      return i.gpu_scope ? fence_gpu_scope(i.where) : maybe_preempt();
     case Opcode::fence_proxy_async:
-      return fence_proxy_async(i.where);
+      return fence_proxy_async(i.variant & FENCES_SHARED, i.variant & FENCES_GLOBAL, i.where);
     case Opcode::fence_mbarrier_init:
       return fence_mbarrier_init(i.where);
     case Opcode::tma_load:
@@ -212,7 +213,7 @@ void execute_collective(PtxThread& thread, const Instruction& i, uint64_t* cells
     case Opcode::bulk_commit:
       return tma_store_commit(i.where);
     case Opcode::bulk_wait:
-      return tma_store_wait(word(0), i.where);
+      return tma_store_wait(word(0), i.flag, i.where);
     case Opcode::wgmma_fence:
       return wgmma_fence(i.where);
     case Opcode::wgmma_commit:
@@ -230,16 +231,23 @@ void execute_collective(PtxThread& thread, const Instruction& i, uint64_t* cells
 
 }  // namespace
 
+struct PtxThreads {
+  std::vector<PtxThread> of_thread;
+};
+
 void begin_ptx_launch(const Module& launched, const Function& function, const uint8_t* parameters) {
   module = &launched;
   entry = &function;
   kernel_parameters = parameters;
 }
 
-void begin_ptx_block() { ptx_threads = std::vector<PtxThread>(launch.num_threads); }
+void begin_ptx_block(Block& block) {
+  block.ptx = std::make_shared<PtxThreads>();
+  block.ptx->of_thread = std::vector<PtxThread>(launch.num_threads);
+}
 
 void run_ptx_thread() {
-  PtxThread& thread = ptx_threads[current->index];
+  PtxThread& thread = running->ptx->of_thread[current->index];
   thread.kernel_parameters = kernel_parameters;
   thread.kernel_parameter_bytes = entry->parameter_bytes;
   push_frame(thread, *entry);
@@ -264,7 +272,7 @@ void run_ptx_thread() {
       case Opcode::branch:
         if (limit && executed > limit) {
           report("livelock", i.where, "the thread has executed %llu instructions", (unsigned long long)executed);
-          abandon_block();
+          abandon_launch();
         }
         frame->next = i.target;
         break;
@@ -272,7 +280,7 @@ void run_ptx_thread() {
         const uint64_t index = uint32_t(cells[i.cell[0]]);
         if (index >= i.targets.size()) {
           report("branch", i.where, "brx.idx with index %llu of a table of %zu", (unsigned long long)index, i.targets.size());
-          abandon_block();
+          abandon_launch();
         }
         frame->next = i.targets[index];
         break;
@@ -294,7 +302,7 @@ void run_ptx_thread() {
         return;
       case Opcode::trap:
         report("trap", i.where, "the kernel stopped itself");
-        abandon_block();
+        abandon_launch();
       case Opcode::nop:
         break;
       case Opcode::pause:

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "ptx_program.h"
+#include "scheduler.h"
 
 namespace emulator {
 
@@ -20,7 +21,7 @@ uint64_t double_to_half(double value, Type);
 
 // What the threads of the current launch run.
 void begin_ptx_launch(const Module&, const Function& entry, const uint8_t* parameters);
-void begin_ptx_block();
+void begin_ptx_block(Block&);
 void run_ptx_thread();
 
 }  // namespace emulator

@@ -3,7 +3,9 @@
 #include <cstring>
 
 #include "global_memory.h"
+#include "global_races.h"
 #include "number_formats.h"
+#include "polling.h"
 #include "ptx_interpreter.h"
 #include "shared_memory.h"
 
@@ -64,6 +66,8 @@ uint64_t aligned_address(const Instruction& i, const Operand& operand, const uin
   return address / bytes * bytes;
 }
 
+GlobalAccess access_of(const Instruction& i, Effect effect) { return i.gpu_scope ? strong_access(effect, i.order) : plain_access(effect); }
+
 void load(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
   const uint32_t size = size_of(i.type), bytes = size * i.vector;
   const std::vector<uint32_t>& to = i.operands[0].cells;
@@ -73,12 +77,16 @@ void load(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
     return;
   }
   if (place.space == Space::shared) check_shared_read(*current, uint32_t(place.pointer - shared_memory()), bytes, i.where);
-  if (place.space == Space::global) check_global_access(place.pointer, bytes, false, i.where);
+  if (place.space == Space::global) {
+    check_global_access(place.pointer, bytes, access_of(i, Effect::read), i.where);
+    if (i.gpu_scope) strong_read(uint64_t(place.pointer), i.order);
+  }
   for (uint32_t k = 0; k < i.vector; ++k) {
     uint64_t value = 0;
     memcpy(&value, place.pointer + k * size, size);
     cells[to[k]] = is_signed(i.type) ? uint64_t(extended(value, i.type)) : value;
   }
+  if (i.order != Order::weak) note_poll(place.pointer, cells[to[0]], i.where);
 }
 
 void store(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
@@ -88,8 +96,15 @@ void store(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
   uint8_t data[40];
   for (uint32_t k = 0; k < i.vector; ++k) memcpy(data + k * size, &cells[i.operands[1].cells[k]], 8);
   if (place.space == Space::shared) check_shared_write(*current, uint32_t(place.pointer - shared_memory()), bytes, i.where, data);
-  if (place.space == Space::global) check_global_access(place.pointer, bytes, true, i.where);
+  if (place.space == Space::global) {
+    check_global_access(place.pointer, bytes, access_of(i, Effect::write), i.where);
+    if (i.gpu_scope)
+      strong_write(uint64_t(place.pointer), i.order);
+    else
+      weak_write(uint64_t(place.pointer), bytes);
+  }
   memcpy(place.pointer, data, bytes);
+  if (place.space == Space::global || place.space == Space::shared) ++progress;
 }
 
 uint64_t add(uint64_t a, uint64_t b, Type type) {
@@ -129,20 +144,31 @@ uint64_t apply(const Instruction& i, uint64_t old, uint64_t operand, uint64_t re
   }
 }
 
-// Only one thread runs at a time, which makes it atomic. Atomics are not checked for races.
+// Only one thread runs at a time, which makes it atomic.
 void atomic(const PtxThread& thread, const Instruction& i, uint64_t* cells) {
   const int k = i.flag ? 1 : 0;  // atom returns the old value, red does not
   const uint32_t size = size_of(i.type), bytes = size * i.vector;
   const Place place = find_place(thread, i, aligned_address(i, i.operands[k], cells, bytes, "atomic"), bytes, "atomic");
   if (!place.pointer) return;
+  const bool adds_floats = i.atomic == AtomicKind::add && (is_half(i.type) || i.type == Type::f32 || i.type == Type::f64);
+  if (place.space == Space::global)
+    check_global_access(place.pointer, bytes, access_of(i, adds_floats ? Effect::addition : Effect::write), i.where);
   const uint64_t replacement = i.atomic == AtomicKind::cas ? cells[i.cell[k + 2]] : 0;
+  uint64_t old = 0;
+  bool changed = false;
   for (uint32_t element = 0; element < i.vector; ++element) {
-    uint64_t old = 0;
     memcpy(&old, place.pointer + element * size, size);
     const uint64_t result = apply(i, old, cells[i.operands[k + 1].cells[element]], replacement);
+    changed |= memcmp(&old, &result, size) != 0;
     memcpy(place.pointer + element * size, &result, size);
     if (i.flag) cells[i.operands[0].cells[element]] = old;
   }
+  const bool writes = i.atomic != AtomicKind::cas || old == truncated(cells[i.operands[k + 1].cells[0]], i.type);
+  if (i.gpu_scope && place.space == Space::global) strong_update(uint64_t(place.pointer), i.order, writes);
+  if (changed)
+    ++progress;
+  else if (i.flag)
+    note_poll(place.pointer, old, i.where);
 }
 
 // Between the generic address space, where addresses are pointers, and the shared one; the others are the same as generic.

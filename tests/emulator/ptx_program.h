@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "other_blocks.h"
 #include "report.h"
 
 namespace emulator {
@@ -35,7 +36,7 @@ enum class Opcode : uint8_t {
   barrier, barrier_arrive, barrier_reduce, syncwarp, shuffle, vote, redux, elect, ldmatrix, stmatrix, movmatrix, mma,
   cp_async, cp_async_commit, cp_async_wait, cp_async_wait_all, cp_async_mbarrier_arrive,
   mbarrier_init, mbarrier_inval, mbarrier_arrive, mbarrier_expect_tx, mbarrier_try_wait, mbarrier_test_wait,
-  fence_proxy_async, fence_mbarrier_init, tma_load, tma_store, bulk_load, bulk_store, bulk_commit, bulk_wait,
+  fence, fence_proxy_async, fence_mbarrier_init, tma_load, tma_store, bulk_load, bulk_store, bulk_commit, bulk_wait,
   wgmma_fence, wgmma_commit, wgmma_wait, wgmma, setmaxnreg,
 };
 // clang-format on
@@ -46,7 +47,8 @@ enum class Rounding : uint8_t { none, zero, nearest, down, up };  // to an integ
 enum class Combination : uint8_t { none, and_, or_, xor_ };       // of setp's result with a predicate
 enum class AtomicKind : uint8_t { add, min, max, exch, cas, and_, or_, xor_, inc, dec };
 
-constexpr uint32_t SINK = 0;  // the cell of `_`, written and never read
+constexpr int FENCES_SHARED = 1, FENCES_GLOBAL = 2;  // variants of fence_proxy_async
+constexpr uint32_t SINK = 0;                         // the cell of `_`, written and never read
 
 struct Operand {
   std::vector<uint32_t> cells;        // one, or those of a vector {a, b, c, d} or a pair p|q
@@ -64,6 +66,8 @@ struct Instruction {
   int float_rounding = 0;              // a mode of fesetround(); 0: to nearest
   Combination combination = Combination::none;
   AtomicKind atomic = AtomicKind::add;
+  Order order = Order::weak;  // of a load, a store, an atomic
+  bool gpu_scope = false;     // of the order: the whole GPU, or more
   bool unordered = false, flush = false, saturate = false, nan_wins = false, relu = false;
   bool flag = false;    // depends on the opcode: .trans, .to, .inc, .left, ...
   uint8_t vector = 1;   // elements of a load or store

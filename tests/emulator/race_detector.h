@@ -7,10 +7,13 @@
 //
 // TMA and wgmma access shared memory through the async proxy. A thread's plain writes become visible to it only through
 // fence.proxy.async: a second vector, "fenced", says up to which clock value the writes of each agent have been fenced.
+//
+// Each block has its own agents and clocks; what threads know of other blocks goes along with what they know of their own.
 #pragma once
 #include <cstdint>
 #include <vector>
 
+#include "other_blocks.h"
 #include "report.h"
 #include "scheduler.h"
 
@@ -20,11 +23,15 @@ using Agent = uint32_t;
 Agent cp_async_agent(uint32_t thread);
 Agent wgmma_agent(uint32_t warpgroup);
 Agent new_tma_load_agent(Location);  // one per mbarrier
-Agent new_tma_store_agent();         // one per storing thread
+// Two per storing thread, of which this is the first: its reads of shared memory, and its writes to global memory.
+Agent new_tma_store_agent();
+Agent global_write_agent(Agent tma_store_agent);
+std::string name_of(Agent);
 
 // What a barrier hands from those who arrive to those who wait.
 struct Knowledge {
   std::vector<uint32_t> seen, fenced;
+  OtherBlocks others, others_fenced;
 };
 void clear(Knowledge&);
 void release(const Thread&, Knowledge&);
@@ -35,7 +42,15 @@ void set_seen(Knowledge&, Agent, uint32_t clock);
 void set_seen(const Thread&, Agent, uint32_t clock);
 uint32_t seen(const Thread&, Agent);
 uint32_t own_clock(const Thread&);
-void fence_async_proxy(const Thread&);
+void fence_async_proxy(const Thread&, bool shared_memory, bool global_memory);
+
+// Between blocks: what a release of the thread publishes, and what an acquire receives.
+OtherBlocks publish(const Thread&);
+void receive(const Thread&, const OtherBlocks&);
+// Whether what an agent of another block did up to that clock has happened before now; and whether a fence.proxy.async of this block has
+// followed since.
+bool knows(const Thread&, uint32_t block, Agent, uint32_t clock);
+bool knows_fenced(const Thread&, uint32_t block, Agent, uint32_t clock);
 
 struct Access {
   Agent agent;
@@ -54,6 +69,6 @@ void race_read(uint32_t offset, uint32_t bytes, const Access&);
 void race_write(uint32_t offset, uint32_t bytes, const Access&, const void* data = nullptr);
 
 void begin_launch_races();
-void begin_block_races();
+void begin_block_races(Block&);
 
 }  // namespace emulator

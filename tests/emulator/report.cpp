@@ -58,7 +58,7 @@ void report(const char* kind, Location where, const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
-  Dim3 block = launch.block_index;
+  const Dim3 block = running ? running->index : Dim3{0, 0, 0};
   found.push_back({kind, message, to_string(where), {block.x, block.y, block.z}, current ? int(current->index) : -1, 1});
 }
 

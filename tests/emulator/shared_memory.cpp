@@ -10,24 +10,28 @@
 namespace emulator {
 namespace {
 
-// Aligned so that generic pointers into it have the alignment of their offsets.
-alignas(1024) uint8_t memory[MAX_SHARED_BYTES];
 size_t size;
 constexpr uint32_t FLIGHT_GRANULE = 4;  // bytes: the smallest asynchronous copy
-std::vector<uint8_t> flying;            // one flag per granule
 
 }  // namespace
+
+struct SharedMemory {
+  // Aligned so that generic pointers into it have the alignment of their offsets.
+  alignas(1024) uint8_t memory[MAX_SHARED_BYTES];
+  std::vector<uint8_t> flying;  // one flag per granule
+};
 
 const uint16_t OUT_OF_RANGE[8] = {0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff, 0x7fff};
 
 void begin_launch_shared_memory(size_t bytes) { size = (bytes + 15) / 16 * 16; }
 
-void begin_block_shared_memory() {
-  memset(memory, 0xff, size);
-  flying.assign(size / FLIGHT_GRANULE, 0);
+void begin_block_shared_memory(Block& block) {
+  if (!block.shared_memory) block.shared_memory = std::make_shared<SharedMemory>();
+  memset(block.shared_memory->memory, 0xff, size);
+  block.shared_memory->flying.assign(size / FLIGHT_GRANULE, 0);
 }
 
-uint8_t* shared_memory() { return memory; }
+uint8_t* shared_memory() { return running->shared_memory->memory; }
 size_t shared_size() { return size; }
 
 bool shared_range_ok(uint32_t address, uint32_t bytes, const char* what, Location where) {
@@ -38,13 +42,16 @@ bool shared_range_ok(uint32_t address, uint32_t bytes, const char* what, Locatio
 }
 
 void begin_flight(uint32_t offset, uint32_t bytes) {
-  memset(memory + offset, 0xff, bytes);
-  memset(&flying[offset / FLIGHT_GRANULE], 1, bytes / FLIGHT_GRANULE);
+  memset(shared_memory() + offset, 0xff, bytes);
+  memset(&running->shared_memory->flying[offset / FLIGHT_GRANULE], 1, bytes / FLIGHT_GRANULE);
 }
 
-void end_flight(uint32_t offset, uint32_t bytes) { memset(&flying[offset / FLIGHT_GRANULE], 0, bytes / FLIGHT_GRANULE); }
+void end_flight(uint32_t offset, uint32_t bytes) {
+  memset(&running->shared_memory->flying[offset / FLIGHT_GRANULE], 0, bytes / FLIGHT_GRANULE);
+}
 
 bool in_flight(uint32_t offset, uint32_t bytes) {
+  const uint8_t* flying = running->shared_memory->flying.data();
   for (uint32_t i = offset / FLIGHT_GRANULE; i <= (offset + bytes - 1) / FLIGHT_GRANULE; ++i)
     if (flying[i]) return true;
   return false;

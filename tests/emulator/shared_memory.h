@@ -15,8 +15,8 @@ constexpr size_t MAX_SHARED_BYTES = 227 << 10;
 extern const uint16_t OUT_OF_RANGE[8];
 
 void begin_launch_shared_memory(size_t bytes);
-void begin_block_shared_memory();  // fills it with 0xff: NaNs
-uint8_t* shared_memory();
+void begin_block_shared_memory(Block&);  // fills it with 0xff: NaNs
+uint8_t* shared_memory();                // of the running block
 size_t shared_size();
 bool shared_range_ok(uint32_t address, uint32_t bytes, const char* what, Location);
 

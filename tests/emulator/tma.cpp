@@ -5,6 +5,7 @@
 #include <deque>
 
 #include "global_memory.h"
+#include "global_races.h"
 #include "number_formats.h"
 #include "shared_memory.h"
 
@@ -29,17 +30,31 @@ struct Load {
 struct Store {
   Box box;
   StoreKind kind;
+  bool is_read = false, is_written = false;  // its source in shared memory; its destination
+  std::vector<uint8_t> data;                 // between the two
 };
 
+using Group = std::vector<Store>;
 struct Stores {  // of one thread
-  std::vector<Store> open;
-  std::deque<std::vector<Store>> committed;
-  uint32_t num_committed = 0;
+  Group open;
+  std::deque<Group> committed;               // those whose writes it has not waited for
+  uint32_t num_committed = 0, num_read = 0;  // num_read: groups whose reads of shared memory it has waited for
   int64_t agent = -1;
 };
 
-std::vector<Load> loads;  // in flight
-std::vector<Stores> stores_of;
+Group late_stores;  // of threads that have exited and did not wait for their writes
+
+}  // namespace
+
+struct TmaCopies {
+  std::vector<Load> loads;  // in flight
+  std::vector<Stores> stores_of;
+};
+
+namespace {
+
+std::vector<Load>& loads() { return running->tma->loads; }
+Stores& own_stores() { return running->tma->stores_of[current->index]; }
 
 Box box_of(const TensorMap& map, uint32_t address, const int* coordinates) {
   Box box{map, address, map.element_bytes, {}};
@@ -104,6 +119,13 @@ bool box_ok(const TensorMap* map, int rank, uint32_t address, uint32_t bytes, co
   return shared_range_ok(address, bytes, what, where);
 }
 
+// The parts of a box that lie inside the tensor are read or written by another proxy than plain accesses.
+void check_global_side(const Box& box, const GlobalAccess& access, Location where) {
+  for_each_piece(box, [&](uint32_t, const uint8_t* global, int64_t low, int64_t high, int64_t) {
+    if (high > low) check_global_access(global + low, high - low, access, where);
+  });
+}
+
 void issue_load(const Box& box, uint32_t address, Location where) {
   ++counts.tma;
   MBarrier* barrier = find_mbarrier(address, "TMA load", where);
@@ -117,10 +139,13 @@ void issue_load(const Box& box, uint32_t address, Location where) {
   const uint32_t offset = box.address - SHARED_BASE;
   if (in_flight(offset, box.bytes))
     report("in-flight-write", where, "TMA load into smem+0x%x, which another asynchronous copy is still filling", offset);
-  if (launch.schedule.check_races)
+  if (launch.schedule.check_races) {
     race_write(offset, box.bytes, access_for(*current, barrier->load_agent, barrier->phase + 1, true, where));
+    const Region* source = find_region(reinterpret_cast<void*>(box.map.base));
+    if (source && !source->writers.empty()) check_global_side(box, {Effect::read, false, true, current->index, own_clock(*current)}, where);
+  }
   begin_flight(offset, box.bytes);
-  loads.push_back({box, address, barrier->phase, where});
+  loads().push_back({box, address, barrier->phase, where});
   while (launch.schedule.delivery == Delivery::eager && deliver_tma_load()) continue;
 }
 
@@ -129,39 +154,69 @@ void issue_store(const Box& box, StoreKind kind, Location where) {
   const uint32_t offset = box.address - SHARED_BASE;
   if (in_flight(offset, box.bytes))
     report("in-flight-read", where, "TMA store reads smem+0x%x while an asynchronous copy into it is still in flight", offset);
-  Stores& stores = stores_of[current->index];
+  bool in_range = true;
+  for_each_piece(box, [&](uint32_t, const uint8_t* global, int64_t low, int64_t high, int64_t) {
+    in_range = in_range && (high == low || global_range_ok(global + low, high - low, "TMA store", where));
+  });
+  Stores& stores = own_stores();
   if (stores.agent < 0) stores.agent = new_tma_store_agent();
-  if (launch.schedule.check_races)
-    race_read(offset, box.bytes, access_for(*current, Agent(stores.agent), stores.num_committed + 1, true, where));
-  stores.open.push_back({box, kind});
+  if (launch.schedule.check_races) {
+    const Agent agent = Agent(stores.agent);
+    const uint32_t clock = stores.num_committed + 1;
+    race_read(offset, box.bytes, access_for(*current, agent, clock, true, where));
+    const Effect effect = kind == StoreKind::copy || kind == StoreKind::add_32 ? Effect::write : Effect::addition;
+    if (in_range) check_global_side(box, {effect, kind != StoreKind::copy, true, global_write_agent(agent), clock}, where);
+  }
+  if (in_range) stores.open.push_back({box, kind, false, false, {}});
+}
+
+uint32_t sum(uint32_t x, uint32_t y, StoreKind kind) {
+  switch (kind) {
+    case StoreKind::add_f32:
+      return bits_of_float(float_of_bits(x) + float_of_bits(y));
+    case StoreKind::add_f16:
+      return f16_of_float(to_float(x, Float16::f16) + to_float(y, Float16::f16));
+    case StoreKind::add_bf16:
+      return bf16_of_float(to_float(x, Float16::bf16) + to_float(y, Float16::bf16));
+    default:
+      return x + y;
+  }
 }
 
 void add(uint8_t* to, const uint8_t* from, int64_t bytes, StoreKind kind) {
-  const int64_t size = kind == StoreKind::add_f32 ? 4 : 2;
+  const int64_t size = kind == StoreKind::add_f16 || kind == StoreKind::add_bf16 ? 2 : 4;
   for (int64_t i = 0; i < bytes; i += size) {
     uint32_t x = 0, y = 0;
     memcpy(&x, to + i, size);
     memcpy(&y, from + i, size);
-    const Float16 type = kind == StoreKind::add_bf16 ? Float16::bf16 : Float16::f16;
-    if (kind == StoreKind::add_f32)
-      x = bits_of_float(float_of_bits(x) + float_of_bits(y));
-    else
-      x = type == Float16::bf16 ? bf16_of_float(to_float(x, type) + to_float(y, type))
-                                : f16_of_float(to_float(x, type) + to_float(y, type));
+    x = sum(x, y, kind);
     memcpy(to + i, &x, size);
   }
 }
 
-void perform(const Store& store, Location where) {
-  for_each_piece(store.box, [&](uint32_t offset, uint8_t* global, int64_t low, int64_t high, int64_t) {
-    if (high == low || !global_range_ok(global + low, high - low, "TMA store", where)) return;
-    if (store.kind == StoreKind::copy) {
-      check_global_access(global + low, high - low, true, where);
-      memcpy(global + low, shared_memory() + offset + low, high - low);
-    } else {
-      add(global + low, shared_memory() + offset + low, high - low, store.kind);
-    }
+void read_source(Store& store) {
+  if (store.is_read) return;
+  store.is_read = true;
+  store.data.reserve(store.box.bytes);
+  for_each_piece(store.box, [&](uint32_t offset, uint8_t*, int64_t, int64_t, int64_t piece) {
+    store.data.insert(store.data.end(), shared_memory() + offset, shared_memory() + offset + piece);
   });
+}
+
+void write_destination(Store& store) {
+  if (store.is_written) return;
+  read_source(store);
+  store.is_written = true;
+  ++progress;
+  const uint8_t* from = store.data.data();
+  for_each_piece(store.box, [&](uint32_t, uint8_t* global, int64_t low, int64_t high, int64_t piece) {
+    if (high > low && store.kind == StoreKind::copy)
+      memcpy(global + low, from + low, high - low);
+    else if (high > low)
+      add(global + low, from + low, high - low, store.kind);
+    from += piece;
+  });
+  store.data = {};
 }
 
 }  // namespace
@@ -229,28 +284,35 @@ void tma_store_bytes(void* destination, uint32_t source, uint32_t bytes, StoreKi
 void tma_store_commit(Location where) {
   maybe_preempt();
   current->location = where;
-  Stores& stores = stores_of[current->index];
+  Stores& stores = own_stores();
+  const bool at_once = launch.schedule.delivery == Delivery::eager || (launch.schedule.delivery == Delivery::random && random_number() % 2);
+  for (Store& store : stores.open)
+    if (at_once) write_destination(store);
   stores.committed.push_back(std::move(stores.open));
   stores.open.clear();
   ++stores.num_committed;
 }
 
-void tma_store_wait(uint32_t groups_left, Location where) {
+void tma_store_wait(uint32_t groups_left, bool read, Location where) {
   maybe_preempt();
   current->location = where;
-  Stores& stores = stores_of[current->index];
-  while (stores.committed.size() > groups_left) {
-    for (const Store& store : stores.committed.front()) perform(store, where);
-    stores.committed.pop_front();
-  }
-  if (stores.agent >= 0) set_seen(*current, Agent(stores.agent), stores.num_committed - uint32_t(stores.committed.size()));
+  Stores& stores = own_stores();
+  for (size_t i = 0; i + groups_left < stores.committed.size(); ++i)
+    for (Store& store : stores.committed[i]) read ? read_source(store) : write_destination(store);
+  while (!read && stores.committed.size() > groups_left) stores.committed.pop_front();
+  const uint32_t clock = stores.num_committed - std::min(groups_left, stores.num_committed);
+  stores.num_read = std::max(stores.num_read, clock);
+  if (stores.agent < 0) return;
+  set_seen(*current, Agent(stores.agent), clock);
+  if (!read) set_seen(*current, global_write_agent(Agent(stores.agent)), clock);
 }
 
 bool deliver_tma_load() {
-  if (loads.empty()) return false;
-  const size_t i = launch.schedule.delivery == Delivery::eager ? 0 : random_number() % loads.size();
-  const Load load = loads[i];
-  loads.erase(loads.begin() + i);
+  std::vector<Load>& flying = loads();
+  if (flying.empty()) return false;
+  const size_t i = launch.schedule.delivery == Delivery::eager ? 0 : random_number() % flying.size();
+  const Load load = flying[i];
+  flying.erase(flying.begin() + i);
   for_each_piece(load.box, [&](uint32_t offset, const uint8_t* global, int64_t low, int64_t high, int64_t piece) {
     memset(shared_memory() + offset, 0, piece);
     if (high > low && global_range_ok(global + low, high - low, "TMA load", load.where))
@@ -262,7 +324,7 @@ bool deliver_tma_load() {
 }
 
 void check_no_load_pending(const MBarrier& barrier) {
-  for (const Load& load : loads)
+  for (const Load& load : loads())
     if (load.mbarrier == barrier.address && load.phase == barrier.phase) {
       report("tx-count", load.where,
              "mbarrier smem+0x%x (initialised at %s) completes phase %u while a TMA load of %u bytes on it is in flight: expect_tx is too "
@@ -272,24 +334,36 @@ void check_no_load_pending(const MBarrier& barrier) {
     }
 }
 
-void begin_block_tma() {
-  loads.clear();
-  stores_of.assign(launch.num_threads, Stores());
+void land_late_stores() {
+  for (Store& store : late_stores) write_destination(store);
+  late_stores.clear();
+}
+
+void begin_launch_tma() { late_stores.clear(); }
+
+void begin_block_tma(Block& block) {
+  block.tma = std::make_shared<TmaCopies>();
+  block.tma->stores_of.resize(launch.num_threads);
 }
 
 void check_tma_stores_at_exit() {
-  const Stores& stores = stores_of[current->index];
+  Stores& stores = own_stores();
   bool pending = !stores.open.empty();
-  for (const auto& group : stores.committed) pending |= !group.empty();
+  uint32_t clock = stores.num_committed - uint32_t(stores.committed.size());
+  for (Group& group : stores.committed) {
+    pending |= ++clock > stores.num_read && !group.empty();
+    for (Store& store : group)
+      if (store.is_read && !store.is_written) late_stores.push_back(std::move(store));
+  }
   if (pending)
     report("exit-pending", current->location,
            "the thread exits while its TMA stores still read shared memory (no cp.async.bulk.wait_group)");
 }
 
 void check_tma_loads_at_end() {
-  if (!loads.empty())
-    report("exit-pending", loads[0].where, "the block ends with %zu TMA loads in flight (issued here) that nobody waited for",
-           loads.size());
+  if (!loads().empty())
+    report("exit-pending", loads()[0].where, "the block ends with %zu TMA loads in flight (issued here) that nobody waited for",
+           loads().size());
 }
 
 }  // namespace emulator

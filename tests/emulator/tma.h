@@ -24,21 +24,26 @@ const char* encode_tensor_map(TensorMap*, uint32_t element_bytes, uint32_t rank,
 // Where TMA and wgmma put the 16-byte chunk of this address: its place within the row of `swizzle` bytes is xored with the row.
 uint32_t swizzled(uint32_t address, uint32_t swizzle);
 
-enum class StoreKind : uint8_t { copy, add_f32, add_f16, add_bf16 };
+enum class StoreKind : uint8_t { copy, add_f32, add_f16, add_bf16, add_32 /* integers */ };
 
 void tma_load(uint32_t destination, const TensorMap*, uint32_t mbarrier, int rank, const int* coordinates, Location);
 void tma_load_bytes(uint32_t destination, const void* source, uint32_t bytes, uint32_t mbarrier, Location);
 void tma_store(const TensorMap*, uint32_t source, int rank, const int* coordinates, StoreKind, Location);
 void tma_store_bytes(void* destination, uint32_t source, uint32_t bytes, StoreKind, Location);
 void tma_store_commit(Location);
-void tma_store_wait(uint32_t groups_left, Location);
+// `read`: only until shared memory has been read, when what is written may still be on its way to global memory.
+void tma_store_wait(uint32_t groups_left, bool read, Location);
 
 // Lands one load in flight; false if there is none. The scheduler calls it when nobody else can run.
 bool deliver_tma_load();
 // Called when a phase completes: a load issued in it must not be in flight.
 void check_no_load_pending(const MBarrier&);
 
-void begin_block_tma();
+// Writes what nobody waited for, with the end of the launch.
+void land_late_stores();
+
+void begin_launch_tma();
+void begin_block_tma(Block&);
 void check_tma_stores_at_exit();
 void check_tma_loads_at_end();
 

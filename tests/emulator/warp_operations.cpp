@@ -22,9 +22,16 @@ struct WarpMeetings {
   Meeting slots[32];
 };
 
-std::vector<WarpMeetings> meetings;
-std::vector<int> warp_registers;
-int64_t register_pool;
+}  // namespace
+
+struct WarpOperations {
+  std::vector<WarpMeetings> meetings;  // by warp
+  std::vector<int> registers;          // by warp, per thread
+  int64_t register_pool;
+};
+
+namespace {
+
 constexpr const char* POOL_EMPTY = "setmaxnreg.inc (register pool empty)";
 
 constexpr uint32_t ALL_LANES = ~0u;
@@ -46,7 +53,7 @@ void meet(const char* operation, int variant, uint32_t mask, bool aligned, void*
     mask |= own_bit;
   }
   Meeting *joined = nullptr, *free = nullptr;
-  for (Meeting& meeting : meetings[self.warp].slots) {
+  for (Meeting& meeting : running->warp_operations->meetings[self.warp].slots) {
     if (!meeting.arrived) {
       if (!free) free = &meeting;
     } else if (meeting.mask & mask) {
@@ -76,10 +83,10 @@ void meet(const char* operation, int variant, uint32_t mask, bool aligned, void*
   }
   combine(meeting.arguments);
   meeting.arrived = 0;
-  for_each_lane(mask & ~own_bit, [&](uint32_t lane) { set_runnable(threads[self.warp * 32 + lane]); });
+  for_each_lane(mask & ~own_bit, [&](uint32_t lane) { set_runnable(running->threads[self.warp * 32 + lane]); });
 }
 
-Thread& thread_of_lane(uint32_t lane) { return threads[current->warp * 32 + lane]; }
+Thread& thread_of_lane(uint32_t lane) { return running->threads[current->warp * 32 + lane]; }
 
 struct Exchange {
   uint32_t value, source_lane, result;
@@ -299,7 +306,8 @@ void setmaxnreg(int count, bool increase, Location where) {
   int nothing = 0;
   meet(increase ? "setmaxnreg.inc" : "setmaxnreg.dec", count, ALL_LANES, true, &nothing, where, [](void**) {});
   if (current->lane || !launch.registers_per_thread) return;
-  int& registers = warp_registers[current->warp];
+  int64_t& register_pool = running->warp_operations->register_pool;
+  int& registers = running->warp_operations->registers[current->warp];
   if (count % 8 || count < 24 || count > 256) report("setmaxnreg", where, "%d registers: not a multiple of 8 in [24, 256]", count);
   if (increase ? count < registers : count > registers)
     report("setmaxnreg", where, "%s to %d registers, but the warp has %d", increase ? "increase" : "decrease", count, registers);
@@ -308,23 +316,25 @@ void setmaxnreg(int count, bool increase, Location where) {
     register_pool -= (count - registers) * 32;
   } else {
     register_pool += (registers - count) * 32;
-    for (Thread& thread : threads)
+    for (Thread& thread : running->threads)
       if (thread.waits_for == POOL_EMPTY) set_runnable(thread);
   }
   registers = count;
 }
 
-void begin_block_warp_operations() {
-  meetings.assign(launch.num_warps, WarpMeetings{});
+void begin_block_warp_operations(Block& block) {
+  if (!block.warp_operations) block.warp_operations = std::make_shared<WarpOperations>();
+  WarpOperations& operations = *block.warp_operations;
+  operations.meetings.assign(launch.num_warps, WarpMeetings{});
   constexpr int64_t REGISTERS_PER_SM = 65536;
   const int per_thread = (launch.registers_per_thread + 7) / 8 * 8;
-  register_pool = launch.registers_per_thread ? REGISTERS_PER_SM - int64_t(per_thread) * launch.num_threads : 0;
-  warp_registers.assign(launch.num_warps, launch.registers_per_thread);
+  operations.register_pool = launch.registers_per_thread ? REGISTERS_PER_SM - int64_t(per_thread) * launch.num_threads : 0;
+  operations.registers.assign(launch.num_warps, launch.registers_per_thread);
 }
 
 std::string explain_warp_wait(const Thread& thread) {
   if (!thread.waits_for) return "";
-  for (const Meeting& meeting : meetings[thread.warp].slots)
+  for (const Meeting& meeting : thread.block->warp_operations->meetings[thread.warp].slots)
     if (meeting.arrived >> thread.lane & 1) {
       char text[64];
       snprintf(text, sizeof text, " -- waits for lanes %08x", meeting.mask & ~meeting.arrived);

@@ -33,7 +33,7 @@ void mma(MmaShape, uint32_t* d, const uint32_t* a, const uint32_t* b, const uint
 // setmaxnreg: registers move between a warpgroup's warps and the pool of the block.
 void setmaxnreg(int count, bool increase, Location);
 
-void begin_block_warp_operations();
+void begin_block_warp_operations(Block&);
 std::string explain_warp_wait(const Thread&);
 
 }  // namespace emulator

@@ -57,8 +57,17 @@ struct Progress {  // of one thread
   bool needs_fence = true;      // its registers were last touched by ordinary instructions
 };
 
-std::vector<Warpgroup> warpgroups;
-std::vector<Progress> progress_of;  // by thread
+}  // namespace
+
+struct Warpgroups {
+  std::vector<Warpgroup> of_index;
+  std::vector<Progress> progress_of;  // by thread
+};
+
+namespace {
+
+Warpgroup& warpgroup(uint32_t index) { return running->wgmma->of_index[index]; }
+Progress& own_progress() { return running->wgmma->progress_of[current->index]; }
 
 // PTX ISA, "Matrix fragments for wgmma": element e of thread t lies in this row and column of D; A is laid out like D with N = 16.
 int row_of(int thread, int element) { return thread / 32 * 16 + thread % 32 / 4 + element / 2 % 2 * 8; }
@@ -189,7 +198,7 @@ Flying& take_accumulator(Warpgroup& group, uint32_t first_thread, Location where
 
 void wgmma_fence(Location where) {
   current->location = where;
-  progress_of[current->index].needs_fence = false;
+  own_progress().needs_fence = false;
 }
 
 void wgmma(const WgmmaShape& shape, Accumulator& accumulator, int slot, const uint32_t* a_registers, uint64_t a_descriptor,
@@ -197,7 +206,7 @@ void wgmma(const WgmmaShape& shape, Accumulator& accumulator, int slot, const ui
   Thread& self = *current;
   self.location = where;
   const uint32_t group_index = self.index / GROUP_THREADS, first_thread = group_index * GROUP_THREADS;
-  Progress& progress = progress_of[self.index];
+  Progress& progress = own_progress();
   if (progress.needs_fence) {
     report("missing-wgmma-fence", where, "wgmma without a wgmma.fence since ordinary instructions last used its registers");
     progress.needs_fence = false;
@@ -206,7 +215,7 @@ void wgmma(const WgmmaShape& shape, Accumulator& accumulator, int slot, const ui
     report("collective", where, "wgmma in a warpgroup of fewer than 128 threads");
     return;
   }
-  Warpgroup& group = warpgroups[group_index];
+  Warpgroup& group = warpgroup(group_index);
   Issue issue{shape, &accumulator, slot, a_registers, a_descriptor, b_descriptor};
   group.issues[self.index % GROUP_THREADS] = &issue;
   ++progress.issued;
@@ -235,20 +244,20 @@ void wgmma(const WgmmaShape& shape, Accumulator& accumulator, int slot, const ui
   if (launch.schedule.delivery == Delivery::eager) compute(*product);
   group.products.push_back(std::move(product));
   for (uint32_t thread = first_thread; thread < first_thread + GROUP_THREADS; ++thread)
-    if (thread != self.index) set_runnable(threads[thread]);
+    if (thread != self.index) set_runnable(running->threads[thread]);
 }
 
 void wgmma_commit(Location where) {
   maybe_preempt();
   current->location = where;
-  Progress& progress = progress_of[current->index];
+  Progress& progress = own_progress();
   progress.groups.push_back(progress.issued);
 }
 
 void wgmma_wait(uint32_t groups_left, std::deque<Accumulator>& accumulators, Location where) {
   maybe_preempt();
   current->location = where;
-  Progress& progress = progress_of[current->index];
+  Progress& progress = own_progress();
   while (progress.groups.size() > groups_left) {
     progress.done = progress.groups.front();
     progress.groups.pop_front();
@@ -256,7 +265,7 @@ void wgmma_wait(uint32_t groups_left, std::deque<Accumulator>& accumulators, Loc
   const uint32_t group_index = current->index / GROUP_THREADS;
   const int rank = int(current->index % GROUP_THREADS);
   set_seen(*current, wgmma_agent(group_index), uint32_t(progress.done));
-  Warpgroup& group = warpgroups[group_index];
+  Warpgroup& group = warpgroup(group_index);
   while (!group.products.empty() && group.products.front()->number <= progress.done) {
     if (!group.products.front()->computed) compute(*group.products.front());
     group.products.pop_front();
@@ -275,13 +284,14 @@ void wgmma_wait(uint32_t groups_left, std::deque<Accumulator>& accumulators, Loc
   }
 }
 
-void begin_block_wgmma() {
-  warpgroups = std::vector<Warpgroup>((launch.num_threads + GROUP_THREADS - 1) / GROUP_THREADS);
-  progress_of.assign(launch.num_threads, Progress());
+void begin_block_wgmma(Block& block) {
+  block.wgmma = std::make_shared<Warpgroups>();
+  block.wgmma->of_index = std::vector<Warpgroup>((launch.num_threads + GROUP_THREADS - 1) / GROUP_THREADS);
+  block.wgmma->progress_of.resize(launch.num_threads);
 }
 
 void check_wgmma_at_exit() {
-  const Progress& progress = progress_of[current->index];
+  const Progress& progress = own_progress();
   if (progress.done < progress.issued) report("exit-pending", current->location, "the thread exits with wgmma in flight");
 }
 

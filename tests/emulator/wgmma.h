@@ -40,7 +40,7 @@ void wgmma_commit(Location);
 // Ends all but the latest groups; finished ones of this thread's accumulators (by slot) become inactive and hold the results.
 void wgmma_wait(uint32_t groups_left, std::deque<Accumulator>& accumulators, Location);
 
-void begin_block_wgmma();
+void begin_block_wgmma(Block&);
 void check_wgmma_at_exit();
 
 }  // namespace emulator

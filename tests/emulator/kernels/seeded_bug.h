@@ -31,4 +31,13 @@ enum class Bug {
   NO_BARRIER_AFTER_MBARRIER_INIT,  // mbarriers used before their initialisation
   NO_TAIL_MASK,                    // keys beyond the end count: wrong numbers
   EXPECT_TX_OF_ONE_LOAD,           // of the two of Q
+  // accumulate.cuh
+  NO_ACQUIRE,                 // the turn is awaited by relaxed loads
+  NO_RELEASE,                 // the turn is passed on by a relaxed addition
+  NO_BARRIER_BEFORE_RELEASE,  // the turn is passed on while other threads still add
+  SKIPPED_TILE_NOT_COUNTED,   // turns are given to blocks that skip the tile and never come
+  SEMAPHORES_NOT_RESET,       // the next launch finds them used
+  NO_TICKET,                  // blocks take their work by block index and wait for blocks that may not be resident
+  WAIT_GROUP_READ,            // the turn is passed on when shared memory has been read, not when global memory has been written
+  NO_PROXY_FENCE,             // between writing a tile in shared memory and its bulk addition
 };
