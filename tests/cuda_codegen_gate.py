@@ -49,8 +49,8 @@ class Line(NamedTuple):
 
 def why_not() -> str | None:
     """Why nothing can be inspected."""
-    if not any(FOLDER.glob("*.cubin")):
-        return "the CUDA kernels are not built"
+    if not any(FOLDER.glob(f"*.{BUILT_FOR}.cubin")):
+        return f"the CUDA kernels are not built, or not for {BUILT_FOR}"
     return None if sass.find_nvdisasm() else "there is no nvdisasm: it comes with triton and with the CUDA toolkit"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from csrc.cuda.toolkit import find_nvcc  # noqa: E402
+from csrc.cuda.toolkit import find_nvcc
 
 MATRIX_PRODUCT = re.compile(r"(HGMMA|QGMMA|IGMMA|HMMA|QMMA|IMMA|UTC\w*MMA)(\.|$)")
 FUSED_MULTIPLY_ADD = re.compile(r"FFMA2?(\.|$)")  # what float32 products without tensor cores are made of
