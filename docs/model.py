@@ -4,6 +4,7 @@
     python docs/model.py --batch 4 --num-heads 16 --seqlen 4096 --causal --only 64x64
     python docs/model.py --tile                                       cycles of every unit for one tile
     python docs/model.py --deviations                                 counts against those of the machine code that was built
+    python docs/model.py --write                                      all three, into docs/cuda-kernels.md
 
 The inputs are csrc/cuda/instances/manifest.py and GPUS below; nothing is fitted. Units work side by side, so that the busiest one alone
 decides: a bound on speed that a kernel with perfect overlap would reach, not a forecast. Without prologue, epilogue and launch.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/cuda-kernels.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from csrc.cuda.instances.manifest import INSTANCES, Instance  # noqa: E402
 
@@ -207,29 +209,30 @@ def deviations(row: Instance, loop: Counter[str], tolerance: float = 0.15) -> li
     return [one for one in found if abs(one.counted - one.modelled) > tolerance * one.modelled]
 
 
-def forward_rows(pattern: str) -> Iterator[Instance]:
-    """bfloat16 only: float16 has the same tiles."""
+def forward_rows(pattern: str) -> Iterator[Instance]:  # bfloat16 only: float16 has the same tiles
     return (row for row in INSTANCES if row.pass_name == "forward" and row.dtype == "bf16" and re.search(pattern, row.name))
 
 
-def print_deviations(pattern: str) -> None:
+def deviation_lines(pattern: str) -> Iterator[str]:
+    """Of plain instances: masked and bias loops hold code for every feature, of which a call runs a part."""
     from cuda_codegen_gate import check, why_not
 
     if reason := why_not():
         sys.exit(reason)
-    print("The loop without masks, a warp's instructions. Masked and bias loops hold code for every feature, of which a call runs a part.")
+    yield "| instance | instructions | model: always, seldom | more or fewer: in the loop, in the model |"
+    yield "|---|---:|---:|---|"
     for row in forward_rows(pattern):
         if row.feature_class == "plain":
             (line,) = check(row.image, ())
             loop, counts = line.code.loops[0], work(row)
-            print(f"\n{row.name}: {loop.total()} instructions, model {counts.every.total()} and {counts.seldom.total()} seldom")
-            for deviation in deviations(row, loop):
-                print(f"  {deviation}")
+            found = "<br>".join(map(str, deviations(row, loop)))
+            yield f"| {short(row)} | {loop.total()} | {counts.every.total()}, {counts.seldom.total()} | {found} |"
 
 
-def print_tiles(pattern: str) -> None:
+def tile_lines(pattern: str) -> Iterator[str]:
     units = ("tensor", "mufu", "fma", "alu", "convert", "shared", "issue")
-    print(f"| instance | KFLOP | KB | GPU | {' | '.join(units)} |\n|---|---:|---:|---|{'---:|' * len(units)}")
+    yield f"| instance | KFLOP | KB | GPU | {' | '.join(units)} |"
+    yield f"|---|---:|---:|---|{'---:|' * len(units)}"
     for row in forward_rows(pattern):
         columns = row.block_n * (row.head_dim_qk + row.head_dim_v)
         sizes = f"{2 * row.block_m * columns // 1000} | {2 * columns // 1024}"  # K and V are two bytes an element
@@ -237,17 +240,39 @@ def print_tiles(pattern: str) -> None:
             needed = cycles(row, gpu)
             most = max(needed.values())
             cells = [f"**{needed[unit]:.0f}**" if needed[unit] == most else f"{needed[unit]:.0f}" for unit in units]
-            print(f"| {row.name.removeprefix('sm80_forward_')} | {sizes} | {name} | {' | '.join(cells)} |")
+            yield f"| {short(row)} | {sizes} | {name} | {' | '.join(cells)} |"
 
 
-def print_cells(pattern: str, shapes: list[tuple[int, int, int, bool]]) -> None:
-    print(f"| instance | batch, heads, seqlen | {' | '.join(GPUS)} |\n|---|---|{'---|' * len(GPUS)}")
+def cell_lines(pattern: str, shapes: list[tuple[int, int, int, bool]]) -> Iterator[str]:
+    yield f"| instance | batch, heads, seqlen | {' | '.join(GPUS)} |"
+    yield f"|---|---|{'---|' * len(GPUS)}"
     for row in forward_rows(pattern):
         for batch, num_heads, seqlen, causal in shapes:
             cells = [predict(row, gpu, batch, num_heads, seqlen, causal) for gpu in GPUS.values()]
             texts = [f"{cell.microseconds:.0f} us, {cell.tflops:.0f} TFLOP/s, {cell.limit}" for cell in cells]
-            shape = f"{batch}, {num_heads}, {seqlen}{' causal' if causal else ''}"
-            print(f"| {row.name.removeprefix('sm80_forward_')} | {shape} | {' | '.join(texts)} |")
+            yield f"| {short(row)} | {batch}, {num_heads}, {seqlen}{' causal' if causal else ''} | {' | '.join(texts)} |"
+
+
+def short(row: Instance) -> str:
+    return row.name.removeprefix("sm80_forward_").replace("_bf16", "")
+
+
+def page_tables() -> dict[str, Iterator[str]]:
+    shown = r"_bf16_plain$|(64x64|128x128)_bf16_(plain_dropout|bias)"
+    return {
+        "tile": tile_lines("_bf16_plain$"),
+        "cells": cell_lines(shown, [(4, 16, 1024, True), (4, 16, 4096, False)]),
+        "deviations": deviation_lines("(64x64|128x128)_bf16_plain"),
+    }
+
+
+def update_page() -> None:
+    """Each table of docs/cuda-kernels.md stands between two comments that name it."""
+    text = PAGE.read_text()
+    for name, lines in page_tables().items():
+        begin, end = (f"<!-- {word}: {name} -->\n" for word in ("begin", "end"))
+        text = text[: text.index(begin) + len(begin)] + "".join(f"{line}\n" for line in lines) + text[text.index(end) :]
+    PAGE.write_text(text)
 
 
 def main() -> None:
@@ -257,16 +282,21 @@ def main() -> None:
     parser.add_argument("--num-heads", type=int, default=16)
     parser.add_argument("--seqlen", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--causal", action="store_true", help="only causal; without this both")
-    parser.add_argument("--tile", action="store_true", help="cycles of every unit for one tile of keys of one block")
-    parser.add_argument("--deviations", action="store_true", help="compare with the machine code that was built")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--tile", action="store_true", help="cycles of every unit for one tile of keys of one block")
+    action.add_argument("--deviations", action="store_true", help="compare with the machine code that was built")
+    action.add_argument("--write", action="store_true", help="update the tables of docs/cuda-kernels.md")
     options = parser.parse_args()
+    if options.write:
+        return update_page()
+    causal = (True,) if options.causal else (False, True)
+    shapes = [(options.batch, options.num_heads, seqlen, one) for seqlen in options.seqlen for one in causal]
     if options.deviations:
-        print_deviations(options.only)
-    elif options.tile:
-        print_tiles(options.only)
+        lines = deviation_lines(options.only)
     else:
-        causal = (True,) if options.causal else (False, True)
-        print_cells(options.only, [(options.batch, options.num_heads, seqlen, one) for seqlen in options.seqlen for one in causal])
+        lines = tile_lines(options.only) if options.tile else cell_lines(options.only, shapes)
+    for line in lines:
+        print(line)
 
 
 if __name__ == "__main__":
