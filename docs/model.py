@@ -156,15 +156,11 @@ class Prediction(NamedTuple):
     tflops: float
 
 
-def tiles_of_block(row: Instance, block: int, seqlen: int, causal: bool) -> int:
-    keys = min((block + 1) * row.block_m, seqlen) if causal else seqlen
-    return ceil(keys / row.block_n)
-
-
 def predict(row: Instance, gpu: Gpu, batch: int, num_heads: int, seqlen: int, causal: bool) -> Prediction:
     """Self-attention, as many key heads as query heads, a float mask of 16 bits for each head where the class has one."""
     heads = batch * num_heads
-    visits = sorted(tiles_of_block(row, block, seqlen, causal) for block in range(ceil(seqlen / row.block_m)))
+    seen = [min(start_m + row.block_m, seqlen) if causal else seqlen for start_m in range(0, seqlen, row.block_m)]
+    visits = sorted(ceil(keys / row.block_n) for keys in seen)
     # Some SM gets ceil(blocks / SMs) blocks, which are no shorter than the shortest so many.
     turns = ceil(len(visits) * heads / gpu.sms)
     shortest = sum(visits[number // heads] for number in range(turns))

@@ -98,8 +98,8 @@ COLUMNS = (
 )  # fmt: skip
 HEADING = f"""# What the compiler makes of the CUDA kernels
 
-Written by `{WRITE}`, checked by `make codegen-cuda`. A change that makes an instance worse than its line fails; one that is meant
-to, or that makes it better, writes the table anew.
+Written by `{WRITE}`, checked by `make codegen-cuda`. A change that makes an instance worse than its line
+fails; one that is meant to, or that makes it better, writes the table anew.
 
 - registers, spills and stack: per thread, by ptxas's account; spills and stack in bytes, and 0 is the only number allowed
 - shared: bytes of a block; blocks: how many of them an SM holds at once, by registers, shared memory and threads
