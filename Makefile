@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # libgomp reads this when torch loads it: short spinning at barriers, so that two busy processes do not stall each other.
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: help install build demo test test-oldest bench lint codegen test-oldest-triton check-tools
+.PHONY: help install build demo test test-oldest bench lint codegen codegen-cuda codegen-cuda-table codegen-triton test-oldest-triton check-tools
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -20,7 +20,15 @@ test: build ## run the test suite, then that of the Triton kernels in Triton's i
 bench: build ## compare with torch on this machine; prints one table and saves the run
 	$(BIN)/python -m fused_attention bench
 
-codegen: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (15 minutes)
+codegen: codegen-cuda codegen-triton ## inspect the machine code of every kernel (20 minutes)
+
+codegen-cuda: build ## inspect every CUDA kernel, for every GPU (3 minutes)
+	$(BIN)/python tests/cuda_codegen_gate.py
+
+codegen-cuda-table: build ## write docs/cuda-codegen.md, which codegen-cuda compares with
+	$(BIN)/python tests/cuda_codegen_gate.py --write
+
+codegen-triton: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (15 minutes)
 	$(BIN)/python tests/triton_codegen_gate.py --report build/triton-codegen.txt
 	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report build/triton-codegen-oldest.txt
 

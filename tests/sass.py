@@ -6,19 +6,24 @@ its source, with everything that reaches the source without passing that block.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from csrc.cuda.toolkit import find_nvcc
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX_PRODUCT = re.compile(r"(HGMMA|QGMMA|IGMMA|HMMA|QMMA|IMMA|UTC\w*MMA)(\.|$)")
 FUSED_MULTIPLY_ADD = re.compile(r"FFMA2?(\.|$)")  # what float32 products without tensor cores are made of
 LEAST_MULTIPLY_ADDS = 64  # in a loop, to count as a matrix product
 
+FUNCTION = re.compile(r"//-+ \.text\.(\S+)\s+-+")  # in front of each kernel's instructions
 LABEL = re.compile(r"\s*(\.L\S+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*)")
 TARGET = re.compile(r"(\.L_?\w+)")
@@ -38,11 +43,30 @@ class Block(NamedTuple):
     end: int
 
 
+@functools.cache
+def find_nvdisasm() -> Path | None:
+    """Triton's copy, or that of a CUDA toolkit; the wheels of nvcc come without it."""
+    triton, nvcc, found = importlib.util.find_spec("triton"), find_nvcc(), shutil.which("nvdisasm")
+    places = [Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"] if triton and triton.origin else []
+    places += [Path(nvcc).parent / "nvdisasm", Path(nvcc).resolve().parent / "nvdisasm"] if nvcc else []
+    places += [Path(found)] if found else []
+    return next((place for place in places if place.is_file()), None)
+
+
 def disassemble(cubin: bytes) -> str:
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        raise RuntimeError("no nvdisasm: it comes with triton and with the CUDA toolkit")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        return subprocess.run([TOOLS / "nvdisasm", "-c", file], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([nvdisasm, "-c", file], capture_output=True, text=True, check=True).stdout
+
+
+def functions(listing: str) -> dict[str, str]:
+    """The listing of each kernel in a cubin."""
+    pieces = FUNCTION.split(listing)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import sass
+from occupancy import room
 from triton_offline import SHARED_MEMORY, Binary
 
 OPCODES = {
@@ -18,8 +19,6 @@ OPCODES = {
     "LDL": r"LDL",
     "STL": r"STL",
 }
-# SM totals that bound how many blocks run at once: (shared memory in KB, threads); 65536 registers everywhere.
-SM_LIMITS = {80: (164, 2048), 86: (100, 1536), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048), 120: (100, 1536)}
 
 
 @dataclass
@@ -52,20 +51,15 @@ def resources(binary: Binary, arch: int) -> Resources:
     threads = threads_of(binary)
     registers = number(r"Used (\d+) registers", binary.log)
     shared_memory = metadata["shared"]
-    shared_memory_kb, most_threads = SM_LIMITS[arch]
-    room = {
-        "registers": 65536 // (-(-registers // 8) * 8 * threads),  # given out in eights
-        "shared memory": shared_memory_kb * 1024 // (shared_memory + 1024),  # 1 KB is the system's
-        "threads": most_threads // threads,
-    }
-    limited_by = min(room, key=lambda name: room[name])
+    blocks = room(arch, registers, threads, shared_memory)
+    limited_by = min(blocks, key=lambda name: blocks[name])
     return Resources(
         registers=registers,
         stack=number(r"(\d+) bytes stack frame", binary.log),
         spills=number(r"(\d+) bytes spill stores", binary.log),
         shared_memory=shared_memory,
         threads=threads,
-        blocks_per_sm=room[limited_by],
+        blocks_per_sm=blocks[limited_by],
         limited_by=limited_by,
         counts=counts,
         instructions=(len(instructions), len(hot)),

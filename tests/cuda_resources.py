@@ -1,0 +1,154 @@
+"""What a compiled CUDA kernel takes of a GPU, what its hot loops are made of, and what of that is not allowed.
+
+Expected instruction counts follow from the manifest's row and from the method that the kernels' headers state, never from a listing.
+All counts are of one warp and one pass through a hot loop: every tile of keys. A loop's code holds what rarely runs, too: Q's loads on the
+first pass, the rescaling of out when a maximum rises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import sass
+from occupancy import most_registers, room
+
+from csrc.cuda.instances.manifest import Instance
+
+KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+WARP = 32
+# A kernel has no business with these: local memory, and addresses of which the compiler does not know that they are global.
+LOCAL = re.compile(r"(LDL|STL)(\.|$)")
+GENERIC = re.compile(r"(LD|ST|ATOM|RED)(\.|$)")
+COPY = re.compile(r"LDGSTS(\.|$)")
+WIDE_COPY = "LDGSTS.E.BYPASS.128"
+GLOBAL_LOAD, GLOBAL_STORE = re.compile(r"LDG(\.|$)"), re.compile(r"STG(\.|$)")
+WIDE_STORE = re.compile(r"STG\..*128")
+
+
+class Usage(NamedTuple):
+    """By ptxas's account; bytes are per thread."""
+
+    registers: int
+    spills: int  # bytes stored to local memory for want of registers
+    stack: int
+
+
+class Code(NamedTuple):
+    loops: list[Counter[str]]  # {opcode: how often} of each hot loop, the leanest first
+    kernel: Counter[str]
+
+    @property
+    def kilobytes(self) -> float:
+        return self.kernel.total() * 16 / 1024  # an instruction is 128 bits
+
+
+def usages(log: str) -> dict[tuple[str, str], Usage]:
+    """{(kernel, architecture such as sm_80): what it takes} from what ptxas -v wrote."""
+    _, *pieces = KERNEL.split(log)
+    result = {}
+    for kernel, architecture, text in zip(pieces[0::3], pieces[1::3], pieces[2::3], strict=True):
+        numbers = [
+            re.search(pattern, text) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame")
+        ]
+        if None in numbers:
+            raise ValueError(f"ptxas says nothing about the registers of {kernel}: {text!r}")
+        result[kernel, architecture] = Usage(*(int(number[1]) for number in numbers if number))
+    return result
+
+
+def code(listing: str) -> Code:
+    """Of one kernel's listing (sass.functions)."""
+    instructions, labels = sass.parse(listing)
+    loops = [Counter(instruction.opcode for instruction in loop) for loop in sass.hot_loops(instructions, labels)]
+    return Code(sorted(loops, key=lambda loop: loop.total()), Counter(instruction.opcode for instruction in instructions))
+
+
+def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
+    """How many instructions have an opcode that starts so."""
+    return sum(number for opcode, number in counts.items() if re.match(pattern, opcode))
+
+
+def num_hot_loops(row: Instance) -> int:
+    """Forward: one over blocks that need no mask, one over those that do."""
+    return {"forward": 2, "decode": 1}.get(row.pass_name, 0)
+
+
+def expected(row: Instance) -> dict[str, tuple[int, int]]:
+    """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
+    decode = row.pass_name == "decode"
+    rows, keys = (16, 16) if decode else (row.block_m // row.num_warps, row.block_n)  # of one warp's product
+    lanes = WARP if decode else row.num_threads  # that copy a tile of keys together
+    matrices, steps_qk, steps_pv = rows // 16, row.head_dim_qk // 16, keys // 16
+    scores = rows * keys // WARP  # of a lane
+    # In registers Q is loaded once, in the forward's loop on its first pass; else on every pass.
+    q_outside = decode and row.head_dim_qk <= 128
+    copies = keys * (row.head_dim_qk + row.head_dim_v) // 8 // lanes  # 16 bytes each
+    # Where keys may be masked, a tile is copied by one of two pieces of code: with or without a key_mask.
+    ways = 2 if row.pass_name == "forward" and row.feature_class != "plain" else 1
+    softcap = 0 if row.feature_class == "plain" else scores  # tanh takes an exp2
+    products = matrices * (keys // 8 * steps_qk + row.head_dim_v // 8 * steps_pv)
+    loads = keys // 16 * steps_qk + (0 if q_outside else matrices * steps_qk)
+    exponentials = scores + 2 * matrices + softcap  # a weight each, and a factor for what was summed so far in each of a lane's rows
+    return {
+        "HMMA.16816.F32": (products, products),
+        "LDSM.16.M88.4": (loads, loads),
+        "LDSM.16.MT88.4": (steps_pv * row.head_dim_v // 16, steps_pv * row.head_dim_v // 16),
+        "LDGSTS": (copies, ways * copies),
+        "MUFU.EX2": (exponentials, exponentials),
+    }
+
+
+def out_stores(row: Instance) -> tuple[int, int]:
+    """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
+    if row.pass_name == "forward":
+        rows = row.block_m // row.num_warps
+        return rows * row.head_dim_v // 8 // WARP, rows // 8
+    return 3, 1  # decode: eight elements of out, or the two halves of as many float32 ones of a partial out
+
+
+def failures(row: Instance, usage: Usage, found: Code | None) -> list[str]:
+    """Why an instance may not be shipped; empty when it may. Without `found` only what ptxas says is judged."""
+    reasons = []
+    if usage.spills:
+        reasons.append(f"{usage.spills} bytes spilled")
+    if usage.stack:
+        reasons.append(f"a stack frame of {usage.stack} bytes")
+    blocks = room(80, usage.registers, row.num_threads, row.shared_bytes)
+    if blocks["registers"] < row.blocks_per_sm:
+        most = most_registers(row.num_threads, row.blocks_per_sm)
+        reasons.append(f"{usage.registers} registers, {most} at most for {row.blocks_per_sm} blocks on an SM")
+    if blocks["shared memory"] < row.blocks_per_sm:
+        reasons.append(f"{row.shared_bytes} bytes of shared memory, too much for {row.blocks_per_sm} blocks on an SM")
+    return reasons if found is None else reasons + code_failures(row, found)
+
+
+def code_failures(row: Instance, found: Code) -> list[str]:
+    if row.pass_name == "helper":  # has no hot loop, and runs for a moment
+        return []
+    reasons = []
+    if len(found.loops) != num_hot_loops(row):
+        reasons.append(f"{len(found.loops)} hot loops, not {num_hot_loops(row)}")
+    for number, loop in enumerate(found.loops):
+        where = "the hot loop" if len(found.loops) == 1 else f"the {'masked' if number else 'lean'} loop"
+        for pattern, (least, most) in expected(row).items():
+            if not least <= (count := matching(loop, pattern)) <= most:
+                reasons.append(f"{count} {pattern} in {where}, not {least if least == most else f'{least} to {most}'}")
+        if local := matching(loop, LOCAL):
+            reasons.append(f"{local} local memory accesses in {where}")
+        # Dropout reads its seed and its offset.
+        if row.feature_class == "plain" and (loads := matching(loop, GLOBAL_LOAD)) > (2 if row.dropout else 0):
+            reasons.append(f"{loads} loads from global memory in {where}")
+    if narrow := matching(found.kernel, COPY) - found.kernel[WIDE_COPY]:
+        reasons.append(f"{narrow} asynchronous copies that are not {WIDE_COPY}")
+    if generic := matching(found.kernel, GENERIC):
+        reasons.append(f"{generic} accesses to what the compiler does not know to be global memory")
+    wide = matching(found.kernel, WIDE_STORE)
+    narrow = matching(found.kernel, GLOBAL_STORE) - wide
+    least, most = out_stores(row)
+    if wide < least:
+        reasons.append(f"{wide} stores of 16 bytes, {least} at least for out")
+    if narrow > most:
+        reasons.append(f"{narrow} stores of less than 16 bytes, {most} at most for lse")
+    return reasons
