@@ -46,7 +46,7 @@ class Bias {
  private:
   template <class Element>
   FA_DEVICE void load_elements(int first_row, int last_row, int start_n) {
-    const int lane = threadIdx.x % 32, first_key = start_n + 2 * (lane % 4);
+    const int lane = ptx::again(threadIdx.x) % 32, first_key = start_n + 2 * (lane % 4);
     const bool all_in_pairs = in_pairs_ && start_n + 8 * BLOCKS <= num_keys_;
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {
@@ -70,7 +70,8 @@ class Bias {
           for (int n = 0; n < BLOCKS; ++n) {
             uint32_t pair[2];
 #pragma unroll
-            for (int e = 0; e < 2; ++e) pair[e] = first_key + 8 * n + e < num_keys_ ? elements[(8 * n + e) * key_stride_] : 0;
+            for (int e = 0; e < 2; ++e) pair[e] = first_key + 8 * n + e < num_keys_ ? elements[e * key_stride_] : 0;
+            elements = ptx::again(elements + 8 * key_stride_);  // one address at a time
             uint32_t (&words)[2] = words_[m][n][half];
             words[0] = sizeof(Element) == 4 ? pair[0] : pair[0] | pair[1] << 16, words[1] = pair[1];
           }

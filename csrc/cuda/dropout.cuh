@@ -8,11 +8,13 @@ namespace fused_attention::cuda {
 
 struct Dropout {
   PhiloxKey key;
-  uint32_t threshold, batch_head;
+  uint32_t threshold;  // in the upper half of the word
+  uint32_t batch_head;
 
+  Dropout() = default;
   FA_DEVICE Dropout(const AttentionProblem& problem, int64_t batch, int64_t head)
       : key(PhiloxKey::from_rng_state(problem.rng_state)),
-        threshold(problem.dropout_threshold),
+        threshold(problem.dropout_threshold << 16),
         batch_head(static_cast<uint32_t>(batch * problem.num_heads + head)) {}
 
   // Weights that are dropped become 0. first_row and start_n are multiples of 16.
@@ -30,8 +32,8 @@ struct Dropout {
         for (int e = 0; e < 4; ++e) {
 #pragma unroll
           for (int right = 0; right < 2; ++right) {
-            const uint32_t word = words[e / 2 * 2 + right], number = e % 2 == 0 ? word & 0xffff : word >> 16;
-            if (number < threshold) weights[m][n + right][e] = 0.0f;
+            const uint32_t word = words[e / 2 * 2 + right];
+            if ((e % 2 == 0 ? word << 16 : word) < threshold) weights[m][n + right][e] = 0.0f;
           }
         }
       }

@@ -50,7 +50,7 @@ struct MaskArguments {
   }
 
   int64_t mask_bits_bytes() const { return batch * num_heads * rows * words * 4; }
-  int64_t kinds_bytes() const { return lines() * key_tiles; }
+  int64_t kinds_bytes() const { return num_tiles(); }
   int64_t lists_bytes() const { return lines() * (2 + key_tiles) * 4; }
 
   BitMask bits() const {
@@ -62,12 +62,12 @@ struct MaskArguments {
     return {lists, batch > 1 ? num_heads * head : 0, num_heads > 1 ? head : 0, rows > 1 ? line : 0, static_cast<int32_t>(key_tiles)};
   }
 
-  // Grids are one-dimensional; where a grid can be no larger its blocks take several pieces of work each.
-  int64_t classify_blocks() const { return std::min(lines() * key_tiles, kMaxBlocks); }
-  int64_t list_blocks() const { return std::min((lines() + kMaskThreads / 32 - 1) / (kMaskThreads / 32), kMaxBlocks); }  // of the others
+  // Grids are one-dimensional.
+  int64_t classify_blocks() const { return num_tiles(); }
+  int64_t list_blocks() const { return (lines() + kMaskThreads / 32 - 1) / (kMaskThreads / 32); }  // of the others
+  int64_t num_tiles() const { return lines() * key_tiles; }
 
  private:
-  static constexpr int64_t kMaxBlocks = 0x7fffffff;
   int64_t lines() const { return batch * num_heads * row_blocks; }
 };
 

@@ -68,11 +68,25 @@ __device__ inline void write_list(int32_t* list, int64_t num_tiles, KindOf kind_
   if (lane < 2) list[lane] = static_cast<int32_t>(lane == 0 ? num_full : num_mixed);
 }
 
+// Where a line of the lists stands. There are fewer lines and tiles than 2^31 (plan.cpp): no division of 64-bit numbers, which is a call.
+struct Line {
+  int batch, head, row_block;
+
+  __device__ Line(const MaskArguments& arguments, uint32_t line) {
+    const auto row_blocks = static_cast<uint32_t>(arguments.row_blocks), num_heads = static_cast<uint32_t>(arguments.num_heads);
+    const uint32_t map = line / row_blocks;
+    row_block = static_cast<int>(line % row_blocks);
+    batch = static_cast<int>(map / num_heads);
+    head = static_cast<int>(map % num_heads);
+  }
+};
+
 // Calls write(line) for the lines of lists that are this warp's.
 template <class Write>
 __device__ inline void for_each_line(const MaskArguments& arguments, Write write) {
-  const int64_t num_lines = arguments.batch * arguments.num_heads * arguments.row_blocks, warps_per_block = blockDim.x / 32;
-  for (int64_t line = blockIdx.x * warps_per_block + threadIdx.x / 32; line < num_lines; line += gridDim.x * warps_per_block) {
+  const auto num_lines = static_cast<uint32_t>(arguments.batch * arguments.num_heads * arguments.row_blocks);
+  const uint32_t warps_per_block = blockDim.x / 32;
+  for (uint32_t line = blockIdx.x * warps_per_block + threadIdx.x / 32; line < num_lines; line += gridDim.x * warps_per_block) {
     write(line);
   }
 }
@@ -85,12 +99,12 @@ extern "C" __global__ void __launch_bounds__(256)
   using namespace fused_attention;
   using namespace fused_attention::cuda;
   const AttentionProblem& problem = arguments.problem;
-  const int64_t num_tiles = arguments.batch * arguments.num_heads * arguments.row_blocks * arguments.key_tiles;
-  for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    const int64_t line = tile / arguments.key_tiles, map = line / arguments.row_blocks;
-    const int start_n = static_cast<int>(tile - line * arguments.key_tiles) * kKeysPerTile;
-    const int start_m = static_cast<int>(line - map * arguments.row_blocks) * arguments.block_m;
-    const int64_t batch = map / arguments.num_heads, head = map - batch * arguments.num_heads;
+  const auto key_tiles = static_cast<uint32_t>(arguments.key_tiles);
+  const auto num_tiles = static_cast<uint32_t>(arguments.batch * arguments.num_heads * arguments.row_blocks) * key_tiles;
+  for (uint32_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    const Line line(arguments, tile / key_tiles);
+    const int start_n = static_cast<int>(tile % key_tiles) * kKeysPerTile, start_m = line.row_block * arguments.block_m;
+    const int64_t batch = line.batch, head = line.head;
     const int thread = threadIdx.x, word = thread >= arguments.block_m;
     const int row = start_m + thread - word * arguments.block_m, first_key = start_n + 32 * word;
 
@@ -102,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(256)
     mask += batch * problem.attn_mask.batch + head * problem.attn_mask.head + row * problem.attn_mask.row;
     allowed = attn_mask_bits(problem, mask, first_key, allowed);
     if (row < arguments.rows && first_key < problem.seqlen_k) {
-      arguments.mask_bits[(map * arguments.rows + row) * arguments.words + first_key / 32] = allowed;
+      arguments.mask_bits[((batch * arguments.num_heads + head) * arguments.rows + row) * arguments.words + first_key / 32] = allowed;
     }
     const bool all = __syncthreads_and(!present || allowed == kAllKeys), some = __syncthreads_or(allowed != 0);
     if (threadIdx.x == 0) arguments.kinds[tile] = !some ? kEmpty : all ? kFull : kMixed;
@@ -124,8 +138,9 @@ extern "C" __global__ void __launch_bounds__(256) mask_tiles_keys(const __grid_c
   const AttentionProblem& problem = arguments.problem;
   const int lane = threadIdx.x % 32;
   for_each_line(arguments, [&](int64_t line) {
-    const int64_t batch = line / arguments.row_blocks;
-    const int start_m = static_cast<int>(line - batch * arguments.row_blocks) * arguments.block_m;
+    const Line place(arguments, static_cast<uint32_t>(line));  // lists of a key_mask are the same for all heads
+    const int64_t batch = place.batch;
+    const int start_m = place.row_block * arguments.block_m;
     const Sequence sequence(problem, batch);
     const int rows = static_cast<int>(min(int64_t{sequence.rows_present}, arguments.rows));
     const int last_row = min(start_m + arguments.block_m, rows) - 1;
@@ -160,10 +175,9 @@ extern "C" __global__ void __launch_bounds__(256) mask_tiles_merge(const __grid_
   constexpr int kRowsPerList = 64;
   const TileLists& given = arguments.problem.row_tiles;
   for_each_line(arguments, [&](int64_t line) {
-    const int64_t map = line / arguments.row_blocks, row_block = line - map * arguments.row_blocks;
-    const int64_t batch = map / arguments.num_heads, head = map - batch * arguments.num_heads;
-    const int32_t* upper = given.data + batch * given.batch + head * given.head + 2 * row_block * given.line;
-    const int32_t* lower = (2 * row_block + 1) * kRowsPerList < arguments.rows ? upper + given.line : upper;  // there may be none
+    const Line place(arguments, static_cast<uint32_t>(line));
+    const int32_t* upper = given.data + place.batch * given.batch + place.head * given.head + 2 * place.row_block * given.line;
+    const int32_t* lower = (2 * place.row_block + 1) * kRowsPerList < arguments.rows ? upper + given.line : upper;  // there may be none
     // The full tiles from place 2 on ascend, the mixed ones before the end descend.
     const auto kind_in = [&](const int32_t* list, int64_t tile) {
       const auto holds = [&](int num, auto&& tile_at) {

@@ -129,6 +129,10 @@ void plan_mask_tiles(Plan& plan, Workspace& workspace, int block_m, ForwardArgum
     arguments.tiles = problem.row_tiles;
   } else if (prepared || bool_mask || problem.key_mask != nullptr) {
     MaskArguments mask(problem, block_m);
+    if (mask.num_tiles() > kMaxBlocks) {
+      throw std::invalid_argument("the masks have " + std::to_string(mask.num_tiles()) +
+                                  " tiles, kernels list 2^31 - 1 at most: split the batch");
+    }
     mask.lists = workspace.take<int32_t>(mask.lists_bytes());
     if (prepared) {
       add_launch(plan, named_image("mask_tiles_merge"), mask.list_blocks(), kMaskThreads, mask);

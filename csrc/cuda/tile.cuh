@@ -31,25 +31,21 @@ struct SharedTile {
 // What changes in loops is added as constants: only the place of the chunk needs an instruction.
 template <class Tile>
 struct LaneAddress {
-  uint32_t row;   // of the lane's row
-  uint32_t flip;  // the lane's chunk of the first two, swizzled
+  uint32_t first;  // of the lane's chunk among the first two columns of chunks; its bits 4 to 6 are the place that swizzling gave it
 
   static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0) {
     const int lane = threadIdx.x % 32;
-    return of_lane(tile, first_row + lane % 16, lane / 16);
+    return {tile + Tile::offset(first_row + lane % 16, lane / 16)};
   }
   static FA_DEVICE LaneAddress by_columns(uint32_t tile) {
     const int lane = threadIdx.x % 32;
-    return of_lane(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  }
-  static FA_DEVICE LaneAddress of_lane(uint32_t tile, int row, int chunk) {
-    return {tile + row * Tile::kPitch, static_cast<uint32_t>(chunk ^ Tile::swizzle(row)) << 4};
+    return {tile + Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)};
   }
 
-  // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right.
+  // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right. Tiles start at multiples of 128 bytes.
   FA_DEVICE uint32_t at(int rows, int sixteens) const {
     constexpr int kPeriod = Tile::kPermuted / 2;
-    return row + rows * Tile::kPitch + sixteens / kPeriod * (kPeriod * 32) + ((sixteens % kPeriod * 32) ^ flip);
+    return (first ^ (sixteens % kPeriod * 32)) + (rows * Tile::kPitch + sixteens / kPeriod * (kPeriod * 32));
   }
 };
 
@@ -64,7 +60,9 @@ FA_DEVICE void copy_rows_async(uint32_t tile, const uint16_t* source, int64_t st
 #pragma unroll
   for (int pass = 0; pass < Tile::kRows / kRowsAtOnce; ++pass) {
     const bool row_exists = exists(row + pass * kRowsAtOnce);
-    const uint32_t target = tile + Tile::offset(row + pass * kRowsAtOnce, chunk);
+    // The compiler does not see by itself that swizzling repeats every eight rows.
+    const uint32_t target = kRowsAtOnce % 8 == 0 ? tile + Tile::offset(row, chunk) + pass * kRowsAtOnce * Tile::kPitch
+                                                 : tile + Tile::offset(row + pass * kRowsAtOnce, chunk);
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / (kLanes * kChunk); ++i) {
       const int column = i * kLanes * kChunk;

@@ -66,7 +66,8 @@ FORWARD_TILES = {
 }
 # With a float mask, a piece of which waits in registers for its scores: 16 rows to a warp.
 BIAS_TILES = FORWARD_TILES | {
-    (32, 32): Tile(64, 64, 4, 2, 3),
+    (192, 192): Tile(128, 32, 8, 2, 1),
+    (32, 32): Tile(64, 64, 4, 2, 2),
     (64, 64): Tile(64, 64, 4, 2, 2),
     (96, 96): Tile(64, 64, 4, 1, 2),
     (128, 128): Tile(64, 64, 4, 1, 2),

@@ -100,10 +100,12 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) ptx::ldmatrix_x4(q[i], q_lane.at(0, i));
   }
+  int queries[2];
   float slope_log2[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = of_lane(half);
+    queries[half] = row % seqlen_q;
     const bool has_slope = problem.alibi_slopes != nullptr && row < num_rows;
     slope_log2[half] =
         has_slope ? problem.alibi_slopes[batch * problem.alibi_slopes_batch + head_of(row) * problem.alibi_slopes_head] * kLog2E : 0.0f;
@@ -124,7 +126,7 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
     // S = Q K^T (16, 16)
     Accumulators<1, 2> scores;
     LaneAddress<KeyTile> k_here = k_lane;
-    k_here.row += step % kStages * KeyTile::kBytes;
+    k_here.first += step % kStages * KeyTile::kBytes;
     multiply_transposed<kDtype, kSteps>(
         scores,
         [&](int i, int, uint32_t (&a)[4]) {
@@ -148,17 +150,17 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
     }
     if (problem.alibi_slopes != nullptr) {
       for_each_element(scores, [&](float& score, int row, int place) {
-        const int distance = first_key + place - (start_m + row) % seqlen_q - sequence.offset;
+        const int distance = first_key + place - queries[row / 8] - sequence.offset;
         score = fmaf(score, scale, -slope_log2[row / 8] * static_cast<float>(abs(distance)));
       });
       scale = 1.0f;
     }
-    mask.apply<false>(scores, [&](int, int half) { return of_lane(half) % seqlen_q; }, first_key);
+    mask.apply<false>(scores, [&](int, int half) { return queries[half]; }, first_key);
     softmax.template update<true>(scores, scale, acc);
 
     // O += P V (16, HEAD_DIM_V)
     LaneAddress<ValueTile> v_here = v_lane;
-    v_here.row += step % kStages * ValueTile::kBytes;
+    v_here.first += step % kStages * ValueTile::kBytes;
     multiply_add<kDtype>(acc, scores, v_here);
   }
   ptx::cp_async_wait<0>();

@@ -29,7 +29,7 @@ struct ForwardConfig {
   using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
   using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
   static constexpr int kSharedBytes = QueryTile::kBytes + STAGES * (KeyTile::kBytes + ValueTile::kBytes);
-  static constexpr bool kQueryInRegisters = kMatrices * HEAD_DIM_QK <= 128;
+  static constexpr bool kQueryInRegisters = kMatrices * HEAD_DIM_QK <= (CLASS == FeatureClass::masked ? 64 : 128);
 };
 
 // The rows of one sequence and head that a block of threads computes.
@@ -135,6 +135,8 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   Accumulators<kMatrices, kOutBlocks> acc = {};
   const bool has_sink = !kPlain && problem.sinks != nullptr;
   OnlineSoftmax<kMatrices> softmax([&](int, int) { return has_sink ? problem.sinks[block.head] * kLog2E : -kInfinity; });
+  Dropout dropout;
+  if constexpr (Config::kDropout) dropout = Dropout(problem, block.batch, block.head);
   const ScoreTransform transform(arguments, block.batch, block.head);
 
   const auto step_over = [&](int step, auto masked) {
@@ -159,9 +161,10 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     // S = Q K^T (BLOCK_M, BLOCK_N), each warp its own rows.
     Accumulators<kMatrices, kScoreBlocks> scores;
     [[maybe_unused]] std::conditional_t<kBias, Bias<kMatrices, kScoreBlocks>, NoBias> bias(problem, block.batch, block.head);
-    if constexpr (kBias) bias.load(first_row, sequence.rows_present - 1, start_n);
+    constexpr bool kBiasEarly = kBias && Config::kHeadDimV < 256;  // out leaves registers for it during the product
+    if constexpr (kBiasEarly) bias.load(first_row, sequence.rows_present - 1, start_n);
     LaneAddress<KeyTile> k_here = k_lane;
-    k_here.row += step % kStages * KeyTile::kBytes;
+    k_here.first += step % kStages * KeyTile::kBytes;
     multiply_transposed<kDtype, kSteps>(
         scores,
         [&](int i, int m, uint32_t (&a)[4]) {
@@ -180,6 +183,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     load_k(step + kStages);
 
     // P = softmax(S)
+    if constexpr (kBias && !kBiasEarly) bias.load(first_row, sequence.rows_present - 1, start_n);
     float scale = arguments.score_scale;
     if constexpr (!kPlain) scale = transform.apply(scores, sequence.offset, first_row, start_n, bias);
     if constexpr (kMasked) {
@@ -187,13 +191,15 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
           scores, [&](int m, int half) { return first_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x % 32 / 4); }, start_n);
     }
     softmax.template update<kMasked || kBias>(scores, scale, acc);
-    if (kPlain ? Config::kDropout : problem.dropout_threshold != 0) {
+    if constexpr (Config::kDropout) {
+      dropout.apply(scores, first_row, start_n);
+    } else if (!kPlain && problem.dropout_threshold != 0) {  // no registers are kept for it
       Dropout(problem, block.batch, block.head).apply(scores, first_row, start_n);
     }
 
     // O += P V (BLOCK_M, HEAD_DIM_V)
     LaneAddress<ValueTile> v_here = v_lane;
-    v_here.row += step % kStages * ValueTile::kBytes;
+    v_here.first += step % kStages * ValueTile::kBytes;
     multiply_add<kDtype>(acc, scores, v_here);
   };
   int step = 0;
@@ -232,7 +238,8 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   for (int i = 0; i < Config::kRowsPerWarp * kLanes / 32; ++i) {
     const int row = first_row + i * (32 / kLanes) + lane / kLanes;
 #pragma unroll
-    for (int chunk = lane % kLanes; chunk < Config::kHeadDimV / kChunk; chunk += kLanes) {
+    for (int j = 0; j < Config::kHeadDimV / kChunk / kLanes; ++j) {
+      const int chunk = lane % kLanes + j * kLanes;
       if (row < rows && chunk * kChunk < problem.head_dim_v) {
         *reinterpret_cast<uint4*>(out + row * problem.out.row + chunk * kChunk) =
             *reinterpret_cast<const uint4*>(shared + QueryTile::offset(row, chunk));
