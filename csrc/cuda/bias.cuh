@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A float attn_mask: a warp's piece of it is loaded into registers before the product of its scores, and added after it.
 #pragma once
+#include <type_traits>
+
 #include "mask.cuh"
 
 namespace fused_attention::cuda {
@@ -70,8 +72,7 @@ class Bias {
           for (int n = 0; n < BLOCKS; ++n) {
             uint32_t pair[2];
 #pragma unroll
-            for (int e = 0; e < 2; ++e) pair[e] = first_key + 8 * n + e < num_keys_ ? elements[e * key_stride_] : 0;
-            elements = ptx::again(elements + 8 * key_stride_);  // one address at a time
+            for (int e = 0; e < 2; ++e) pair[e] = first_key + 8 * n + e < num_keys_ ? elements[(8 * n + e) * key_stride_] : 0;
             uint32_t (&words)[2] = words_[m][n][half];
             words[0] = sizeof(Element) == 4 ? pair[0] : pair[0] | pair[1] << 16, words[1] = pair[1];
           }
@@ -101,6 +102,10 @@ class Bias {
   int num_keys_;
   int64_t row_stride_, key_stride_;
   uint32_t words_[MATRICES][BLOCKS][2][2];  // of keys 2 (lane % 4) and the next, in rows lane / 4 and 8 below: a word each or one for both
+};
+
+struct NoBias {
+  FA_DEVICE NoBias(const AttentionProblem&, int64_t, int64_t) {}
 };
 
 }  // namespace fused_attention::cuda

@@ -65,16 +65,23 @@ FA_DEVICE uint32_t existing_keys(const AttentionProblem& problem, int64_t batch,
                        key < keys_present && problem.key_mask[batch * problem.key_mask_batch + key * problem.key_mask_key] != 0);
 }
 
-// The blocks of BLOCK_N keys that BLOCK_M rows from start_m on visit: first those of which every score counts, then the mixed ones.
-template <int BLOCK_M, int BLOCK_N>
+template <class T>
+FA_DEVICE const T* of_head(const T* data, int64_t batch_stride, int64_t batch, int64_t head_stride, int64_t head) {
+  return data == nullptr ? nullptr : data + batch * batch_stride + head * head_stride;
+}
+
+// The blocks of BLOCK_N keys that a block of BLOCK_M rows visits: first those of which every score counts, then the mixed ones.
+template <int BLOCK_M, int BLOCK_N, bool HAS_LISTS>
 class KeyBlocks {
  public:
-  // tiles: a line of a tile list (problem.h), or null: positions alone decide.
-  FA_DEVICE KeyBlocks(const Sequence& sequence, int start_m, const int32_t* tiles, int num_tiles) : tiles_(tiles), num_tiles_(num_tiles) {
+  // Where `lists` are null positions alone decide; without HAS_LISTS they always are.
+  FA_DEVICE KeyBlocks(const Sequence& sequence, const TileLists& lists, int batch, int head, int start_m)
+      : lists_(lists), batch_(batch), head_(head), row_block_(start_m / BLOCK_M) {
     if (start_m >= sequence.rows_present) return;
-    if (tiles != nullptr) {
-      num_full = tiles[0] * kBlocksPerTile;
-      num_blocks = num_full + tiles[1] * kBlocksPerTile;
+    if (HAS_LISTS && lists.data != nullptr) {
+      const int32_t* const line = line_of_rows();
+      num_full = line[0] * kBlocksPerTile;
+      num_blocks = num_full + line[1] * kBlocksPerTile;
       return;
     }
     const int last_row = min(start_m + BLOCK_M, sequence.rows_present) - 1;
@@ -82,8 +89,7 @@ class KeyBlocks {
     first_ = of_first.from / BLOCK_N;
     const int end = max((max(of_last.to, 0) + BLOCK_N - 1) / BLOCK_N, first_);
     first_full_ = min((of_last.from + BLOCK_N - 1) / BLOCK_N, end);
-    last_full_ = min(max(max(of_first.to, 0) / BLOCK_N, first_full_), end);
-    num_full = last_full_ - first_full_;
+    num_full = min(max(max(of_first.to, 0) / BLOCK_N, first_full_), end) - first_full_;
     num_blocks = end - first_;
   }
 
@@ -91,9 +97,9 @@ class KeyBlocks {
 
   // The first key of a block; step < num_blocks.
   FA_DEVICE int start(int step) const {
-    if (tiles_ != nullptr) {
-      const int place = step < num_full ? step / kBlocksPerTile : num_tiles_ - 1 - (step - num_full) / kBlocksPerTile;
-      return tiles_[2 + place] * kKeysPerTile + step % kBlocksPerTile * BLOCK_N;
+    if (HAS_LISTS && lists_.data != nullptr) {
+      const int place = step < num_full ? step / kBlocksPerTile : lists_.num_tiles - 1 - (step - num_full) / kBlocksPerTile;
+      return line_of_rows()[2 + place] * kKeysPerTile + step % kBlocksPerTile * BLOCK_N;
     }
     if (step < num_full) return (first_full_ + step) * BLOCK_N;
     const int block = first_ + step - num_full;  // mixed ones lie to both sides of the full ones
@@ -102,27 +108,20 @@ class KeyBlocks {
 
  private:
   static constexpr int kBlocksPerTile = kKeysPerTile / BLOCK_N;
-  const int32_t* tiles_;
-  int num_tiles_, first_ = 0, first_full_ = 0, last_full_ = 0;
-};
 
-template <class T>
-FA_DEVICE const T* of_head(const T* data, int64_t batch_stride, int64_t batch, int64_t head_stride, int64_t head) {
-  return data == nullptr ? nullptr : data + batch * batch_stride + head * head_stride;
-}
+  FA_DEVICE const int32_t* line_of_rows() const {
+    return of_head(lists_.data, lists_.batch, batch_, lists_.head, head_) + row_block_ * lists_.line;
+  }
+
+  const TileLists& lists_;
+  int batch_, head_, row_block_, first_ = 0, first_full_ = 0;
+};
 
 // What masks scores of one head beyond its blocks of keys: positions, and bits or a key_mask.
 struct ScoreMask {
   const Sequence& sequence;
   const AttentionProblem& problem;
-  int batch;
-  const uint32_t* bits;  // of row 0 of the head; they say all there is to say about rows that are present
-
-  FA_DEVICE ScoreMask(const Sequence& sequence, const AttentionProblem& problem, int batch, int head)
-      : sequence(sequence),
-        problem(problem),
-        batch(batch),
-        bits(of_head(problem.mask_bits.data, problem.mask_bits.batch, batch, problem.mask_bits.head, head)) {}
+  int batch, head;
 
   // Whether the rows of key and value may be read and count: never asked of full blocks, where all keys exist.
   FA_DEVICE bool key_exists(int key) const {
@@ -136,6 +135,8 @@ struct ScoreMask {
   FA_DEVICE void apply(Accumulators<MATRICES, BLOCKS>& scores, RowOf row_of, int start_n) const {
     constexpr int kWords = (BLOCKS + 3) / 4, kBlocksPerWord = BLOCKS / kWords;
     const int lane = threadIdx.x % 32;
+    // Of row 0 of the head; they say all there is to say about rows that are present.
+    const uint32_t* const bits = of_head(problem.mask_bits.data, problem.mask_bits.batch, batch, problem.mask_bits.head, head);
     uint32_t existing[kWords];
     if constexpr (!BY_POSITION) {
       if (bits == nullptr) {

@@ -16,11 +16,6 @@ FA_DEVICE uint32_t again(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-template <class T>
-FA_DEVICE T* again(T* x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
 
 // 2^x, with 2^-inf = 0; about 2 ulp.
 FA_DEVICE float ex2(float x) {

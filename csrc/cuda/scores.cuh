@@ -1,17 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the products Q K^T of a warp to its scores in log2 units: softcap, float mask and ALiBi, each a branch that a whole block takes.
+// From the products Q K^T of a warp to its scores in log2 units: softcap and ALiBi, each a branch that a whole block takes.
 #pragma once
-#include <type_traits>
-
 #include "bias.cuh"
 
 namespace fused_attention::cuda {
 
-struct NoBias {
-  FA_DEVICE NoBias(const AttentionProblem&, int64_t, int64_t) {}
-};
-
-// What turns products into scores. Without softcap, bias and slope that is one factor, which is left to the softmax.
+// With neither, scores are products times one factor, which is left to the softmax.
 struct ScoreTransform {
   float factor, softcap_log2, slope_log2;
 
@@ -23,26 +17,23 @@ struct ScoreTransform {
     }
   }
 
-  // Returns the factor that is left. bias: NoBias, or a Bias that is loaded.
-  template <int MATRICES, int BLOCKS, class BiasOrNone>
-  FA_DEVICE float apply(Accumulators<MATRICES, BLOCKS>& scores, int offset, int first_row, int start_n, const BiasOrNone& bias) const {
-    float left = factor;
-    if (softcap_log2 != 0.0f) {
-      for_each_element(scores, [&](float& score, int, int) { score = accurate_tanh(score * factor) * softcap_log2; });
-      left = 1.0f;
-    }
-    if constexpr (!std::is_same_v<BiasOrNone, NoBias>) {
-      bias.add_to(scores, left);
-      left = 1.0f;
-    }
-    if (slope_log2 != 0.0f) {
-      const int diagonal = first_row + offset - start_n;
-      for_each_element(scores, [&](float& score, int row, int key) {
-        score = fmaf(score, left, -slope_log2 * static_cast<float>(abs(key - row - diagonal)));
-      });
-      left = 1.0f;
-    }
-    return left;
+  // Returns the factor that is left.
+  template <int MATRICES, int BLOCKS>
+  FA_DEVICE float cap(Accumulators<MATRICES, BLOCKS>& scores) const {
+    if (softcap_log2 == 0.0f) return factor;
+    for_each_element(scores, [&](float& score, int, int) { score = accurate_tanh(score * factor) * softcap_log2; });
+    return 1.0f;
+  }
+
+  // factor_left: by which scores have yet to be multiplied. Returns the same.
+  template <int MATRICES, int BLOCKS>
+  FA_DEVICE float add_slopes(Accumulators<MATRICES, BLOCKS>& scores, float factor_left, int offset, int first_row, int start_n) const {
+    if (slope_log2 == 0.0f) return factor_left;
+    const int diagonal = first_row + offset - start_n;
+    for_each_element(scores, [&](float& score, int row, int key) {
+      score = fmaf(score, factor_left, -slope_log2 * static_cast<float>(abs(key - row - diagonal)));
+    });
+    return 1.0f;
   }
 };
 

@@ -50,7 +50,7 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   const uint32_t key_line = blockIdx.x / num_splits / row_blocks, num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
   const int64_t key_head = key_line % num_heads_kv, batch = key_line / num_heads_kv;
   const Sequence sequence(problem, batch);
-  const ScoreMask mask(sequence, problem, batch, 0);
+  const ScoreMask mask{sequence, problem, static_cast<int>(batch), 0};
   const auto head_of = [&](int row) { return key_head * arguments.heads_per_group + row / seqlen_q; };
   const auto of_lane = [&](int half) { return start_m + 8 * half + lane / 4; };  // the rows of this lane's accumulators
   const auto* const key = static_cast<const uint16_t*>(problem.key.data) + batch * problem.key.batch + key_head * problem.key.head;

@@ -87,13 +87,8 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   const int key_head = block.head / arguments.heads_per_group;
   const uint16_t* const key = block.keys_of(problem.key, key_head);      // (Lk, Dqk)
   const uint16_t* const value = block.keys_of(problem.value, key_head);  // (Lk, Dv)
-  const int32_t* tiles = nullptr;
-  if (!kPlain && arguments.tiles.data != nullptr) {
-    tiles = arguments.tiles.data + block.batch * arguments.tiles.batch + block.head * arguments.tiles.head +
-            block.start_m / Config::kBlockM * arguments.tiles.line;
-  }
-  const KeyBlocks<Config::kBlockM, kBlockN> blocks(sequence, block.start_m, tiles, arguments.tiles.num_tiles);
-  const ScoreMask mask(sequence, problem, block.batch, block.head);
+  const KeyBlocks<Config::kBlockM, kBlockN, !kPlain> blocks(sequence, arguments.tiles, block.batch, block.head, block.start_m);
+  const ScoreMask mask{sequence, problem, block.batch, block.head};
   const int warp_row = threadIdx.x / 32 * Config::kRowsPerWarp;  // the first one of this warp
 
   // Loads: every call is one group of cp.async, an empty one past the last block.
@@ -137,7 +132,6 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   OnlineSoftmax<kMatrices> softmax([&](int, int) { return has_sink ? problem.sinks[block.head] * kLog2E : -kInfinity; });
   Dropout dropout;
   if constexpr (Config::kDropout) dropout = Dropout(problem, block.batch, block.head);
-  const ScoreTransform transform(arguments, block.batch, block.head);
 
   const auto step_over = [&](int step, auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
@@ -161,8 +155,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     // S = Q K^T (BLOCK_M, BLOCK_N), each warp its own rows.
     Accumulators<kMatrices, kScoreBlocks> scores;
     [[maybe_unused]] std::conditional_t<kBias, Bias<kMatrices, kScoreBlocks>, NoBias> bias(problem, block.batch, block.head);
-    constexpr bool kBiasEarly = kBias && Config::kHeadDimV < 256;  // out leaves registers for it during the product
-    if constexpr (kBiasEarly) bias.load(first_row, sequence.rows_present - 1, start_n);
+    if constexpr (kBias) bias.load(first_row, sequence.rows_present - 1, start_n);
     LaneAddress<KeyTile> k_here = k_lane;
     k_here.first += step % kStages * KeyTile::kBytes;
     multiply_transposed<kDtype, kSteps>(
@@ -183,9 +176,14 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     load_k(step + kStages);
 
     // P = softmax(S)
-    if constexpr (kBias && !kBiasEarly) bias.load(first_row, sequence.rows_present - 1, start_n);
     float scale = arguments.score_scale;
-    if constexpr (!kPlain) scale = transform.apply(scores, sequence.offset, first_row, start_n, bias);
+    [[maybe_unused]] const ScoreTransform transform(arguments, block.batch, block.head);
+    if constexpr (!kPlain) scale = transform.cap(scores);
+    if constexpr (kBias) {
+      bias.add_to(scores, scale);
+      scale = 1.0f;
+    }
+    if constexpr (!kPlain) scale = transform.add_slopes(scores, scale, sequence.offset, first_row, start_n);
     if constexpr (kMasked) {
       mask.apply<kPlain>(
           scores, [&](int m, int half) { return first_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x % 32 / 4); }, start_n);
