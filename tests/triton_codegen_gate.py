@@ -6,9 +6,10 @@
     ... --choose --also PYTHON                          candidates must also pass with that interpreter's Triton
 
 The real host code runs on CPU tensors (triton_offline.py), one representative problem for each row of the table, with everything that
-its feature class may hold (benchmarks/tune.py); for a few rows also one with a PreparedMask or with packed sequences. What fails: spills, local memory in a hot loop, more shared memory than there is, and on
-sm_90 16-bit products that are not warpgroup products or that wait for one another. float16 compiles like bfloat16 and is not repeated;
-nor is a class whose tiles are those of a class with more features (stands_for).
+its feature class may hold (benchmarks/tune.py); for a few rows also one with a PreparedMask or with packed sequences. What fails: spills,
+local memory in a hot loop, more shared memory than there is, and on sm_90 16-bit products that are not warpgroup products or that wait
+for one another. float16 compiles like bfloat16 and is not repeated; nor is a class whose tiles are those of a class with more features
+(stands_for).
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ ARCHITECTURES = {"sm80": 80, "sm86": 120, "sm90": 90, "sm100": 100}  # sm_86, sm
 # {(dtype, head_dim, feature class): the form in which problems come beside separate tensors}
 FORMS = {
     ("16-bit", 64, "plain"): "varlen",
-    ("fp32", 64, "plain"): "varlen",
     ("16-bit", 64, "masked"): "prepared",
-    ("16-bit", 128, "dropout"): "prepared",
     ("fp32", 64, "dropout"): "prepared",
 }
 PASSES_OF_FORM = {"varlen": ("forward", "backward"), "prepared": ("forward", "backward", "dbias", "weights")}
@@ -169,7 +168,7 @@ def is_narrow(row: Row) -> bool:
 class OtherTriton:
     """A process of an interpreter that has another Triton, which checks tasks with it."""
 
-    def __init__(self, python: Path) -> None:
+    def __init__(self, python: str | Path) -> None:
         self.process = subprocess.Popen([python, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, task: Task) -> None:
@@ -178,9 +177,13 @@ class OtherTriton:
         pickle.dump((tuple(task), {tuple(row): tuple(tile_table()[row]) for row in task.rows().values()}), self.process.stdin)
         self.process.stdin.flush()
 
-    def answer(self) -> list[Line]:
+    def answer(self, task: Task) -> list[Line]:
         assert self.process.stdout is not None
-        return pickle.load(self.process.stdout)
+        tiles = {name: tile_table()[row] for name, row in task.rows().items()}
+        return [Line(task, name, tiles.get(name), *found) for name, *found in pickle.load(self.process.stdout)]
+
+    def end(self) -> None:
+        self.process.communicate()  # closes its stdin
 
 
 def serve() -> None:
@@ -192,9 +195,11 @@ def serve() -> None:
         except EOFError:
             return
         tile_table().update({row: Tile._make(tile) for row, tile in tiles.items()})
-        reasons = f" with triton {triton.__version__}"
-        lines = [line._replace(failures=[reason + reasons for reason in line.failures]) for line in check(Task._make(task))]
-        pickle.dump(lines, answers)
+        found = []
+        for line in check(Task._make(task)):
+            reasons = [f"{reason} with triton {triton.__version__}" for reason in line.failures]
+            found.append((line.kernel_name, line.found, reasons, line.form))
+        pickle.dump(found, answers)
         answers.flush()
 
 
@@ -224,7 +229,7 @@ def choose(task: Task, keep: bool, failed: set[Failed], others: list[OtherTriton
             other.ask(task)
         lines = check(task)
         for other in others:
-            lines += other.answer()
+            lines += other.answer(task)
         for name, row in rows.items():
             found = [line for line in lines if line.kernel_name == name]
             badness = (sum(len(line.failures) for line in found), sum(line.found.spills for line in found))
@@ -269,6 +274,8 @@ def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None) ->
             if line.tile or line.failures:
                 print(f"{text(line)}  {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         lines += added
+    for other in others:
+        other.end()
     return lines, errors
 
 
