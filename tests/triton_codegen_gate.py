@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="with --choose: start at the table's tiles")
     parser.add_argument("--also", type=Path, metavar="PYTHON", help="with --choose: interpreter whose Triton must pass a tile too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the lines there too")
     options = parser.parse_args()
     if options.serve:
