@@ -76,6 +76,7 @@ SMALL = [
     (16, 16, 16, 1),
     (32, 16, 8, 2),
     (16, 16, 8, 2),
+    (16, 32, 16, 2),
 ]
 # Of the backward kernels, with two tiles of scores at a time.
 BACKWARD = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1), (64, 64, 8, 1), *LOW[1:], *SMALL]
