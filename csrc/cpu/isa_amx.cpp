@@ -36,6 +36,7 @@ bool amx_available() {
 #include "fp32_compute_table.h"
 #include "amx_tiles.h"
 #include "amx_forward.h"
+#include "amx_bias.h"
 #include "amx_backward.h"
 
 namespace fused_attention::cpu {
