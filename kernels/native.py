@@ -47,17 +47,18 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype {query.dtype} is not covered (float32, bfloat16 and float16 are)")
     if query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {max(query.shape[3], problem.value.shape[3])} is above {MAX_HEAD_DIM}")
-    if problem.layout == "varlen":
-        reasons.append("packed sequences are not covered")
     if problem.scale <= 0:
         reasons.append(f"scale must be > 0, is {problem.scale}")
     return reasons
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows of none are 0."""
     out = empty_output(problem.query, problem.value.shape[3])
     lse = empty_lse(problem.query)
+    if problem.cu_seqlens_q is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
     arguments, _keep_alive = _native_arguments(problem, out, lse)
     _native.cpu_forward(torch.get_num_threads(), arguments)
     return out, lse
@@ -68,6 +69,9 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()
+    if problem.cu_seqlens_q is not None:
+        for gradient in (gradients.query, gradients.key, gradients.value):
+            gradient.zero_()
     num_threads = torch.get_num_threads()
     splits = _key_splits(problem, num_threads)
     dquery_parts = _zeros(splits, *problem.query.shape) if splits > 1 else None
@@ -200,8 +204,8 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _strided(tensor: Tensor) -> Strided:
-    strides = tensor.stride()
-    return tensor.data_ptr(), strides[0], strides[1], strides[2]
+    batch, head, row, _ = tensor.stride()
+    return tensor.data_ptr(), batch if tensor.shape[0] > 1 else 0, head, row  # packed sequences are a batch of one
 
 
 def _strides(tensor: Tensor | None) -> Strided:

@@ -16,8 +16,9 @@ class AmxForward {
     if (problem.seqlen_q <= kFewRows) return plan_forward<bfloat16_t>(problem, num_threads);  // packing would cost more than it saves
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
-    rows = min_of(rows, max_of(round_up(problem.seqlen_q, kRows), kRows));
-    while (rows > 2 * kRows && heads * divide_up(problem.seqlen_q, rows) < wanted_tasks) rows = round_up(rows / 2, kRows);
+    const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start where tiles do
+    rows = min_of(rows, max_of(round_up(problem.seqlen_q, step), step));
+    while (rows > 2 * kRows && heads * divide_up(problem.seqlen_q, rows) < wanted_tasks) rows = round_up(rows / 2, step);
     Plan plan{};
     plan.num_tasks = heads * divide_up(problem.seqlen_q, rows);
     plan.rows_per_task = rows;
