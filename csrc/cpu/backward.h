@@ -230,8 +230,9 @@ class BackwardPass {
     if (same) score_bias_.fill(row0, key0, keys, mixed, bias_);
     Vec slope_sum = broadcast(0.0f);
     for (int64_t i = 0; i < rows; ++i) {
-      if (!same) score_bias_.fill(row0 + i, key0, keys, mixed, bias_);
-      biased_weights_row<kDropout>(i, row0 + i, key0, keys, slope_sum);
+      const float* mask = score_bias_.plain_mask_row(row0 + i, key0, mixed);
+      if (!same && !mask) score_bias_.fill(row0 + i, key0, keys, mixed, bias_);
+      biased_weights_row<kDropout>(i, row0 + i, key0, keys, mask, slope_sum);
     }
     slope_sum_ += reduce_add(slope_sum);
   }
@@ -259,17 +260,18 @@ class BackwardPass {
     }
   }
 
-  // The same with a soft cap or with what bias_ holds for the row, whose gradients are added up on the way.
+  // The same with a soft cap or with what `mask` or bias_ holds for the row, whose gradients are added up on the way.
   template <bool kDropout>
-  void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, Vec& slope_sum) {
+  void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const float* mask, Vec& slope_sum) {
     float *weights = weights_ + i * kScoresRow, *dscores = dscores_ + i * kScoresRow;
     const bool empty = row_shift_[row] == kInfinity;
     const Vec shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]), delta = broadcast(delta_[row]),
               dropout_scale = broadcast(problem_.dropout_scale()), zero = broadcast(0.0f);
     float* dmask = dmask_ ? dmask_ + row * problem_.dattn_mask_row + key0 * problem_.dattn_mask_key : nullptr;
+    const int64_t visible = empty ? 0 : min_of(visible_keys(bounds_, row) - key0, keys);
     Vec row_sum = zero;
     for (int64_t j = 0; j < keys; j += kLanes) {
-      const Vec bias = empty ? broadcast(-kInfinity) : load(bias_ + j);
+      const Vec bias = select(first_lanes(visible - j), mask ? mask_values(mask + j, visible - j) : load(bias_ + j), broadcast(-kInfinity));
       const LaneMask masked = less_than(bias, broadcast(kMaskedBelow));
       Vec tanh_of_score = zero;
       const Vec score = biased_scores(load(weights + j), log2_scale_, softcap_, bias, &tanh_of_score);

@@ -298,10 +298,11 @@ class ForwardPass {
     for (int64_t j = 0; j < unseen; j += kLanes) store(scores + j, broadcast(0.0f));
     scores += unseen, key0 += unseen, keys -= unseen, keep += unseen / 16;
     const int64_t visible = max_of(min_of(visible_keys(bounds_, row0_ + row) - key0, keys), int64_t{0});
-    if (fill) score_bias_.fill(row0_ + row, key0, visible, mixed, bias_);
+    const float* mask = score_bias_.plain_mask_row(row0_ + row, key0, mixed);
+    if (fill && !mask) score_bias_.fill(row0_ + row, key0, visible, mixed, bias_);
     Vec max = broadcast(-kInfinity);
     for (int64_t j = 0; j < visible; j += kLanes) {
-      const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, load(bias_ + j));
+      const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, mask ? mask_values(mask + j, visible - j) : load(bias_ + j));
       store(scores + j, x);
       max = max_of(max, select(first_lanes(visible - j), x, max));
     }

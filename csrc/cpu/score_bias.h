@@ -6,7 +6,7 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr float kMaskedBelow = -1e30f;  // attn_mask values below it mask the entry, as -inf does
+constexpr float kMaskedBelow = -1e30f * kLog2e;  // in units of log2: attn_mask values below -1e30 mask the entry, as -inf does
 
 // The soft cap of scores, s -> softcap * tanh(s / softcap), from raw products Q K^T to units of log2.
 struct Softcap {
@@ -33,6 +33,13 @@ class ScoreBias {
   }
   bool same_for_all_rows(bool mixed) const {
     return !(mixed || problem_.alibi_slopes || has_diagonal(problem_) || (problem_.attn_mask.data && problem_.attn_mask.row != 0));
+  }
+
+  // A float32 attn_mask that is all there is to add lies in memory ready to be read: its row from key0 on, in natural units; else null.
+  const float* plain_mask_row(int64_t row, int64_t key0, bool mixed) const {
+    const bool plain = problem_.attn_mask.data && problem_.attn_mask_dtype == MaskDtype::float32 && problem_.attn_mask_key == 1 &&
+                       !key_bias_ && !problem_.alibi_slopes && problem_.window_left >= kUnlimited && !mixed;
+    return plain ? mask_row<float>(row, key0) : nullptr;
   }
 
   // bias[0, keys) of the keys from key0 on, and -inf up to the next multiple of 16.
@@ -94,7 +101,7 @@ class ScoreBias {
         from = gathered;
       }
       const Vec value = remaining >= kLanes ? load(from) : remaining > 0 ? load_first(from, remaining) : broadcast(0.0f);
-      store(bias + j, select(less_than(value, broadcast(kMaskedBelow)), broadcast(-kInfinity), mul(value, broadcast(kLog2e))));
+      store(bias + j, mul(value, broadcast(kLog2e)));
     }
   }
 
@@ -141,6 +148,11 @@ class ScoreBias {
   const float* key_bias_ = nullptr;
   float slope_ = 0.0f;
 };
+
+// kLanes values of a row of attn_mask, of which `remaining` exist, in units of log2.
+FA_INLINE Vec mask_values(const float* mask, int64_t remaining) {
+  return mul(remaining >= kLanes ? load(mask) : load_first(mask, max_of(remaining, int64_t{0})), broadcast(kLog2e));
+}
 
 // kLanes scores in units of log2 from products, -inf where the bias is; tanh: what the soft cap's slope is computed from.
 FA_INLINE Vec biased_scores(Vec product, float log2_scale, const Softcap& softcap, Vec bias, Vec* tanh_of_score = nullptr) {
