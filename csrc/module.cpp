@@ -90,6 +90,13 @@ void cpu_forward(int num_threads, const CpuArguments& arguments) {
   cpu::forward(problem, num_threads);
 }
 
+void cpu_weights(int num_threads, const CpuArguments& arguments, bool average_heads) {
+  AttentionProblem problem = cpu_problem(arguments);
+  problem.average_heads = average_heads;
+  py::gil_scoped_release released;
+  cpu::weights(problem, num_threads);
+}
+
 // dattn_mask: address, number of parts, strides of part, batch, head, row and key.
 void cpu_backward(int num_threads, const CpuArguments& arguments, const TensorArgument& dout, Address dlse, const TensorArgument& dquery,
                   const TensorArgument& dkey, const TensorArgument& dvalue, int32_t num_key_splits, Address dquery_parts,
@@ -235,6 +242,7 @@ PyMethodDef cuda_forward_definition = {"cuda_forward", reinterpret_cast<PyCFunct
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native attention kernels. Import torch first, so that both share one OpenMP runtime.";
   module.def("cpu_forward", &cpu_forward, "Writes out and lse; see kernels/native.py for the arguments.");
+  module.def("cpu_weights", &cpu_weights, "Writes the weights to `out`; the arguments of cpu_forward, then whether to average heads.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient; see kernels/native.py for the arguments.");
   module.def(
       "cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");

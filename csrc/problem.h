@@ -83,6 +83,8 @@ struct AttentionProblem {
   const float* dlse = nullptr;         // (B, H, Lq) contiguous, may be null
   StridedTensor dquery, dkey, dvalue;  // every element is written, with 0 where there is no gradient
 
+  bool average_heads = false;  // of attention_weights on the CPU, whose weights (B, Hq or 1, Lq, Lk) go to `out`
+
   // Backward on the CPU only. The gradients of what masks and biases, in float32 parts that the caller adds up; null = not wanted.
   // The caller clears them. A packed batch leaves rows of no sequence alone.
   float* dattn_mask = nullptr;  // (num_mask_parts, B or 1, Hq or 1, Lq or 1, Lk or 1): a task adds to one part

@@ -105,6 +105,15 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         gradients.sinks.copy_(dsinks.sum((0, 2)))
 
 
+def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), which never holds those of single heads."""
+    batch, num_heads, seqlen_q, _ = problem.query.shape
+    weights = problem.query.new_empty(batch, 1 if average_heads else num_heads, seqlen_q, problem.key.shape[2])
+    arguments, _keep_alive = _native_arguments(problem, weights, lse.contiguous())
+    _native.cpu_weights(torch.get_num_threads(), arguments, average_heads)
+    return weights[:, 0] if average_heads else weights
+
+
 def _key_splits(problem: Problem, num_threads: int) -> int:
     """Into how many ranges the keys of a head are split: two for each thread that would have no head of its own."""
     heads = problem.batch * problem.key.shape[1]

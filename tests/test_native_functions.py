@@ -9,10 +9,12 @@ from function_calls import (
     DECODE,
     STARTS,
     VARLEN,
+    WEIGHTS,
     check_decoding,
     check_packed_sequences,
     check_packed_sequences_with_everything,
     check_starts,
+    check_weights,
 )
 
 from fused_attention.kernels import native
@@ -42,6 +44,13 @@ def test_packed_sequences_with_everything(instruction_set: str) -> None:
 @pytest.mark.parametrize("case", DECODE)
 def test_decoding(case: str, dtype: torch.dtype, instruction_set: str) -> None:
     check_decoding("cpu", case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("average_heads", [False, True])
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+def test_attention_weights(options: dict, average_heads: bool, dtype: torch.dtype, instruction_set: str) -> None:
+    check_weights(native, options, average_heads, dtype, "cpu")
 
 
 MASK_SHAPES = ("11QK", "B1QK", "1HQK", "BHQK", "B11K", "1H1K", "BH1K", "11Q1", "BHQ1", "B111", "1111")

@@ -81,7 +81,7 @@ def test_triton_comes_before_the_cpu_kernels_and_the_reference(monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("kernels_by_formula")
-def test_weights_come_from_the_kernel_unless_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_come_from_the_kernel_and_their_gradient_from_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     kernel = formula_kernels.attention_weights
     monkeypatch.setattr(formula_kernels, "attention_weights", lambda *arguments: calls.append(1) or kernel(*arguments))
@@ -90,16 +90,20 @@ def test_weights_come_from_the_kernel_unless_a_gradient_is_asked_for(monkeypatch
     expected = torch.softmax(query @ key.transpose(-1, -2) / 4, dim=-1)
     torch.testing.assert_close(attention_weights(query, key, lse), expected)
     assert calls == [1]
-    weights = attention_weights(query.requires_grad_(), key, lse, average_heads=True)
+    leaf = query.clone().requires_grad_()
+    weights = attention_weights(leaf, key, lse, average_heads=True)
     torch.testing.assert_close(weights, expected.mean(1))
-    assert weights.requires_grad
+    assert calls == [1, 1]
+    ours = torch.autograd.grad(weights.square().sum(), leaf, create_graph=True)[0]
+    second = torch.autograd.grad(ours.square().sum(), leaf)[0]
+    formula = torch.exp(leaf @ key.transpose(-1, -2) / 4 - lse[..., None]).mean(1)
+    first = torch.autograd.grad(formula.square().sum(), leaf, create_graph=True)[0]
+    torch.testing.assert_close(ours, first)
+    torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), leaf)[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        attention_weights(query.detach(), key, lse)
-    torch.func.vmap(lambda query: attention_weights(query, key, lse))(query.detach()[None])
-    torch.compile(attention_weights, fullgraph=True, backend="aot_eager")(query.detach(), key, lse)
-    assert calls == [1]
-    with torch.no_grad():
         attention_weights(query, key, lse)
+    torch.func.vmap(lambda query: attention_weights(query, key, lse))(query[None])
+    torch.compile(attention_weights, fullgraph=True, backend="aot_eager")(query, key, lse)
     assert calls == [1, 1]
 
 

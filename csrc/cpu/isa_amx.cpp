@@ -33,6 +33,7 @@ bool amx_available() {
 #include "matmul.h"
 #include "forward.h"
 #include "backward.h"
+#include "weights.h"
 #include "fp32_compute_table.h"
 #include "amx_tiles.h"
 #include "amx_forward.h"
