@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -34,19 +35,43 @@ Enum checked(const char* name, int value) {
 using CpuSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using CpuOptions = std::tuple<int, double, double, int, int32_t, int32_t, uint32_t>;
 using CpuMask = std::tuple<TensorArgument, int64_t, int>;                          // attn_mask, its key stride, its dtype
+using CpuKeyMask = std::tuple<Address, int64_t, int64_t>;                          // key_mask, strides of batch and key
 using CpuRows = std::tuple<Address, Address, Address, Address, int64_t, int64_t>;  // lengths, cu_seqlens, numbers of tokens
 using CpuBiases = std::tuple<std::tuple<Address, int64_t, int64_t>, Address>;      // alibi_slopes with its strides, sinks
 using CpuPrepared = std::tuple<TensorArgument, TensorArgument, int32_t>;           // mask_bits, row_tiles, tiles to a line
-using CpuArguments = std::tuple<CpuSizes, CpuOptions, TensorArgument, TensorArgument, TensorArgument, TensorArgument, Address, CpuMask,
-                                std::tuple<Address, int64_t, int64_t>, CpuRows, CpuBiases, CpuPrepared, Address>;
+using CpuSideTensors = std::tuple<CpuMask, CpuKeyMask, CpuRows, CpuBiases, CpuPrepared>;
+using CpuArguments = std::tuple<CpuSizes, CpuOptions, TensorArgument, TensorArgument, TensorArgument, TensorArgument, Address, Address,
+                                std::optional<CpuSideTensors>>;
 
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void add_side_tensors(AttentionProblem& problem, const CpuSideTensors& side_tensors) {
+  const auto& [mask, key_mask, rows, biases, prepared] = side_tensors;
+  problem.attn_mask = strided(std::get<0>(mask));
+  problem.attn_mask_key = std::get<1>(mask);
+  problem.attn_mask_dtype = static_cast<MaskDtype>(std::get<2>(mask));
+  problem.key_mask = pointer<const uint8_t>(std::get<0>(key_mask));
+  std::tie(std::ignore, problem.key_mask_batch, problem.key_mask_key) = key_mask;
+  const auto& [key_lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, num_tokens_q, num_tokens_k] = rows;
+  problem.key_lengths = pointer<const int32_t>(key_lengths);
+  problem.query_lengths = pointer<const int32_t>(query_lengths);
+  problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
+  problem.num_tokens_q = num_tokens_q, problem.num_tokens_k = num_tokens_k;
+  const auto& [slopes, sinks] = biases;
+  problem.alibi_slopes = pointer<const float>(std::get<0>(slopes));
+  std::tie(std::ignore, problem.alibi_slopes_batch, problem.alibi_slopes_head) = slopes;
+  problem.sinks = pointer<const float>(sinks);
+  const auto& [bits, tiles, num_tiles] = prepared;
+  problem.mask_bits = {pointer<const uint32_t>(std::get<0>(bits)), std::get<1>(bits), std::get<2>(bits), std::get<3>(bits)};
+  problem.row_tiles = {pointer<const int32_t>(std::get<0>(tiles)), std::get<1>(tiles), std::get<2>(tiles), std::get<3>(tiles), num_tiles};
+}
+
 AttentionProblem cpu_problem(const CpuArguments& arguments) {
-  const auto& [sizes, options, query, key, value, out, lse, mask, key_mask, rows, biases, prepared, rng_state] = arguments;
+  const auto& [sizes, options, query, key, value, out, lse, rng_state, side_tensors] = arguments;
   AttentionProblem problem;
   std::tie(problem.batch, problem.num_heads, problem.num_heads_kv, problem.seqlen_q, problem.seqlen_k, problem.head_dim_qk,
            problem.head_dim_v) = sizes;
@@ -63,24 +88,8 @@ AttentionProblem cpu_problem(const CpuArguments& arguments) {
   problem.value = strided(value);
   problem.out = strided(out);
   problem.lse = pointer<float>(lse);
-  problem.attn_mask = strided(std::get<0>(mask));
-  problem.attn_mask_key = std::get<1>(mask);
-  problem.attn_mask_dtype = static_cast<MaskDtype>(std::get<2>(mask));
-  problem.key_mask = pointer<const uint8_t>(std::get<0>(key_mask));
-  std::tie(std::ignore, problem.key_mask_batch, problem.key_mask_key) = key_mask;
-  problem.key_lengths = pointer<const int32_t>(std::get<0>(rows));
-  problem.query_lengths = pointer<const int32_t>(std::get<1>(rows));
-  problem.cu_seqlens_q = pointer<const int32_t>(std::get<2>(rows));
-  problem.cu_seqlens_k = pointer<const int32_t>(std::get<3>(rows));
-  std::tie(std::ignore, std::ignore, std::ignore, std::ignore, problem.num_tokens_q, problem.num_tokens_k) = rows;
-  const auto& [slopes, sinks] = biases;
-  problem.alibi_slopes = pointer<const float>(std::get<0>(slopes));
-  std::tie(std::ignore, problem.alibi_slopes_batch, problem.alibi_slopes_head) = slopes;
-  problem.sinks = pointer<const float>(sinks);
-  const auto& [bits, tiles, num_tiles] = prepared;
-  problem.mask_bits = {pointer<const uint32_t>(std::get<0>(bits)), std::get<1>(bits), std::get<2>(bits), std::get<3>(bits)};
-  problem.row_tiles = {pointer<const int32_t>(std::get<0>(tiles)), std::get<1>(tiles), std::get<2>(tiles), std::get<3>(tiles), num_tiles};
   problem.rng_state = pointer<const int64_t>(rng_state);
+  if (side_tensors) add_side_tensors(problem, *side_tensors);
   return problem;
 }
 

@@ -69,7 +69,8 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()
-    if problem.cu_seqlens_q is not None:
+    packed = problem.cu_seqlens_q is not None
+    if packed:
         for gradient in (gradients.query, gradients.key, gradients.value):
             gradient.zero_()
     num_threads = torch.get_num_threads()
@@ -83,11 +84,11 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     _native.cpu_backward(
         num_threads,
         arguments,
-        _strided(dout),
+        _strided(dout, packed),
         _address(dlse),
-        _strided(gradients.query),
-        _strided(gradients.key),
-        _strided(gradients.value),
+        _strided(gradients.query, packed),
+        _strided(gradients.key, packed),
+        _strided(gradients.value, packed),
         splits,
         _address(dquery_parts),
         _mask_gradient_arguments(dattn_mask, splits),
@@ -147,29 +148,46 @@ def _mask_gradient_arguments(parts: Tensor | None, splits: int) -> tuple[int, ..
     return parts.data_ptr(), parts.shape[0] // (splits if parts.shape[4] == 1 else 1), parts.stride(0), *strides
 
 
-def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple, tuple]:
+def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple, tuple | None]:
     """The arguments that forward and backward share (csrc/module.cpp), and the temporaries that must outlive the call."""
-    query, key, key_mask = problem.query, problem.key, problem.key_mask
-    attn_mask, alibi_slopes, sinks = _as_kernels_take_them(problem)
+    query, value = problem.query, problem.value
+    _, num_heads, _, head_dim = query.shape
+    _, num_heads_kv, _, head_dim_v = value.shape
     prepared = problem.mask_bits is not None  # its bits know the window already
-    mask_strides = _strides(attn_mask)
-    slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
+    packed = problem.cu_seqlens_q is not None
+    side_tensors, keep_alive = _side_arguments(problem)
     arguments = (
-        (problem.batch, query.shape[1], key.shape[1], problem.max_seqlen_q, problem.max_seqlen_k, query.shape[3], problem.value.shape[3]),
+        (problem.batch, num_heads, num_heads_kv, problem.max_seqlen_q, problem.max_seqlen_k, head_dim, head_dim_v),
         (
             DTYPES[query.dtype],
             problem.scale,
             problem.softcap or 0.0,
             CAUSAL[problem.causal],
-            UNLIMITED if prepared else _window_side(problem.window_left),
-            UNLIMITED if prepared else _window_side(problem.window_right),
+            UNLIMITED if prepared or problem.window_left is None else min(problem.window_left, UNLIMITED),
+            UNLIMITED if prepared or problem.window_right is None else min(problem.window_right, UNLIMITED),
             dropout_threshold(problem.dropout_p),
         ),
-        _strided(query),
-        _strided(key),
-        _strided(problem.value),
-        _strided(out),
+        _strided(query, packed),
+        _strided(problem.key, packed),
+        _strided(value, packed),
+        _strided(out, packed),
         lse.data_ptr(),
+        _address(problem.rng_state),
+        side_tensors,
+    )
+    return arguments, keep_alive
+
+
+def _side_arguments(problem: Problem) -> tuple[tuple | None, tuple | None]:
+    """Masks, lengths and biases, None when there are none, and the temporaries that must outlive the call."""
+    key_mask = problem.key_mask
+    given = (problem.attn_mask, key_mask, problem.key_lengths, problem.query_lengths, problem.alibi_slopes, problem.sinks)
+    if all([tensor is None for tensor in given]) and problem.cu_seqlens_q is None and problem.mask_bits is None:
+        return None, None
+    attn_mask, alibi_slopes, sinks = _as_kernels_take_them(problem)
+    mask_strides = _strides(attn_mask)
+    slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
+    arguments = (
         ((_address(attn_mask), *mask_strides[:3]), mask_strides[3], 0 if attn_mask is None else MASK_DTYPES[attn_mask.dtype]),
         (0, 0, 0) if key_mask is None else (key_mask.data_ptr(), *key_mask.stride()),
         (
@@ -177,8 +195,8 @@ def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple
             _address(problem.query_lengths),
             _address(problem.cu_seqlens_q),
             _address(problem.cu_seqlens_k),
-            query.shape[2],
-            key.shape[2],
+            problem.query.shape[2],
+            problem.key.shape[2],
         ),
         ((0, 0, 0) if slopes is None else (slopes.data_ptr(), *slopes.stride()), _address(sinks)),
         (
@@ -186,7 +204,6 @@ def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple
             (_address(problem.row_tiles), *_strides(problem.row_tiles)[:3]),
             0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
         ),
-        _address(problem.rng_state),
     )
     return arguments, (attn_mask, slopes, sinks)
 
@@ -200,10 +217,6 @@ def _as_kernels_take_them(problem: Problem) -> tuple[Tensor | None, Tensor | Non
     return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
 
 
-def _window_side(side: int | None) -> int:
-    return UNLIMITED if side is None else min(side, UNLIMITED)
-
-
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32)
 
@@ -212,9 +225,10 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _strided(tensor: Tensor) -> Strided:
+def _strided(tensor: Tensor, packed: bool) -> Strided:
+    """packed: the sequences are all in one batch element."""
     batch, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), batch if tensor.shape[0] > 1 else 0, head, row  # packed sequences are a batch of one
+    return tensor.data_ptr(), 0 if packed else batch, head, row
 
 
 def _strides(tensor: Tensor | None) -> Strided:

@@ -4,8 +4,7 @@ from typing import Any
 
 Strided = tuple[int, int, int, int]  # address, stride of batch, head, row; the last dim is contiguous
 
-# What the CPU kernels share: sizes, options, query, key, value, out, lse, attn_mask, key_mask, rows, biases, prepared mask, rng_state,
-# grouped as kernels/native.py does.
+# What the CPU kernels share: sizes, options, query, key, value, out, lse, rng_state and side tensors, grouped as kernels/native.py does.
 CpuArguments = tuple[Any, ...]
 
 def cpu_forward(num_threads: int, arguments: CpuArguments, /) -> None: ...
