@@ -40,17 +40,17 @@ class WeightsPass {
       const int64_t head = task / blocks() % heads, row0 = task % blocks() * kRows, rows = min_of(kRows, problem_.seqlen_q - row0);
       for (int64_t key0 = 0; key0 < problem_.seqlen_k; key0 += kBlockKeys) {
         const int64_t keys = min_of(kBlockKeys, problem_.seqlen_k - key0);
-        float* weights = problem_.average_heads ? mean_ : scores_;
-        if (problem_.average_heads) {
-          for (int64_t i = 0; i < rows * kScoresRow; i += kLanes) store(mean_ + i, broadcast(0.0f));
-          for (int64_t h = 0; h < problem_.num_heads; ++h) {
-            compute(h, row0, rows, key0, keys);
-            for (int64_t i = 0; i < rows * kScoresRow; i += kLanes) store(mean_ + i, add(load(mean_ + i), load(scores_ + i)));
-          }
-        } else {
+        if (!problem_.average_heads) {
           compute(head, row0, rows, key0, keys);
+          write(head, row0, rows, key0, keys, scores_);
+          continue;
         }
-        write(head, row0, rows, key0, keys, weights);
+        for (int64_t h = 0; h < problem_.num_heads; ++h) {
+          prefetch(h + 1 < problem_.num_heads ? h + 1 : 0, row0, rows, key0, keys);
+          compute(h, row0, rows, key0, keys);
+          add_to_mean(h, rows, keys);
+        }
+        write(0, row0, rows, key0, keys, mean_);
       }
     }
   }
@@ -67,12 +67,28 @@ class WeightsPass {
     if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
   }
 
+  // What the next head reads, spread over the products of this one: rows of a (B, L, H, D) tensor are far apart.
+  void prefetch(int64_t next_head, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
+    prefetcher_.clear();
+    const int64_t row_bytes = problem_.head_dim_qk * static_cast<int64_t>(sizeof(T)), size = static_cast<int64_t>(sizeof(T));
+    const StridedTensor &query = problem_.query, &key = problem_.key;
+    prefetcher_.add_reads(row_ptr<const T>(query, b_, next_head, row0), query.row * size, rows, row_bytes);
+    prefetcher_.add_reads(row_ptr<const T>(key, b_, key_head(problem_, next_head), key0), key.row * size, keys, row_bytes);
+    prefetcher_.spread_over(max_of(rows / kTileRows, int64_t{1}) * ((keys + kKeyTile - 1) / kKeyTile));
+  }
+
+  void add_to_mean(int64_t h, int64_t rows, int64_t keys) {
+    for (int64_t i = 0; i < rows * kScoresRow; i += kScoresRow)
+      for (int64_t j = i; j < i + keys; j += kLanes) store(mean_ + j, h == 0 ? load(scores_ + j) : add(load(mean_ + j), load(scores_ + j)));
+  }
+
   // scores_ become the weights of one head, 0 wherever there is none.
   void compute(int64_t h, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     const int64_t rows_present = min_of(bounds_.seqlen_q - row0, rows);
     const int64_t seen = rows_present > 0 ? min_of(visible_keys(bounds_, row0 + rows_present - 1) - key0, keys) : 0;
     if (seen <= 0) {
-      for (int64_t i = 0; i < rows * kScoresRow; i += kLanes) store(scores_ + i, broadcast(0.0f));
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < keys; j += kLanes) store(scores_ + i * kScoresRow + j, broadcast(0.0f));
       return;
     }
     pack_rows(row_ptr<const T>(problem_.query, b_, h, row0), problem_.query.row, rows_present, problem_.head_dim_qk, queries_,
@@ -81,7 +97,7 @@ class WeightsPass {
                     holes_ ? key_bias_ + key0 : nullptr);
     for (int64_t j = 0; j < seen; j += kKeyTile)
       matmul(rows_present, min_of(kKeyTile, round_up(seen - j, kLanes)), problem_.head_dim_qk, queries_, query_columns_, 1,
-             keys_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, kScoresRow, false);
+             keys_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, kScoresRow, false, &prefetcher_);
     if (problem_.dropout_threshold)
       dropout_keep_bits(problem_, b_ * problem_.num_heads + h, row0, rows_present, key0, (seen + 15) / 16, keep_, kKeepWords);
     score_bias_.enter(bounds_, b_, h, holes_ ? key_bias_ : nullptr);
@@ -137,6 +153,7 @@ class WeightsPass {
   int64_t b_ = -1;
   SequenceBounds bounds_{};
   bool holes_ = false;
+  RowPrefetcher prefetcher_;
 };
 
 template <class T>
