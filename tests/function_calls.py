@@ -1,4 +1,4 @@
-"""Calls of the public functions besides `attention`, and their checks on a backend: packed sequences, decoding, weights."""
+"""Calls of the public functions and their checks on a backend: autograd, packed sequences, decoding, weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,51 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
+from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 from attention_calls import build, options_of
 from torch import Tensor
 
 from fused_attention import attention_decode, attention_varlen
+from fused_attention.kernels.attention import attention
+from fused_attention.kernels.problem import Problem
 from fused_attention.kernels.weights import weights_by_formula
+
+
+def leaves_of(problem: Problem) -> dict[str, Tensor]:
+    tensors = {name: getattr(problem, name) for name in FLOAT_TENSORS}
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
+
+
+EVERYTHING = {
+    "sizes": (2, 2, 1), "is_causal": "bottom_right", "attn_mask": ("float32", "1HQK"), "key_mask": "right", "dropout_p": 0.25,
+    "softcap": 2.0, "alibi_slopes": "H", "sinks": True, "lse_gradient": True,
+}  # fmt: skip
+
+
+def check_autograd(backend: str, options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    problem, dout, dlse = build(options | {"dtype": dtype, "seqlens": (33, 40)}, device)
+    exact, eager = exact_and_eager(problem, dout, dlse)
+    rounding = saved_rounding(problem, dout, exact, dlse)
+    leaves = leaves_of(problem)
+    out, lse = attention(**options_of(problem) | leaves, return_lse=True, backend=backend)
+    gradients = torch.autograd.grad((out, lse), list(leaves.values()), (dout, torch.zeros_like(lse) if dlse is None else dlse))
+    assert_accurate("out", "out", out, eager["out"], exact["out"])
+    assert_lse_accurate(lse, exact["lse"])
+    for name, gradient in zip(leaves, gradients, strict=True):
+        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name], rounding[name])
+
+
+def check_only_the_gradients_that_are_asked_for(backend: str, device: str) -> None:
+    problem, dout, _ = build(EVERYTHING | {"seqlens": (20, 17), "sizes": (1, 2, 1)}, device)
+    leaves = leaves_of(problem)
+    out = attention(**options_of(problem) | leaves, backend=backend)
+    everything = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout), strict=True))
+    for name in leaves:
+        alone = {other: tensor.detach().requires_grad_(other == name) for other, tensor in leaves.items()}
+        attention(**options_of(problem) | alone, backend=backend).backward(dout)
+        assert torch.equal(alone[name].grad, everything[name]), name
+        assert all(tensor.grad is None for other, tensor in alone.items() if other != name)
+
 
 SEQUENCES = [(33, 40), (1, 70), (0, 5), (70, 0), (40, 33)]  # queries and keys of each
 VARLEN: dict[str, dict[str, Any]] = {

@@ -7,10 +7,13 @@ import torch
 from attention_calls import DTYPES, build, check, check_call
 from function_calls import (
     DECODE,
+    EVERYTHING,
     STARTS,
     VARLEN,
     WEIGHTS,
+    check_autograd,
     check_decoding,
+    check_only_the_gradients_that_are_asked_for,
     check_packed_sequences,
     check_packed_sequences_with_everything,
     check_starts,
@@ -23,6 +26,16 @@ pytestmark = [
     pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"is_causal": "top_left"}, EVERYTHING], ids=["causal", "everything"])
+def test_autograd(options: dict, dtype: torch.dtype, instruction_set: str) -> None:
+    check_autograd("cpu", options, dtype, "cpu")
+
+
+def test_only_the_gradients_that_are_asked_for(instruction_set: str) -> None:
+    check_only_the_gradients_that_are_asked_for("cpu", "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

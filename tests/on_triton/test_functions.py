@@ -4,63 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 from attention_calls import DTYPES, build, guarded, options_of
 from function_calls import (
     DECODE,
+    EVERYTHING,
     STARTS,
     VARLEN,
     WEIGHTS,
+    check_autograd,
     check_decoding,
+    check_only_the_gradients_that_are_asked_for,
     check_packed_sequences,
     check_packed_sequences_with_everything,
     check_starts,
     check_weights,
+    leaves_of,
 )
-from torch import Tensor
 
 from fused_attention import explain
 from fused_attention.kernels import triton_backend, triton_decode
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
-from fused_attention.kernels.problem import Problem, make_problem
-
-
-def leaves_of(problem: Problem) -> dict[str, Tensor]:
-    tensors = {name: getattr(problem, name) for name in FLOAT_TENSORS}
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
-
-
-EVERYTHING = {
-    "sizes": (2, 2, 1), "is_causal": "bottom_right", "attn_mask": ("float32", "1HQK"), "key_mask": "right", "dropout_p": 0.25,
-    "softcap": 2.0, "alibi_slopes": "H", "sinks": True, "lse_gradient": True,
-}  # fmt: skip
+from fused_attention.kernels.problem import make_problem
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"is_causal": "top_left"}, EVERYTHING], ids=["causal", "everything"])
 def test_autograd(options: dict, dtype: torch.dtype, device: str) -> None:
-    problem, dout, dlse = build(options | {"dtype": dtype, "seqlens": (33, 40)}, device)
-    exact, eager = exact_and_eager(problem, dout, dlse)
-    rounding = saved_rounding(problem, dout, exact, dlse)
-    leaves = leaves_of(problem)
-    out, lse = attention(**options_of(problem) | leaves, return_lse=True, backend="triton")
-    gradients = torch.autograd.grad((out, lse), list(leaves.values()), (dout, torch.zeros_like(lse) if dlse is None else dlse))
-    assert_accurate("out", "out", out, eager["out"], exact["out"])
-    assert_lse_accurate(lse, exact["lse"])
-    for name, gradient in zip(leaves, gradients, strict=True):
-        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name], rounding[name])
+    check_autograd("triton", options, dtype, device)
 
 
 def test_only_the_gradients_that_are_asked_for(device: str) -> None:
-    problem, dout, _ = build(EVERYTHING | {"seqlens": (20, 17), "sizes": (1, 2, 1)}, device)
-    leaves = leaves_of(problem)
-    out = attention(**options_of(problem) | leaves, backend="triton")
-    everything = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout), strict=True))
-    for name in leaves:
-        alone = {other: tensor.detach().requires_grad_(other == name) for other, tensor in leaves.items()}
-        attention(**options_of(problem) | alone, backend="triton").backward(dout)
-        assert torch.equal(alone[name].grad, everything[name]), name
-        assert all(tensor.grad is None for other, tensor in alone.items() if other != name)
+    check_only_the_gradients_that_are_asked_for("triton", device)
 
 
 def test_derivatives_of_derivatives(device: str) -> None:
