@@ -230,7 +230,7 @@ def test_the_thread_pool_is_torchs() -> None:
 
 def test_gradients_stay_inside_packed_buffers() -> None:
     """Views of one guarded buffer: what lies between the rows is not touched."""
-    problem, dout, _ = build({"seqlens": (33, 33), "head_dims": (40, 40)}, "cpu")
+    problem, dout, _ = build({"sizes": (2, 2, 2), "seqlens": (33, 33), "head_dims": (40, 40)}, "cpu")
     buffer = torch.full((2, 33, 3, 2, 48), 7.0)
     views = tuple(buffer[:, :, index, :, :40].transpose(1, 2) for index in range(3))
     out, lse = native.forward(problem)
