@@ -193,6 +193,73 @@ AttentionProblem placed(const char* bytes, size_t num_bytes, const Addresses& ad
   return problem;
 }
 
+// A problem as cuda_problem makes it, with what a backward call has beyond it.
+struct BackwardProblem {
+  AttentionProblem problem;
+  cuda::SideGradients side;
+};
+
+py::bytes cuda_backward_problem(const py::bytes& problem, const Strides& dout, const Strides& dquery, const Strides& dkey,
+                                const Strides& dvalue, const Strides& dattn_mask, const Strides& column_tiles, int32_t num_tiles) {
+  const std::string bytes = problem;
+  BackwardProblem backward;
+  if (bytes.size() != sizeof(backward.problem)) throw std::invalid_argument("the problem must be what cuda_problem returned");
+  std::memcpy(static_cast<void*>(&backward.problem), bytes.data(), bytes.size());
+  backward.problem.dout = unplaced(dout);
+  backward.problem.dquery = unplaced(dquery);
+  backward.problem.dkey = unplaced(dkey);
+  backward.problem.dvalue = unplaced(dvalue);
+  backward.side.dattn_mask = unplaced(dattn_mask);
+  backward.side.column_tiles = {nullptr, std::get<0>(column_tiles), std::get<1>(column_tiles), std::get<2>(column_tiles), num_tiles};
+  return py::bytes(reinterpret_cast<const char*>(&backward), sizeof(backward));
+}
+
+constexpr int kNumGradientAddresses = 10;
+using GradientAddresses = std::array<Address, kNumGradientAddresses>;
+
+cuda::Plan backward_plan(const py::bytes& problem, const cuda::DeviceLimits& limits, Address workspace,
+                         const std::array<Address, kNumAddresses>& addresses, const GradientAddresses& gradients) {
+  const std::string bytes = problem;
+  BackwardProblem backward;
+  if (bytes.size() != sizeof(backward)) throw std::invalid_argument("the problem must be what cuda_backward_problem returned");
+  std::memcpy(static_cast<void*>(&backward), bytes.data(), bytes.size());
+  Addresses pointers;
+  for (int i = 0; i < kNumAddresses; ++i) pointers[i] = reinterpret_cast<void*>(addresses[i]);
+  backward.problem = placed(reinterpret_cast<const char*>(&backward.problem), sizeof(backward.problem), pointers);
+  const Address* address = gradients.data();
+  const auto place = [&address](auto& pointer) { pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(*address++); };
+  place(backward.problem.dout.data);
+  place(backward.problem.dlse);
+  place(backward.problem.dquery.data);
+  place(backward.problem.dkey.data);
+  place(backward.problem.dvalue.data);
+  place(backward.side.dattn_mask.data);
+  place(backward.side.row_sums);
+  place(backward.side.column_sums);
+  place(backward.side.slope_sums);
+  place(backward.side.column_tiles.data);
+  return cuda::plan_backward(backward.problem, backward.side, limits, reinterpret_cast<void*>(workspace));
+}
+
+// Returns the bytes of workspace wanted; 0 = launched.
+size_t cuda_backward(const py::bytes& problem, int device, Address stream, Address workspace,
+                     const std::array<Address, kNumAddresses>& addresses, const GradientAddresses& gradients) {
+  const cuda::Plan plan = backward_plan(problem, cuda::device_limits(device), workspace, addresses, gradients);
+  if (plan.workspace_bytes != 0 && workspace == 0) return plan.workspace_bytes;
+  py::gil_scoped_release released;
+  cuda::launch(device, reinterpret_cast<void*>(stream), plan);
+  return 0;
+}
+
+py::tuple as_tuple(const cuda::Plan& plan) {
+  py::list launches;
+  for (const cuda::Launch& launch : plan.launches) {
+    const py::bytes arguments(reinterpret_cast<const char*>(launch.arguments), launch.argument_bytes);
+    launches.append(py::make_tuple(launch.image->name, launch.blocks, launch.threads, launch.shared_bytes, arguments));
+  }
+  return py::make_tuple(plan.workspace_bytes, launches);
+}
+
 py::tuple cuda_plan(const py::bytes& problem, int compute_capability, int multiprocessors, int shared_bytes, Address workspace,
                     const std::array<Address, kNumAddresses>& addresses) {
   Addresses pointers;
@@ -200,12 +267,7 @@ py::tuple cuda_plan(const py::bytes& problem, int compute_capability, int multip
   const std::string bytes = problem;
   const cuda::Plan plan = cuda::plan_forward(placed(bytes.data(), bytes.size(), pointers),
                                              {compute_capability, multiprocessors, shared_bytes}, reinterpret_cast<void*>(workspace));
-  py::list launches;
-  for (const cuda::Launch& launch : plan.launches) {
-    const py::bytes arguments(reinterpret_cast<const char*>(launch.arguments), launch.argument_bytes);
-    launches.append(py::make_tuple(launch.image->name, launch.blocks, launch.threads, launch.shared_bytes, arguments));
-  }
-  return py::make_tuple(plan.workspace_bytes, launches);
+  return as_tuple(plan);
 }
 
 // cuda_forward(problem, device, stream, workspace, addresses...) -> bytes of workspace wanted; 0 = launched. Without pybind11's
@@ -271,6 +333,16 @@ PYBIND11_MODULE(_native, module) {
              "All of a problem but its addresses, for cuda_forward and cuda_plan.");
   module.def("cuda_plan", &cuda_plan,
              "What cuda_forward would launch: bytes of workspace, and (name, blocks, threads, shared, arguments).");
+  module.def("cuda_backward_problem", &cuda_backward_problem,
+             "A problem of cuda_problem with the strides of gradients, for cuda_backward.");
+  module.def("cuda_backward", &cuda_backward, "Launches the backward kernels, or says how many bytes of workspace they want.");
+  module.def(
+      "cuda_backward_plan",
+      [](const py::bytes& problem, int compute_capability, int multiprocessors, int shared_bytes, Address workspace,
+         const std::array<Address, kNumAddresses>& addresses, const GradientAddresses& gradients) {
+        return as_tuple(backward_plan(problem, {compute_capability, multiprocessors, shared_bytes}, workspace, addresses, gradients));
+      },
+      "What cuda_backward would launch, like cuda_plan.");
   module.def(
       "cuda_why_not",
       [](int device) -> py::object {

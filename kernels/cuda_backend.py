@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels (csrc/cuda) as a backend: what they take, and how a Problem gets to them. The forward pass only so far."""
+"""The CUDA C++ kernels (csrc/cuda) as a backend: what they take, and how a Problem gets to them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ except ImportError as error:  # installed without a compiler, or on a platform t
     NOT_BUILT = f"the compiled extension is not available ({error})"
 
 MAX_HEAD_DIM = 256
+MAX_HEAD_DIM_BACKWARD = 128
+ROWS_PER_BLOCK = 64  # of the backward kernel for query
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
@@ -95,8 +97,30 @@ def uncovered(problem: Problem) -> list[str]:
     if problem.max_seqlen_q > UNLIMITED or problem.max_seqlen_k > UNLIMITED:
         reasons.append(f"seqlen {max(problem.max_seqlen_q, problem.max_seqlen_k)} is above 2^30")
     if torch.is_grad_enabled() and problem.requires_grad():
-        reasons.append("gradients are not covered: only calls without (torch.no_grad()) are")
+        reasons += _uncovered_by_backward(problem)
     return reasons
+
+
+def _uncovered_by_backward(problem: Problem) -> list[str]:
+    reasons = []
+    head_dim = max(problem.query.shape[3], problem.value.shape[3])
+    if head_dim > MAX_HEAD_DIM_BACKWARD:
+        reasons.append(f"gradients are not covered above head_dim {MAX_HEAD_DIM_BACKWARD}, head_dim is {head_dim}")
+    attn_mask = problem.attn_mask
+    if attn_mask is not None and attn_mask.requires_grad and _mask_gradient_kind(problem, attn_mask.shape) == "summed":
+        reasons.append("the gradient of an attn_mask that batches or heads share is not covered")
+    if problem.row_tiles is not None and problem.column_tiles is None:
+        reasons.append("the mask was prepared without what gradients need")
+    return reasons
+
+
+def _mask_gradient_kind(problem: Problem, shape: tuple[int, ...]) -> str:
+    """How a float mask's gradient follows from those of the scores: stored as they are, or summed over keys, over rows, or otherwise."""
+    if shape[3] != problem.max_seqlen_k:
+        return "over keys"
+    if shape[2] != problem.max_seqlen_q:
+        return "over rows"
+    return "stored" if tuple(shape[:2]) == tuple(problem.query.shape[:2]) else "summed"
 
 
 def _has_aligned_strides(tensor: Tensor) -> bool:
@@ -148,10 +172,133 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if problem.cu_seqlens_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)
-    attn_mask, alibi_slopes, sinks = _as_kernels_take_them(problem)
+    side_tensors = _as_kernels_take_them(problem)
     device, stream = _device_and_stream(query)
-    arguments = (
-        *addresses,
+    arguments = _addresses(problem, side_tensors, addresses, out, lse)
+    wanted = _run(call.problem, device, stream, 0, *arguments)
+    if wanted:
+        workspace = query.new_empty(wanted, dtype=torch.uint8)
+        _run(call.problem, device, stream, workspace.data_ptr(), *arguments)
+    if problem.dropout_p == 1.0:
+        out.zero_()
+    return out, lse
+
+
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    """Writes every gradient asked for; bit for bit the same in every run."""
+    query, key, value = problem.query, problem.key, problem.value
+    if problem.dropout_p == 1.0:  # out is 0 whatever the inputs are
+        dout = dout.new_zeros(dout.shape[3]).expand(dout.shape)
+    if gradients.sinks is not None and problem.sinks is not None:
+        gradients.sinks.copy_(_sink_gradient(problem.sinks, out, lse, dout, dlse))
+    if not out.numel() or not key.numel():
+        for name in ("query", "key", "value", "attn_mask", "alibi_slopes"):
+            gradient = getattr(gradients, name)
+            if gradient is not None:
+                gradient.zero_()
+        return
+    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    if (addresses[0] | addresses[1] | addresses[2]) % 16:
+        backward(_with_aligned_inputs(problem), out, lse, dout, dlse, gradients)
+        return
+    if not _has_aligned_strides(dout) or dout.stride(3) != 1 or dout.data_ptr() % 16:
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    if problem.cu_seqlens_q is not None:  # tokens that belong to no sequence
+        for gradient in (gradients.query, gradients.key, gradients.value):
+            gradient.zero_()
+
+    mask_gradient, stored = gradients.attn_mask, None
+    row_sums = column_sums = slope_sums = None
+    if mask_gradient is not None:
+        kind = _mask_gradient_kind(problem, mask_gradient.shape)
+        if kind == "over keys":
+            row_sums = torch.zeros_like(lse)
+        elif kind == "over rows":
+            column_sums = lse.new_zeros(*lse.shape[:2], problem.max_seqlen_k)
+        else:
+            stored = (
+                mask_gradient if mask_gradient.dtype in MASK_DTYPES else mask_gradient.new_empty(mask_gradient.shape, dtype=torch.float32)
+            )
+            stored.zero_()  # tiles that nothing visits
+    if gradients.alibi_slopes is not None:
+        slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
+
+    side_tensors = _as_kernels_take_them(problem)
+    device, stream = _device_and_stream(query)
+    arguments = _addresses(problem, side_tensors, addresses, out, lse)
+    gradient_addresses = (
+        dout.data_ptr(),
+        _address(dlse),
+        gradients.query.data_ptr(),
+        gradients.key.data_ptr(),
+        gradients.value.data_ptr(),
+        _address(stored),
+        _address(row_sums),
+        _address(column_sums),
+        _address(slope_sums),
+        _address(problem.column_tiles),
+    )
+    call = _native.cuda_backward_problem(
+        _new_call(problem).problem,
+        _strides(dout, 3),
+        _strides(gradients.query, 3),
+        _strides(gradients.key, 3),
+        _strides(gradients.value, 3),
+        _strides(stored, 3),
+        _strides(problem.column_tiles, 3),
+        0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
+    )
+    wanted = _run_backward(call, device, stream, 0, arguments, gradient_addresses)
+    if wanted:
+        workspace = query.new_empty(wanted, dtype=torch.uint8)
+        _run_backward(call, device, stream, workspace.data_ptr(), arguments, gradient_addresses)
+
+    if mask_gradient is not None:
+        if row_sums is not None:
+            mask_gradient.copy_(row_sums[:, :, :, None].sum_to_size(mask_gradient.shape))
+        elif column_sums is not None:
+            mask_gradient.copy_(column_sums[:, :, None].sum_to_size(mask_gradient.shape))
+        elif stored is not None and stored is not mask_gradient:
+            mask_gradient.copy_(stored)
+    if gradients.alibi_slopes is not None and slope_sums is not None:
+        gradients.alibi_slopes.copy_(slope_sums.sum(2).sum_to_size(gradients.alibi_slopes.shape))
+
+
+def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """(Hq,): a sink takes weight from the keys, so its gradient is -weight * (rowsum(dout * out) - dlse), summed over batch and rows."""
+    seen = lse != -torch.inf
+    delta = (out.float() * dout.float()).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    weights = torch.exp(sinks.float()[:, None] - lse)
+    return -torch.where(seen, weights * delta, 0.0).sum((0, 2))
+
+
+def _run_backward(problem: bytes, device: int, stream: int, workspace: int, addresses: tuple[int, ...], gradients: tuple[int, ...]) -> int:
+    """Like _run, which see."""
+    return _native.cuda_backward(problem, device, stream, workspace, addresses, gradients)
+
+
+def _run(problem: bytes, device: int, stream: int, workspace: int, *addresses: int) -> int:
+    """Launches the kernels, or returns how many bytes of workspace they want. Tests replace it by one that runs _native.cuda_plan."""
+    return _native.cuda_forward(problem, device, stream, workspace, *addresses)
+
+
+def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
+    """The tensor's device and torch's current stream of it."""
+    device = tensor.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def _addresses(
+    problem: Problem, side_tensors: tuple[Tensor | None, ...], inputs: tuple[int, int, int], out: Tensor, lse: Tensor
+) -> tuple[int, ...]:
+    """What the native functions take: 16 of them, in the order of csrc/module.cpp."""
+    attn_mask, alibi_slopes, sinks = side_tensors
+    return (
+        *inputs,
         out.data_ptr(),
         lse.data_ptr(),
         _address(attn_mask),
@@ -166,28 +313,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         _address(problem.mask_bits),
         _address(problem.row_tiles),
     )
-    wanted = _run(call.problem, device, stream, 0, *arguments)
-    if wanted:
-        workspace = query.new_empty(wanted, dtype=torch.uint8)
-        _run(call.problem, device, stream, workspace.data_ptr(), *arguments)
-    if problem.dropout_p == 1.0:
-        out.zero_()
-    return out, lse
-
-
-def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    raise NotImplementedError("the CUDA kernels have no backward pass: unsupported_reasons keeps calls with gradients away")
-
-
-def _run(problem: bytes, device: int, stream: int, workspace: int, *addresses: int) -> int:
-    """Launches the kernels, or returns how many bytes of workspace they want. Tests replace it by one that runs _native.cuda_plan."""
-    return _native.cuda_forward(problem, device, stream, workspace, *addresses)
-
-
-def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    """The tensor's device and torch's current stream of it."""
-    device = tensor.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +82,7 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_cached_machine_reason", lambda device: None)
         self._patches.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
         self._patches.setattr(cuda_backend, "_run", self._run)
+        self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
         super().__enter__()
         return self
 
@@ -96,13 +97,22 @@ class EmulatedGpu(TorchFunctionMode):
 
     def _run(self, problem: bytes, device: int, stream: int, workspace: int, *addresses: int) -> int:
         """In place of _native.cuda_forward."""
-        wanted, launches = cuda_backend._native.cuda_plan(problem, *self._gpu, workspace, addresses)
+        return self._launch(cuda_backend._native.cuda_plan(problem, *self._gpu, workspace, addresses), workspace)
+
+    def _run_backward(self, problem: bytes, device: int, stream: int, workspace: int, *addresses: tuple[int, ...]) -> int:
+        """In place of _native.cuda_backward."""
+        _, _, *written, _ = addresses[1]  # between those of dout, dlse and the column tiles
+        return self._launch(cuda_backend._native.cuda_backward_plan(problem, *self._gpu, workspace, *addresses), workspace, written)
+
+    def _launch(self, plan: tuple[int, list], workspace: int, written: Sequence[int] = ()) -> int:
+        wanted, launches = plan
         if wanted and not workspace:
             return wanted
         outputs = {id(tensor) for tensor, _ in self._allocated}
-        inputs = [tensor for tensor in self._addressed if id(tensor) not in outputs]
+        addressed = list(self._addressed)  # asking for addresses here adds to it
+        inputs = [tensor for tensor in addressed if id(tensor) not in outputs and tensor.data_ptr() not in written]
         before = [_bits(tensor).clone() for tensor in inputs]
-        buffers = {f"{tensor.dtype} {tuple(tensor.shape)} #{i}": tensor for i, tensor in enumerate(self._addressed)}
+        buffers = {f"{tensor.dtype} {tuple(tensor.shape)} #{i}": tensor for i, tensor in enumerate(addressed)}
         for name, blocks, threads, shared_bytes, arguments in launches:
             self.planned.append((name, arguments))
             if not name.startswith(self._kernels):

@@ -7,20 +7,20 @@
 
 namespace fused_attention::cuda {
 
-template <int MATRICES, int BLOCKS>
+// TRANSPOSED: of keys x rows; read "row" as key and "key" as row from here on.
+template <int MATRICES, int BLOCKS, bool TRANSPOSED = false>
 class Bias {
  public:
-  // transposed: of keys x rows; read "rows" as keys and "keys" as rows from here on.
-  FA_DEVICE Bias(const AttentionProblem& problem, int64_t batch, int64_t head, bool transposed = false)
+  FA_DEVICE Bias(const AttentionProblem& problem, int64_t batch, int64_t head)
       : dtype_(problem.attn_mask_dtype),
-        num_keys_(static_cast<int>(transposed ? problem.seqlen_q : problem.seqlen_k)),
-        row_stride_(transposed ? problem.attn_mask_key : problem.attn_mask.row),
-        key_stride_(transposed ? problem.attn_mask.row : problem.attn_mask_key) {
+        num_keys_(static_cast<int>(TRANSPOSED ? problem.seqlen_q : problem.seqlen_k)),
+        row_stride_(TRANSPOSED ? problem.attn_mask_key : problem.attn_mask.row),
+        key_stride_(TRANSPOSED ? problem.attn_mask.row : problem.attn_mask_key) {
     const int bytes = dtype_ == MaskDtype::float32 ? 4 : 2;
     base_ = static_cast<const unsigned char*>(problem.attn_mask.data) +
             (batch * problem.attn_mask.batch + head * problem.attn_mask.head) * bytes;
     const int64_t steps = problem.attn_mask.batch | problem.attn_mask.head | row_stride_;
-    in_pairs_ = key_stride_ == 1 && (reinterpret_cast<intptr_t>(problem.attn_mask.data) | steps * bytes) % (2 * bytes) == 0;
+    in_pairs_ = !TRANSPOSED && key_stride_ == 1 && (reinterpret_cast<intptr_t>(problem.attn_mask.data) | steps * bytes) % (2 * bytes) == 0;
   }
 
   // Of rows from first_row on, the last one again below it, and of keys from start_n on, 0 past the last one.

@@ -6,7 +6,9 @@
 
 namespace fused_attention::cuda {
 
-enum class Pass : int { forward = 0, decode = 1, helper = 2 };  // helper: the mask pre-pass and combine, found by name
+// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two. helper: the mask pre-pass,
+// combine and backward_delta, found by name.
+enum class Pass : int { forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, helper };
 
 struct Image {
   const char* name;  // of the instance and of its entry point

@@ -20,7 +20,8 @@ constexpr int kMaskThreads = 256;  // of a block of every kernel but mask_tiles_
 struct MaskArguments {
   // attn_mask is a bool one or absent. batch, num_heads and seqlen_q are the tensors' own.
   AttentionProblem problem;
-  int32_t block_m = 64;  // rows to a tile, 64 or 128
+  int32_t block_m = 64;     // rows to a tile, 64 or 128
+  bool by_columns = false;  // mask_tiles_list: of the row blocks that each tile of keys is visited by
 
   // What masks is the same for all batch elements, all heads or all rows where the number here is 1: B', H' and Lq'.
   int64_t batch = 0, num_heads = 0, rows = 0;
@@ -31,7 +32,8 @@ struct MaskArguments {
   int32_t* lists = nullptr;       // (B', H', row_blocks, 2 + key_tiles): written by every kernel but mask_tiles_classify
 
   MaskArguments() = default;
-  MaskArguments(const AttentionProblem& masked, int32_t rows_per_tile) : problem(masked), block_m(rows_per_tile) {
+  // every_row: also where they are all the same, as lists by columns need it.
+  MaskArguments(const AttentionProblem& masked, int32_t rows_per_tile, bool every_row) : problem(masked), block_m(rows_per_tile) {
     if (problem.attn_mask_dtype != MaskDtype::boolean) problem.attn_mask = {};  // skips no tiles
     const StridedTensor& mask = problem.attn_mask;
     const bool prepared = problem.row_tiles.data != nullptr;
@@ -39,7 +41,7 @@ struct MaskArguments {
         prepared ? problem.row_tiles.batch != 0
                  : mask.batch != 0 || problem.key_mask != nullptr || problem.key_lengths != nullptr || problem.query_lengths != nullptr;
     const bool heads_differ = prepared ? problem.row_tiles.head != 0 : mask.head != 0;
-    const bool rows_differ = prepared || mask.row != 0 || problem.causal != Causal::none || problem.window_left < kUnlimited ||
+    const bool rows_differ = every_row || prepared || mask.row != 0 || problem.causal != Causal::none || problem.window_left < kUnlimited ||
                              problem.window_right < kUnlimited;
     batch = batches_differ ? problem.batch : std::min<int64_t>(problem.batch, 1);
     num_heads = heads_differ ? problem.num_heads : std::min<int64_t>(problem.num_heads, 1);
@@ -62,9 +64,19 @@ struct MaskArguments {
     return {lists, batch > 1 ? num_heads * head : 0, num_heads > 1 ? head : 0, rows > 1 ? line : 0, static_cast<int32_t>(key_tiles)};
   }
 
+  // By columns, with blocks of 64 rows: lines of (B', H', key_tiles, 2 + row_blocks).
+  int64_t column_lists_bytes() const { return batch * num_heads * key_tiles * (2 + row_blocks) * 4; }
+  TileLists column_tiles() const {
+    const int64_t line = 2 + row_blocks, head = key_tiles * line;
+    return {lists, batch > 1 ? num_heads * head : 0, num_heads > 1 ? head : 0, line, static_cast<int32_t>(row_blocks)};
+  }
+
   // Grids are one-dimensional.
   int64_t classify_blocks() const { return num_tiles(); }
-  int64_t list_blocks() const { return (lines() + kMaskThreads / 32 - 1) / (kMaskThreads / 32); }  // of the others
+  int64_t list_blocks() const {  // of the others
+    const int64_t num_lines = by_columns ? batch * num_heads * key_tiles : lines();
+    return (num_lines + kMaskThreads / 32 - 1) / (kMaskThreads / 32);
+  }
   int64_t num_tiles() const { return lines() * key_tiles; }
 
  private:

@@ -84,7 +84,8 @@ struct Line {
 // Calls write(line) for the lines of lists that are this warp's.
 template <class Write>
 __device__ inline void for_each_line(const MaskArguments& arguments, Write write) {
-  const auto num_lines = static_cast<uint32_t>(arguments.batch * arguments.num_heads * arguments.row_blocks);
+  const auto num_lines =
+      static_cast<uint32_t>(arguments.batch * arguments.num_heads * (arguments.by_columns ? arguments.key_tiles : arguments.row_blocks));
   const uint32_t warps_per_block = blockDim.x / 32;
   for (uint32_t line = blockIdx.x * warps_per_block + threadIdx.x / 32; line < num_lines; line += gridDim.x * warps_per_block) {
     write(line);
@@ -125,10 +126,16 @@ extern "C" __global__ void __launch_bounds__(256)
 
 extern "C" __global__ void __launch_bounds__(256) mask_tiles_list(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
   using namespace fused_attention::cuda;
-  const int64_t num_tiles = arguments.key_tiles;
+  // A line is a block of rows over tiles of keys, or by columns a tile of keys over blocks of rows.
+  const bool by_columns = arguments.by_columns;
+  const int64_t num_lines = by_columns ? arguments.key_tiles : arguments.row_blocks;  // of a map, as the next two
+  const int64_t num_tiles = by_columns ? arguments.row_blocks : arguments.key_tiles;
+  const int64_t line_step = by_columns ? 1 : arguments.key_tiles, tile_step = by_columns ? arguments.key_tiles : 1;
   for_each_line(arguments, [&](int64_t line) {
-    const uint8_t* kinds = arguments.kinds + line * num_tiles;
-    write_list(arguments.lists + line * (2 + num_tiles), num_tiles, [&](int64_t tile) { return tile < num_tiles ? kinds[tile] : kEmpty; });
+    const auto map = static_cast<int64_t>(static_cast<uint32_t>(line) / static_cast<uint32_t>(num_lines));
+    const uint8_t* kinds = arguments.kinds + map * num_lines * num_tiles + (line - map * num_lines) * line_step;
+    write_list(arguments.lists + line * (2 + num_tiles), num_tiles,
+               [&](int64_t tile) { return tile < num_tiles ? kinds[tile * tile_step] : kEmpty; });
   });
 }
 

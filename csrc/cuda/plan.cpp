@@ -120,15 +120,16 @@ void add_launch(Plan& plan, const Image& image, int64_t blocks, int threads, con
   std::memcpy(launch.arguments, &arguments, sizeof(Arguments));
 }
 
-// What tells full, mixed and empty tiles of block_m x 64 scores apart, where loop bounds do not; leaves its result in `arguments`.
-void plan_mask_tiles(Plan& plan, Workspace& workspace, int block_m, ForwardArguments& arguments) {
+// What tells full, mixed and empty tiles of block_m x 64 scores apart, where loop bounds do not; leaves its result in `arguments`, and that
+// of a bool mask by columns in column_tiles where that is asked for.
+void plan_mask_tiles(Plan& plan, Workspace& workspace, int block_m, ForwardArguments& arguments, TileLists* column_tiles = nullptr) {
   AttentionProblem& problem = arguments.problem;
   const bool bool_mask = problem.attn_mask.data != nullptr && problem.attn_mask_dtype == MaskDtype::boolean;
   const bool prepared = problem.row_tiles.data != nullptr;
   if (prepared && block_m == kKeysPerTile) {
     arguments.tiles = problem.row_tiles;
   } else if (prepared || bool_mask || problem.key_mask != nullptr) {
-    MaskArguments mask(problem, block_m);
+    MaskArguments mask(problem, block_m, bool_mask && column_tiles != nullptr);
     if (mask.num_tiles() > kMaxBlocks) {
       throw std::invalid_argument("the masks have " + std::to_string(mask.num_tiles()) +
                                   " tiles, kernels list 2^31 - 1 at most: split the batch");
@@ -142,6 +143,14 @@ void plan_mask_tiles(Plan& plan, Workspace& workspace, int block_m, ForwardArgum
       add_launch(plan, named_image("mask_tiles_classify"), mask.classify_blocks(), 2 * block_m, mask);
       add_launch(plan, named_image("mask_tiles_list"), mask.list_blocks(), kMaskThreads, mask);
       problem.mask_bits = mask.bits();
+      if (column_tiles != nullptr) {
+        mask.by_columns = true;
+        int32_t* const lists = mask.lists;
+        mask.lists = workspace.take<int32_t>(mask.column_lists_bytes());
+        add_launch(plan, named_image("mask_tiles_list"), mask.list_blocks(), kMaskThreads, mask);
+        *column_tiles = mask.column_tiles();
+        mask.lists = lists;
+      }
     } else {
       add_launch(plan, named_image("mask_tiles_keys"), mask.list_blocks(), kMaskThreads, mask);
     }
@@ -187,6 +196,15 @@ void plan_decode(Plan& plan, Workspace& workspace, const Image& image, const Dev
   }
 }
 
+void fill(ForwardArguments& arguments, const AttentionProblem& problem) {
+  arguments.problem = problem;
+  const double scale = problem.softmax_scale, softcap = problem.softcap;
+  arguments.score_scale = static_cast<float>(softcap != 0 ? scale / softcap : scale * kLog2E);
+  arguments.softcap_log2 = static_cast<float>(softcap * kLog2E);
+  arguments.kept_scale = problem.dropout_scale();
+  arguments.heads_per_group = static_cast<int32_t>(problem.num_heads / problem.num_heads_kv);
+}
+
 }  // namespace
 
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace_memory) {
@@ -194,12 +212,7 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
   if (problem.batch == 0 || problem.num_heads == 0 || problem.seqlen_q == 0) return plan;
   check(problem);
   ForwardArguments arguments;
-  arguments.problem = problem;
-  const double scale = problem.softmax_scale, softcap = problem.softcap;
-  arguments.score_scale = static_cast<float>(softcap != 0 ? scale / softcap : scale * kLog2E);
-  arguments.softcap_log2 = static_cast<float>(softcap * kLog2E);
-  arguments.kept_scale = problem.dropout_scale();
-  arguments.heads_per_group = static_cast<int32_t>(problem.num_heads / problem.num_heads_kv);
+  fill(arguments, problem);
   Workspace workspace(workspace_memory);
   if (const Image* decode = decode_image(problem, limits)) {
     plan_decode(plan, workspace, *decode, limits, arguments);
@@ -208,6 +221,44 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
     plan_mask_tiles(plan, workspace, image.block_m, arguments);
     const int64_t blocks = problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, image.block_m);
     add_launch(plan, image, blocks, image.num_threads, arguments);
+  }
+  plan.workspace_bytes = workspace.size();
+  return plan;
+}
+
+Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits, void* workspace_memory) {
+  Plan plan;
+  if (problem.batch == 0 || problem.num_heads == 0) return plan;
+  check(problem);
+  const bool packed = problem.cu_seqlens_q != nullptr;
+  check_pointer("dout", problem.dout, packed ? problem.num_tokens_q : problem.seqlen_q);
+  check_pointer("dquery", problem.dquery, packed ? problem.num_tokens_q : problem.seqlen_q);
+  check_pointer("dkey", problem.dkey, packed ? problem.num_tokens_k : problem.seqlen_k);
+  check_pointer("dvalue", problem.dvalue, packed ? problem.num_tokens_k : problem.seqlen_k);
+  BackwardArguments arguments;
+  fill(arguments, problem);
+  arguments.dattn_mask = side.dattn_mask;
+  arguments.row_sums = side.row_sums;
+  arguments.column_sums = side.column_sums;
+  arguments.slope_sums = side.slope_sums;
+  arguments.column_tiles = side.column_tiles;
+  Workspace workspace(workspace_memory);
+  const int64_t lines = packed ? problem.num_heads : problem.batch * problem.num_heads;
+  const int64_t length = packed ? problem.num_tokens_q : problem.seqlen_q;
+  arguments.row_lse = workspace.take<float>(lines * length * 4);
+  arguments.row_delta = workspace.take<float>(lines * length * 4);
+  plan_mask_tiles(plan, workspace, kKeysPerTile, arguments, &arguments.column_tiles);
+  const Image& delta = named_image(problem.dtype == Dtype::bfloat16 ? "sm80_backward_delta_bf16" : "sm80_backward_delta_fp16");
+  add_launch(plan, delta, lines * ceil_div(length, delta.block_m), delta.num_threads, arguments);
+  const auto launch = [&](const Image& image, int64_t blocks) { add_launch(plan, image, blocks, image.num_threads, arguments); };
+  launch(*find_image(Pass::backward_query, problem, limits, true),
+         problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, kKeysPerTile));
+  const int64_t key_blocks = problem.batch * problem.num_heads_kv * ceil_div(problem.seqlen_k, kKeysPerTile);
+  if (const Image* both = find_image(Pass::backward_key, problem, limits, false)) {
+    launch(*both, key_blocks);
+  } else {
+    launch(*find_image(Pass::backward_dkey, problem, limits, true), key_blocks);
+    launch(*find_image(Pass::backward_dvalue, problem, limits, true), key_blocks);
   }
   plan.workspace_bytes = workspace.size();
   return plan;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "backward_arguments.h"
 #include "images.h"
 #include "mask_arguments.h"
 
@@ -18,7 +19,7 @@ struct DeviceLimits {
 struct Launch {  // one-dimensional, with its arguments by value
   const Image* image = nullptr;
   uint32_t blocks = 0, threads = 0, shared_bytes = 0, argument_bytes = 0;
-  alignas(16) unsigned char arguments[std::max(sizeof(ForwardArguments), sizeof(MaskArguments))];
+  alignas(16) unsigned char arguments[std::max(sizeof(BackwardArguments), sizeof(MaskArguments))];
 };
 
 struct Plan {
@@ -33,5 +34,14 @@ constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
 
 // Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no room for the kernel.
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace);
+
+// What a backward call has beyond an AttentionProblem with out, lse, dout, dlse and the gradients to write; see BackwardArguments.
+struct SideGradients {
+  StridedTensor dattn_mask;
+  float *row_sums = nullptr, *column_sums = nullptr, *slope_sums = nullptr;
+  TileLists column_tiles;  // of a PreparedMask
+};
+
+Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits, void* workspace);
 
 }  // namespace fused_attention::cuda

@@ -55,6 +55,39 @@ def cuda_problem(
 def cuda_forward(problem: bytes, device: int, stream: int, workspace: int, /, *addresses: int) -> int:
     """Launches the kernels and returns 0, or launches nothing and returns how many bytes of workspace they want."""
 
+def cuda_backward_problem(
+    problem: bytes,
+    dout: tuple[int, ...],
+    dquery: tuple[int, ...],
+    dkey: tuple[int, ...],
+    dvalue: tuple[int, ...],
+    dattn_mask: tuple[int, ...],
+    column_tiles: tuple[int, ...],
+    num_tiles: int,
+    /,
+) -> bytes:
+    """A problem of cuda_problem with the strides of gradients (batch, head, row in elements), for cuda_backward."""
+
+def cuda_backward(
+    problem: bytes, device: int, stream: int, workspace: int, addresses: tuple[int, ...], gradients: tuple[int, ...], /
+) -> int:
+    """Launches the backward kernels, or returns how many bytes of workspace they want.
+
+    gradients: addresses of dout, dlse, dquery, dkey, dvalue, dattn_mask, row_sums, column_sums, slope_sums and column tiles, 0 = none.
+    """
+
+def cuda_backward_plan(
+    problem: bytes,
+    compute_capability: int,
+    multiprocessors: int,
+    shared_bytes: int,
+    workspace: int,
+    addresses: tuple[int, ...],
+    gradients: tuple[int, ...],
+    /,
+) -> tuple[int, list[tuple[str, int, int, int, bytes]]]:
+    """What cuda_backward would launch, like cuda_plan."""
+
 def cuda_plan(
     problem: bytes, compute_capability: int, multiprocessors: int, shared_bytes: int, workspace: int, addresses: tuple[int, ...], /
 ) -> tuple[int, list[tuple[str, int, int, int, bytes]]]:

@@ -6,7 +6,7 @@ An image is one .cu file, compiled to one fatbin; an instance is one kernel in i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Instance:
     image: str  # stem of the .cu, .ptx and .fatbin file that it is in
     header: str  # that defines it, below csrc
     family: int  # ten times the oldest compute capability that it runs on
-    pass_name: str  # forward, decode or helper
+    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue or helper
     head_dim_qk: int = 0  # helpers have neither head dims nor tiles
     head_dim_v: int = 0
     dtype: str = "bf16"
@@ -81,25 +81,19 @@ DECODE_TILES = {
     (256, 256): Tile(16, 64, 4, 1, 1),
     (192, 128): Tile(16, 64, 4, 1, 1),
 }
-# Blocks of 64 rows, or of 64 keys, 16 to a warp: the lists of a PreparedMask are used as they are. In BACKWARD_QUERY_TILES block_n is the
-# length of the steps, in BACKWARD_KEY_TILES block_m.
+# Of the backward, to head_dim 128: blocks of 64 rows or of 64 keys, 16 to a warp, so that the lists of a PreparedMask are used as they are.
+# Steps are block_n keys long (query), or block_m rows (key); 32 where masks leave fewer registers.
 BACKWARD_QUERY_TILES = {
     (32, 32): Tile(64, 64, 4, 2, 2),
     (64, 64): Tile(64, 64, 4, 2, 2),
     (96, 96): Tile(64, 64, 4, 1, 2),
     (128, 128): Tile(64, 64, 4, 1, 2),
-    (192, 192): Tile(64, 32, 4, 1, 1),
-    (256, 256): Tile(64, 32, 4, 1, 1),
-    (192, 128): Tile(64, 32, 4, 1, 1),
 }
 BACKWARD_KEY_TILES = {
     (32, 32): Tile(64, 64, 4, 2, 2),
     (64, 64): Tile(64, 64, 4, 2, 2),
     (96, 96): Tile(32, 64, 4, 2, 2),
     (128, 128): Tile(32, 64, 4, 2, 2),
-    (192, 192): Tile(32, 64, 4, 1, 1),
-    (256, 256): Tile(32, 64, 4, 1, 1),
-    (192, 128): Tile(32, 64, 4, 1, 1),
 }
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
@@ -113,6 +107,25 @@ def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, 
     )  # fmt: skip
 
 
+def _backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropout: bool) -> Iterator[Instance]:
+    suffix = f"{head_dims[0]}x{head_dims[1]}_{dtype}_{feature_class}{'_dropout' if dropout else ''}"
+    long_steps = feature_class == "plain"
+    # The accumulators of dkey and of dvalue are 64 registers each at head_dim 128: too many for both beside anything but a plain tile.
+    together = head_dims[0] <= 64 or (long_steps and not dropout)
+    for pass_name in ("backward_query", *(("backward_key",) if together else ("backward_dkey", "backward_dvalue"))):
+        of_query = pass_name == "backward_query"
+        tile = (BACKWARD_QUERY_TILES if of_query else BACKWARD_KEY_TILES)[head_dims]
+        if not long_steps:
+            tile = replace(tile, **{"block_n" if of_query else "block_m": 32})
+        rows, steps = (tile.block_m, tile.block_n) if of_query else (tile.block_n, tile.block_m)
+        shared_bytes = 2 * (rows + tile.stages * steps) * sum(head_dims) + (0 if of_query else tile.stages * 8 * steps)
+        name = f"sm80_{pass_name}_{suffix}"
+        yield Instance(
+            name, name, f"cuda/sm80/backward_{'query' if of_query else 'key'}.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout,
+            tile.block_m, tile.block_n, tile.num_warps, tile.stages, shared_bytes, tile.blocks_per_sm,
+        )  # fmt: skip
+
+
 def _instances() -> Iterator[Instance]:
     for head_dims, dtype, (feature_class, dropout) in product(FORWARD_TILES, DTYPES, FORWARD_CLASSES):
         tile = (BIAS_TILES if feature_class == "bias" else FORWARD_TILES)[head_dims]
@@ -120,6 +133,11 @@ def _instances() -> Iterator[Instance]:
         yield _tiled("forward", suffix, head_dims, tile, dtype, feature_class, dropout)
     for (head_dims, tile), dtype in product(DECODE_TILES.items(), DTYPES):
         yield _tiled("decode", "", head_dims, tile, dtype, "masked", False)
+    for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_QUERY_TILES, DTYPES, FORWARD_CLASSES):
+        yield from _backward(head_dims, dtype, feature_class, dropout)
+    for dtype in DTYPES:
+        name = f"sm80_backward_delta_{dtype}"
+        yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
     for dtype in DTYPES:
         name = f"sm80_combine_{dtype}"
         yield Instance(name, name, "cuda/sm80/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
@@ -140,22 +158,27 @@ def image_source(instance: Instance) -> str:
     if instance.image == "mask_tiles":  # its header defines the entry points itself
         return head
     dtype = DTYPES[instance.dtype]
-    kernel = instance.name.split("_")[1]
-    if kernel == "combine":
-        check, call = "", f"combine<{dtype}, {instance.block_m}>(arguments)"
+    kernel = instance.header.removeprefix("cuda/sm80/").removesuffix(".cuh")
+    arguments = "BackwardArguments" if kernel.startswith("backward") else "ForwardArguments"
+    if instance.pass_name == "helper":
+        check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
     else:
-        flags = [f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower()] if kernel == "forward" else []
-        tile = (instance.block_m, instance.block_n, instance.num_warps, instance.stages)
-        parameters = ", ".join(map(str, (dtype, instance.head_dim_qk, instance.head_dim_v, *flags, *tile)))
+        parameters = [dtype, instance.head_dim_qk, instance.head_dim_v]
+        if kernel != "decode":
+            parameters += [f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower()]
+        parameters += [instance.block_m, instance.block_n, instance.num_warps, instance.stages]
+        if kernel == "backward_key":
+            parameters += [str(instance.pass_name != without).lower() for without in ("backward_dvalue", "backward_dkey")]
+        config = "".join(word.capitalize() for word in kernel.split("_"))
         check = (
-            f"using Config = {kernel.capitalize()}Config<{parameters}>;\n"
+            f"using Config = {config}Config<{', '.join(map(str, parameters))}>;\n"
             f'static_assert(Config::kSharedBytes == {instance.shared_bytes}, "manifest.py has another number");\n'
         )
         call = f"{kernel}<Config>(arguments)"
     return (
         f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\nusing namespace fused_attention::cuda::sm80;\n{check}"
         f'extern "C" __global__ void __launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})\n'
-        f"    {instance.name}(const __grid_constant__ ForwardArguments arguments) {{\n  {call};\n}}\n"
+        f"    {instance.name}(const __grid_constant__ {arguments} arguments) {{\n  {call};\n}}\n"
     )
 
 

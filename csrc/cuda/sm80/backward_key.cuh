@@ -113,8 +113,12 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
                                                         });
         const int row = static_cast<int>(threadIdx.x) % kBlockM, which = static_cast<int>(threadIdx.x) / kBlockM;
         if (which < 2) {
-          ptx::cp_async_4(statistics + slot * Config::kStatisticsBytes + 4 * (which * kBlockM + row),
-                          (which == 0 ? row_lse : row_delta) + start_m + row, row < rows_left);
+          const uint32_t offset = slot * Config::kStatisticsBytes + 4 * (which * kBlockM + row);
+          if (row < rows_left) {
+            ptx::cp_async_4(statistics + offset, (which == 0 ? row_lse : row_delta) + start_m + row);
+          } else {  // weights of rows that are not there are 0
+            *reinterpret_cast<float*>(shared + (statistics - k_smem) + offset) = which == 0 ? kInfinity : 0.0f;
+          }
         }
       }
       ptx::cp_async_commit();
@@ -148,7 +152,7 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
         const ScoreTransform transform(arguments, batch, head);
         scale = cap_with_slopes(transform, scores, slopes);
         if constexpr (kBias) {
-          Bias<1, kBlocks> bias(problem, batch, head, true);
+          Bias<1, kBlocks, true> bias(problem, batch, head);
           bias.load(first_key, static_cast<int>(problem.seqlen_k) - 1, start_m);
           bias.add_to(scores, scale);
           scale = 1.0f;

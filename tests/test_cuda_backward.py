@@ -1,0 +1,130 @@
+"""The CUDA backward kernels in the emulator: every feature, instance and awkward size, against the accuracy rule, without a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attention_calls
+import cuda_emulation
+import pytest
+import torch
+from attention_calls import CALL, FEATURES, build, run
+from cuda_emulation import A100, SMALL, EmulatedGpu
+
+from csrc.cuda.instances.manifest import INSTANCES, Instance
+from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.attention import attention
+
+pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST = {"head_dims": (32, 32)}
+
+
+def check_call(call: dict[str, Any], *, schedule: int = 0, gpu: cuda_emulation.Gpu = SMALL, stored: float = torch.nan) -> EmulatedGpu:
+    """`attention_calls.check` of the backend on the emulator."""
+    call = CALL | call
+    problem, dout, dlse = build(call, "cpu")
+    with EmulatedGpu(schedule, gpu) as emulated:
+        attention_calls.check(cuda_backend, problem, dout, dlse, call["memory"], stored=stored, prepare=call["prepare"])
+    return emulated
+
+
+def is_covered(call: dict[str, Any]) -> bool:
+    problem, _, _ = build(CALL | call, "cpu")
+    mask = problem.attn_mask
+    return mask is None or not mask.is_floating_point() or cuda_backend._mask_gradient_kind(problem, mask.shape) != "summed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("feature", [name for name, call in FEATURES.items() if is_covered(call)])
+def test_features(feature: str, dtype: str) -> None:
+    check_call(SMALLEST | {"dtype": DTYPES[dtype]} | FEATURES[feature], schedule=len(feature) % 3)
+
+
+# What makes the host code choose the instances of a class, with as much of what the class can do as fits together.
+CLASSES: dict[tuple[str, bool], dict[str, Any]] = {
+    ("plain", False): {"is_causal": "bottom_right", "lse_gradient": True},
+    ("plain", True): {"dropout_p": 0.25, "is_causal": "top_left"},
+    ("masked", False): {"key_mask": "holes", "query_lengths": (300, 60), "softcap": 2.0, "alibi_slopes": "H", "sinks": True},
+    ("bias", False): {"attn_mask": ("bfloat16", "BHQK"), "key_lengths": (300, 60), "dropout_p": 0.25, "softcap": 2.0},
+}
+QUERY_ROWS = [row for row in INSTANCES if row.pass_name == "backward_query"]
+SEQLENS = [(1, 65), (63, 131), (65, 63), (131, 1)]  # around the sides of blocks of 64 rows and 64 keys, and of steps of 32
+
+
+@pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
+@pytest.mark.parametrize("row", QUERY_ROWS, ids=lambda row: row.name)
+def test_every_instance_around_the_sides_of_its_tile(row: Instance, seqlens: tuple[int, int]) -> None:
+    call = {"dtype": DTYPES[row.dtype], "head_dims": (row.head_dim_qk, row.head_dim_v), "seqlens": seqlens, "sizes": (2, 2, 1)}
+    options = CLASSES[row.feature_class, row.dropout]
+    if row.feature_class == "bias":
+        call["sizes"] = (2, 2, 2)
+    emulated = check_call(call | options, schedule=SEQLENS.index(seqlens) % 3)
+    suffix = row.name.removeprefix("sm80_backward_query_")
+    ours = {name for name in emulated.launched if "backward" in name and "delta" not in name}
+    both, apart = {f"sm80_backward_key_{suffix}"}, {f"sm80_backward_dkey_{suffix}", f"sm80_backward_dvalue_{suffix}"}
+    assert ours in ({row.name} | both, {row.name} | apart)
+
+
+@pytest.mark.parametrize("head_dims", [(8, 8), (40, 40), (72, 72), (64, 32), (72, 40), (120, 8)], ids=str)
+@pytest.mark.parametrize("options", CLASSES.values(), ids=lambda options: "-".join(options))
+def test_head_dims_between_those_of_the_instances(head_dims: tuple[int, int], options: dict[str, Any]) -> None:
+    check_call({"dtype": torch.bfloat16, "head_dims": head_dims, "seqlens": (40, 127), **options})
+
+
+@pytest.mark.parametrize("dims", ["BHQK", "BHQ1", "111K", "1H1K", "B111", "1HQ1"])
+@pytest.mark.parametrize("mask_dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_mask_gradients(dims: str, mask_dtype: str) -> None:
+    check_call(SMALLEST | {"dtype": torch.bfloat16, "attn_mask": (mask_dtype, dims), "sizes": (2, 2, 2), "seqlens": (70, 131)})
+
+
+def test_a_mask_gradient_that_batches_share_is_refused_in_words() -> None:
+    inputs = [torch.randn(2, 2, 40, 32).bfloat16() for _ in range(3)]
+    with EmulatedGpu(), pytest.raises(ValueError, match="the gradient of an attn_mask that batches or heads share is not covered"):
+        attention(*inputs, attn_mask=torch.zeros(40, 40, requires_grad=True), backend="cuda")
+
+
+@pytest.mark.parametrize("memory", ["heads first", "sequence first", "one batch element expanded"])
+def test_memory_orders(memory: str) -> None:
+    order = ("batch first", memory, memory, memory)
+    check_call(SMALLEST | {"dtype": torch.bfloat16, "memory": order, "sizes": (2, 2, 2), "is_causal": "top_left"})
+
+
+@pytest.mark.parametrize("stored", [torch.inf, -torch.inf])
+def test_infinities_in_absent_rows(stored: float) -> None:
+    """The other tests store NaN there."""
+    call = {"key_mask": "holes", "key_lengths": (60, 0), "query_lengths": (50, 70), "attn_mask": ("float32", "BHQK"), "lse_gradient": True}
+    check_call(SMALLEST | {"dtype": torch.bfloat16} | call, stored=stored)
+
+
+@pytest.mark.parametrize(("sizes", "seqlens"), [((0, 2, 2), (5, 7)), ((2, 2, 1), (0, 7)), ((2, 2, 1), (5, 0))], ids=str)
+@pytest.mark.parametrize("options", [{}, {"key_mask": "holes", "sinks": True, "alibi_slopes": "H"}], ids=["plain", "all"])
+def test_empty_inputs(options: dict, sizes: tuple[int, int, int], seqlens: tuple[int, int]) -> None:
+    check_call(options | {"sizes": sizes, "seqlens": seqlens, "lse_gradient": True, "dtype": torch.bfloat16})
+
+
+def test_bits_stay_the_same_whatever_the_schedule() -> None:
+    call = CALL | SMALLEST | {"dtype": torch.bfloat16, "key_mask": "holes", "dropout_p": 0.25, "alibi_slopes": "BH", "sizes": (2, 4, 2)}
+    problem, dout, dlse = build(call, "cpu")
+    results = []
+    for schedule in range(3):
+        with EmulatedGpu(schedule, A100):
+            results.append(run(cuda_backend, problem, dout, dlse))
+    for result in results[1:]:
+        for name, gradient in result.items():
+            assert torch.equal(gradient, results[0][name]), name
+
+
+def test_autograd_through_packed_projections() -> None:
+    projection = torch.randn(2, 70, 3, 2, 32).bfloat16()
+    dout = torch.randn(2, 2, 70, 32).bfloat16()
+    from fused_attention.kernels.attention import attention_qkv_packed
+
+    separate = [tensor.transpose(1, 2).clone().requires_grad_() for tensor in projection.unbind(2)]
+    packed = projection.clone().requires_grad_()
+    with EmulatedGpu():
+        attention(*separate, is_causal=True, backend="cuda").backward(dout)
+        attention_qkv_packed(packed, is_causal=True, backend="cuda").backward(dout)
+    expected = torch.stack([tensor.grad.transpose(1, 2) for tensor in separate], dim=2)
+    assert torch.equal(packed.grad, expected)
