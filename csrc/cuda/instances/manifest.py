@@ -88,8 +88,8 @@ FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias"
 def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, dtype: str, feature_class: str, dropout: bool) -> Instance:
     name = f"sm80_{pass_name}_{head_dims[0]}x{head_dims[1]}_{dtype}{suffix}"
     return Instance(
-        name, name, "cuda/sm80/forward.cuh" if pass_name == "forward" else "cuda/sm80/decode.cuh", 80, pass_name, *head_dims, dtype,
-        feature_class, dropout, tile.block_m, tile.block_n, tile.num_warps, tile.stages, tile.shared_bytes(*head_dims), tile.blocks_per_sm,
+        name, name, f"cuda/sm80/{pass_name}.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout, tile.block_m,
+        tile.block_n, tile.num_warps, tile.stages, tile.shared_bytes(*head_dims), tile.blocks_per_sm,
     )  # fmt: skip
 
 
