@@ -23,7 +23,7 @@ loader = importlib.machinery.ExtensionFileLoader("_native", sys.argv[1])
 native = importlib.util.module_from_spec(importlib.util.spec_from_loader("_native", loader))
 loader.exec_module(native)
 
-def problem(head_dim=64, seqlen_q=40, seqlen_k=70, dtype=1, **changed):
+def problem(head_dim=64, seqlen_q=70, seqlen_k=70, dtype=1, **changed):
     strides = (head_dim * 128, head_dim * 128, head_dim)
     fields = dict(
         dtype=dtype, sizes=(1, 1, 1, seqlen_q, seqlen_k, head_dim, head_dim), num_tokens=(0, 0), scale=1.0, causal=0,
@@ -218,7 +218,7 @@ def test_not_enough_shared_memory(driver: Path) -> None:
         ("forward(problem(head_dim=60))", "head_dim must be divisible by 8"),
         ("forward(problem(scale=float('nan')))", "scale must be finite and > 0"),
         ("forward(problem(dropout_threshold=5))", "dropout needs a threshold below 65536 and rng_state"),
-        ("forward(problem(sizes=(1, 3, 2, 40, 70, 64, 64)))", "the heads of query must be a multiple of those of key"),
+        ("forward(problem(sizes=(1, 3, 2, 70, 70, 64, 64)))", "the heads of query must be a multiple of those of key"),
         ("forward(problem(sizes=(1, 1, 1, 2**30 + 1, 70, 64, 64)))", "sequences may have 2^30 queries and keys at most"),
         ("forward(problem(sizes=(2**20, 2**10, 1, 1024, 70, 64, 64)))", "blocks, a grid has 2^31 - 1 at most: split the batch"),
         ("forward(b'short')", "the problem must be what cuda_problem returned"),
