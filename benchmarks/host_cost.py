@@ -25,14 +25,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from fused_attention import attention, attention_decode
 from fused_attention.kernels import cuda_backend, triton_backend
 
-CALLS, ROUNDS = 100, 200
+CALLS, ROUNDS = 100, 2000
 
 
 def microseconds(function: Callable[[], object]) -> tuple[float, float]:
     """Processor time, to which a busy machine adds little, per call: the least and the median of several rounds."""
     for _ in range(5 * CALLS):
         function()
-    rounds = []
+    rounds = []  # short ones, some of which nothing disturbs
     for _ in range(ROUNDS):
         start = time.thread_time()
         for _ in range(CALLS):

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cuda_backend
 from .ops import run
 from .prepared_mask import PreparedMask
 from .problem import Layout, Problem, check_dense, make_problem
+from .repeated import kind_of
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_of
 
@@ -73,10 +75,17 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    inputs = _autocast(query, key, value)
+    kind = None
+    masks = attn_mask is not None or query_lengths is not None or window is not None or rng_state is not None
+    terms = softcap is not None or alibi_slopes is not None or sinks is not None or deterministic is not None
+    if not masks and not terms and type(dropout_p) is float and dropout_p == 0.0:
+        kind = kind_of(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
+        results = None if kind is None else cuda_backend.repeat(kind, query, key, value, key_mask, key_lengths)
+        if results is not None:
+            return results if return_lse else results[0]
     problem = make_problem(
         "separate",
-        inputs,
+        _autocast(query, key, value),
         attn_mask=attn_mask,
         key_mask=key_mask,
         key_lengths=key_lengths,
@@ -91,6 +100,7 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
+    problem.repeated_as = kind
     return _run(problem, backend, return_lse)
 
 
@@ -219,6 +229,12 @@ def attention_decode(
         RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
     """
     check_dense("key_lengths", key_lengths)
+    kind = None
+    if window is None and softcap is None and alibi_slopes is None and sinks is None:
+        kind = kind_of(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
+        results = None if kind is None else cuda_backend.repeat(kind, query, key_cache, value_cache, key_mask, key_lengths)
+        if results is not None:
+            return results if return_lse else results[0]
     problem = make_problem(
         "separate",
         _autocast(query, key_cache, value_cache),
@@ -235,6 +251,7 @@ def attention_decode(
         raise RuntimeError(
             "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
         )
+    problem.repeated_as = kind
     return _run(problem, backend, return_lse)
 
 

@@ -56,6 +56,7 @@ class Problem:
     max_seqlen_k: int
     # Of the inputs: dtype, device, shape and strides of each, where make_problem knows them as plain numbers.
     description: tuple | None = field(default=None, init=False)
+    repeated_as: tuple | None = field(default=None, init=False)  # repeated.kind_of the call, where calls like it may skip the checks
 
     @property
     def batch(self) -> int:
