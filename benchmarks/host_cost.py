@@ -3,8 +3,8 @@
     python benchmarks/host_cost.py [cuda] [triton]        from a checkout; needs no GPU
 
 Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
-(tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its launch,
-a GPU allocator its own time. Beside them torch's attention on CPU tensors, kernel included, to compare machines.
+(tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
+launch, a GPU allocator its own time. Beside them torch's attention on CPU tensors, kernel included, to compare machines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,7 +66,7 @@ def stand_in_for_cuda() -> AbstractContextManager:
     standin_driver.load(standin_driver.build(Path(tempfile.mkdtemp())))
     if reason := cuda_backend.status():
         sys.exit(f"cuda: {reason}")
-    cuda_backend._cached_machine_reason = lambda device: None  # type: ignore[assignment]
+    cuda_backend._cached_machine_reason = lambda device: None
     cuda_backend._device_and_stream = lambda tensor: (max(tensor.get_device(), 0), 0)
     return nullcontext()
 

@@ -100,8 +100,7 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
-    problem.repeated_as = kind
-    return _run(problem, backend, return_lse)
+    return _run(problem, backend, return_lse, kind)
 
 
 def attention_qkv_packed(
@@ -251,8 +250,7 @@ def attention_decode(
         raise RuntimeError(
             "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
         )
-    problem.repeated_as = kind
-    return _run(problem, backend, return_lse)
+    return _run(problem, backend, return_lse, kind)
 
 
 def scaled_dot_product_attention(
@@ -355,7 +353,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     return explain_problem(make_problem(layout, _autocast(query, key, value), **options))
 
 
-def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _run(problem: Problem, backend: str | None, return_lse: bool, kind: tuple | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    if problem.description is not None:  # the inputs are the caller's, none was copied
+        problem.repeated_as = kind
     out, lse = run(problem, choose(problem, backend))
     return (out, lse) if return_lse else out
 

@@ -190,17 +190,19 @@ def repeat(
     call = _repeatable.get(kind)
     if call is None:
         return None
-    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    if (addresses[0] | addresses[1] | addresses[2]) % 16 or 0 in addresses:  # 0: torch's zero tensors, which have no memory
+    q, k, v = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    if (q | k | v) % 16 or not (q and k and v):  # 0: torch's zero tensors, which have no memory
         return None
-    out = query.new_empty_strided(call.out_shape, call.out_strides)
-    lse = query.new_empty_strided(call.lse_shape, call.lse_strides, dtype=_float32)
+    empty = query.new_empty_strided
+    out = empty(call.out_shape, call.out_strides)
+    lse = empty(call.lse_shape, call.lse_strides, dtype=_float32)
     device, stream = _device_and_stream(query)
-    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8).data_ptr() if call.workspace_bytes else 0
+    workspace = empty((call.workspace_bytes,), _ROW, dtype=_uint8) if call.workspace_bytes else None
+    scratch = 0 if workspace is None else workspace.data_ptr()
     mask = 0 if key_mask is None else key_mask.data_ptr()
     lengths = 0 if key_lengths is None else key_lengths.data_ptr()
     _run(
-        call.problem, device, stream, workspace, *addresses, out.data_ptr(), lse.data_ptr(), 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0
+        call.problem, device, stream, scratch, q, k, v, out.data_ptr(), lse.data_ptr(), 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0
     )  # fmt: skip
     return out, lse
 
@@ -212,7 +214,8 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
 # Launches the kernels, or returns how many bytes of workspace they want: (problem, device, stream, workspace, *addresses) -> int.
 # Tests replace it by one that runs _native.cuda_plan.
 _run: Callable[..., int] = getattr(_native, "cuda_forward", None)  # type: ignore[assignment]
-_float32, _current_stream = torch.float32, getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_float32, _uint8, _ROW = torch.float32, torch.uint8, (1,)
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _device_and_stream(tensor: Tensor) -> tuple[int, int]:

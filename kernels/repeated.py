@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 # Looking names up through three modules takes longer than the calls.
 _strided, _int32, _is_grad_enabled = torch.strided, torch.int32, torch.is_grad_enabled
-_dispatch_modes, _any_autocast, _tracing = torch._C._len_torch_dispatch_stack, torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
+_dispatch_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 

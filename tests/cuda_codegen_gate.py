@@ -34,8 +34,8 @@ TABLE = ROOT / "docs/cuda-codegen.md"
 WRITE = "make codegen-cuda-table"
 BUILT_FOR = "sm_80"
 OTHERS = {"sm_89": SMALL_SHARED_BYTES, "sm_90": 227 * KB, "sm_120": SMALL_SHARED_BYTES}  # and what a block may have of shared memory
-# Nothing may spill in the machine code that ships. What a driver makes of the PTX is up to its own assembler, of whatever version: there a few
-# words that wait in local memory, four loads of a lane for a whole tile of keys, are no reason to give up a tile that fits everywhere else.
+# Nothing may spill in the machine code that ships. What a driver makes of the PTX is up to its own assembler, of whatever version: there up
+# to four words that wait in local memory are no reason to give up a tile that fits everywhere else.
 TOLERATED_ELSEWHERE = 16  # bytes
 SLACK = 0.02  # by how much a hot loop may grow before the table must be written anew
 
@@ -110,8 +110,8 @@ fails; one that is meant to, or that makes it better, writes the table anew.
 - HMMA, LDSM, LDGSTS, MUFU: matrix products, their loads from shared memory, copies to it and exp2 in one pass of a warp through the loop
   over blocks of keys without masks. The gate knows these numbers from the tile
 - loop, masked loop: all instructions of the two hot loops, rarely executed ones included; {SLACK:.0%} more are tolerated
-- spills on other GPUs: of the machine code that a driver makes of the PTX. {TOLERATED_ELSEWHERE} bytes are tolerated there: they are up to the assembler of
-  whatever driver there is, and a word or four that wait in local memory cost less than a smaller tile would
+- spills on other GPUs: of the machine code that a driver makes of the PTX. {TOLERATED_ELSEWHERE} bytes are tolerated:
+  they are up to the assembler of whatever driver there is, and four words that wait in local memory cost less than a smaller tile would
 
 """
 

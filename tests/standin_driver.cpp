@@ -44,7 +44,7 @@ struct Calls {
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#define FAIL_IF_ASKED                             \
+#define FAIL_IF_ASKED \
   if (const int result = machine().result(__func__)) return result
 
 EXPORT int cuInit(unsigned) { return machine().result("cuInit"); }
@@ -74,11 +74,20 @@ EXPORT int cuDeviceGetName(char* name, int size, int) {
 }
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
   switch (attribute) {
-    case 16: *value = 108; return 0;
-    case 75: *value = machine().capability / 10; return 0;
-    case 76: *value = machine().capability % 10; return 0;
-    case 97: *value = machine().shared_bytes; return 0;
-    default: return 1;
+    case 16:
+      *value = 108;
+      return 0;
+    case 75:
+      *value = machine().capability / 10;
+      return 0;
+    case 76:
+      *value = machine().capability % 10;
+      return 0;
+    case 97:
+      *value = machine().shared_bytes;
+      return 0;
+    default:
+      return 1;
   }
 }
 EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {

@@ -133,7 +133,8 @@ def image_source(instance: Instance) -> str:
         )
         call = f"{kernel}<Config>(arguments)"
     return (
-        f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\nusing namespace fused_attention::cuda::sm80;\n{check}"
+        f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\n"
+        f"using namespace fused_attention::cuda::sm80;\n{check}"
         f'extern "C" __global__ void __launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})\n'
         f"    {instance.name}(const __grid_constant__ ForwardArguments arguments) {{\n  {call};\n}}\n"
     )
