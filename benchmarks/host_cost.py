@@ -17,9 +17,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for csrc
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -66,7 +65,7 @@ def stand_in_for_cuda() -> AbstractContextManager:
     standin_driver.load(standin_driver.build(Path(tempfile.mkdtemp())))
     if reason := cuda_backend.status():
         sys.exit(f"cuda: {reason}")
-    cuda_backend._cached_machine_reason = lambda device: None
+    cuda_backend._machine_reason = lambda device: None
     cuda_backend._device_and_stream = lambda tensor: (max(tensor.get_device(), 0), 0)
     return nullcontext()
 
@@ -74,7 +73,7 @@ def stand_in_for_cuda() -> AbstractContextManager:
 def stand_in_for_triton() -> AbstractContextManager:
     import triton_offline
 
-    triton_backend._machine_reason = lambda device: None  # type: ignore[assignment]
+    triton_backend._machine_reason = lambda device: None
     triton_offline._Launcher.__call__ = lambda self, *arguments: None
     return triton_offline.offline(arch=90)
 
