@@ -80,9 +80,9 @@ def attention(
     terms = softcap is not None or alibi_slopes is not None or sinks is not None or deterministic is not None
     if not masks and not terms and type(dropout_p) is float and dropout_p == 0.0:
         kind = kind_of(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-        results = None if kind is None else cuda_backend.repeat(kind, query, key, value, key_mask, key_lengths)
+        results = None if kind is None else cuda_backend.repeat(kind, query, key, value, key_mask, key_lengths, return_lse)
         if results is not None:
-            return results if return_lse else results[0]
+            return results if return_lse else results[0]  # type: ignore[return-value]  # lse is there when asked for
     problem = make_problem(
         "separate",
         _autocast(query, key, value),
@@ -231,9 +231,9 @@ def attention_decode(
     kind = None
     if window is None and softcap is None and alibi_slopes is None and sinks is None:
         kind = kind_of(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
-        results = None if kind is None else cuda_backend.repeat(kind, query, key_cache, value_cache, key_mask, key_lengths)
+        results = None if kind is None else cuda_backend.repeat(kind, query, key_cache, value_cache, key_mask, key_lengths, return_lse)
         if results is not None:
-            return results if return_lse else results[0]
+            return results if return_lse else results[0]  # type: ignore[return-value]  # lse is there when asked for
     problem = make_problem(
         "separate",
         _autocast(query, key_cache, value_cache),

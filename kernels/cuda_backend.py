@@ -127,6 +127,7 @@ class _Call:
     out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
+    lse_bytes: int
     workspace_bytes: int = 0  # known after a launch
 
 
@@ -184,8 +185,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def repeat(
-    kind: tuple, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+    kind: tuple, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
     """`forward` of a call whose kind (repeated.kind_of) ran before; None of one that must be checked first."""
     call = _repeatable.get(kind)
     if call is None:
@@ -195,14 +196,19 @@ def repeat(
         return None
     empty = query.new_empty_strided
     out = empty(call.out_shape, call.out_strides)
-    lse = empty(call.lse_shape, call.lse_strides, dtype=_float32)
-    device, stream = _device_and_stream(query)
-    workspace = empty((call.workspace_bytes,), _ROW, dtype=_uint8) if call.workspace_bytes else None
+    # A lse that nobody asked for lies behind the workspace: an allocation takes as long as many checks.
+    lse = empty(call.lse_shape, call.lse_strides, dtype=_float32) if return_lse else None
+    workspace = None
+    if lse is None or call.workspace_bytes:
+        num_bytes = call.workspace_bytes if return_lse else call.workspace_bytes + call.lse_bytes
+        workspace = empty((num_bytes // 2,), _ROW)  # of 16 bits, as the query is
     scratch = 0 if workspace is None else workspace.data_ptr()
+    lse_address = scratch + call.workspace_bytes if lse is None else lse.data_ptr()
+    device, stream = _device_and_stream(query)
     mask = 0 if key_mask is None else key_mask.data_ptr()
     lengths = 0 if key_lengths is None else key_lengths.data_ptr()
     _run(
-        call.problem, device, stream, scratch, q, k, v, out.data_ptr(), lse.data_ptr(), 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0
+        call.problem, device, stream, scratch, q, k, v, out.data_ptr(), lse_address, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0
     )  # fmt: skip
     return out, lse
 
@@ -214,7 +220,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
 # Launches the kernels, or returns how many bytes of workspace they want: (problem, device, stream, workspace, *addresses) -> int.
 # Tests replace it by one that runs _native.cuda_plan.
 _run: Callable[..., int] = getattr(_native, "cuda_forward", None)  # type: ignore[assignment]
-_float32, _uint8, _ROW = torch.float32, torch.uint8, (1,)
+_float32, _ROW = torch.float32, (1,)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -272,7 +278,7 @@ def _new_call(problem: Problem) -> _Call:
         row_tiles=_strides(problem.row_tiles, 3),
         num_tiles=0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
     )
-    return _Call(plain, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride())
+    return _Call(plain, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride(), 4 * lse.numel())
 
 
 def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:

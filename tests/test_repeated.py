@@ -77,6 +77,15 @@ def test_the_second_call_launches_the_same_without_its_checks(call: str, launche
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+@pytest.mark.parametrize("key_mask", [None, MASK], ids=["plain", "key_mask"])
+def test_a_lse_that_nobody_asked_for_lies_behind_the_workspace(key_mask: Tensor | None, launches: list[tuple]) -> None:
+    results = [attention(*tensors(), key_mask=key_mask, backend="cuda") for _ in range(2)]
+    assert [out.shape for out in results] == [(2, 4, 5, 32)] * 2
+    _, workspace, _, _, _, out, lse, *_ = launches[1]
+    assert out == results[1].data_ptr()
+    assert lse == (workspace if key_mask is None else workspace + WANTED) != 0
+
+
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], type[Exception], str]] = {
     "a number for is_causal": (lambda q, k, v: attention(q, k, v, is_causal=1, backend="cuda"), ValueError, "is_causal must be"),
     "a bool for scale": (lambda q, k, v: attention(q, k, v, scale=True, backend="cuda"), TypeError, "scale must be a number"),
@@ -174,7 +183,7 @@ def test_zero_tensors_have_no_memory(launches: list[tuple], checks: list[str]) -
     attention(*inputs, backend="cuda")
     zeros = torch._efficientzerotensor(inputs[0].shape, dtype=inputs[0].dtype)
     kind = kind_of(zeros, *inputs[1:], None, None, False, None, "cuda")
-    assert kind is None or cuda_backend.repeat(kind, zeros, *inputs[1:], None, None) is None
+    assert kind is None or cuda_backend.repeat(kind, zeros, *inputs[1:], None, None, True) is None
 
 
 def test_what_is_remembered_is_bounded(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
