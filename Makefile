@@ -28,12 +28,12 @@ codegen-cuda: build ## inspect every CUDA kernel, for every GPU (3 minutes)
 codegen-cuda-table: build ## write docs/cuda-codegen.md, which codegen-cuda compares with
 	$(BIN)/python tests/cuda_codegen_gate.py --write
 
-codegen-triton: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (15 minutes)
+codegen-triton: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (16 minutes)
 	$(BIN)/python tests/triton_codegen_gate.py --report build/triton-codegen.txt
 	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report build/triton-codegen-oldest.txt
 
 test-oldest-triton: install .venv-triton-oldest/installed ## run the tests of the Triton kernels with the oldest supported Triton
-	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py
+	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py tests/test_triton_in_emulator.py
 	TRITON_INTERPRET=1 .venv-triton-oldest/bin/python -m pytest tests/on_triton
 
 lint: install ## ruff, mypy, clang-format

@@ -23,7 +23,7 @@ ERROR_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 DROPOUT_P = 0.1
 
 
-def options(feature: str, batch: int, seqlen_k: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def options(feature: str, dtype: torch.dtype, batch: int, seqlen_q: int, seqlen_k: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same feature as our arguments and as torch's."""
     if feature == "causal":
         return {"is_causal": True}, {"is_causal": True}
@@ -31,6 +31,9 @@ def options(feature: str, batch: int, seqlen_k: int) -> tuple[dict[str, Any], di
         lengths = torch.linspace(seqlen_k // 2, seqlen_k, batch).int()
         key_mask = torch.arange(seqlen_k) < lengths[:, None]
         return {"key_mask": key_mask}, {"attn_mask": key_mask[:, None, None, :]}
+    if feature == "float bias":
+        bias = torch.randn(seqlen_q, seqlen_k)
+        return {"attn_mask": bias}, {"attn_mask": bias.to(dtype)}
     if feature == "dropout":
         return {"dropout_p": DROPOUT_P}, {"dropout_p": DROPOUT_P}
     return {}, {}
@@ -49,7 +52,7 @@ def forward_and_backward(function: Any, inputs: tuple[Tensor, ...], dout: Tensor
 MEASURES = {"forward": forward, "forward + backward": forward_and_backward}
 
 
-@pytest.mark.parametrize("feature", ["plain", "causal", "key padding", "dropout"])
+@pytest.mark.parametrize("feature", ["plain", "causal", "key padding", "float bias", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("measure", MEASURES)
@@ -63,7 +66,7 @@ def test_attention(compare, measure, shape, dtype, feature):
 
     inputs = tuple(heads_of_a_projection(seqlen).requires_grad_() for seqlen in (seqlen_q, seqlen_k, seqlen_k))
     dout = heads_of_a_projection(seqlen_q)
-    our_options, torch_options = options(feature, batch, seqlen_k)
+    our_options, torch_options = options(feature, DTYPES[dtype], batch, seqlen_q, seqlen_k)
     run = MEASURES[measure]
 
     def check() -> None:

@@ -22,6 +22,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from fused_attention.kernels import triton_backend
+from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import Gradients, Problem, make_problem
 from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, forget_launches, tile_table
 
@@ -73,6 +74,9 @@ SMALL = [
     (16, 16, 8, 1),
     (16, 16, 4, 2),
     (16, 16, 16, 1),
+    (32, 16, 8, 2),
+    (16, 16, 8, 2),
+    (16, 32, 16, 2),
 ]
 # Of the backward kernels, with two tiles of scores at a time.
 BACKWARD = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 1), (64, 64, 8, 1), *LOW[1:], *SMALL]
@@ -118,8 +122,12 @@ class Size(NamedTuple):
     seqlen: int = 256
 
 
-def representative(row: Row, size: Size, device: str) -> Problem:
-    """A problem with everything that the row's class may hold."""
+def representative(row: Row, size: Size, device: str, form: str = "separate") -> Problem:
+    """A problem with everything that the row's class may hold.
+
+    Args:
+        form: "prepared" puts all that masks into a PreparedMask; "varlen" packs the sequences, for which there are no masks.
+    """
     batch, num_heads, num_heads_kv, seqlen = size
     dtype = DTYPES[row.dtype]
     if row.kernel_name == "decode":
@@ -138,6 +146,16 @@ def representative(row: Row, size: Size, device: str) -> Problem:
         options |= _score_options(num_heads, device)
     if row.feature_class == "dropout":
         options["dropout_p"] = 0.1
+    if form == "prepared":
+        names = ("attn_mask", "key_mask", "key_lengths", "query_lengths", "is_causal", "window")
+        masks = {name: options.pop(name) for name in names if name in options}
+        options["attn_mask"] = prepare_mask(**masks, seqlen_q=seqlen, seqlen_k=seqlen)
+    if form == "varlen":
+        del options["key_lengths"], options["query_lengths"]
+        ends = torch.arange(batch + 1, device=device, dtype=torch.int32) * seqlen
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
+        query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+        return make_problem("varlen", (query, key, value), **options)
     return make_problem("separate", (query, key, value), **options)
 
 

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -19,9 +20,6 @@ namespace {
 
 using Address = uintptr_t;
 using TensorArgument = std::tuple<Address, int64_t, int64_t, int64_t>;  // address, strides of batch, head and row in elements
-using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
-using KeyMaskArgument = std::tuple<Address, int64_t, int64_t>;  // address, strides of batch and key
-
 StridedTensor strided(const TensorArgument& tensor) {
   const auto& [address, batch, head, row] = tensor;
   return {reinterpret_cast<void*>(address), batch, head, row};
@@ -33,53 +31,99 @@ Enum checked(const char* name, int value) {
   return static_cast<Enum>(value);
 }
 
-AttentionProblem make_problem(int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query,
-                              const TensorArgument& key, const TensorArgument& value, const TensorArgument& out, Address lse,
-                              const TensorArgument& attn_mask, const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths,
-                              uint32_t dropout_threshold, Address rng_state) {
+// What the forward and the backward on the CPU share, in groups as kernels/native.py makes them.
+using CpuSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using CpuOptions = std::tuple<int, double, double, int, int32_t, int32_t, uint32_t>;
+using CpuMask = std::tuple<TensorArgument, int64_t, int>;                          // attn_mask, its key stride, its dtype
+using CpuKeyMask = std::tuple<Address, int64_t, int64_t>;                          // key_mask, strides of batch and key
+using CpuRows = std::tuple<Address, Address, Address, Address, int64_t, int64_t>;  // lengths, cu_seqlens, numbers of tokens
+using CpuBiases = std::tuple<std::tuple<Address, int64_t, int64_t>, Address>;      // alibi_slopes with its strides, sinks
+using CpuPrepared = std::tuple<TensorArgument, TensorArgument, int32_t>;           // mask_bits, row_tiles, tiles to a line
+using CpuSideTensors = std::tuple<CpuMask, CpuKeyMask, CpuRows, CpuBiases, CpuPrepared>;
+using CpuArguments = std::tuple<CpuSizes, CpuOptions, TensorArgument, TensorArgument, TensorArgument, TensorArgument, Address, Address,
+                                std::optional<CpuSideTensors>>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void add_side_tensors(AttentionProblem& problem, const CpuSideTensors& side_tensors) {
+  const auto& [mask, key_mask, rows, biases, prepared] = side_tensors;
+  problem.attn_mask = strided(std::get<0>(mask));
+  problem.attn_mask_key = std::get<1>(mask);
+  problem.attn_mask_dtype = static_cast<MaskDtype>(std::get<2>(mask));
+  problem.key_mask = pointer<const uint8_t>(std::get<0>(key_mask));
+  std::tie(std::ignore, problem.key_mask_batch, problem.key_mask_key) = key_mask;
+  const auto& [key_lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, num_tokens_q, num_tokens_k] = rows;
+  problem.key_lengths = pointer<const int32_t>(key_lengths);
+  problem.query_lengths = pointer<const int32_t>(query_lengths);
+  problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = pointer<const int32_t>(cu_seqlens_k);
+  problem.num_tokens_q = num_tokens_q, problem.num_tokens_k = num_tokens_k;
+  const auto& [slopes, sinks] = biases;
+  problem.alibi_slopes = pointer<const float>(std::get<0>(slopes));
+  std::tie(std::ignore, problem.alibi_slopes_batch, problem.alibi_slopes_head) = slopes;
+  problem.sinks = pointer<const float>(sinks);
+  const auto& [bits, tiles, num_tiles] = prepared;
+  problem.mask_bits = {pointer<const uint32_t>(std::get<0>(bits)), std::get<1>(bits), std::get<2>(bits), std::get<3>(bits)};
+  problem.row_tiles = {pointer<const int32_t>(std::get<0>(tiles)), std::get<1>(tiles), std::get<2>(tiles), std::get<3>(tiles), num_tiles};
+}
+
+AttentionProblem cpu_problem(const CpuArguments& arguments) {
+  const auto& [sizes, options, query, key, value, out, lse, rng_state, side_tensors] = arguments;
   AttentionProblem problem;
+  std::tie(problem.batch, problem.num_heads, problem.num_heads_kv, problem.seqlen_q, problem.seqlen_k, problem.head_dim_qk,
+           problem.head_dim_v) = sizes;
+  const auto& [dtype, scale, softcap, causal, window_left, window_right, dropout_threshold] = options;
   problem.dtype = checked<Dtype>("dtype", dtype);
-  std::tie(problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k, problem.head_dim_qk, problem.head_dim_v) = shape;
   problem.softmax_scale = static_cast<float>(scale);
+  problem.softcap = static_cast<float>(softcap);
   problem.causal = checked<Causal>("causal", causal);
+  problem.window_left = window_left;
+  problem.window_right = window_right;
+  problem.dropout_threshold = dropout_threshold;
   problem.query = strided(query);
   problem.key = strided(key);
   problem.value = strided(value);
   problem.out = strided(out);
-  problem.lse = reinterpret_cast<float*>(lse);
-  problem.attn_mask = strided(attn_mask);
-  problem.key_mask = reinterpret_cast<const uint8_t*>(std::get<0>(key_mask));
-  problem.key_mask_batch = std::get<1>(key_mask);
-  problem.key_mask_key = std::get<2>(key_mask);
-  problem.key_lengths = reinterpret_cast<const int32_t*>(key_lengths);
-  problem.query_lengths = reinterpret_cast<const int32_t*>(query_lengths);
-  problem.dropout_threshold = dropout_threshold;
-  problem.rng_state = reinterpret_cast<const int64_t*>(rng_state);
+  problem.lse = pointer<float>(lse);
+  problem.rng_state = pointer<const int64_t>(rng_state);
+  if (side_tensors) add_side_tensors(problem, *side_tensors);
   return problem;
 }
 
-void cpu_forward(int num_threads, int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query,
-                 const TensorArgument& key, const TensorArgument& value, const TensorArgument& out, Address lse,
-                 const TensorArgument& attn_mask, const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths,
-                 uint32_t dropout_threshold, Address rng_state) {
-  const AttentionProblem problem = make_problem(dtype, shape, scale, causal, query, key, value, out, lse, attn_mask, key_mask, key_lengths,
-                                                query_lengths, dropout_threshold, rng_state);
+void cpu_forward(int num_threads, const CpuArguments& arguments) {
+  const AttentionProblem problem = cpu_problem(arguments);
   py::gil_scoped_release released;
   cpu::forward(problem, num_threads);
 }
 
-void cpu_backward(int num_threads, int dtype, const Shape& shape, double scale, int causal, const TensorArgument& query,
-                  const TensorArgument& key, const TensorArgument& value, const TensorArgument& out, Address lse,
-                  const TensorArgument& attn_mask, const KeyMaskArgument& key_mask, Address key_lengths, Address query_lengths,
-                  uint32_t dropout_threshold, Address rng_state, const TensorArgument& dout, Address dlse, const TensorArgument& dquery,
-                  const TensorArgument& dkey, const TensorArgument& dvalue) {
-  AttentionProblem problem = make_problem(dtype, shape, scale, causal, query, key, value, out, lse, attn_mask, key_mask, key_lengths,
-                                          query_lengths, dropout_threshold, rng_state);
+void cpu_weights(int num_threads, const CpuArguments& arguments, bool average_heads) {
+  AttentionProblem problem = cpu_problem(arguments);
+  problem.average_heads = average_heads;
+  py::gil_scoped_release released;
+  cpu::weights(problem, num_threads);
+}
+
+// dattn_mask: address, number of parts, strides of part, batch, head, row and key.
+void cpu_backward(int num_threads, const CpuArguments& arguments, const TensorArgument& dout, Address dlse, const TensorArgument& dquery,
+                  const TensorArgument& dkey, const TensorArgument& dvalue, int32_t num_key_splits, Address dquery_parts,
+                  const std::tuple<Address, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t>& dattn_mask, Address dalibi_slopes,
+                  Address dsinks) {
+  AttentionProblem problem = cpu_problem(arguments);
   problem.dout = strided(dout);
-  problem.dlse = reinterpret_cast<const float*>(dlse);
+  problem.dlse = pointer<const float>(dlse);
   problem.dquery = strided(dquery);
   problem.dkey = strided(dkey);
   problem.dvalue = strided(dvalue);
+  problem.num_key_splits = num_key_splits;
+  problem.dquery_parts = pointer<float>(dquery_parts);
+  problem.dattn_mask = pointer<float>(std::get<0>(dattn_mask));
+  std::tie(std::ignore, problem.num_mask_parts, problem.dattn_mask_part, problem.dattn_mask_batch, problem.dattn_mask_head,
+           problem.dattn_mask_row, problem.dattn_mask_key) = dattn_mask;
+  problem.dalibi_slopes = pointer<float>(dalibi_slopes);
+  problem.dsinks = pointer<float>(dsinks);
   py::gil_scoped_release released;
   cpu::backward(problem, num_threads);
 }
@@ -207,7 +251,8 @@ PyMethodDef cuda_forward_definition = {"cuda_forward", reinterpret_cast<PyCFunct
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native attention kernels. Import torch first, so that both share one OpenMP runtime.";
   module.def("cpu_forward", &cpu_forward, "Writes out and lse; see kernels/native.py for the arguments.");
-  module.def("cpu_backward", &cpu_backward, "Writes dquery, dkey and dvalue; the arguments of cpu_forward, then dout, dlse and the three.");
+  module.def("cpu_weights", &cpu_weights, "Writes the weights to `out`; the arguments of cpu_forward, then whether to average heads.");
+  module.def("cpu_backward", &cpu_backward, "Writes every gradient; see kernels/native.py for the arguments.");
   module.def(
       "cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");
   module.def(

@@ -83,6 +83,18 @@ struct AttentionProblem {
   const float* dlse = nullptr;         // (B, H, Lq) contiguous, may be null
   StridedTensor dquery, dkey, dvalue;  // every element is written, with 0 where there is no gradient
 
+  bool average_heads = false;  // of attention_weights on the CPU, whose weights (B, Hq or 1, Lq, Lk) go to `out`
+
+  // Backward on the CPU only. The gradients of what masks and biases, in float32 parts that the caller adds up; null = not wanted.
+  // The caller clears them. A packed batch leaves rows of no sequence alone.
+  float* dattn_mask = nullptr;  // (num_mask_parts, B or 1, Hq or 1, Lq or 1, Lk or 1): a task adds to one part
+  int64_t dattn_mask_part = 0, dattn_mask_batch = 0, dattn_mask_head = 0, dattn_mask_row = 0, dattn_mask_key = 0;
+  int32_t num_mask_parts = 1;      // into how many parts the heads that share one slice of the mask are dealt
+  float* dalibi_slopes = nullptr;  // (B, Hq, num_key_splits)
+  float* dsinks = nullptr;         // (B, Hq, num_key_splits)
+  int32_t num_key_splits = 1;      // the keys of a head are split among so many tasks
+  float* dquery_parts = nullptr;   // (num_key_splits, B, Hq, Lq, Dqk) instead of dquery when there are several
+
   // Always inline: a shared copy, compiled for one instruction set, must not serve the others.
   __attribute__((always_inline)) float dropout_scale() const {
     return dropout_threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - dropout_threshold);

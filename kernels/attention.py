@@ -354,7 +354,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
 
 
 def _run(problem: Problem, backend: str | None, return_lse: bool, kind: tuple | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    if problem.description is not None:  # the inputs are the caller's, none was copied
+    if problem.inputs_number is not None:  # the inputs are the caller's, none was copied
         problem.repeated_as = kind
     out, lse = run(problem, choose(problem, backend))
     return (out, lse) if return_lse else out

@@ -236,7 +236,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _kind_of(problem: Problem) -> tuple:
     """Everything that a _Call follows from."""
-    inputs = problem.description or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in problem.inputs])
+    inputs = problem.inputs_number or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in problem.inputs])
     side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in problem.side_tensors()]
     return (problem.layout, inputs, *side_tensors, *problem.options())
 

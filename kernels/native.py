@@ -1,4 +1,4 @@
-"""Hands a Problem to the compiled extension fused_attention._native (csrc/)."""
+"""Hands a Problem to the CPU kernels of the compiled extension fused_attention._native (csrc/cpu)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .dropout import dropout_threshold
-from .problem import Gradients, Problem, empty_output, with_contiguous_last_dim
+from .problem import Gradients, Problem, empty_lse, empty_output, with_contiguous_last_dim
 
 try:
     from fused_attention import _native
@@ -16,8 +16,13 @@ except ImportError as error:  # installed without a compiler, or on a platform t
 
 MAX_HEAD_DIM = 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
-ABSENT = (0, 0, 0, 0)
+UNLIMITED = 2**30  # a window side that no sequence reaches
+MIN_SPLIT_KEYS = 128  # of a head whose backward pass is split over its keys
+
+Strided = tuple[int, int, int, int]
+ABSENT: Strided = (0, 0, 0, 0)
 
 
 def status() -> str | None:
@@ -42,89 +47,193 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype {query.dtype} is not covered (float32, bfloat16 and float16 are)")
     if query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {max(query.shape[3], problem.value.shape[3])} is above {MAX_HEAD_DIM}")
-    if query.shape[1] != problem.key.shape[1]:
-        reasons.append("grouped-query attention is not covered")
-    if problem.attn_mask is not None and problem.attn_mask.requires_grad and torch.is_grad_enabled():
-        reasons.append("the gradient of attn_mask is not covered")
-    if problem.layout == "varlen":
-        reasons.append("packed sequences are not covered")
-    if problem.mask_bits is None and (problem.window_left is not None or problem.window_right is not None):
-        reasons.append("window is not covered")
-    if problem.softcap is not None:
-        reasons.append("softcap is not covered")
-    if problem.alibi_slopes is not None:
-        reasons.append("alibi_slopes is not covered")
-    if problem.sinks is not None:
-        reasons.append("sinks is not covered")
     if problem.scale <= 0:
         reasons.append(f"scale must be > 0, is {problem.scale}")
     return reasons
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, H, Lq, Dv) and lse (B, H, Lq) float32."""
-    batch, num_heads, seqlen_q, _ = problem.query.shape
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows of none are 0."""
     out = empty_output(problem.query, problem.value.shape[3])
-    lse = problem.query.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
+    lse = empty_lse(problem.query)
+    if problem.cu_seqlens_q is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
     arguments, _keep_alive = _native_arguments(problem, out, lse)
-    _native.cpu_forward(*arguments)
+    _native.cpu_forward(torch.get_num_threads(), arguments)
     return out, lse
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    """Writes the gradients of query, key and value."""
+    """Writes every gradient asked for; bit for bit the same in every run with as many threads."""
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()
+    packed = problem.cu_seqlens_q is not None
+    if packed:
+        for gradient in (gradients.query, gradients.key, gradients.value):
+            gradient.zero_()
+    num_threads = torch.get_num_threads()
+    splits = _key_splits(problem, num_threads)
+    dquery_parts = _zeros(splits, *problem.query.shape) if splits > 1 else None
+    dattn_mask = _mask_gradient_parts(gradients.attn_mask, problem, splits, num_threads)
+    side_shape = (problem.batch, problem.query.shape[1], splits)
+    dalibi_slopes = None if gradients.alibi_slopes is None else _zeros(*side_shape)
+    dsinks = None if gradients.sinks is None else _zeros(*side_shape)
     arguments, _keep_alive = _native_arguments(problem, out, lse)
-    dlse_address = 0 if dlse is None else dlse.data_ptr()
-    arguments += (_strided(dout), dlse_address, _strided(gradients.query), _strided(gradients.key), _strided(gradients.value))
-    _native.cpu_backward(*arguments)
-
-
-def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple, tuple]:
-    """The arguments that forward and backward share, and the temporaries that must outlive the call."""
-    query, key_mask = problem.query, problem.key_mask
-    batch, num_heads, seqlen_q, head_dim = query.shape
-    attn_mask = _float_mask(problem)
-    arguments = (
-        torch.get_num_threads(),
-        DTYPES[query.dtype],
-        (batch, num_heads, seqlen_q, problem.key.shape[2], head_dim, problem.value.shape[3]),
-        problem.scale,
-        CAUSAL[problem.causal],
-        _strided(query),
-        _strided(problem.key),
-        _strided(problem.value),
-        _strided(out),
-        lse.data_ptr(),
-        ABSENT if attn_mask is None else _strided(attn_mask),
-        (0, 0, 0) if key_mask is None else (key_mask.data_ptr(), *key_mask.stride()),
-        0 if problem.key_lengths is None else problem.key_lengths.data_ptr(),
-        0 if problem.query_lengths is None else problem.query_lengths.data_ptr(),
-        dropout_threshold(problem.dropout_p),
-        0 if problem.rng_state is None else problem.rng_state.data_ptr(),
+    _native.cpu_backward(
+        num_threads,
+        arguments,
+        _strided(dout, packed),
+        _address(dlse),
+        _strided(gradients.query, packed),
+        _strided(gradients.key, packed),
+        _strided(gradients.value, packed),
+        splits,
+        _address(dquery_parts),
+        _mask_gradient_arguments(dattn_mask, splits),
+        _address(dalibi_slopes),
+        _address(dsinks),
     )
-    return arguments, (attn_mask,)
+    if dquery_parts is not None:
+        gradients.query.copy_(dquery_parts.sum(0))
+    if gradients.attn_mask is not None and dattn_mask is not None and dattn_mask.data_ptr() != gradients.attn_mask.data_ptr():
+        gradients.attn_mask.copy_(dattn_mask.sum(0))
+    if gradients.alibi_slopes is not None and dalibi_slopes is not None:
+        by_batch = dalibi_slopes.sum(2)
+        gradients.alibi_slopes.copy_(by_batch if gradients.alibi_slopes.dim() == 2 else by_batch.sum(0))
+    if gradients.sinks is not None and dsinks is not None:
+        gradients.sinks.copy_(dsinks.sum((0, 2)))
 
 
-def _strided(tensor: Tensor) -> tuple[int, int, int, int]:
-    strides = tensor.stride()
-    return tensor.data_ptr(), strides[0], strides[1], strides[2]
+def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), which never holds those of single heads."""
+    batch, num_heads, seqlen_q, _ = problem.query.shape
+    weights = problem.query.new_empty(batch, 1 if average_heads else num_heads, seqlen_q, problem.key.shape[2])
+    arguments, _keep_alive = _native_arguments(problem, weights, lse.contiguous())
+    _native.cpu_weights(torch.get_num_threads(), arguments, average_heads)
+    return weights[:, 0] if average_heads else weights
 
 
-def _float_mask(problem: Problem) -> Tensor | None:
-    """attn_mask as float32 with stride 0 in broadcast dims, converted at its own size, before it is broadcast."""
-    mask, prepared_pairs = problem.attn_mask, problem.prepared_pairs()
-    if prepared_pairs is not None:
-        mask = prepared_pairs if mask is None else mask.detach().masked_fill(~prepared_pairs, -torch.inf)
-    if mask is None:
+def _key_splits(problem: Problem, num_threads: int) -> int:
+    """Into how many ranges the keys of a head are split: two for each thread that would have no head of its own."""
+    heads = problem.batch * problem.key.shape[1]
+    if heads == 0 or heads >= num_threads:
+        return 1
+    return max(1, min(-(-2 * num_threads // heads), problem.max_seqlen_k // MIN_SPLIT_KEYS))
+
+
+def _mask_gradient_parts(gradient: Tensor | None, problem: Problem, splits: int, num_threads: int) -> Tensor | None:
+    """Zeros (parts, B or 1, Hq or 1, Lq or 1, Lk or 1) float32, to be summed over the parts; one part may be the gradient itself.
+
+    Heads that share a slice of the mask are dealt to as many parts as keep every thread busy.
+    """
+    if gradient is None:
         return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
-    elif mask.dtype != torch.float32:
-        mask = mask.to(torch.float32)
-    seqlen_k = problem.key.shape[2]
-    if mask.shape[3] != seqlen_k or mask.stride(3) != 1:  # the kernels read whole rows
-        mask = mask.expand(*mask.shape[:3], seqlen_k).contiguous()
-    return mask.detach().expand(*problem.query.shape[:3], seqlen_k)
+    batch, num_heads_kv = problem.batch, problem.key.shape[1]
+    slices = gradient.shape[0] * (num_heads_kv if gradient.shape[1] > 1 else 1)
+    sharing = max(batch * num_heads_kv // max(slices, 1), 1)
+    parts = min(sharing, -(-num_threads // max(slices * splits, 1)))
+    if gradient.shape[3] == 1:
+        parts *= splits
+    if parts == 1 and gradient.dtype == torch.float32:
+        return gradient.zero_()[None]
+    return _zeros(parts, *gradient.shape)
+
+
+def _mask_gradient_arguments(parts: Tensor | None, splits: int) -> tuple[int, ...]:
+    if parts is None:
+        return (0, 1, 0, 0, 0, 0, 0)
+    strides = [0 if size == 1 else stride for size, stride in zip(parts.shape[1:], parts.stride()[1:], strict=True)]
+    return parts.data_ptr(), parts.shape[0] // (splits if parts.shape[4] == 1 else 1), parts.stride(0), *strides
+
+
+def _native_arguments(problem: Problem, out: Tensor, lse: Tensor) -> tuple[tuple, tuple | None]:
+    """The arguments that forward and backward share (csrc/module.cpp), and the temporaries that must outlive the call."""
+    query, value = problem.query, problem.value
+    _, num_heads, _, head_dim = query.shape
+    _, num_heads_kv, _, head_dim_v = value.shape
+    prepared = problem.mask_bits is not None  # its bits know the window already
+    packed = problem.cu_seqlens_q is not None
+    side_tensors, keep_alive = _side_arguments(problem)
+    arguments = (
+        (problem.batch, num_heads, num_heads_kv, problem.max_seqlen_q, problem.max_seqlen_k, head_dim, head_dim_v),
+        (
+            DTYPES[query.dtype],
+            problem.scale,
+            problem.softcap or 0.0,
+            CAUSAL[problem.causal],
+            UNLIMITED if prepared or problem.window_left is None else min(problem.window_left, UNLIMITED),
+            UNLIMITED if prepared or problem.window_right is None else min(problem.window_right, UNLIMITED),
+            dropout_threshold(problem.dropout_p),
+        ),
+        _strided(query, packed),
+        _strided(problem.key, packed),
+        _strided(value, packed),
+        _strided(out, packed),
+        lse.data_ptr(),
+        _address(problem.rng_state),
+        side_tensors,
+    )
+    return arguments, keep_alive
+
+
+def _side_arguments(problem: Problem) -> tuple[tuple | None, tuple | None]:
+    """Masks, lengths and biases, None when there are none, and the temporaries that must outlive the call."""
+    key_mask = problem.key_mask
+    given = (problem.attn_mask, key_mask, problem.key_lengths, problem.query_lengths, problem.alibi_slopes, problem.sinks)
+    if all([tensor is None for tensor in given]) and problem.cu_seqlens_q is None and problem.mask_bits is None:
+        return None, None
+    attn_mask, alibi_slopes, sinks = _as_kernels_take_them(problem)
+    mask_strides = _strides(attn_mask)
+    slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
+    arguments = (
+        ((_address(attn_mask), *mask_strides[:3]), mask_strides[3], 0 if attn_mask is None else MASK_DTYPES[attn_mask.dtype]),
+        (0, 0, 0) if key_mask is None else (key_mask.data_ptr(), *key_mask.stride()),
+        (
+            _address(problem.key_lengths),
+            _address(problem.query_lengths),
+            _address(problem.cu_seqlens_q),
+            _address(problem.cu_seqlens_k),
+            problem.query.shape[2],
+            problem.key.shape[2],
+        ),
+        ((0, 0, 0) if slopes is None else (slopes.data_ptr(), *slopes.stride()), _address(sinks)),
+        (
+            (_address(problem.mask_bits), *_strides(problem.mask_bits)[:3]),
+            (_address(problem.row_tiles), *_strides(problem.row_tiles)[:3]),
+            0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
+        ),
+    )
+    return arguments, (attn_mask, slopes, sinks)
+
+
+def _as_kernels_take_them(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """attn_mask, alibi_slopes and sinks in dtypes that the kernels read; sinks are contiguous."""
+    attn_mask, alibi_slopes, sinks = problem.attn_mask, problem.alibi_slopes, problem.sinks
+    if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
+        distinct = [slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride()]  # an expanded mask stays small
+        attn_mask = attn_mask[tuple(distinct)].float()
+    return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _strided(tensor: Tensor, packed: bool) -> Strided:
+    """packed: the sequences are all in one batch element."""
+    batch, head, row, _ = tensor.stride()
+    return tensor.data_ptr(), 0 if packed else batch, head, row
+
+
+def _strides(tensor: Tensor | None) -> Strided:
+    """0 in dims of size 1, which may stand for any number of lines."""
+    if tensor is None:
+        return ABSENT
+    batch, head, row, last = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return batch, head, row, last

@@ -5,6 +5,7 @@ Only shapes, dtypes, devices and strides are looked at, never tensor values: no 
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from dataclasses import dataclass, field
@@ -54,8 +55,8 @@ class Problem:
     deterministic: bool
     max_seqlen_q: int  # Lq; of varlen the caller's: no sequence is longer
     max_seqlen_k: int
-    # Of the inputs: dtype, device, shape and strides of each, where make_problem knows them as plain numbers.
-    description: tuple | None = field(default=None, init=False)
+    # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
+    inputs_number: int | None = field(default=None, init=False)
     repeated_as: tuple | None = field(default=None, init=False)  # repeated.kind_of the call, where calls like it may skip the checks
 
     @property
@@ -162,8 +163,9 @@ def empty_output(query: Tensor, head_dim_v: int) -> Tensor:
 
 def empty_lse(query: Tensor) -> Tensor:
     """Uninitialised (B, Hq, Lq) float32."""
-    batch, num_heads, seqlen_q, _ = query.shape  # a tuple: torch.Size would take longer to parse
-    return torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=query.device)
+    batch, num_heads, seqlen_q, _ = query.shape
+    # With tuples and strides: torch takes a quarter longer to parse the arguments of torch.empty, and longer still for a torch.Size.
+    return query.new_empty_strided((batch, num_heads, seqlen_q), (num_heads * seqlen_q, seqlen_q, 1), dtype=torch.float32)
 
 
 def with_memory_of(query: Tensor, out: Tensor) -> Tensor:
@@ -208,7 +210,7 @@ def make_problem(
     """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
-    inputs, description = _checked_inputs(layout, inputs)
+    inputs, inputs_number = _checked_inputs(layout, inputs)
     query, key, value = split(layout, inputs)
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
@@ -292,7 +294,7 @@ def make_problem(
         max_seqlen_q,
         max_seqlen_k,
     )
-    problem.description = description
+    problem.inputs_number = inputs_number
     if prepared is not None and prepared.mask_bits_transposed is None and torch.is_grad_enabled() and problem.requires_grad():
         raise ValueError("attn_mask was prepared with gradients=False, but a gradient is asked for: leave gradients=True in prepare_mask")
     return problem
@@ -308,21 +310,24 @@ _PACKED_SHAPES = {"qkv": "(batch, seqlen, 3, num_heads, head_dim)", "kv": "(batc
 
 
 MAX_ACCEPTED = 4096
-_accepted: set[tuple] = set()  # descriptions of inputs that _check_inputs found nothing wrong with: it costs more than a small launch
+# The numbers of descriptions of inputs that _check_inputs found nothing wrong with: it costs more than a small launch, and a number less to
+# look up later than the description. No number is given twice.
+_accepted: dict[tuple | None, int] = {}
+_numbers = itertools.count(1)
 
 
-def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple | None]:
-    """The inputs, those whose last dim is not contiguous copied, and their description."""
+def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int | None]:
+    """The inputs, those whose last dim is not contiguous copied, and their number."""
     description = _description(layout, inputs)
-    if description in _accepted:
-        return inputs, description
+    number = _accepted.get(description)
+    if number is not None:
+        return inputs, number
     checked = _check_inputs(layout, inputs)
     if description is None or not all(map(operator.is_, checked, inputs)):
         return checked, None
     if len(_accepted) >= MAX_ACCEPTED:
         _accepted.clear()
-    _accepted.add(description)
-    return inputs, description
+    return inputs, _accepted.setdefault(description, next(_numbers))
 
 
 def _description(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple | None:

@@ -1,23 +1,57 @@
-"""The attention weights themselves, from the scores and their log-sum-exp: by a kernel, or differentiable in plain PyTorch."""
+"""The attention weights themselves, from the scores and their log-sum-exp: by a kernel, differentiable through plain PyTorch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import routing
 from .ops import KERNEL_BACKENDS, reaches_kernels
-from .problem import Problem
+from .problem import NUM_INPUTS, NUM_SIDE_TENSORS, Problem
 from .reference import dropout, masked_scores, without_autocast
+
+BACKENDS = ("triton", "cpu")  # whose kernels compute weights
 
 
 def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """Weights after dropout: by the Triton kernel where that one runs and no gradient is asked for, else by the formula."""
-    needs_gradient = torch.is_grad_enabled() and (problem.requires_grad() or lse.requires_grad)
-    by_kernel = not needs_gradient and lse.dtype == torch.float32 and reaches_kernels(problem, lse)
-    if by_kernel and not routing.routed_reasons("triton", problem):
-        return KERNEL_BACKENDS["triton"].attention_weights(problem, lse, average_heads)
+    """Weights after dropout: by a kernel where one runs, else by the formula, which also is where their gradient comes from."""
+    if lse.dtype == torch.float32 and reaches_kernels(problem, lse):
+        for backend in BACKENDS:
+            if not routing.routed_reasons(backend, problem):
+                differentiable = (lse, *problem.inputs[:2], problem.attn_mask, problem.alibi_slopes)
+                return _Weights.apply(problem, backend, average_heads, *differentiable)
     return weights_by_formula(problem, lse, average_heads)
+
+
+class _Weights(torch.autograd.Function):
+    """The kernel's weights; a gradient, where one ever comes, differentiates the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, backend: str, average_heads: bool, lse: Tensor, *differentiable: Tensor | None) -> Tensor:
+        num_tensors = NUM_INPUTS[problem.layout] + NUM_SIDE_TENSORS
+        arguments = problem.op_arguments()
+        ctx.layout, ctx.average_heads, ctx.options = problem.layout, average_heads, arguments[num_tensors:]
+        ctx.save_for_backward(lse, *arguments[:num_tensors])
+        return KERNEL_BACKENDS[backend].attention_weights(problem, lse, average_heads)
+
+    @staticmethod
+    def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+        higher = torch.is_grad_enabled()
+        tensors = list(ctx.saved_tensors)
+        num_inputs = NUM_INPUTS[ctx.layout]
+        places = (0, 1, 2, 1 + num_inputs, 5 + num_inputs)  # of lse, query, key, attn_mask and alibi_slopes
+        with torch.enable_grad():
+            for place in places:  # aliases: one tensor may be another one, or be computed from it
+                tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
+            problem = Problem.from_op_arguments(ctx.layout, (*tensors[1:], *ctx.options))
+            weights = weights_by_formula(problem, tensors[0], ctx.average_heads)
+        wanted = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
+        leaves = [tensors[place] for place in wanted]
+        gradients = torch.autograd.grad(weights, leaves, dweights, create_graph=higher, materialize_grads=True)
+        by_place = dict(zip(wanted, gradients, strict=True))
+        return (None, None, None, *(by_place.get(place) for place in places))
 
 
 def weights_by_formula(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attention.kernels.prepared_mask import prepare_mask
@@ -100,6 +101,39 @@ FEATURES: dict[str, dict[str, Any]] = {
         "sinks": True, "lse_gradient": True,
     },
 }  # fmt: skip
+
+
+@st.composite
+def calls(draw: st.DrawFn, seqlens: tuple[int, ...], head_dims: list[tuple[int, int]]) -> dict[str, Any]:
+    """Any fields of CALL, in plain values, so that a failing case prints as a call; lengths and head dims are some of these."""
+    batch, heads_per_group, num_heads_kv = draw(st.sampled_from(((0, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (3, 1, 1))))
+    lengths = st.none() | st.tuples(*[st.integers(-1, 70)] * 3)
+    side = st.none() | st.integers(0, 70)
+    mask_kinds = st.tuples(
+        st.sampled_from(("bool", "float32", "bfloat16", "float16", "float64")),
+        st.tuples(*[st.sampled_from(("1", name)) for name in "BHQK"]).map("".join),
+    )
+    return {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "sizes": (batch, heads_per_group * num_heads_kv, num_heads_kv),
+        "seqlens": (draw(st.sampled_from((0, *seqlens))), draw(st.sampled_from((0, *seqlens)))),
+        "head_dims": draw(st.sampled_from(head_dims)),
+        "memory": draw(st.tuples(*[st.sampled_from(MEMORY)] * 4)),
+        "is_causal": draw(st.sampled_from((False, "top_left", "bottom_right"))),
+        "window": draw(st.none() | st.tuples(side, side)),
+        "attn_mask": draw(st.none() | mask_kinds),
+        "key_mask": draw(st.sampled_from((None, None, "right", "left", "holes", "nothing in one"))),
+        "key_lengths": draw(lengths),
+        "query_lengths": draw(lengths),
+        "dropout_p": draw(st.sampled_from((0.0, 0.0, 0.25, 1.0))),
+        "scale": draw(st.sampled_from((None, 0.05, 0.3))),
+        "softcap": draw(st.sampled_from((None, None, 0.5, 20.0))),
+        "alibi_slopes": draw(st.sampled_from((None, None, "H", "BH"))),
+        "sinks": draw(st.booleans()),
+        "lse_gradient": draw(st.booleans()),
+        "prepare": draw(st.sampled_from((False, False, True))),
+        "seed": draw(st.integers(0, 2**20)),
+    }
 
 
 def guarded(tensor: Tensor, memory: str, guard: float = torch.nan) -> tuple[Tensor, Tensor]:

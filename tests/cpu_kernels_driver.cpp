@@ -119,6 +119,14 @@ struct Case {
   Causal causal;
   bool key_mask, lengths, attn_mask, dropout, dlse;
   Layout layout;
+  int64_t heads_per_key_head = 1;
+  int32_t window_left = kUnlimited, window_right = kUnlimited;
+  float softcap = 0;
+  bool alibi = false, sinks = false;
+  int64_t mask_key_stride = 1;
+  int32_t key_splits = 1;
+  bool prepared = false;  // what masks, as bits and lists of tiles
+  bool packed = false;    // the batch as packed sequences; layout must be rows_first
 };
 
 constexpr Causal kNone = Causal::none, kTopLeft = Causal::top_left, kBottomRight = Causal::bottom_right;
@@ -142,13 +150,23 @@ const Case kCases[] = {
     {2, 0, 8, 8, 16, 16, kNone, false, false, false, false, false, rows_first},
     {2, 2, 0, 8, 16, 16, kNone, false, true, false, true, false, rows_first},
     {2, 2, 8, 0, 16, 16, kTopLeft, false, false, false, true, true, gaps},
+    {1, 4, 70, 90, 24, 40, kBottomRight, false, true, false, true, true, gaps, 2, 30, 5},
+    {2, 2, 65, 129, 16, 16, kNone, true, false, false, false, true, rows_first, 1, 20, kUnlimited, 2.0f, true, true},
+    {1, 4, 33, 300, 16, 20, kTopLeft, false, false, true, false, true, packed, 4, kUnlimited, kUnlimited, 1.5f, true, true, 2, 2},
+    {2, 1, 100, 600, 32, 32, kNone, true, false, true, false, false, heads_first, 1, kUnlimited, kUnlimited, 0, false, true, 1, 3},
+    {1, 2, 150, 200, 40, 40, kTopLeft, true, true, false, true, true, gaps, 1, 60, kUnlimited, 0, true, false, 1, 1, true},
+    {3, 2, 37, 53, 24, 24, kBottomRight, false, true, false, true, true, rows_first, 2, 9, 3, 0, true, true, 1, 1, false, true},
+    {2, 2, 2, 45, 40, 24, kBottomRight, true, false, true, true, false, rows_first, 2, 20, kUnlimited, 2.0f, true, true, 3},
 };
 
 // Owns what a problem points to.
 struct Inputs {
   Case c;
   Tensor query, key, value, out, dout, dquery, dkey, dvalue;
-  std::vector<float> lse, dlse, attn_mask;
+  std::vector<float> lse, dlse, attn_mask, slopes, sinks;
+  std::vector<float> dattn_mask, dslopes, dsinks, dquery_parts;
+  std::vector<uint32_t> bits;
+  std::vector<int32_t> tiles, starts_q, starts_k;
   std::vector<uint8_t> key_mask;
   std::vector<int32_t> key_lengths, query_lengths;
   std::vector<int64_t> rng_state{0x123456789abcdef, 0x1234500000007};
@@ -157,13 +175,13 @@ struct Inputs {
   Inputs(const Case& spec, Dtype dtype)
       : c(spec),
         query(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
-        key(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout),
-        value(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout),
+        key(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_qk, c.layout),
+        value(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_v, c.layout),
         out(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
         dout(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
         dquery(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
-        dkey(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_qk, c.layout),
-        dvalue(dtype, c.batch, c.heads, c.seqlen_k, c.head_dim_v, c.layout) {
+        dkey(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_qk, c.layout),
+        dvalue(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_v, c.layout) {
     std::mt19937 generator(static_cast<unsigned>(c.seqlen_q * 131 + c.seqlen_k));
     std::normal_distribution<float> normal;
     if (c.lengths) {
@@ -178,19 +196,24 @@ struct Inputs {
       for (int64_t h = 0; h < c.heads; ++h) {
         fill(query, b, h, generator, normal, [&](int64_t i) { return query_present(b, i); });
         fill(dout, b, h, generator, normal, [&](int64_t i) { return query_present(b, i); });
-        fill(key, b, h, generator, normal, [&](int64_t j) { return key_present(b, j); });
-        fill(value, b, h, generator, normal, [&](int64_t j) { return key_present(b, j); });
+        if (h % c.heads_per_key_head != 0) continue;
+        fill(key, b, key_head(h), generator, normal, [&](int64_t j) { return key_present(b, j); });
+        fill(value, b, key_head(h), generator, normal, [&](int64_t j) { return key_present(b, j); });
       }
     }
     lse.assign(static_cast<size_t>(c.batch * c.heads * c.seqlen_q), NAN);
     if (c.dlse)
       for (size_t i = 0; i < lse.size(); ++i) dlse.push_back(normal(generator));
     if (c.attn_mask)  // (H, Lq, Lk), broadcast over the batch
-      for (int64_t i = 0; i < c.heads * c.seqlen_q * c.seqlen_k; ++i)
-        attn_mask.push_back(i % 7 == 3 ? -INFINITY : i % 11 == 4 ? -2e38f : normal(generator));
+      for (int64_t i = 0; i < c.heads * c.seqlen_q * c.seqlen_k * c.mask_key_stride; ++i)
+        attn_mask.push_back(i % c.mask_key_stride ? NAN : i % 7 == 3 ? -INFINITY : i % 11 == 4 ? -2e38f : normal(generator));
+    for (int64_t i = 0; c.alibi && i < c.batch * c.heads; ++i) slopes.push_back(0.02f * static_cast<float>(i + 1));
+    for (int64_t h = 0; c.sinks && h < c.heads; ++h) sinks.push_back(normal(generator));
 
     problem.dtype = dtype;
-    problem.batch = c.batch, problem.num_heads = c.heads, problem.seqlen_q = c.seqlen_q, problem.seqlen_k = c.seqlen_k;
+    problem.batch = c.batch, problem.num_heads = c.heads, problem.num_heads_kv = c.heads / c.heads_per_key_head;
+    problem.window_left = c.window_left, problem.window_right = c.window_right, problem.softcap = c.softcap;
+    problem.seqlen_q = c.seqlen_q, problem.seqlen_k = c.seqlen_k;
     problem.head_dim_qk = c.head_dim_qk, problem.head_dim_v = c.head_dim_v;
     problem.softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim_qk));
     problem.causal = c.causal;
@@ -198,7 +221,26 @@ struct Inputs {
     problem.dquery = dquery.view, problem.dkey = dkey.view, problem.dvalue = dvalue.view;
     problem.lse = lse.data();
     if (c.dlse) problem.dlse = dlse.data();
-    if (c.attn_mask) problem.attn_mask = {attn_mask.data(), 0, c.seqlen_q * c.seqlen_k, c.seqlen_k};
+    const int64_t line = c.seqlen_k * c.mask_key_stride;
+    if (c.attn_mask) problem.attn_mask = {attn_mask.data(), 0, c.seqlen_q * line, line}, problem.attn_mask_key = c.mask_key_stride;
+    if (c.alibi) problem.alibi_slopes = slopes.data(), problem.alibi_slopes_batch = c.heads, problem.alibi_slopes_head = 1;
+    if (c.sinks) problem.sinks = sinks.data();
+    if (c.prepared) prepare();
+    if (c.packed) pack();
+    problem.num_key_splits = c.key_splits;
+    const auto place = [](std::vector<float>& gradient, int64_t size) {
+      gradient.assign(static_cast<size_t>(size), 0.0f);
+      return gradient.data();
+    };
+    if (c.key_splits > 1) problem.dquery_parts = place(dquery_parts, c.key_splits * c.batch * c.heads * c.seqlen_q * c.head_dim_qk);
+    if (c.alibi) problem.dalibi_slopes = place(dslopes, c.batch * c.heads * c.key_splits);
+    if (c.sinks) problem.dsinks = place(dsinks, c.batch * c.heads * c.key_splits);
+    if (c.attn_mask) {  // one part for each batch element
+      problem.num_mask_parts = static_cast<int32_t>(std::max<int64_t>(c.batch, 1));
+      problem.dattn_mask = place(dattn_mask, problem.num_mask_parts * c.heads * c.seqlen_q * c.seqlen_k);
+      problem.dattn_mask_part = c.heads * c.seqlen_q * c.seqlen_k, problem.dattn_mask_head = c.seqlen_q * c.seqlen_k;
+      problem.dattn_mask_row = c.seqlen_k, problem.dattn_mask_key = 1;
+    }
     if (c.key_mask) problem.key_mask = key_mask.data(), problem.key_mask_batch = c.seqlen_k, problem.key_mask_key = 1;
     if (c.lengths) problem.key_lengths = key_lengths.data(), problem.query_lengths = query_lengths.data();
     if (c.dropout) problem.dropout_threshold = 13107, problem.rng_state = rng_state.data();
@@ -215,14 +257,62 @@ struct Inputs {
   int64_t queries(int64_t b) const {
     return c.lengths ? std::clamp<int64_t>(query_lengths[static_cast<size_t>(b)], 0, c.seqlen_q) : c.seqlen_q;
   }
+  // Bits of what `visible` says for each batch element and head, and the lists of tiles with 64 rows and keys that hold any.
+  void prepare() {
+    const int64_t words = (c.seqlen_k + 31) / 32, row_blocks = (c.seqlen_q + 63) / 64, num_tiles = (c.seqlen_k + 63) / 64;
+    bits.assign(static_cast<size_t>(c.batch * c.heads * c.seqlen_q * words), 0);
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t h = 0; h < c.heads; ++h) {
+        for (int64_t i = 0; i < c.seqlen_q; ++i)
+          for (int64_t j = 0; j < c.seqlen_k; ++j)
+            if (visible(b, h, i, j)) bits[static_cast<size_t>(((b * c.heads + h) * c.seqlen_q + i) * words + j / 32)] |= 1u << (j % 32);
+        for (int64_t block = 0; block < row_blocks; ++block) {
+          std::vector<int32_t> full, mixed;
+          for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            int64_t seen = 0;
+            const int64_t last = std::min(block * 64 + 64, c.seqlen_q);
+            for (int64_t i = block * 64; i < last; ++i)
+              for (int64_t j = tile * 64; j < std::min(tile * 64 + 64, c.seqlen_k); ++j) seen += visible(b, h, i, j);
+            if (seen > 0) (seen == 64 * (last - block * 64) ? full : mixed).push_back(static_cast<int32_t>(tile));
+          }
+          std::vector<int32_t> list(static_cast<size_t>(2 + num_tiles), -1);
+          list[0] = static_cast<int32_t>(full.size()), list[1] = static_cast<int32_t>(mixed.size());
+          std::copy(full.begin(), full.end(), list.begin() + 2);
+          std::copy(mixed.begin(), mixed.end(), list.rbegin());
+          tiles.insert(tiles.end(), list.begin(), list.end());
+        }
+      }
+    const int64_t line = 2 + num_tiles;
+    problem.mask_bits = {bits.data(), c.heads * c.seqlen_q * words, c.seqlen_q * words, words};
+    problem.row_tiles = {tiles.data(), c.heads * row_blocks * line, row_blocks * line, line, static_cast<int32_t>(num_tiles)};
+    problem.window_left = problem.window_right = kUnlimited;
+  }
+
+  // (B, L, H, D) memory is that of sequences packed one after another.
+  void pack() {
+    for (int64_t b = 0; b <= c.batch; ++b)
+      starts_q.push_back(static_cast<int32_t>(b * c.seqlen_q)), starts_k.push_back(static_cast<int32_t>(b * c.seqlen_k));
+    problem.cu_seqlens_q = starts_q.data(), problem.cu_seqlens_k = starts_k.data();
+    problem.num_tokens_q = c.batch * c.seqlen_q, problem.num_tokens_k = c.batch * c.seqlen_k;
+    for (StridedTensor* tensor :
+         {&problem.query, &problem.key, &problem.value, &problem.out, &problem.dout, &problem.dquery, &problem.dkey, &problem.dvalue})
+      tensor->batch = 0;
+  }
+
+  int64_t key_head(int64_t h) const { return h / c.heads_per_key_head; }
+  size_t lse_index(int64_t b, int64_t h, int64_t i) const {
+    return static_cast<size_t>(c.packed ? (h * c.batch + b) * c.seqlen_q + i : (b * c.heads + h) * c.seqlen_q + i);
+  }
+  int64_t distance(int64_t b, int64_t i, int64_t j) const { return j - i - (c.causal == kBottomRight ? keys(b) - queries(b) : 0); }
   bool query_present(int64_t b, int64_t i) const { return i < queries(b); }
   bool key_present(int64_t b, int64_t j) const { return j < keys(b) && (!c.key_mask || key_mask[static_cast<size_t>(b * c.seqlen_k + j)]); }
   float bias(int64_t h, int64_t i, int64_t j) const {
-    return c.attn_mask ? attn_mask[static_cast<size_t>((h * c.seqlen_q + i) * c.seqlen_k + j)] : 0.0f;
+    return c.attn_mask ? attn_mask[static_cast<size_t>(((h * c.seqlen_q + i) * c.seqlen_k + j) * c.mask_key_stride)] : 0.0f;
   }
   bool visible(int64_t b, int64_t h, int64_t i, int64_t j) const {
-    const int64_t diagonal = c.causal == kBottomRight ? keys(b) - queries(b) : 0;
-    return query_present(b, i) && key_present(b, j) && (c.causal == kNone || j <= i + diagonal) && bias(h, i, j) >= -1e30f;
+    const int64_t d = distance(b, i, j);
+    return query_present(b, i) && key_present(b, j) && (c.causal == kNone || d <= 0) && d >= -int64_t{c.window_left} &&
+           d <= c.window_right && bias(h, i, j) >= -1e30f;
   }
   double keep_factor(int64_t b, int64_t h, int64_t i, int64_t j) const {
     if (!c.dropout) return 1.0;
@@ -237,6 +327,7 @@ struct Inputs {
   void poison_outputs() {
     for (Tensor* tensor : {&out, &dquery, &dkey, &dvalue}) std::memset(tensor->memory.get(), kGuard, tensor->bytes);
     std::fill(lse.begin(), lse.end(), NAN);
+    for (std::vector<float>* sums : {&dattn_mask, &dslopes, &dsinks, &dquery_parts}) std::fill(sums->begin(), sums->end(), 0.0f);
   }
 };
 
@@ -244,57 +335,81 @@ using Matrix = std::vector<double>;
 
 struct Expected {  // (B, H, rows, columns), dense
   Matrix out, lse, dquery, dkey, dvalue;
+  Matrix dattn_mask, dslopes, dsinks;  // (H, Lq, Lk), (B, H), (B, H)
+  Matrix weights, mean_weights;        // after dropout: (B, H, Lq, Lk), (B, Lq, Lk)
 };
 
 // The formula, one score at a time.
 Expected expect(const Inputs& in) {
   const Case& c = in.c;
   const auto zeros = [&](int64_t rows, int64_t columns) { return Matrix(static_cast<size_t>(c.batch * c.heads * rows * columns), 0.0); };
-  Expected e{zeros(c.seqlen_q, c.head_dim_v), zeros(c.seqlen_q, 1), zeros(c.seqlen_q, c.head_dim_qk), zeros(c.seqlen_k, c.head_dim_qk),
-             zeros(c.seqlen_k, c.head_dim_v)};
+  Expected e{zeros(c.seqlen_q, c.head_dim_v),
+             zeros(c.seqlen_q, 1),
+             zeros(c.seqlen_q, c.head_dim_qk),
+             zeros(c.seqlen_k, c.head_dim_qk),
+             zeros(c.seqlen_k, c.head_dim_v),
+             Matrix(static_cast<size_t>(c.heads * c.seqlen_q * c.seqlen_k), 0.0),
+             zeros(1, 1),
+             zeros(1, 1),
+             zeros(c.seqlen_q, c.seqlen_k),
+             Matrix(static_cast<size_t>(c.batch * c.seqlen_q * c.seqlen_k), 0.0)};
   const double scale = in.problem.softmax_scale;
-  Matrix weights(static_cast<size_t>(c.seqlen_k)), dweights(weights.size());
+  Matrix weights(static_cast<size_t>(c.seqlen_k)), dweights(weights.size()), tanhs(weights.size(), 0.0);
   for (int64_t b = 0; b < c.batch; ++b) {
     for (int64_t h = 0; h < c.heads; ++h) {
-      const int64_t head = b * c.heads + h;
+      const int64_t head = b * c.heads + h, h_kv = in.key_head(h), kv = b * in.problem.num_heads_kv + h_kv;
+      const double slope = c.alibi ? in.slopes[static_cast<size_t>(head)] : 0.0;
       for (int64_t i = 0; i < c.seqlen_q; ++i) {
-        double max = -INFINITY, sum = 0, delta = 0;
+        const bool has_sink = c.sinks && in.query_present(b, i);
+        const double sink = has_sink ? in.sinks[static_cast<size_t>(h)] : -INFINITY;
+        double max = sink, sum = 0, delta = 0;
         for (int64_t j = 0; j < c.seqlen_k; ++j) {
           double score = -INFINITY;
           if (in.visible(b, h, i, j)) {
             score = 0;
-            for (int64_t d = 0; d < c.head_dim_qk; ++d) score += static_cast<double>(in.query.get(b, h, i, d)) * in.key.get(b, h, j, d);
-            score = score * scale + in.bias(h, i, j);
+            for (int64_t d = 0; d < c.head_dim_qk; ++d) score += static_cast<double>(in.query.get(b, h, i, d)) * in.key.get(b, h_kv, j, d);
+            score *= scale;
+            if (c.softcap != 0)
+              tanhs[static_cast<size_t>(j)] = std::tanh(score / c.softcap), score = c.softcap * tanhs[static_cast<size_t>(j)];
+            score += in.bias(h, i, j) - slope * static_cast<double>(std::abs(in.distance(b, i, j)));
           }
           weights[static_cast<size_t>(j)] = score;
           max = std::max(max, score);
         }
         if (max == -INFINITY) {
-          e.lse[static_cast<size_t>(head * c.seqlen_q + i)] = -INFINITY;
+          e.lse[in.lse_index(b, h, i)] = -INFINITY;
           continue;
         }
+        sum = has_sink ? std::exp(sink - max) : 0;
         for (double& weight : weights) sum += weight = std::exp(weight - max);
-        e.lse[static_cast<size_t>(head * c.seqlen_q + i)] = max + std::log(sum);
+        e.lse[in.lse_index(b, h, i)] = max + std::log(sum);
         for (int64_t j = 0; j < c.seqlen_k; ++j) {
           double &weight = weights[static_cast<size_t>(j)], &dweight = dweights[static_cast<size_t>(j)];
           weight /= sum, dweight = 0;
           if (weight == 0) continue;
           const double keep = in.keep_factor(b, h, i, j);
+          e.weights[static_cast<size_t>((head * c.seqlen_q + i) * c.seqlen_k + j)] = weight * keep;
+          e.mean_weights[static_cast<size_t>((b * c.seqlen_q + i) * c.seqlen_k + j)] += weight * keep / static_cast<double>(c.heads);
           for (int64_t d = 0; d < c.head_dim_v; ++d) {
-            const double v = in.value.get(b, h, j, d), g = in.dout.get(b, h, i, d);
+            const double v = in.value.get(b, h_kv, j, d), g = in.dout.get(b, h, i, d);
             e.out[static_cast<size_t>((head * c.seqlen_q + i) * c.head_dim_v + d)] += weight * keep * v;
-            e.dvalue[static_cast<size_t>((head * c.seqlen_k + j) * c.head_dim_v + d)] += weight * keep * g;
+            e.dvalue[static_cast<size_t>((kv * c.seqlen_k + j) * c.head_dim_v + d)] += weight * keep * g;
             dweight += keep * g * v;
           }
           delta += weight * dweight;
         }
-        if (c.dlse) delta -= in.dlse[static_cast<size_t>(head * c.seqlen_q + i)];
+        if (c.dlse) delta -= in.dlse[in.lse_index(b, h, i)];
+        if (has_sink) e.dsinks[static_cast<size_t>(head)] -= std::exp(sink - e.lse[in.lse_index(b, h, i)]) * delta;
         for (int64_t j = 0; j < c.seqlen_k; ++j) {
-          const double dscore = weights[static_cast<size_t>(j)] * (dweights[static_cast<size_t>(j)] - delta) * scale;
           if (weights[static_cast<size_t>(j)] == 0) continue;
+          const double dbias = weights[static_cast<size_t>(j)] * (dweights[static_cast<size_t>(j)] - delta);
+          const double slope_of_cap = 1.0 - tanhs[static_cast<size_t>(j)] * tanhs[static_cast<size_t>(j)];
+          const double dscore = dbias * scale * (c.softcap != 0 ? slope_of_cap : 1.0);
+          e.dattn_mask[static_cast<size_t>((h * c.seqlen_q + i) * c.seqlen_k + j)] += dbias;
+          e.dslopes[static_cast<size_t>(head)] -= dbias * static_cast<double>(std::abs(in.distance(b, i, j)));
           for (int64_t d = 0; d < c.head_dim_qk; ++d) {
-            e.dquery[static_cast<size_t>((head * c.seqlen_q + i) * c.head_dim_qk + d)] += dscore * in.key.get(b, h, j, d);
-            e.dkey[static_cast<size_t>((head * c.seqlen_k + j) * c.head_dim_qk + d)] += dscore * in.query.get(b, h, i, d);
+            e.dquery[static_cast<size_t>((head * c.seqlen_q + i) * c.head_dim_qk + d)] += dscore * in.key.get(b, h_kv, j, d);
+            e.dkey[static_cast<size_t>((kv * c.seqlen_k + j) * c.head_dim_qk + d)] += dscore * in.query.get(b, h, i, d);
           }
         }
       }
@@ -332,7 +447,42 @@ void compare(const char* isa, const Inputs& in, const char* name, const Tensor& 
   if (!got.gaps_untouched()) fail(isa, in, std::string(name) + ": memory outside the tensor was written");
 }
 
-void check(const char* isa, const Inputs& in, const Expected& want) {
+// Sums of `parts` arrays of want.size() numbers, `stride` apart, their elements `step` apart.
+void compare_sums(const char* isa, const Inputs& in, const char* name, const std::vector<float>& got, size_t parts, size_t stride,
+                  size_t step, const Matrix& want) {
+  if (got.empty()) return;
+  double largest = 1.0;
+  for (double value : want) largest = std::max(largest, std::fabs(value));
+  for (size_t i = 0; i < want.size(); ++i) {
+    double sum = 0;
+    for (size_t part = 0; part < parts; ++part) sum += got[part * stride + i * step];
+    if (!(std::fabs(sum - want[i]) <= 4 * tolerance(in.problem.dtype) * largest))  // of inputs that cancel
+      fail(isa, in, std::string(name) + " " + std::to_string(i) + ": got " + std::to_string(sum) + ", want " + std::to_string(want[i]));
+  }
+}
+
+// dquery of keys that were split is what the caller adds up.
+void add_dquery_parts(Inputs& in) {
+  const Case& c = in.c;
+  const size_t part = static_cast<size_t>(c.batch * c.heads * c.seqlen_q * c.head_dim_qk);
+  size_t index = 0;
+  for (int64_t b = 0; c.key_splits > 1 && b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t i = 0; i < c.seqlen_q; ++i)
+        for (int64_t d = 0; d < c.head_dim_qk; ++d, ++index) {
+          float sum = 0;
+          for (size_t split = 0; split < static_cast<size_t>(c.key_splits); ++split) sum += in.dquery_parts[split * part + index];
+          in.dquery.set(b, h, i, d, sum);
+        }
+}
+
+void check(const char* isa, Inputs& in, const Expected& want) {
+  add_dquery_parts(in);
+  const size_t splits = static_cast<size_t>(in.c.key_splits);
+  compare_sums(isa, in, "dattn_mask", in.dattn_mask, static_cast<size_t>(in.problem.num_mask_parts), want.dattn_mask.size(), 1,
+               want.dattn_mask);
+  compare_sums(isa, in, "dalibi_slopes", in.dslopes, splits, 1, splits, want.dslopes);
+  compare_sums(isa, in, "dsinks", in.dsinks, splits, 1, splits, want.dsinks);
   compare(isa, in, "out", in.out, want.out);
   compare(isa, in, "dquery", in.dquery, want.dquery);
   compare(isa, in, "dkey", in.dkey, want.dkey);
@@ -355,6 +505,19 @@ void run_in_ranges(const cpu::Kernel& kernel, const AttentionProblem& problem) {
   }
 }
 
+// The weights of each head and their mean, from the lse that the forward pass wrote; packed sequences have none.
+void check_weights(const cpu::KernelTable& table, const Inputs& in, const Expected& want) {
+  const Case& c = in.c;
+  for (const bool average_heads : {false, true}) {
+    Tensor weights(in.problem.dtype, c.batch, average_heads ? std::min<int64_t>(c.heads, 1) : c.heads, c.seqlen_q, c.seqlen_k, gaps);
+    AttentionProblem problem = in.problem;
+    problem.out = weights.view, problem.average_heads = average_heads;
+    if (c.heads == 0) continue;
+    run_in_ranges(table.weights[static_cast<int>(problem.dtype)], problem);
+    compare(table.name, in, average_heads ? "mean weights" : "weights", weights, average_heads ? want.mean_weights : want.weights);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -367,6 +530,7 @@ int main() {
         run_in_ranges(table->forward[static_cast<int>(dtype)], in.problem);
         run_in_ranges(table->backward[static_cast<int>(dtype)], in.problem);
         check(table->name, in, want);
+        if (!spec.packed) check_weights(*table, in, want);
         in.poison_outputs();
         setenv("FUSED_ATTENTION_CPU_ISA", table->name, 1);
         cpu::forward(in.problem, 2);

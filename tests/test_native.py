@@ -10,123 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
+from attention_calls import DTYPES, build, calls, check, check_call
 from conftest import ALL_INSTRUCTION_SETS
 from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attention.kernels import native
 from fused_attention.kernels.attention import attention
-from fused_attention.kernels.problem import Gradients, Problem, make_problem
-from fused_attention.kernels.reference import attention_reference, present
+from fused_attention.kernels.problem import Gradients, make_problem
+from fused_attention.kernels.reference import attention_reference
 
 pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # 1 and 3: less than a vector; 16 and 17, 31 and 32, 64 and 65: around the tile sides; 130: several tiles and a rest.
-SEQLENS = (0, 1, 3, 16, 17, 31, 32, 37, 64, 65, 130)
-HEAD_DIMS = (1, 5, 8, 16, 24, 40, 59, 64, 72, 96, 128, 200, 256)  # below, at and between multiples of 16 and 32
-
-
-def strided(shape: tuple[int, int, int, int], memory: str, dtype: torch.dtype) -> Tensor:
-    """(B, H, L, D) random values in one of the memory orders that modules produce."""
-    batch, num_heads, seqlen, head_dim = shape
-    if memory == "heads first":
-        return torch.randn(shape).to(dtype)
-    if memory == "batch first":
-        return torch.randn(batch, seqlen, num_heads, head_dim).to(dtype).transpose(1, 2)
-    if memory == "sequence first":
-        return torch.randn(seqlen, batch, num_heads, head_dim).to(dtype).permute(1, 2, 0, 3)
-    if memory == "one batch element expanded":
-        return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
-    assert memory == "unaligned slices"
-    return torch.randn(batch, num_heads, seqlen + 1, head_dim + 3).to(dtype)[:, :, 1:, 1 : head_dim + 1]
-
-
-MEMORY = ("heads first", "batch first", "sequence first", "one batch element expanded", "unaligned slices")
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `attention` in plain values, so that a failing case prints as a call."""
-    return {
-        "dtype": draw(st.sampled_from(DTYPES)),
-        "sizes": (draw(st.sampled_from((0, 1, 2, 3))), draw(st.sampled_from((1, 2, 3)))),
-        "seqlens": (draw(st.sampled_from(SEQLENS)), draw(st.sampled_from(SEQLENS))),
-        "head_dims": (draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(HEAD_DIMS))),
-        "memory": draw(st.tuples(*[st.sampled_from(MEMORY)] * 4)),
-        "is_causal": draw(st.sampled_from((False, "top_left", "bottom_right"))),
-        "attn_mask": draw(st.sampled_from((None, None, "bool", "float", "per key", "per head", "half"))),
-        "key_mask": draw(st.booleans()),
-        "key_lengths": draw(st.booleans()),
-        "query_lengths": draw(st.booleans()),
-        "dropout_p": draw(st.sampled_from((0.0, 0.0, 0.25, 1.0))),
-        "scale": draw(st.sampled_from((None, 0.05, 2.0))),
-        "lse_gradient": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**20)),
-    }
-
-
-def build(call: dict[str, Any]) -> tuple[Problem, Tensor, Tensor | None]:
-    """The problem of a call and its output gradients."""
-    torch.manual_seed(call["seed"])
-    batch, num_heads = call["sizes"]
-    seqlen_q, seqlen_k = call["seqlens"]
-    head_dim, head_dim_v = call["head_dims"]
-    dtype, memory = call["dtype"], call["memory"]
-    inputs = (
-        strided((batch, num_heads, seqlen_q, head_dim), memory[0], dtype),
-        strided((batch, num_heads, seqlen_k, head_dim), memory[1], dtype),
-        strided((batch, num_heads, seqlen_k, head_dim_v), memory[2], dtype),
-    )
-    attn_mask = {
-        None: lambda: None,
-        "bool": lambda: torch.rand(batch, 1, seqlen_q, seqlen_k) > 0.3,
-        "float": lambda: torch.randn(seqlen_q, seqlen_k).masked_fill(torch.rand(seqlen_q, seqlen_k) < 0.2, -torch.inf),
-        "per key": lambda: torch.randn(batch, 1, 1, seqlen_k),
-        "per head": lambda: torch.randn(1, num_heads, seqlen_q, 1),
-        "half": lambda: torch.randn(1, num_heads, seqlen_q, seqlen_k).to(torch.bfloat16),
-    }[call["attn_mask"]]()
-    problem = make_problem(
-        "separate",
-        inputs,
-        attn_mask=attn_mask,
-        key_mask=torch.rand(batch, seqlen_k) > 0.3 if call["key_mask"] else None,
-        key_lengths=torch.randint(-1, seqlen_k + 2, (batch,)) if call["key_lengths"] else None,
-        query_lengths=torch.randint(-1, seqlen_q + 2, (batch,)) if call["query_lengths"] else None,
-        is_causal=call["is_causal"],
-        scale=call["scale"],
-        dropout_p=call["dropout_p"],
-    )
-    dout = strided((batch, num_heads, seqlen_q, head_dim_v), memory[3], dtype)
-    dlse = torch.randn(batch, num_heads, seqlen_q) if call["lse_gradient"] else None
-    return problem, dout, dlse
-
-
-def poison_absent(problem: Problem) -> Problem:
-    """The same problem with NaN in every absent key, value and query row."""
-    queries, keys = present(problem)
-    query, key, value = (
-        tensor.masked_fill(~rows[:, None, :, None], torch.nan)
-        for tensor, rows in ((problem.query, queries), (problem.key, keys), (problem.value, keys))
-    )
-    arguments = (query, key, value, *problem.op_arguments()[3:])
-    return Problem.from_op_arguments("separate", arguments)
-
-
-def check(problem: Problem, dout: Tensor, dlse: Tensor | None) -> None:
-    exact, eager = exact_and_eager(problem, dout, dlse)
-    rounding = saved_rounding(problem, dout, exact)
-    poisoned = poison_absent(problem)
-    out, lse = native.forward(poisoned)
-    gradients = tuple(torch.empty_like(tensor) for tensor in poisoned.inputs)
-    native.backward(poisoned, out, lse, dout, dlse, Gradients(*gradients))
-    assert_accurate("out", "out", out, eager["out"], exact["out"])
-    assert_lse_accurate(lse, exact["lse"])
-    for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
-        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name], rounding[name])
+SEQLENS = (1, 3, 16, 17, 31, 32, 37, 64, 65, 130)
+# Below, at and between multiples of 16 and 32; value head dims of their own.
+HEAD_DIMS = [(d, d) for d in (1, 5, 8, 16, 24, 40, 59, 64, 72, 96, 128, 200, 256)] + [(192, 128), (40, 256), (256, 8)]
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -135,55 +35,52 @@ def check(problem: Problem, dout: Tensor, dlse: Tensor | None) -> None:
     max_examples=60, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-@given(call=calls())
+@given(call=calls(SEQLENS, HEAD_DIMS))
 def test_any_call(instruction_set: str, call: dict[str, Any]) -> None:
-    problem, dout, dlse = build(call)
-    assert native.unsupported_reasons(problem) == []
-    note(f"reproduce: check(*build({call}))")
-    check(problem, dout, dlse)
-
-
-BASE_CALL = {
-    "dtype": torch.float32, "sizes": (2, 2), "seqlens": (70, 75), "head_dims": (64, 64), "memory": ("batch first",) * 4,
-    "is_causal": False, "attn_mask": None, "key_mask": False, "key_lengths": False, "query_lengths": False,
-    "dropout_p": 0.0, "scale": None, "lse_gradient": False, "seed": 0,
-}  # fmt: skip
+    note(f"reproduce: check_call(native, {call}, 'cpu')")
+    check_call(native, call, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dims", [(d, d) for d in HEAD_DIMS] + [(192, 128), (40, 256), (256, 8)], ids=str)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
 def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype) -> None:
-    check(*build(BASE_CALL | {"head_dims": head_dims, "dtype": dtype, "is_causal": "bottom_right", "key_mask": True}))
+    check_call(native, {"head_dims": head_dims, "dtype": dtype, "is_causal": "bottom_right", "key_mask": "holes"}, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": "top_left"}, {"key_mask": True, "dropout_p": 0.25}, {"attn_mask": "float"}, {"attn_mask": "half"}],
+    [
+        {},
+        {"is_causal": "top_left"},
+        {"key_mask": "holes", "dropout_p": 0.25},
+        {"attn_mask": ("float32", "11QK")},
+        {"attn_mask": ("bfloat16", "1HQK")},
+    ],
     ids=str,
 )
 def test_many_key_blocks(options: dict, dtype: torch.dtype, instruction_set: str) -> None:
     """Longer than any block of keys or rows, so that the online softmax rescales and dq adds up over blocks."""
-    check(*build(BASE_CALL | {"sizes": (1, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options))
+    check_call(native, {"sizes": (1, 2, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlens", [(1, 37), (2, 600)], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{"key_mask": True}, {"attn_mask": "float"}, {"dropout_p": 0.25}, {"is_causal": "bottom_right", "key_mask": True}],
+    [{"key_mask": "holes"}, {"attn_mask": ("float32", "11QK")}, {"dropout_p": 0.25}, {"is_causal": "bottom_right", "key_mask": "holes"}],
     ids=str,
 )
 def test_one_or_two_query_rows(options: dict, seqlens: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
     """Decoding reads keys and values where they lie, absent ones among them."""
-    check(*build(BASE_CALL | {"seqlens": seqlens, "head_dims": (40, 24), "dtype": dtype} | options))
+    check_call(native, {"seqlens": seqlens, "head_dims": (40, 24), "dtype": dtype} | options, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlens", [(130, 129), (130, 131), (129, 160)], ids=str)
 def test_a_diagonal_that_crosses_the_corners_of_blocks(seqlens: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
     """One row or key off the multiples of 32 and 64, where a wrong first row or last key of a block shows up."""
-    check(*build(BASE_CALL | {"sizes": (1, 2), "seqlens": seqlens, "head_dims": (16, 16), "dtype": dtype, "is_causal": "bottom_right"}))
+    check_call(native, {"sizes": (1, 2, 2), "seqlens": seqlens, "head_dims": (16, 16), "dtype": dtype, "is_causal": "bottom_right"}, "cpu")
 
 
 RISES = {  # log2 units that the scores change by from one key to the next, and by tile of 64 keys
@@ -194,36 +91,36 @@ RISES = {  # log2 units that the scores change by from one key to the next, and 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rise", RISES)
 def test_online_softmax_with_moving_maxima(rise: str, dtype: torch.dtype, instruction_set: str) -> None:
-    problem, dout, dlse = build(BASE_CALL | {"sizes": (1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype})
+    problem, dout, dlse = build({"sizes": (1, 1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype}, "cpu")
     steps = torch.arange(700) // 64 * RISES[rise] * 0.6931
     problem.attn_mask = steps.expand(1, 1, 20, 700).contiguous()
-    check(problem, dout, dlse)
+    check(native, problem, dout, dlse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["first tile masked", "spike in the last key"])
 def test_online_softmax_edges(case: str, dtype: torch.dtype, instruction_set: str) -> None:
-    problem, dout, dlse = build(BASE_CALL | {"sizes": (1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype})
+    problem, dout, dlse = build({"sizes": (1, 1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype}, "cpu")
     mask = torch.zeros(20, 700)
     if case == "first tile masked":
         mask[:, :600] = -torch.inf
     else:
         mask[:, -1] = 12.0  # 160,000 times the others: they count for half a percent
     problem.attn_mask = mask[None, None]
-    check(problem, dout, dlse)
+    check(native, problem, dout, dlse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 20])
 def test_what_a_float_mask_masks(seqlen_q: int, dtype: torch.dtype, instruction_set: str) -> None:
     """finfo.min masks like -inf, also a whole row; float16's -65504 is an ordinary number."""
-    problem, dout, dlse = build(BASE_CALL | {"seqlens": (seqlen_q, 75), "dtype": dtype, "lse_gradient": True})
+    problem, dout, dlse = build({"seqlens": (seqlen_q, 75), "dtype": dtype, "lse_gradient": True}, "cpu")
     for lowest in (torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -2e30):
         mask = torch.randn(seqlen_q, 75)
         mask[:, ::3], mask[0] = lowest, lowest
         problem.attn_mask = mask[None, None]
         assert (native.forward(problem)[1][:, :, 0] == -torch.inf).all()
-        check(problem, dout, dlse)
+        check(native, problem, dout, dlse)
     problem.attn_mask = torch.full((1, 1, seqlen_q, 75), -65504.0, dtype=torch.float16)
     assert native.forward(problem)[1].isfinite().all()
 
@@ -259,9 +156,9 @@ def test_gradients_of_absent_keys_are_zero_whatever_the_queries_hold(stored: flo
 
 
 def test_float16_scores_beyond_its_range(instruction_set: str) -> None:
-    problem, dout, dlse = build(BASE_CALL | {"dtype": torch.float16, "scale": 1.0, "head_dims": (16, 16)})
+    problem, dout, dlse = build({"dtype": torch.float16, "scale": 1.0, "head_dims": (16, 16)}, "cpu")
     problem.query[:], problem.key[:] = problem.query.sign() * 80, problem.key.sign() * 80  # |scores| up to 102,400
-    check(problem, dout, dlse)
+    check(native, problem, dout, dlse)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -282,7 +179,7 @@ def test_results_are_rounded_not_truncated(dtype: torch.dtype, instruction_set: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_whose_rounding_exceeds_the_exponent_range(dtype: torch.dtype, instruction_set: str) -> None:
     """At scores of 1e10 one unit in the last place is 1,024: the largest score still counts as exactly the maximum."""
-    problem, _, _ = build(BASE_CALL | {"dtype": dtype, "scale": 1e9, "head_dims": (16, 16)})
+    problem, _, _ = build({"dtype": dtype, "scale": 1e9, "head_dims": (16, 16)}, "cpu")
     out, lse = native.forward(problem)
     exact = attention_reference(replace(problem, inputs=(), query=problem.query.double(), key=problem.key.double()))
     assert out.isfinite().all()
@@ -293,7 +190,7 @@ def test_scores_whose_rounding_exceeds_the_exponent_range(dtype: torch.dtype, in
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bit_identical_from_run_to_run(dtype: torch.dtype, instruction_set: str) -> None:
-    problem, dout, _ = build(BASE_CALL | {"dtype": dtype, "seqlens": (200, 300), "is_causal": "top_left", "dropout_p": 0.25})
+    problem, dout, _ = build({"dtype": dtype, "seqlens": (200, 300), "is_causal": "top_left", "dropout_p": 0.25}, "cpu")
     runs = []
     for _ in range(3):
         out, lse = native.forward(problem)
@@ -310,7 +207,7 @@ def test_any_thread_count(num_threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(num_threads)
-        check(*build(BASE_CALL | {"sizes": (3, 3), "key_lengths": True, "is_causal": "top_left"}))
+        check_call(native, {"sizes": (3, 3, 3), "key_lengths": (40, 75, 90), "is_causal": "top_left"}, "cpu")
     finally:
         torch.set_num_threads(before)
 
@@ -333,7 +230,7 @@ def test_the_thread_pool_is_torchs() -> None:
 
 def test_gradients_stay_inside_packed_buffers() -> None:
     """Views of one guarded buffer: what lies between the rows is not touched."""
-    problem, dout, _ = build(BASE_CALL | {"seqlens": (33, 33), "head_dims": (40, 40)})
+    problem, dout, _ = build({"sizes": (2, 2, 2), "seqlens": (33, 33), "head_dims": (40, 40)}, "cpu")
     buffer = torch.full((2, 33, 3, 2, 48), 7.0)
     views = tuple(buffer[:, :, index, :, :40].transpose(1, 2) for index in range(3))
     out, lse = native.forward(problem)

@@ -19,18 +19,11 @@ from fused_attention.kernels.support import UNCOVERED
 PAGE = (Path(__file__).resolve().parents[1] / "docs/support.md").read_text()
 
 
-def problem(
-    dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, num_heads_kv: int = 2, query: Tensor | None = None, **options: Any
-) -> Problem:
+def problem(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, query: Tensor | None = None, **options: Any) -> Problem:
     if query is None:
         query = torch.zeros(2, 2, 6, head_dim, dtype=dtype)
-    key = torch.zeros(2, num_heads_kv, 12, head_dim, dtype=dtype)
+    key = torch.zeros(2, 2, 12, head_dim, dtype=dtype)
     return make_problem("separate", (query, key, key), **options)
-
-
-def packed_problem() -> Problem:
-    tokens, starts = torch.zeros(12, 2, 64, dtype=torch.bfloat16), torch.tensor([0, 4, 12])
-    return make_problem("varlen", (tokens, tokens, tokens), cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=8, max_seqlen_k=8)
 
 
 def long_problem() -> Problem:
@@ -55,17 +48,7 @@ CALLS: dict[str, dict[str, Callable[[], Problem]]] = {
         "gradients": lambda: problem(query=torch.zeros(2, 2, 6, 64, dtype=torch.bfloat16, requires_grad=True)),
     },
     "triton": EVERYWHERE | {"float64": lambda: problem(torch.float64)},
-    "cpu": EVERYWHERE
-    | {
-        "float64": lambda: problem(torch.float64),
-        "fewer key heads than query heads": lambda: problem(num_heads_kv=1),
-        "the gradient of attn_mask": lambda: problem(attn_mask=torch.zeros(6, 12, requires_grad=True)),
-        "attention_varlen": packed_problem,
-        "a window, but in a PreparedMask": lambda: problem(window=(4, 4)),
-        "softcap": lambda: problem(softcap=30.0),
-        "alibi_slopes": lambda: problem(alibi_slopes=torch.ones(2)),
-        "sinks": lambda: problem(sinks=torch.zeros(2)),
-    },
+    "cpu": EVERYWHERE | {"float64": lambda: problem(torch.float64)},
 }
 
 

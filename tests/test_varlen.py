@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from fused_attention.kernels import ops
-from fused_attention.kernels.attention import attention, attention_varlen, explain
+from fused_attention.kernels.attention import attention, attention_varlen
 from fused_attention.kernels.problem import make_problem
 
 NUM_HEADS, HEAD_DIM, HEAD_DIM_V = 4, 6, 5
@@ -200,12 +200,6 @@ def test_padding_has_no_place_here() -> None:
         make_problem("varlen", inputs, key_lengths=torch.zeros(5).int(), **call)
     with pytest.raises(TypeError, match="cu_seqlens_q, .* are arguments of attention_varlen only"):
         make_problem("separate", tuple(tensor.transpose(0, 1)[None] for tensor in inputs), **call)
-
-
-def test_the_cpu_kernels_say_that_they_do_not_cover_it() -> None:
-    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: .*packed sequences are not covered"):
-        attention_varlen(**arguments(), backend="cpu")
-    assert explain(**arguments()).backend == "reference"
 
 
 @pytest.mark.usefixtures("kernels_by_formula", "poisoned_memory")

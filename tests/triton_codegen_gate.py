@@ -3,11 +3,13 @@
     python tests/triton_codegen_gate.py                 check; one line for each kernel; exit status 1 if one may not be shipped
     python tests/triton_codegen_gate.py --choose        take the first candidate of each row that passes, and write the table
     python tests/triton_codegen_gate.py --choose --keep the same, from the table's tiles on: they stay unless they fail
+    ... --choose --also PYTHON                          candidates must also pass with that interpreter's Triton
 
 The real host code runs on CPU tensors (triton_offline.py), one representative problem for each row of the table, with everything that
-its feature class may hold (benchmarks/tune.py). What fails: spills, local memory in a hot loop, more shared memory than there is, and on
-sm_90 16-bit products that are not warpgroup products or that wait for one another. float16 compiles like bfloat16 and is not repeated;
-nor is a class whose tiles are those of a class with more features (stands_for).
+its feature class may hold (benchmarks/tune.py); for a few rows also one with a PreparedMask or with packed sequences. What fails: spills,
+local memory in a hot loop, more shared memory than there is, and on sm_90 16-bit products that are not warpgroup products or that wait
+for one another. float16 compiles like bfloat16 and is not repeated; nor is a class whose tiles are those of a class with more features
+(stands_for).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import pickle
 import re
+import subprocess
 import sys
 import time
 import traceback
@@ -32,13 +36,22 @@ from triton_resources import Resources, failures, resources
 
 from fused_attention.benchmarks import tune
 from fused_attention.benchmarks.tune import Row, Size
+from fused_attention.kernels import triton_backend
 from fused_attention.kernels.triton_launch import Tile, tile_table
 
 ARCHITECTURES = {"sm80": 80, "sm86": 120, "sm90": 90, "sm100": 100}  # sm_86, sm_89 and sm_120 share tiles
 
+# {(dtype, head_dim, feature class): the form in which problems come beside separate tensors}
+FORMS = {
+    ("16-bit", 64, "plain"): "varlen",
+    ("16-bit", 64, "masked"): "prepared",
+    ("fp32", 64, "dropout"): "prepared",
+}
+PASSES_OF_FORM = {"varlen": ("forward", "backward"), "prepared": ("forward", "backward", "dbias", "weights")}
+
 
 class Task(NamedTuple):
-    """The kernels of one problem, for one family of architectures."""
+    """The kernels of one problem, in every form that is checked, for one family of architectures."""
 
     measured_pass: str  # in tune.PASSES
     family: str
@@ -50,6 +63,10 @@ class Task(NamedTuple):
         names = [name for name in tune.PASSES[self.measured_pass] if tune.has_class(name, self.feature_class)]
         return {name: Row(name, *self[1:]) for name in names}
 
+    def forms(self) -> list[str]:
+        other = FORMS.get(self[2:])
+        return ["separate", other] if other and self.measured_pass in PASSES_OF_FORM[other] else ["separate"]
+
 
 class Line(NamedTuple):
     """One kernel in the report."""
@@ -59,6 +76,7 @@ class Line(NamedTuple):
     tile: Tile | None
     found: Resources
     failures: list[str]
+    form: str = "separate"
 
 
 def tasks(pattern: str) -> Iterator[Task]:
@@ -76,9 +94,10 @@ def stands_for(task: Task) -> Task:
     """The task whose kernels are checked in a task's place: that of the class with the most features among those with the same tiles.
 
     Its kernels do all that the task's do and more, so they need at least its registers and shared memory. Not so for plain: tile lists
-    take the place of loop bounds.
+    take the place of loop bounds. Nor for a class that is checked in several forms.
     """
-    richer = tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(task.feature_class) + 1 :] if task.feature_class != "plain" else ()
+    irreplaceable = task.feature_class == "plain" or len(task.forms()) > 1
+    richer = () if irreplaceable else tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(task.feature_class) + 1 :]
     for feature_class in reversed(richer):
         other = task._replace(feature_class=feature_class)
         if other.rows().keys() == task.rows().keys() and all(
@@ -93,12 +112,14 @@ def kernel_of(binary: Binary) -> str:
     return next((name for name in ("decode", "dkdv", "dq", "dbias", "weights", "forward") if name in binary.name), binary.name)
 
 
-def compile_task(task: Task) -> list[Binary]:
+def compile_task(task: Task, form: str) -> list[Binary]:
     """The kernels that a task's problem launches, with the table's tiles."""
     row = next(iter(task.rows().values()))
-    run = tune.runner(row, tune.representative(row, Size(), "cpu"))
+    run = tune.runner(row, tune.representative(row, Size(), "cpu", form))
     with offline(ARCHITECTURES[task.family], inspect=True) as launches:
         run()
+        if form == "prepared":  # by the kernels, as on a GPU
+            triton_backend.prepared_tiles(tune.representative(row, Size(), "cpu"), gradients=True)
     return list({id(launched.binary): launched.binary for launched in launches}.values())
 
 
@@ -107,15 +128,16 @@ def check(task: Task) -> list[Line]:
     arch = ARCHITECTURES[task.family]
     task_rows = task.rows()
     lines = []
-    for binary in compile_task(task):
-        name = kernel_of(binary)
-        found = resources(binary, arch)
-        warpgroups = name in task_rows and task.dtype == "16-bit" and not is_narrow(task_rows[name])
-        tile = tile_table()[task_rows[name]] if name in task_rows else None
-        lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups)))
-    missing = set(task_rows) - {line.kernel_name for line in lines}
-    if missing:
-        raise RuntimeError(f"{task}: no kernel ran for {missing}")
+    for form in task.forms():
+        for binary in compile_task(task, form):
+            name = kernel_of(binary)
+            found = resources(binary, arch)
+            warpgroups = name in task_rows and task.dtype == "16-bit" and not is_narrow(task_rows[name])
+            tile = tile_table()[task_rows[name]] if name in task_rows else None
+            lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups), form))
+        missing = set(task_rows) - {line.kernel_name for line in lines if line.form == form}
+        if missing:
+            raise RuntimeError(f"{task}: no kernel ran for {missing}, {form}")
     return sorted(lines, key=lambda line: line.tile is None)
 
 
@@ -143,37 +165,84 @@ def is_narrow(row: Row) -> bool:
     return row.kernel_name == "decode" or (row.kernel_name == "dq" and row.head_dim == 256)
 
 
-def choose(task: Task, keep: bool, failed: set[Failed]) -> list[Line]:
+class OtherTriton:
+    """A process of an interpreter that has another Triton, which checks tasks with it."""
+
+    def __init__(self, python: str | Path) -> None:
+        self.process = subprocess.Popen([python, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, task: Task) -> None:
+        """With the tiles of this process's table."""
+        assert self.process.stdin is not None
+        pickle.dump((tuple(task), {tuple(row): tuple(tile_table()[row]) for row in task.rows().values()}), self.process.stdin)
+        self.process.stdin.flush()
+
+    def answer(self, task: Task) -> list[Line]:
+        assert self.process.stdout is not None
+        tiles = {name: tile_table()[row] for name, row in task.rows().items()}
+        return [Line(task, name, tiles.get(name), *found) for name, *found in pickle.load(self.process.stdout)]
+
+    def end(self) -> None:
+        self.process.communicate()  # closes its stdin
+
+
+def serve() -> None:
+    """The other side of OtherTriton, until stdin ends."""
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing else may be written between the answers
+    while True:
+        try:
+            task, tiles = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        tile_table().update({row: Tile._make(tile) for row, tile in tiles.items()})
+        found = []
+        for line in check(Task._make(task)):
+            reasons = [f"{reason} with triton {triton.__version__}" for reason in line.failures]
+            found.append((line.kernel_name, line.found, reasons, line.form))
+        pickle.dump(found, answers)
+        answers.flush()
+
+
+class Choice(NamedTuple):
+    """A candidate for one kernel of a task, and what was found."""
+
+    badness: tuple[int, int]  # failures, bytes spilled
+    tile: Tile
+    lines: list[Line]
+
+
+def choose(task: Task, keep: bool, failed: set[Failed], others: list[OtherTriton]) -> list[Line]:
     """Puts the first candidates that pass into the table; where none does, that with the least spills. Adds to `failed`."""
     rows = task.rows()
     remaining = {}
     for name, row in rows.items():
-        tiles = tune.candidates(row)
-        current = tile_table()[row]
+        tiles = sorted(tune.candidates(row), key=lambda tile, row=row: any(f.rules_out(row, tile) for f in failed))  # those last
         if keep:
+            current = tile_table()[row]
             first = tiles.index(current) if current in tiles else 0
             tiles = list(dict.fromkeys([current, *tiles[first:], *tiles[:first]]))
-        remaining[name] = sorted(tiles, key=lambda tile, row=row: any(f.rules_out(row, tile) for f in failed))  # those last
-        tile_table()[row] = remaining[name][0]
-    best: dict[str, Line] = {}
+        remaining[name] = tiles
+        tile_table()[row] = tiles[0]
+    best: dict[str, Choice] = {}
     while True:
+        for other in others:
+            other.ask(task)
         lines = check(task)
-        for line in lines:
-            name = line.kernel_name
-            if name in remaining and (name not in best or badness(line) < badness(best[name])):
-                best[name] = line
-        failing = [name for name in remaining if best[name].failures and len(remaining[name]) > 1]
+        for other in others:
+            lines += other.answer(task)
+        for name, row in rows.items():
+            found = [line for line in lines if line.kernel_name == name]
+            badness = (sum(len(line.failures) for line in found), sum(line.found.spills for line in found))
+            if name not in best or badness < best[name].badness:
+                best[name] = Choice(badness, tile_table()[row], found)
+        failing = [name for name in rows if best[name].badness[0] and len(remaining[name]) > 1]
         for name in failing:
             failed.add(Failed(name, task.head_dim, tune.FEATURE_CLASSES.index(task.feature_class), remaining[name].pop(0)))
             tile_table()[rows[name]] = remaining[name][0]
         if not failing:
             for name, row in rows.items():
                 tile_table()[row] = best[name].tile
-            return [best.get(line.kernel_name, line) for line in lines]
-
-
-def badness(line: Line) -> tuple[int, int]:
-    return len(line.failures), line.found.spills
+            return [*(line for choice in best.values() for line in choice.lines), *(line for line in lines if line.kernel_name not in rows)]
 
 
 def record(lines: list[Line]) -> None:
@@ -188,15 +257,16 @@ def record(lines: list[Line]) -> None:
     tune.write_table(tile_table())
 
 
-def attempt(tasks: list[Task], choosing: bool, keep: bool) -> tuple[list[Line], list[str]]:
+def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None) -> tuple[list[Line], list[str]]:
     """In a worker process: the lines of tasks, easy ones first, and the texts of errors."""
     lines: list[Line] = []
     errors = []
     failed: set[Failed] = set()
+    others = [OtherTriton(also)] if also else []
     for task in tasks:
         start = time.monotonic()
         try:
-            added = choose(task, keep, failed) if choosing else check(task)
+            added = choose(task, keep, failed, others) if choosing else check(task)
         except Exception:
             added = []
             errors.append(f"{' '.join(map(str, task))}: {traceback.format_exc()}")
@@ -204,6 +274,8 @@ def attempt(tasks: list[Task], choosing: bool, keep: bool) -> tuple[list[Line], 
             if line.tile or line.failures:
                 print(f"{text(line)}  {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         lines += added
+    for other in others:
+        other.end()
     return lines, errors
 
 
@@ -222,7 +294,9 @@ def text(line: Line) -> str:
         f"{line.kernel_name:10s} sm_{ARCHITECTURES[task.family]:<4d} {task.dtype:6s} {task.head_dim:3d} {task.feature_class:8s} {size:34s} "
         f"{found.registers:4d} {found.spills:6d} {found.shared_memory:7d}  {found.blocks_per_sm:2d} {found.limited_by:14s} "
         f"{counts['HGMMA']:>8s} {counts['HMMA']:>8s} {counts['TC5']:>8s} {counts['FFMA']:>10s} {counts['LDGSTS']:>8s} {counts['EX2']:>8s} "
-        f"{local:>7s}  {found.instructions[0]}/{found.instructions[1]}" + ("  FAILS: " + ", ".join(line.failures) if line.failures else "")
+        f"{local:>7s}  {found.instructions[0]}/{found.instructions[1]}"
+        + (f"  {line.form}" if line.form != "separate" else "")
+        + ("  FAILS: " + ", ".join(line.failures) if line.failures else "")
     )
 
 
@@ -243,9 +317,14 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="tasks such as 'forward sm90 16-bit 64 plain'")
     parser.add_argument("--choose", action="store_true", help="write the table")
     parser.add_argument("--keep", action="store_true", help="with --choose: start at the table's tiles")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--also", type=Path, metavar="PYTHON", help="with --choose: interpreter whose Triton must pass a tile too")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the lines there too")
     options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
     start = time.monotonic()
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(options.only):
@@ -256,7 +335,7 @@ def main() -> None:
     results: dict[tuple, list[Line]] = {}
     errors = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(attempt, group, options.choose, options.keep): key for key, group in groups.items()}
+        pending = {pool.submit(attempt, group, options.choose, options.keep, options.also): key for key, group in groups.items()}
         for future in as_completed(pending):
             results[pending[future]], its_errors = future.result()
             errors += its_errors

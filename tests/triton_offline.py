@@ -29,7 +29,7 @@ KB = 1024
 SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}  # bytes that a block may take
 
 
-@dataclass
+@dataclass(eq=False)
 class Binary:
     """One compiled kernel."""
 

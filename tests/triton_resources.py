@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Resources:
     serialised: int  # warnings that warpgroup products wait for one another
 
 
+@functools.cache
 def resources(binary: Binary, arch: int) -> Resources:
     """Of a binary from offline(arch, inspect=True)."""
     instructions, labels = sass.parse(sass.disassemble(binary.cubin))

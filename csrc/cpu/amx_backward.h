@@ -1,66 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 backward on AMX tiles; a task is one (batch, head). Everything of score size is kept transposed, keys x queries: then P^T and
-// dS^T leave the softmax as the A operands of dV and dK, an interleaved copy of dS^T is the B operand of dQ^T, and lse and delta are
-// vectors along the lanes. For each block of keys and each block of query rows that sees it:
+// bf16 backward on AMX tiles; a task is the query heads of one key head, or a range of its keys. Everything of score size is kept
+// transposed, keys x queries: then P^T and dS^T leave the softmax as the A operands of dV and dK, an interleaved copy of dS^T is the B
+// operand of dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block of query rows that sees it:
 //
-//   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S - lse)
+//   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S + bias - lse), bias and soft cap by amx_bias.h
 //   2. dS = P * (keep * dropout_scale * dP - delta)           delta = rowsum(dO * O) - dlse
 //   3. dV += (keep * P)^T dO,   dK += dS^T Q,   dQ^T += K^T dS^T
 //
 // Q and dO are packed once per head in both B layouts; K and V once per block of keys. (Dao 2023, algorithm 2, with the loops over
-// keys outside.) A float attn_mask is row-major and would have to be transposed: such problems run on the fp32-compute kernel.
+// keys outside.)
 #pragma once
 
 namespace fused_attention::cpu::FA_ISA {
 
-// Bit i of keep[j * words_stride + w] = weight (row0 + 16 * w + i, key0 + j) is kept: dropout_keep_bits for transposed scores.
-// row0, key0 and keys are multiples of 16, rows of 32; rows <= kMaxRows.
-template <int64_t kMaxRows>
-static void dropout_keep_bits_transposed(const AttentionProblem& problem, int64_t batch_head, int64_t row0, int64_t rows, int64_t key0,
-                                         int64_t keys, uint16_t* keep, int64_t words_stride) {
-  alignas(64) uint16_t words[kMaxRows];
-  for (int64_t j0 = 0; j0 < keys; j0 += 16) {
-    dropout_keep_bits(problem, batch_head, row0, rows, key0 + j0, 1, words, 1);
-    for (int64_t i = 0; i < rows; i += 32) {
-      const __m512i of_rows = _mm512_load_si512(words + i);
-      uint16_t* out = keep + j0 * words_stride + i / 16;
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) {
-        const uint32_t of_key = _mm512_test_epi16_mask(of_rows, _mm512_set1_epi16(static_cast<int16_t>(1u << j)));
-        out[j * words_stride] = static_cast<uint16_t>(of_key);
-        out[j * words_stride + 1] = static_cast<uint16_t>(of_key >> 16);
-      }
-    }
-  }
-}
-
 class AmxBackward {
  public:
-  static Plan plan(const AttentionProblem& problem, int num_threads) {
-    if (problem.attn_mask.data) return plan_backward<bfloat16_t>(problem, num_threads);
-    return {problem.batch * problem.num_heads, problem.seqlen_q, AmxBackward(problem).carve(nullptr)};
+  static Plan plan(const AttentionProblem& problem, int /*num_threads*/) {
+    return {BackwardTasks(problem).count(), problem.seqlen_q, AmxBackward(problem).carve(nullptr)};
   }
 
-  static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-    if (problem.attn_mask.data) return run_backward<bfloat16_t>(problem, plan, first_task, last_task, scratch);
+  static void run(const AttentionProblem& problem, const Plan&, int64_t first_task, int64_t last_task, char* scratch) {
     if (first_task >= last_task) return;
     AmxBackward backward(problem);
     backward.carve(scratch);
     const ConfiguredTiles tiles;
-    for (int64_t task = first_task; task < last_task; ++task) backward.run_head(task, last_task);
+    for (int64_t task = first_task; task < last_task; ++task)
+      backward.tasks_.for_each_head(
+          task, [&](int64_t b, int64_t h_kv, bool more) { backward.run_key_head(task, b, h_kv, more || task + 1 < last_task); });
   }
 
  private:
-  static constexpr int64_t kRows = 128, kKeys = 64;  // of one block of scores
+  static constexpr int64_t kRows = kBlockRows, kKeys = kBlockColumns;
 
   explicit AmxBackward(const AttentionProblem& problem)
       : problem_(problem),
+        tasks_(problem),
+        bias_(problem),
+        group_(problem.num_heads / max_of(problem.num_heads_kv, int64_t{1})),
+        held_keys_(group_ > 1 ? tasks_.most_keys() : kKeys),
         dim_qk_(round_up(problem.head_dim_qk, 32)),
         dim_v_(round_up(problem.head_dim_v, 32)),
         rows_capacity_(round_up(problem.seqlen_q, 32)),
         dquery_stride_(rows_capacity_ + 16),
         score_scale_(problem.softmax_scale * kLog2e),
-        dropping_(problem.dropout_threshold > 0) {
+        dropping_(problem.dropout_threshold > 0),
+        sparse_(problem.window_left < kUnlimited || problem.row_tiles.data) {
     alignas(64) uint16_t index[32];
     for (int i = 0; i < 16; ++i) index[2 * i] = static_cast<uint16_t>(i), index[2 * i + 1] = static_cast<uint16_t>(16 + i);
     pair_lanes_ = _mm512_load_si512(index);
@@ -79,8 +63,9 @@ class AmxBackward {
     key_rows_ = arena.take<Bf16Bits>(kKeys * dim_qk_);
     key_t_ = arena.take<Bf16Bits>(dim_qk_ * kKeyStride);
     value_rows_ = arena.take<Bf16Bits>(kKeys * dim_v_);
-    dkey_ = arena.take<float>(kKeys * dim_qk_);
-    dvalue_ = arena.take<float>(kKeys * dim_v_);
+    dkey_ = arena.take<float>(held_keys_ * dim_qk_);
+    dvalue_ = arena.take<float>(held_keys_ * dim_v_);
+    keys_started_ = arena.take<uint8_t>(held_keys_ / kKeys);
     scores_ = arena.take<float>(kKeys * kScoreStride);
     dweights_ = arena.take<float>(kKeys * kScoreStride);
     weights_ = arena.take<Bf16Bits>(kKeys * kWeightStride);
@@ -88,41 +73,88 @@ class AmxBackward {
     dscore_pairs_ = arena.take<Bf16Bits>(kKeys * kRows);
     if (dropping_) keep_bits_ = arena.take<uint16_t>(kKeys * kRows / 16);
     if (problem_.key_mask) present_bits_ = arena.take<uint16_t>(round_up(problem_.seqlen_k, 32) / 16);
+    if (problem_.key_mask) key_bias_ = arena.take<float>(round_up(problem_.seqlen_k, 16) + 16);
+    if (bias_.needed(problem_.row_tiles.data)) bias_.carve(arena);
+    if (problem_.row_tiles.data) {
+      tile_kinds_ = arena.take<uint8_t>(divide_up(problem_.seqlen_q, 64) * problem_.row_tiles.num_tiles);
+      column_kinds_ = arena.take<uint8_t>(divide_up(problem_.seqlen_q, 64));
+    }
     return arena.used();
   }
 
-  void run_head(int64_t task, int64_t last_task) {
-    set_head(task);
-    pack_query_side();
-    plan_prefetch(task, last_task);
-    first_row_ = bounds_.seqlen_k > 0 ? first_row_seeing(problem_, bounds_, 0) / 32 * 32 : rows_padded_;  // rows before it see nothing
-    for (int64_t key0 = 0; key0 < bounds_.seqlen_k; key0 += kKeys) run_key_block(key0);
-    for (int64_t key = bounds_.seqlen_k; key < problem_.seqlen_k; ++key) {
-      store_zero_row(row_ptr<Bf16Bits>(problem_.dkey, batch_, head_, key), problem_.head_dim_qk);
-      store_zero_row(row_ptr<Bf16Bits>(problem_.dvalue, batch_, head_, key), problem_.head_dim_v);
+  void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
+    set_batch(b);
+    kv_head_ = h_kv;
+    const KeyRange range = tasks_.keys(task, bounds_.seqlen_k);
+    for (int64_t n = 0; n < held_keys_ / kKeys; ++n) keys_started_[n] = 0;
+    for (int64_t h = h_kv * group_; h < (h_kv + 1) * group_; ++h) {
+      const bool last_head = h + 1 == (h_kv + 1) * group_;
+      set_head(task, h);
+      pack_query_side();
+      plan_prefetch(!last_head || more);
+      // Rows before the first one that sees a key get no gradient; where others may be left out too, all start at zero.
+      first_row_ = range.first < range.last ? min_of(first_row_seeing(bounds_, range.first) / 32 * 32, rows_padded_) : rows_padded_;
+      if (sparse_) {
+        first_row_ = 0;
+        for (int64_t i = 0; i < dim_qk_ * dquery_stride_; i += 16) store(dquery_t_ + i, broadcast(0.0f));
+      }
+      for (int64_t key0 = range.first; key0 < range.last; key0 += kKeys)
+        run_key_block(key0, min_of(kKeys, range.last - key0), key0 > range.first || sparse_, key0 - range.first, last_head);
+      store_side_gradients(task);
+      if (problem_.num_key_splits > 1)
+        store_dquery_part(tasks_.dquery_part(task, bounds_, batch_, head_));
+      else
+        store_dquery();
     }
-    store_dquery();
+    if (tasks_.split(task) + 1 < problem_.num_key_splits) return;
+    for (int64_t key = bounds_.seqlen_k; key < bounds_.keys; ++key) {
+      store_zero_row(key_row(problem_.dkey, key), problem_.head_dim_qk);
+      store_zero_row(key_row(problem_.dvalue, key), problem_.head_dim_v);
+    }
   }
 
-  void set_head(int64_t task) {
-    head_ = task % problem_.num_heads;
-    if (batch_ == task / problem_.num_heads) return;
-    batch_ = task / problem_.num_heads;
+  Bf16Bits* query_row(const StridedTensor& tensor, int64_t row) const {
+    return row_ptr<Bf16Bits>(tensor, batch_, head_, bounds_.first_query + row);
+  }
+  Bf16Bits* key_row(const StridedTensor& tensor, int64_t key) const {
+    return row_ptr<Bf16Bits>(tensor, batch_, kv_head_, bounds_.first_key + key);
+  }
+  RowSource query_rows(const StridedTensor& tensor, int64_t head_dim, const uint16_t* seeing_bits) const {
+    return rows_of(tensor, batch_, head_, bounds_.first_query, bounds_.seqlen_q, head_dim, seeing_bits);
+  }
+  RowSource key_rows(const StridedTensor& tensor, int64_t key0, int64_t keys, int64_t head_dim) const {
+    return rows_of(tensor, batch_, kv_head_, bounds_.first_key + key0, keys, head_dim, has_holes_ ? present_bits_ + key0 / 16 : nullptr);
+  }
+
+  void set_batch(int64_t batch) {
+    if (batch_ == batch) return;
+    batch_ = batch;
     bounds_ = sequence_bounds(problem_, batch_);
     rows_padded_ = round_up(bounds_.seqlen_q, 32);
-    has_holes_ = problem_.key_mask && fill_present_bits(problem_, batch_, bounds_.seqlen_k, present_bits_);
+    if (!problem_.key_mask) return;
+    has_holes_ = fill_present_bits(problem_, batch_, bounds_.seqlen_k, present_bits_);
+    fill_key_bias(problem_, batch_, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+  }
+
+  void set_head(int64_t task, int64_t head) {
+    head_ = head;
+    float* dmask = tasks_.mask_gradient(task);
+    if (dmask) dmask += batch_ * problem_.dattn_mask_batch + head * problem_.dattn_mask_head;
+    bias_.enter(bounds_, batch_, head, has_holes_ ? key_bias_ : nullptr, dmask);
+    for (int64_t block = 0; tile_kinds_ && block < divide_up(problem_.seqlen_q, 64); ++block)
+      expand_tiles(problem_.row_tiles, batch_, head, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
   }
 
   void pack_query_side() {
-    const float* lse_of_head = problem_.lse + (batch_ * problem_.num_heads + head_) * problem_.seqlen_q;
+    const float* lse_of_head = problem_.lse + lse_offset(problem_, bounds_, batch_, head_);
     const uint16_t* seeing_bits = fill_seeing_bits(lse_of_head) ? nullptr : seeing_bits_;
-    const RowSource query = rows_of(problem_.query, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_qk, seeing_bits);
-    const RowSource dout = rows_of(problem_.dout, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v, seeing_bits);
+    const RowSource query = query_rows(problem_.query, problem_.head_dim_qk, seeing_bits);
+    const RowSource dout = query_rows(problem_.dout, problem_.head_dim_v, seeing_bits);
     pack_pairs_along_head_dim(query, rows_padded_, dim_qk_, query_tiles_);
     pack_pairs_along_sequence(query, rows_padded_, dim_qk_, query_pairs_);
     pack_pairs_along_head_dim(dout, rows_padded_, dim_v_, dout_tiles_);
     pack_pairs_along_sequence(dout, rows_padded_, dim_v_, dout_pairs_);
-    const RowSource out = rows_of(problem_.out, batch_, head_, 0, bounds_.seqlen_q, problem_.head_dim_v);
+    const RowSource out = query_rows(problem_.out, problem_.head_dim_v, nullptr);
     const float* dlse = problem_.dlse ? problem_.dlse + (lse_of_head - problem_.lse) : nullptr;
     for (int64_t row = 0; row < rows_padded_; row += 16) {
       const LaneMask live = first_lanes(bounds_.seqlen_q - row);
@@ -162,56 +194,71 @@ class AmxBackward {
     return sum;
   }
 
-  void run_key_block(int64_t key0) {
-    const int64_t keys = min_of(kKeys, bounds_.seqlen_k - key0), keys_padded = round_up(keys, 32);
-    const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
-    const RowSource key = rows_of(problem_.key, batch_, head_, key0, keys, problem_.head_dim_qk, present);
-    const RowSource value = rows_of(problem_.value, batch_, head_, key0, keys, problem_.head_dim_v, present);
-    const int64_t block_first_row = first_row_seeing(problem_, bounds_, key0) / 32 * 32;
-    if (block_first_row < rows_padded_) {
-      pack_rows(key, keys_padded, dim_qk_, key_rows_);
-      pack_rows(value, keys_padded, dim_v_, value_rows_);
-      pack_transposed_rows(key, keys_padded, dim_qk_, key_t_, kKeyStride);
-    }
-    const auto tick = [this] { prefetcher_.tick(); };
-    for (int64_t row0 = block_first_row; row0 < rows_padded_; row0 += kRows) {
-      const int64_t rows = min_of(kRows, rows_padded_ - row0);
-      const bool more = row0 > block_first_row;
-      // S^T (keys, rows) = K Q^T, dP^T = V dO^T
-      tile_matmul(keys_padded, rows, dim_qk_, key_rows_, dim_qk_, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_, kScoreStride,
-                  false, tick);
-      tile_matmul(keys_padded, rows, dim_v_, value_rows_, dim_v_, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_, kScoreStride,
-                  false, tick);
-      if (dropping_)
-        dropout_keep_bits_transposed<kRows>(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0, keys_padded, keep_bits_,
-                                            kRows / 16);
-      const bool masked = keys < keys_padded || has_holes_ || row0 < first_row_seeing(problem_, bounds_, key0 + keys - 1);
-      if (masked)
-        dropping_ ? softmax_gradient<true, true>(row0, rows, key, key0, keys_padded)
-                  : softmax_gradient<true, false>(row0, rows, key, key0, keys_padded);
-      else
-        dropping_ ? softmax_gradient<false, true>(row0, rows, key, key0, keys_padded)
-                  : softmax_gradient<false, false>(row0, rows, key, key0, keys_padded);
-      // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
-      tile_matmul(keys_padded, dim_v_, rows, weights_, kWeightStride, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16}, dvalue_, dim_v_, more,
-                  tick);
-      tile_matmul(keys_padded, dim_qk_, rows, dscores_, kWeightStride, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16}, dkey_, dim_qk_,
-                  more, tick);
-      tile_matmul(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_,
-                  key0 > 0, tick);
-    }
-    store_key_gradients(key0, keys, key, block_first_row < rows_padded_);
+  // held: where the block's dK and dV are among the held ones. add: dQ of earlier keys is there.
+  void run_key_block(int64_t key0, int64_t keys, bool add, int64_t held, bool last_head) {
+    if (group_ == 1) held = 0, keys_started_[0] = 0;
+    const int64_t first_row = first_row_seeing(bounds_, key0),
+                  end = min_of(round_up(rows_seeing(bounds_, key0 + keys - 1), 32), rows_padded_);
+    for (int64_t tile = 0; column_kinds_ && tile < divide_up(problem_.seqlen_q, 64); ++tile)
+      column_kinds_[tile] = tile_kinds_[tile * problem_.row_tiles.num_tiles + key0 / 64];
+    bool packed = false;
+    for_each_run(column_kinds_, column_kinds_ ? first_row / 64 * 64 : first_row / 32 * 32, end,
+                 [&](int64_t begin, int64_t last, bool mixed) {
+                   if (!packed) pack_keys(key0, keys), packed = true;
+                   for (int64_t row0 = begin; row0 < last; row0 += kRows)
+                     run_block(row0, min_of(kRows, last - row0), key0, keys, mixed, add, held);
+                 });
+    if (last_head) store_key_gradients(key0, keys, held);
   }
 
-  void store_key_gradients(int64_t key0, int64_t keys, const RowSource& key, bool seen) {
+  void pack_keys(int64_t key0, int64_t keys) {
+    const RowSource key = key_rows(problem_.key, key0, keys, problem_.head_dim_qk);
+    pack_rows(key, round_up(keys, 32), dim_qk_, key_rows_);
+    pack_rows(key_rows(problem_.value, key0, keys, problem_.head_dim_v), round_up(keys, 32), dim_v_, value_rows_);
+    pack_transposed_rows(key, round_up(keys, 32), dim_qk_, key_t_, kKeyStride);
+  }
+
+  void run_block(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed, bool add, int64_t held) {
+    const int64_t keys_padded = round_up(keys, 32);
+    const auto tick = [this] { prefetcher_.tick(); };
+    // S^T (keys, rows) = K Q^T, dP^T = V dO^T
+    tile_matmul(keys_padded, rows, dim_qk_, key_rows_, dim_qk_, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_, kScoreStride,
+                false, tick);
+    tile_matmul(keys_padded, rows, dim_v_, value_rows_, dim_v_, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_, kScoreStride,
+                false, tick);
+    if (dropping_)
+      dropout_keep_bits_transposed<kRows>(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0, keys_padded, keep_bits_,
+                                          kRows / 16);
+    if (bias_.needed(mixed)) {
+      bias_.apply(row0, rows, key0, keys, mixed, scores_);
+      gradient_of_softmax<kBiased>(row0, rows, key0, keys);
+      if (bias_.wants_gradients()) bias_.add_gradients(row0, rows, key0, keys, dweights_);
+    } else if (keys < keys_padded || has_holes_ || row0 < first_row_seeing(bounds_, key0 + keys - 1)) {
+      gradient_of_softmax<kMasked>(row0, rows, key0, keys);
+    } else {
+      gradient_of_softmax<kAllSeen>(row0, rows, key0, keys);
+    }
+    // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
+    uint8_t& started = keys_started_[held / kKeys];
+    tile_matmul(keys_padded, dim_v_, rows, weights_, kWeightStride, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16}, dvalue_ + held * dim_v_,
+                dim_v_, started != 0, tick);
+    tile_matmul(keys_padded, dim_qk_, rows, dscores_, kWeightStride, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16},
+                dkey_ + held * dim_qk_, dim_qk_, started != 0, tick);
+    tile_matmul(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_, add,
+                tick);
+    started = 1;
+  }
+
+  void store_key_gradients(int64_t key0, int64_t keys, int64_t held) {
     const __m512 dkey_scale = _mm512_set1_ps(problem_.softmax_scale), dvalue_scale = _mm512_set1_ps(problem_.dropout_scale());
     for (int64_t j = 0; j < keys; ++j) {
-      const bool written = seen && key.present(j);
-      store_row(row_ptr<Bf16Bits>(problem_.dkey, batch_, head_, key0 + j), dkey_ + j * dim_qk_, problem_.head_dim_qk, dkey_scale, written);
-      store_row(row_ptr<Bf16Bits>(problem_.dvalue, batch_, head_, key0 + j), dvalue_ + j * dim_v_, problem_.head_dim_v, dvalue_scale,
-                written);
+      const bool written = keys_started_[held / kKeys] && key_present(key0 + j);
+      store_row(key_row(problem_.dkey, key0 + j), dkey_ + (held + j) * dim_qk_, problem_.head_dim_qk, dkey_scale, written);
+      store_row(key_row(problem_.dvalue, key0 + j), dvalue_ + (held + j) * dim_v_, problem_.head_dim_v, dvalue_scale, written);
     }
   }
+
+  bool key_present(int64_t key) const { return key < bounds_.seqlen_k && (!has_holes_ || (present_bits_[key / 16] >> (key % 16) & 1)); }
 
   static void store_row(Bf16Bits* to, const float* from, int64_t head_dim, __m512 scale, bool present) {
     if (!present) return store_zero_row(to, head_dim);
@@ -226,23 +273,33 @@ class AmxBackward {
     return first <= row0 ? 0xffff : first >= row0 + 16 ? 0 : static_cast<__mmask16>(0xffffu << (first - row0));
   }
 
+  enum Scores { kAllSeen, kMasked, kBiased };  // biased: scores are in units of log2, -inf where unseen
+
+  template <Scores kScores>
+  void gradient_of_softmax(int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
+    dropping_ ? softmax_gradient<kScores, true>(row0, rows, key0, keys) : softmax_gradient<kScores, false>(row0, rows, key0, keys);
+  }
+
   // P^T and dS^T of the block, in bf16, from S^T and dP^T; two keys at a time, so that their values also interleave into pairs.
-  template <bool kMasked, bool kDropping>
-  void softmax_gradient(int64_t row0, int64_t rows, const RowSource& key, int64_t key0, int64_t keys_padded) {
+  template <Scores kScores, bool kDropping>
+  void softmax_gradient(int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     constexpr int64_t kNever = INT64_MAX / 2;
-    const __m512 scale = _mm512_set1_ps(score_scale_), dropout_scale = _mm512_set1_ps(problem_.dropout_scale());
-    for (int64_t j = 0; j < keys_padded; j += 2) {
-      const int64_t first0 = kMasked ? (key.present(j) ? first_row_seeing(problem_, bounds_, key0 + j) : kNever) : 0;
-      const int64_t first1 = kMasked ? (key.present(j + 1) ? first_row_seeing(problem_, bounds_, key0 + j + 1) : kNever) : 0;
+    constexpr int kDegree = kScores == kBiased ? 4 : 3;  // gradients of mask and slopes are float32
+    const __m512 scale = _mm512_set1_ps(kScores == kBiased ? 1.0f : score_scale_), dropout_scale = _mm512_set1_ps(problem_.dropout_scale());
+    const bool keeps_dscores = kScores == kBiased && bias_.wants_gradients();
+    const float* slopes = kScores == kBiased && bias_.has_softcap() ? bias_.softcap_slopes() : nullptr;
+    const auto first_row = [&](int64_t key) { return key_present(key) ? first_row_seeing(bounds_, key) : kNever; };
+    for (int64_t j = 0; j < round_up(keys, 32); j += 2) {
+      const int64_t first0 = kScores == kMasked ? first_row(key0 + j) : 0, first1 = kScores == kMasked ? first_row(key0 + j + 1) : 0;
       Bf16Bits* pairs = dscore_pairs_ + (j / 32) * (kRows / 16) * kTileElements + (j % 32 / 2) * 32;
       for (int64_t i = 0; i < rows; i += 16) {
         const __m512 lse = _mm512_load_ps(lse_log2_ + row0 + i), row_delta = _mm512_load_ps(delta_ + row0 + i);
         const int64_t at0 = j * kScoreStride + i, at1 = at0 + kScoreStride;
-        const __mmask16 visible0 = kMasked ? lanes_from(first0, row0 + i) : 0xffff,
-                        visible1 = kMasked ? lanes_from(first1, row0 + i) : 0xffff;
+        const __mmask16 visible0 = kScores == kMasked ? lanes_from(first0, row0 + i) : 0xffff,
+                        visible1 = kScores == kMasked ? lanes_from(first1, row0 + i) : 0xffff;
         __mmask16 nonzero0, nonzero1;
-        __m512 p0 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at0), scale, lse), visible0, &nonzero0);
-        __m512 p1 = exp2_masked<3>(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at1), scale, lse), visible1, &nonzero1);
+        __m512 p0 = exp2_masked<kDegree>(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at0), scale, lse), visible0, &nonzero0);
+        __m512 p1 = exp2_masked<kDegree>(_mm512_fmsub_ps(_mm512_load_ps(scores_ + at1), scale, lse), visible1, &nonzero1);
         __m512 dp0 = _mm512_load_ps(dweights_ + at0), dp1 = _mm512_load_ps(dweights_ + at1);
         __mmask32 kept = 0xffffffffu;
         if constexpr (kDropping) {
@@ -252,8 +309,10 @@ class AmxBackward {
           dp1 = _mm512_maskz_mul_ps(keep1, dp1, dropout_scale);
         }
         // Selected, not multiplied: dP may be infinite or NaN where P is 0.
-        const __m512 ds0 = _mm512_maskz_mul_ps(nonzero0, p0, _mm512_sub_ps(dp0, row_delta));
-        const __m512 ds1 = _mm512_maskz_mul_ps(nonzero1, p1, _mm512_sub_ps(dp1, row_delta));
+        __m512 ds0 = _mm512_maskz_mul_ps(nonzero0, p0, _mm512_sub_ps(dp0, row_delta));
+        __m512 ds1 = _mm512_maskz_mul_ps(nonzero1, p1, _mm512_sub_ps(dp1, row_delta));
+        if (keeps_dscores) _mm512_store_ps(dweights_ + at0, ds0), _mm512_store_ps(dweights_ + at1, ds1);
+        if (slopes) ds0 = _mm512_mul_ps(ds0, _mm512_load_ps(slopes + at0)), ds1 = _mm512_mul_ps(ds1, _mm512_load_ps(slopes + at1));
         __m512i both_p = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0));
         const __m512i both_ds = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(ds1, ds0));
         if constexpr (kDropping) both_p = _mm512_maskz_mov_epi16(kept, both_p);
@@ -269,24 +328,33 @@ class AmxBackward {
     _mm256_store_si256(reinterpret_cast<__m256i*>(row + kWeightStride), _mm512_extracti64x4_epi64(both, 1));
   }
 
-  void store_dquery() {
+  void store_side_gradients(int64_t task) const {
+    const int64_t split = tasks_.split(task), offset = lse_offset(problem_, bounds_, batch_, head_);
+    if (problem_.dsinks && split == 0) store_sink_gradient(problem_, batch_, head_, problem_.lse + offset, delta_, bounds_.seqlen_q);
+    if (problem_.dalibi_slopes)
+      problem_.dalibi_slopes[(batch_ * problem_.num_heads + head_) * problem_.num_key_splits + split] =
+          static_cast<float>(-bias_.slope_sum());
+  }
+
+  // Rows [row, row + 16) and columns [d, d + 16) of scale * dQ.
+  FA_MEMBER_INLINE void load_dquery(int64_t row, int64_t d, __m512i rows[16]) const {
     const __m512 scale = _mm512_set1_ps(problem_.softmax_scale);
-    for (int64_t row = 0; row < problem_.seqlen_q; ++row)
-      if (row < first_row_ || row >= bounds_.seqlen_q)
-        store_zero_row(row_ptr<Bf16Bits>(problem_.dquery, batch_, head_, row), problem_.head_dim_qk);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      rows[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t_ + (d + i) * dquery_stride_ + row)));
+    transpose16(rows);
+  }
+
+  void store_dquery() {
+    for (int64_t row = 0; row < bounds_.rows; ++row)
+      if (row < first_row_ || row >= bounds_.seqlen_q) store_zero_row(query_row(problem_.dquery, row), problem_.head_dim_qk);
     for (int64_t row = first_row_; row < bounds_.seqlen_q; row += 16) {
       const int64_t rows = min_of(bounds_.seqlen_q - row, int64_t{16});
       for (int64_t d = 0; d < problem_.head_dim_qk; d += 32) {
         __m512i low[16], high[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          low[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t_ + (d + i) * dquery_stride_ + row)));
-        transpose16(low);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-          high[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t_ + (d + 16 + i) * dquery_stride_ + row)));
-        transpose16(high);
-        Bf16Bits* to = row_ptr<Bf16Bits>(problem_.dquery, batch_, head_, row) + d;
+        load_dquery(row, d, low);
+        load_dquery(row, d + 16, high);
+        Bf16Bits* to = query_row(problem_.dquery, row) + d;
         const __mmask32 lanes = first_lanes32(problem_.head_dim_qk - d);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
@@ -298,25 +366,43 @@ class AmxBackward {
     }
   }
 
+  // The share of dQ by this task's keys; part (rows, head_dim_qk) is zero where it has none.
+  void store_dquery_part(float* part) const {
+    for (int64_t row = first_row_; row < bounds_.seqlen_q; row += 16) {
+      const int64_t rows = min_of(bounds_.seqlen_q - row, int64_t{16});
+      for (int64_t d = 0; d < problem_.head_dim_qk; d += 16) {
+        __m512i values[16];
+        load_dquery(row, d, values);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          if (i < rows)
+            _mm512_mask_storeu_ps(part + (row + i) * problem_.head_dim_qk + d, first_lanes(problem_.head_dim_qk - d),
+                                  _mm512_castsi512_ps(values[i]));
+      }
+    }
+  }
+
   // This head's gradients and the next head's inputs, spread over the matmuls of this head.
-  void plan_prefetch(int64_t task, int64_t last_task) {
+  void plan_prefetch(bool more) {
     prefetcher_.clear();
-    const auto writes = [&](const StridedTensor& tensor, int64_t rows, int64_t head_dim) {
-      prefetcher_.add_writes(row_ptr<const Bf16Bits>(tensor, batch_, head_, 0), tensor.row * 2, rows, head_dim * 2);
+    const auto writes = [&](const StridedTensor& tensor, const Bf16Bits* row, int64_t rows, int64_t head_dim) {
+      prefetcher_.add_writes(row, tensor.row * 2, rows, head_dim * 2);
     };
-    writes(problem_.dkey, problem_.seqlen_k, problem_.head_dim_qk);
-    writes(problem_.dvalue, problem_.seqlen_k, problem_.head_dim_v);
-    writes(problem_.dquery, problem_.seqlen_q, problem_.head_dim_qk);
-    if (task + 1 < last_task) {
-      const int64_t next_batch = (task + 1) / problem_.num_heads, next_head = (task + 1) % problem_.num_heads;
-      const auto reads = [&](const StridedTensor& tensor, int64_t rows, int64_t head_dim) {
-        prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, next_batch, next_head, 0), tensor.row * 2, rows, head_dim * 2);
+    writes(problem_.dkey, key_row(problem_.dkey, 0), bounds_.keys, problem_.head_dim_qk);
+    writes(problem_.dvalue, key_row(problem_.dvalue, 0), bounds_.keys, problem_.head_dim_v);
+    writes(problem_.dquery, query_row(problem_.dquery, 0), bounds_.rows, problem_.head_dim_qk);
+    const int64_t next = batch_ * problem_.num_heads + head_ + 1;
+    if (more && next < problem_.batch * problem_.num_heads) {
+      const int64_t batch = next / problem_.num_heads, head = next % problem_.num_heads;
+      const auto reads = [&](const StridedTensor& tensor, int64_t of_head, int64_t row, int64_t rows, int64_t head_dim) {
+        prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, batch, of_head, row), tensor.row * 2, rows, head_dim * 2);
       };
-      reads(problem_.query, problem_.seqlen_q, problem_.head_dim_qk);
-      reads(problem_.dout, problem_.seqlen_q, problem_.head_dim_v);
-      reads(problem_.out, problem_.seqlen_q, problem_.head_dim_v);
-      reads(problem_.key, problem_.seqlen_k, problem_.head_dim_qk);
-      reads(problem_.value, problem_.seqlen_k, problem_.head_dim_v);
+      const int64_t query0 = first_query_of(problem_, batch), key0 = first_key_of(problem_, batch), of_keys = key_head(problem_, head);
+      reads(problem_.query, head, query0, problem_.seqlen_q, problem_.head_dim_qk);
+      reads(problem_.dout, head, query0, problem_.seqlen_q, problem_.head_dim_v);
+      reads(problem_.out, head, query0, problem_.seqlen_q, problem_.head_dim_v);
+      reads(problem_.key, of_keys, key0, problem_.seqlen_k, problem_.head_dim_qk);
+      reads(problem_.value, of_keys, key0, problem_.seqlen_k, problem_.head_dim_v);
     }
     // 32 x 32 blocks of all five products; under a causal mask about half of them are computed.
     const int64_t row_tiles = rows_padded_ / 32, key_tiles = divide_up(bounds_.seqlen_k, 32);
@@ -325,12 +411,17 @@ class AmxBackward {
     prefetcher_.spread_over(problem_.causal == Causal::none ? ticks : ticks / 2);
   }
 
-  static constexpr int64_t kScoreStride = kRows + 16, kWeightStride = kRows + 32, kKeyStride = kKeys + 32;
+  static constexpr int64_t kWeightStride = kRows + 32, kKeyStride = kKeys + 32;
 
   const AttentionProblem& problem_;
+  const BackwardTasks tasks_;
+  TransposedBias bias_;
+  const int64_t group_;      // query heads to a key head
+  const int64_t held_keys_;  // whose dK and dV are held at a time: a block, or all of the task for several query heads
   const int64_t dim_qk_, dim_v_, rows_capacity_, dquery_stride_;
   const float score_scale_;  // scores to exponents of 2
   const bool dropping_;
+  const bool sparse_;   // rows in the middle may see no key of a task
   __m512i pair_lanes_;  // {a0 .. a15, b0 .. b15} to {a0, b0, a1, b1, ...}
 
   Bf16Bits *query_tiles_ = nullptr, *query_pairs_ = nullptr, *dout_tiles_ = nullptr, *dout_pairs_ = nullptr;
@@ -339,8 +430,11 @@ class AmxBackward {
   float *dquery_t_ = nullptr, *lse_log2_ = nullptr, *delta_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr, *scores_ = nullptr,
         *dweights_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr, *seeing_bits_ = nullptr;
+  float* key_bias_ = nullptr;                                // (seqlen_k,) 0 or -inf
+  uint8_t* keys_started_ = nullptr;                          // per block of held keys: dkey_ and dvalue_ hold something
+  uint8_t *tile_kinds_ = nullptr, *column_kinds_ = nullptr;  // (row blocks, tiles) of the head; one column of it
 
-  int64_t batch_ = -1, head_ = 0, rows_padded_ = 0, first_row_ = 0;
+  int64_t batch_ = -1, head_ = 0, kv_head_ = 0, rows_padded_ = 0, first_row_ = 0;
   SequenceBounds bounds_{};
   bool has_holes_ = false;
   RowPrefetcher prefetcher_;

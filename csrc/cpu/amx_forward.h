@@ -2,7 +2,7 @@
 // bf16 forward on AMX tiles. A task is up to rows_per_task query rows of one (batch, head); for each block of keys it
 //
 //   1. packs K and V of the block (once per head when one block holds all keys),
-//   2. for each 32 query rows: S = Q K^T (fp32), online softmax on S, P to bf16, acc += P V,
+//   2. for each 32 query rows and each run of keys that they see: S = Q K^T (fp32), online softmax on S, P to bf16, acc += P V,
 //
 // and divides acc by the row sums at the end (Milakov and Gimelshein 2018; Dao 2023). Rows of S are reduced 16 at a time, so that
 // maxima, sums, rescaling factors and lse are vectors with one lane per row.
@@ -16,8 +16,9 @@ class AmxForward {
     if (problem.seqlen_q <= kFewRows) return plan_forward<bfloat16_t>(problem, num_threads);  // packing would cost more than it saves
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
-    rows = min_of(rows, max_of(round_up(problem.seqlen_q, kRows), kRows));
-    while (rows > 2 * kRows && heads * divide_up(problem.seqlen_q, rows) < wanted_tasks) rows = round_up(rows / 2, kRows);
+    const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start where tiles do
+    rows = min_of(rows, max_of(round_up(problem.seqlen_q, step), step));
+    while (rows > 2 * kRows && heads * divide_up(problem.seqlen_q, rows) < wanted_tasks) rows = round_up(rows / 2, step);
     Plan plan{};
     plan.num_tasks = heads * divide_up(problem.seqlen_q, rows);
     plan.rows_per_task = rows;
@@ -51,7 +52,9 @@ class AmxForward {
         score_stride_(block_keys_ + 16),
         weight_stride_(block_keys_ + 32),
         dropping_(problem.dropout_threshold > 0 && problem.dropout_threshold < 65536),
-        score_scale_(problem.softmax_scale * kLog2e) {}
+        score_scale_(problem.softmax_scale * kLog2e),
+        softcap_(problem),
+        score_bias_(problem) {}
 
   size_t carve(char* memory) {
     Arena arena(memory);
@@ -65,83 +68,127 @@ class AmxForward {
     weights_ = arena.take<Bf16Bits>(kRows * weight_stride_);
     if (dropping_) keep_bits_ = arena.take<uint16_t>(kRows * block_keys_ / 16);
     if (problem_.key_mask) present_bits_ = arena.take<uint16_t>(round_up(problem_.seqlen_k, 32) / 16);
+    if (problem_.key_mask) key_bias_ = arena.take<float>(round_up(problem_.seqlen_k, 16) + 16);
+    bias_ = arena.take<float>(block_keys_);
+    started_ = arena.take<uint8_t>(held_rows_ / kRows);
+    if (problem_.row_tiles.data) tile_kinds_ = arena.take<uint8_t>(problem_.row_tiles.num_tiles * divide_up(rows_per_task_, 64));
     return arena.used();
   }
 
   void run_task(int64_t task, int64_t last_task) {
-    const int64_t batch_head = task / tasks_per_head_, row0 = task % tasks_per_head_ * rows_per_task_;
-    set_head(batch_head);
-    const int64_t rows = min_of(rows_per_task_, problem_.seqlen_q - row0);
+    const int64_t row0 = task % tasks_per_head_ * rows_per_task_;
+    set_head(task / tasks_per_head_);
+    const int64_t rows = min_of(rows_per_task_, bounds_.rows - row0);
     const int64_t live_rows = max_of(int64_t{0}, min_of(rows, bounds_.seqlen_q - row0));
-    const int64_t last_key = live_rows > 0 ? visible_keys(problem_, bounds_, row0 + live_rows - 1) : 0;
-    for (int64_t i = 0; i < min_of(live_rows, held_rows_); i += 16) clear_statistics(i);
-    for (int64_t key0 = 0; key0 < last_key; key0 += block_keys_) {
+    for (int64_t row = 0; tile_kinds_ && row < live_rows; row += 64)
+      expand_tiles(problem_.row_tiles, batch_, head_, (row0 + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
+    const int64_t first_key = live_rows > 0 ? first_visible_key(bounds_, row0) / block_keys_ * block_keys_ : 0;
+    const int64_t last_key = live_rows > 0 ? visible_keys(bounds_, row0 + live_rows - 1) : 0;
+    if (!single_block_)
+      for (int64_t first = 0; first < live_rows; first += kRows) clear_statistics(first);
+    for (int64_t key0 = first_key; key0 < last_key; key0 += block_keys_) {
       // One block serves the whole head; of several, this task packs what its last row sees.
       const int64_t keys = min_of(block_keys_, (single_block_ ? bounds_.seqlen_k : last_key) - key0);
-      if (!single_block_ || packed_head_ != batch_head) pack_key_block(key0, keys);
+      if (!single_block_ || packed_head_ != batch_ * problem_.num_heads_kv + kv_head_) pack_key_block(key0, keys);
       for (int64_t first = 0; first < live_rows; first += kRows) {
         const int64_t block_rows = min_of(kRows, live_rows - first), held = single_block_ ? 0 : first;
-        if (key0 == 0) {
-          pack_rows(rows_of(problem_.query, batch_, head_, row0 + first, block_rows, problem_.head_dim_qk), round_up(block_rows, 16),
-                    dim_qk_, packed_query_ + held * dim_qk_);
-          if (single_block_) clear_statistics(0), clear_statistics(16);
+        if (key0 == first_key) {
+          pack_rows(query_rows(row0 + first, block_rows), round_up(block_rows, 16), dim_qk_, packed_query_ + held * dim_qk_);
+          if (single_block_) clear_statistics(0);
         }
         plan_prefetch(task, last_task, row0 + first, block_rows, key0);
-        attend(row0 + first, block_rows, held, key0);
+        attend(row0 + first, block_rows, held, key0, tile_kinds(first, key0));
         if (single_block_) store_rows(row0 + first, block_rows, 0);
       }
     }
-    if (!single_block_ || last_key == 0)
+    const bool unseen = last_key <= first_key;
+    if (single_block_ && unseen) clear_statistics(0);
+    if (!single_block_ || unseen)
       for (int64_t first = 0; first < live_rows; first += kRows)
         store_rows(row0 + first, min_of(kRows, live_rows - first), single_block_ ? 0 : first);
     store_absent_rows(row0 + live_rows, rows - live_rows);
   }
 
-  void set_head(int64_t batch_head) {
-    head_ = batch_head % problem_.num_heads;
-    if (batch_ == batch_head / problem_.num_heads) return;
-    batch_ = batch_head / problem_.num_heads;
-    bounds_ = sequence_bounds(problem_, batch_);
-    has_holes_ = problem_.key_mask && fill_present_bits(problem_, batch_, bounds_.seqlen_k, present_bits_);
+  RowSource query_rows(int64_t row, int64_t rows) const {
+    return rows_of(problem_.query, batch_, head_, bounds_.first_query + row, rows, problem_.head_dim_qk);
+  }
+  Bf16Bits* out_row(int64_t row) const { return row_ptr<Bf16Bits>(problem_.out, batch_, head_, bounds_.first_query + row); }
+  float* lse_row(int64_t row) const { return problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row; }
+  // Of the task's rows from `row` on and the keys from key0 on; null without a PreparedMask.
+  const uint8_t* tile_kinds(int64_t row, int64_t key0) const {
+    return tile_kinds_ ? tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles + key0 / 64 : nullptr;
   }
 
+  void set_head(int64_t batch_head) {
+    head_ = batch_head % problem_.num_heads;
+    kv_head_ = key_head(problem_, head_);
+    if (const int64_t batch = batch_head / problem_.num_heads; batch != batch_) {
+      batch_ = batch;
+      bounds_ = sequence_bounds(problem_, batch_);
+      if (problem_.key_mask) {
+        has_holes_ = fill_present_bits(problem_, batch_, bounds_.seqlen_k, present_bits_);
+        fill_key_bias(problem_, batch_, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+      }
+    }
+    score_bias_.enter(bounds_, batch_, head_, has_holes_ ? key_bias_ : nullptr);
+  }
+
+  // Of 32 rows: a sink is a key without a value that all of them have seen.
   void clear_statistics(int64_t held) {
-    _mm512_store_ps(row_max_ + held, _mm512_set1_ps(-kInfinity));
-    _mm512_store_ps(row_sum_ + held, _mm512_setzero_ps());
+    const float sink = problem_.sinks ? problem_.sinks[head_] * kLog2e : -kInfinity;
+    for (int64_t i = held; i < held + kRows; i += 16) {
+      _mm512_store_ps(row_max_ + i, _mm512_set1_ps(sink));
+      _mm512_store_ps(row_sum_ + i, _mm512_set1_ps(sink == -kInfinity ? 0.0f : 1.0f));
+    }
+    started_[held / kRows] = 0;
   }
 
   void pack_key_block(int64_t key0, int64_t keys) {
     const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
-    const int64_t keys_padded = round_up(keys, 32);
-    pack_pairs_along_head_dim(rows_of(problem_.key, batch_, head_, key0, keys, problem_.head_dim_qk, present), keys_padded, dim_qk_,
+    const int64_t keys_padded = round_up(keys, 32), row = bounds_.first_key + key0;
+    pack_pairs_along_head_dim(rows_of(problem_.key, batch_, kv_head_, row, keys, problem_.head_dim_qk, present), keys_padded, dim_qk_,
                               packed_key_);
-    pack_pairs_along_sequence(rows_of(problem_.value, batch_, head_, key0, keys, problem_.head_dim_v, present), keys_padded, dim_v_,
+    pack_pairs_along_sequence(rows_of(problem_.value, batch_, kv_head_, row, keys, problem_.head_dim_v, present), keys_padded, dim_v_,
                               packed_value_);
-    packed_head_ = batch_ * problem_.num_heads + head_;
+    packed_head_ = batch_ * problem_.num_heads_kv + kv_head_;
   }
 
   // Query rows [row0, row0 + rows), whose state is held at rows `held`, attend to the packed block of keys that starts at key0.
-  void attend(int64_t row0, int64_t rows, int64_t held, int64_t key0) {
-    const int64_t keys = min_of(block_keys_, visible_keys(problem_, bounds_, row0 + rows - 1) - key0);
-    if (keys <= 0) return;
+  void attend(int64_t row0, int64_t rows, int64_t held, int64_t key0, const uint8_t* kinds) {
+    const int64_t first_key = max_of(first_visible_key(bounds_, row0) - key0, int64_t{0}) / 64 * 64,
+                  keys_end = min_of(block_keys_, visible_keys(bounds_, row0 + rows - 1) - key0);
+    for_each_run(kinds, first_key, keys_end,
+                 [&](int64_t first, int64_t last, bool mixed) { attend_run(row0, rows, held, key0, first, last - first, mixed); });
+  }
+
+  // The same with keys [first, first + keys) of the block.
+  void attend_run(int64_t row0, int64_t rows, int64_t held, int64_t key0, int64_t first, int64_t keys, bool mixed) {
     const int64_t keys_padded = round_up(keys, 32), rows_padded = round_up(rows, 16);
     const auto tick = [this] { prefetcher_.tick(); };
     // S (rows, keys) = Q K^T
-    tile_matmul(rows_padded, keys_padded, dim_qk_, packed_query_ + held * dim_qk_, dim_qk_, {packed_key_, dim_qk_ / 32, 1}, scores_,
-                score_stride_, false, tick);
-    if (dropping_) dropout_keep_bits(problem_, packed_head_, row0, rows, key0, keys_padded / 16, keep_bits_, block_keys_ / 16);
-    for (int64_t first = 0; first < rows; first += 16) {
-      const RowGroup group = row_group(row0, rows, first, held, key0, keys);
-      if (problem_.attn_mask.data)
-        softmax<true, true>(group);
-      else if (has_holes_)
-        softmax<false, true>(group);
-      else
-        softmax<false, false>(group);
+    tile_matmul(rows_padded, keys_padded, dim_qk_, packed_query_ + held * dim_qk_, dim_qk_,
+                {packed_key_ + first * dim_qk_, dim_qk_ / 32, 1}, scores_, score_stride_, false, tick);
+    if (dropping_)
+      dropout_keep_bits(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0 + first, keys_padded / 16, keep_bits_,
+                        block_keys_ / 16);
+    uint8_t& started = started_[held / kRows];
+    const bool biased = softcap_ || score_bias_.needed_beyond_absent_keys(mixed);
+    bool filled = false;
+    for (int64_t i = 0; i < rows; i += 16) {
+      const RowGroup group = row_group(row0, rows, i, held, key0 + first, keys, started != 0);
+      if (biased) {
+        const __m512 block_max = add_bias_and_reduce_max(group, mixed, filled);
+        softmax<false>(group, block_max, true);
+      } else if (has_holes_) {
+        softmax<true>(group, reduce_max<true>(group), false);
+      } else {
+        softmax<false>(group, reduce_max<false>(group), false);
+      }
     }
     // acc (rows, dim_v) += P V
-    tile_matmul(rows_padded, dim_v_, keys_padded, weights_, weight_stride_, {packed_value_, 1, dim_v_ / 16}, acc_ + held * dim_v_, dim_v_,
-                key0 > 0, tick);
+    tile_matmul(rows_padded, dim_v_, keys_padded, weights_, weight_stride_, {packed_value_ + first * dim_v_, 1, dim_v_ / 16},
+                acc_ + held * dim_v_, dim_v_, started != 0, tick);
+    started = 1;
   }
 
   // 16 rows of a score block.
@@ -150,14 +197,14 @@ class AmxForward {
     int64_t held;               // where their statistics and accumulators are
     int64_t first;              // where their scores and weights are
     int64_t key0, keys_padded;  // the block's keys
-    int64_t visible[16];        // how many of them each row sees, holes included
+    bool started;               // acc holds something
+    int64_t visible[16];        // how many of the keys each row sees, holes included
     int64_t row(int64_t i) const { return row0 + min_of(i, live - 1); }
   };
 
-  RowGroup row_group(int64_t row0, int64_t rows, int64_t first, int64_t held, int64_t key0, int64_t keys) const {
-    RowGroup group{row0 + first, min_of(int64_t{16}, rows - first), held + first, first, key0, round_up(keys, 32), {}};
-    for (int64_t i = 0; i < 16; ++i)
-      group.visible[i] = max_of(int64_t{0}, min_of(keys, visible_keys(problem_, bounds_, group.row(i)) - key0));
+  RowGroup row_group(int64_t row0, int64_t rows, int64_t first, int64_t held, int64_t key0, int64_t keys, bool started) const {
+    RowGroup group{row0 + first, min_of(int64_t{16}, rows - first), held + first, first, key0, round_up(keys, 32), started, {}};
+    for (int64_t i = 0; i < 16; ++i) group.visible[i] = max_of(int64_t{0}, min_of(keys, visible_keys(bounds_, group.row(i)) - key0));
     return group;
   }
 
@@ -168,21 +215,21 @@ class AmxForward {
     return kCheckHoles && has_holes_ ? static_cast<__mmask16>(lanes & present_bits_[(group.key0 + j) / 16]) : lanes;
   }
 
-  // Online softmax over one block of keys: statistics, bf16 weights, and acc rescaled to the new maximum.
-  template <bool kHasMask, bool kCheckHoles>
-  void softmax(const RowGroup& group) {
+  // Online softmax over one block of keys: statistics, bf16 weights, and acc rescaled to the new maximum. block_max: of products, or of
+  // `scaled` scores.
+  template <bool kCheckHoles>
+  void softmax(const RowGroup& group, __m512 block_max, bool scaled) {
     const __m512 minus_infinity = _mm512_set1_ps(-kInfinity), old_max = _mm512_load_ps(row_max_ + group.held);
-    const __m512 block_max =
-        kHasMask ? add_mask_and_reduce_max(group) : _mm512_mul_ps(reduce_max<kCheckHoles>(group), _mm512_set1_ps(score_scale_));
+    if (!scaled) block_max = _mm512_mul_ps(block_max, _mm512_set1_ps(score_scale_));
     const __m512 new_max = _mm512_max_ps(old_max, block_max);
     // A row that has seen nothing yet is shifted by 0: its exponents stay -inf and never become -inf + inf.
     const __m512 shift = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, minus_infinity, _CMP_NEQ_UQ), new_max);
     const __m512 alpha = exp2_masked<4>(_mm512_sub_ps(old_max, shift), 0xffff);
-    const bool scaled = kHasMask || scale_large_scores(group, shift);
+    scaled = scaled || scale_large_scores(group, shift);
     const __m512 block_sum = store_weights<kCheckHoles>(group, scaled ? 1.0f : score_scale_, shift);
     _mm512_store_ps(row_max_ + group.held, new_max);
     _mm512_store_ps(row_sum_ + group.held, _mm512_fmadd_ps(_mm512_load_ps(row_sum_ + group.held), alpha, block_sum));
-    if (group.key0 > 0) scale_accumulators(group.held, alpha);
+    if (group.started) scale_accumulators(group.held, alpha);
   }
 
   template <bool kCheckHoles>
@@ -215,25 +262,25 @@ class AmxForward {
     return true;
   }
 
-  // Replaces the scores by exponents of 2 with attn_mask added.
-  __m512 add_mask_and_reduce_max(const RowGroup& group) {
-    __m512 maxima[16];
-    const __m512 scale = _mm512_set1_ps(score_scale_), log2e = _mm512_set1_ps(kLog2e), minus_infinity = _mm512_set1_ps(-kInfinity);
+  // Replaces the scores by exponents of 2 with soft cap and bias, -inf where unseen. filled: bias_ holds what all rows share.
+  __m512 add_bias_and_reduce_max(const RowGroup& group, bool mixed, bool& filled) {
+    const bool same = score_bias_.same_for_all_rows(mixed);
+    Vec maxima[16];
     for (int64_t i = 0; i < 16; ++i) {
-      const float* mask = row_ptr<const float>(problem_.attn_mask, batch_, head_, group.row(i)) + group.key0;
       float* row = scores_ + (group.first + i) * score_stride_;
-      maxima[i] = minus_infinity;
+      const float* mask = score_bias_.plain_mask_row(group.row(i), group.key0, mixed);
+      if (!filled && !mask) score_bias_.fill(group.row(i), group.key0, group.visible[i], mixed, bias_);
+      filled = same;
+      maxima[i] = broadcast(-kInfinity);
       for (int64_t j = 0; j < group.visible[i]; j += 16) {
-        const __mmask16 seen = seen_lanes<true>(group, i, j);
-        const __m512 bias = _mm512_maskz_loadu_ps(seen, mask + j);
-        const __mmask16 unmasked = _mm512_mask_cmp_ps_mask(seen, bias, _mm512_set1_ps(kMaskedBelow), _CMP_NLT_UQ);
-        const __m512 exponent = _mm512_fmadd_ps(bias, log2e, _mm512_mul_ps(_mm512_load_ps(row + j), scale));
-        const __m512 masked = _mm512_mask_mov_ps(minus_infinity, unmasked, exponent);
-        _mm512_store_ps(row + j, masked);
-        maxima[i] = _mm512_max_ps(maxima[i], masked);
+        Vec bias = mask ? mask_values(mask + j, group.visible[i] - j) : load(bias_ + j);
+        if (mask) bias = select(first_lanes(group.visible[i] - j), bias, broadcast(-kInfinity));
+        const Vec x = biased_scores(load(row + j), score_scale_, softcap_, bias);
+        store(row + j, x);
+        maxima[i] = max_of(maxima[i], x);
       }
     }
-    return reduce_16_vectors(maxima, Max{});
+    return reduce_16_vectors(&maxima[0].x, Max{});
   }
 
   // weights = bf16 of keep * 2^(scale * score - shift), 0 where unseen. Returns the row sums, without dropout.
@@ -284,14 +331,14 @@ class AmxForward {
       const __m512 sum = _mm512_load_ps(row_sum_ + held + i);
       const __mmask16 nonempty = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
       const __m512 lse = _mm512_fmadd_ps(_mm512_load_ps(row_max_ + held + i), _mm512_set1_ps(kLn2), natural_log(sum));
-      _mm512_mask_storeu_ps(problem_.lse + (batch_ * problem_.num_heads + head_) * problem_.seqlen_q + row0 + i, first_lanes(rows - i),
-                            _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), nonempty, lse));
+      _mm512_mask_storeu_ps(lse_row(row0 + i), first_lanes(rows - i), _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), nonempty, lse));
       alignas(64) float inverse[16];
       _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(problem_.dropout_scale()), sum));
-      const int written = problem_.dropout_threshold < 65536 ? nonempty : 0;  // the other rows are selected to 0, not multiplied
+      // The other rows are selected to 0, not multiplied.
+      const int written = problem_.dropout_threshold < 65536 && started_[held / kRows] ? nonempty : 0;
       for (int64_t r = 0; r < min_of(int64_t{16}, rows - i); ++r) {
         const float* from = acc_ + (held + i + r) * dim_v_;
-        Bf16Bits* to = row_ptr<Bf16Bits>(problem_.out, batch_, head_, row0 + i + r);
+        Bf16Bits* to = out_row(row0 + i + r);
         const __m512 factor = _mm512_set1_ps(inverse[r]);
         const __mmask32 select = written >> r & 1 ? 0xffffffffu : 0u;
         for (int64_t d = 0; d < problem_.head_dim_v; d += 32) {
@@ -306,18 +353,20 @@ class AmxForward {
 
   void store_absent_rows(int64_t row0, int64_t rows) {
     for (int64_t row = row0; row < row0 + rows; ++row) {
-      store_zero_row(row_ptr<Bf16Bits>(problem_.out, batch_, head_, row), problem_.head_dim_v);
-      problem_.lse[(batch_ * problem_.num_heads + head_) * problem_.seqlen_q + row] = -kInfinity;
+      store_zero_row(out_row(row), problem_.head_dim_v);
+      *lse_row(row) = -kInfinity;
     }
   }
 
-  void prefetch_reads(const StridedTensor& tensor, int64_t batch_head, int64_t row, int64_t rows, int64_t head_dim) {
-    prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, batch_head / problem_.num_heads, batch_head % problem_.num_heads, row),
-                          tensor.row * 2, rows, head_dim * 2);
+  // Rows of a query head, and of the key head of a query head.
+  const Bf16Bits* query_row_of(const StridedTensor& tensor, int64_t batch_head, int64_t row) const {
+    const int64_t batch = batch_head / problem_.num_heads;
+    return row_ptr<const Bf16Bits>(tensor, batch, batch_head % problem_.num_heads, first_query_of(problem_, batch) + row);
   }
-  void prefetch_writes(const StridedTensor& tensor, int64_t batch_head, int64_t row, int64_t rows, int64_t head_dim) {
-    prefetcher_.add_writes(row_ptr<const Bf16Bits>(tensor, batch_head / problem_.num_heads, batch_head % problem_.num_heads, row),
-                           tensor.row * 2, rows, head_dim * 2);
+  void prefetch_keys(const StridedTensor& tensor, int64_t batch_head, int64_t key, int64_t keys, int64_t head_dim) {
+    const int64_t batch = batch_head / problem_.num_heads, head = key_head(problem_, batch_head % problem_.num_heads);
+    prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, batch, head, first_key_of(problem_, batch) + key), tensor.row * 2, keys,
+                          head_dim * 2);
   }
 
   // Spreads over the ticks of one step the rows that later steps pack and write: the next query rows with their output, and a
@@ -334,20 +383,21 @@ class AmxForward {
         next_row = problem_.seqlen_q;
     }
     if (key0 == 0 && next_row < problem_.seqlen_q) {
-      prefetch_reads(problem_.query, next_head, next_row, min_of(kRows, problem_.seqlen_q - next_row), problem_.head_dim_qk);
-      prefetch_writes(problem_.out, next_head, next_row, min_of(kRows, problem_.seqlen_q - next_row), problem_.head_dim_v);
+      const int64_t next_rows = min_of(kRows, problem_.seqlen_q - next_row);
+      prefetcher_.add_reads(query_row_of(problem_.query, next_head, next_row), problem_.query.row * 2, next_rows, problem_.head_dim_qk * 2);
+      prefetcher_.add_writes(query_row_of(problem_.out, next_head, next_row), problem_.out.row * 2, next_rows, problem_.head_dim_v * 2);
     }
     // Keys: the next block of this head, or the first of the next head, in equal shares over the rows that lie before it.
-    int64_t key_head = batch_head, next_key = key0 + block_keys_, first = row0 - task_row0, span = task_rows;
+    int64_t next_keys = batch_head, next_key = key0 + block_keys_, first = row0 - task_row0, span = task_rows;
     if (single_block_ || next_key >= bounds_.seqlen_k) {
-      key_head = batch_head + 1, next_key = 0;
+      next_keys = batch_head + 1, next_key = 0;
       if (single_block_) first = row0, span = problem_.seqlen_q;
     }
-    if (key_head * tasks_per_head_ < last_task) {
+    if (next_keys * tasks_per_head_ < last_task) {
       const int64_t keys = min_of(block_keys_, problem_.seqlen_k - next_key);
       const int64_t from = keys * first / span, to = keys * min_of(first + kRows, span) / span;
-      prefetch_reads(problem_.key, key_head, next_key + from, to - from, problem_.head_dim_qk);
-      prefetch_reads(problem_.value, key_head, next_key + from, to - from, problem_.head_dim_v);
+      prefetch_keys(problem_.key, next_keys, next_key + from, to - from, problem_.head_dim_qk);
+      prefetch_keys(problem_.value, next_keys, next_key + from, to - from, problem_.head_dim_v);
     }
     const int64_t keys = min_of(block_keys_, bounds_.seqlen_k - key0);
     prefetcher_.spread_over(divide_up(keys, 32) + dim_v_ / 32);
@@ -360,12 +410,17 @@ class AmxForward {
   const int64_t score_stride_, weight_stride_;
   const bool dropping_;
   const float score_scale_;  // scores to exponents of 2
+  const Softcap softcap_;
+  ScoreBias score_bias_;
 
   Bf16Bits *packed_key_ = nullptr, *packed_value_ = nullptr, *packed_query_ = nullptr, *weights_ = nullptr;
   float *acc_ = nullptr, *row_max_ = nullptr, *row_sum_ = nullptr, *scores_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr;
+  float *key_bias_ = nullptr, *bias_ = nullptr;  // (seqlen_k,) 0 or -inf; (block_keys,) of one row, or of all
+  uint8_t* started_ = nullptr;                   // per 32 held rows: acc_ holds something
+  uint8_t* tile_kinds_ = nullptr;                // (rows_per_task / 64, tiles)
 
-  int64_t batch_ = -1, head_ = 0, packed_head_ = -1;
+  int64_t batch_ = -1, head_ = 0, kv_head_ = 0, packed_head_ = -1;
   SequenceBounds bounds_{};
   bool has_holes_ = false;
   RowPrefetcher prefetcher_;

@@ -276,6 +276,27 @@ static inline bool fill_present_bits(const AttentionProblem& problem, int64_t b,
   return holes;
 }
 
+// Bit i of keep[j * words_stride + w] = weight (row0 + 16 * w + i, key0 + j) is kept: dropout_keep_bits for transposed scores.
+// row0, key0 and keys are multiples of 16, rows of 32; rows <= kMaxRows.
+template <int64_t kMaxRows>
+static void dropout_keep_bits_transposed(const AttentionProblem& problem, int64_t batch_head, int64_t row0, int64_t rows, int64_t key0,
+                                         int64_t keys, uint16_t* keep, int64_t words_stride) {
+  alignas(64) uint16_t words[kMaxRows];
+  for (int64_t j0 = 0; j0 < keys; j0 += 16) {
+    dropout_keep_bits(problem, batch_head, row0, rows, key0 + j0, 1, words, 1);
+    for (int64_t i = 0; i < rows; i += 32) {
+      const __m512i of_rows = _mm512_load_si512(words + i);
+      uint16_t* out = keep + j0 * words_stride + i / 16;
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) {
+        const uint32_t of_key = _mm512_test_epi16_mask(of_rows, _mm512_set1_epi16(static_cast<int16_t>(1u << j)));
+        out[j * words_stride] = static_cast<uint16_t>(of_key);
+        out[j * words_stride + 1] = static_cast<uint16_t>(of_key >> 16);
+      }
+    }
+  }
+}
+
 FA_INLINE void store_zero_row(Bf16Bits* row, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 32) _mm512_mask_storeu_epi16(row + d, first_lanes32(head_dim - d), _mm512_setzero_si512());
 }

@@ -114,4 +114,8 @@ void backward(const AttentionProblem& problem, int num_threads) {
   run(selected_table().backward[static_cast<int>(problem.dtype)], problem, num_threads);
 }
 
+void weights(const AttentionProblem& problem, int num_threads) {
+  run(selected_table().weights[static_cast<int>(problem.dtype)], problem, num_threads);
+}
+
 }  // namespace fused_attention::cpu

@@ -17,5 +17,6 @@ const KernelTable& selected_table();
 // num_threads <= 1 runs in the calling thread, without a parallel region. Throws std::bad_alloc when scratch memory runs out.
 void forward(const AttentionProblem& problem, int num_threads);
 void backward(const AttentionProblem& problem, int num_threads);
+void weights(const AttentionProblem& problem, int num_threads);
 
 }  // namespace fused_attention::cpu

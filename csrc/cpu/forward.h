@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward pass with float32 arithmetic; query, key, value and out are stored as float32, bfloat16 or float16.
 //
-// A task covers some query rows of one head and walks over the keys in blocks of kBlockKeys:
+// A task covers some query rows of one head and walks over the keys that they see in blocks of kBlockKeys:
 //   1. pack K^T and V of the key block to float32 (kept for the head's next task when one block holds all keys)
 //   2. for each block of query rows:  S = Q K^T                                 (rows, keys)
-//   3.   row by row, online softmax:  P = exp2(c S - row_max), c = scale log2 e (scores in units of log2: one multiply-add, exp2)
+//   3.   row by row, soft cap, bias and online softmax:  P = exp2(c S - row_max), c = scale log2 e (scores in units of log2: one
+//   multiply-add, exp2)
 //   4.   O = O * exp2(old row_max - row_max) + dropout(P) V                     (rows, head_dim_v)
 //   5. out = O * dropout_scale / row_sum,  lse = (row_max + log2 row_sum) ln 2
 // With at most kFewRows query rows (decoding) packing a key would cost more than using it: 2 and 4 read K and V where they lie.
+// A sink counts as a key without a value: row_max starts from it and row_sum from 1. Empty tiles of a PreparedMask are skipped, and
+// each run of full or mixed ones takes steps 2 to 4 on its own.
 // The recurrence is the online softmax of Milakov and Gimelshein (2018), as in FlashAttention (Dao et al., 2022).
 #pragma once
 
@@ -18,6 +21,7 @@ constexpr int64_t kFewRows = 2;
 
 // Query rows in one block of scores, a multiple of 16. Small blocks waste less under a causal mask.
 static int64_t forward_block_rows(const AttentionProblem& problem) {
+  if (problem.row_tiles.data) return 64;
   const bool causal = problem.causal != Causal::none;
   if (problem.seqlen_q <= 64) return causal ? 32 : round_up(max_of(problem.seqlen_q, int64_t{1}), 16);
   return causal && problem.seqlen_q <= 1024 ? 48 : 96;
@@ -47,7 +51,9 @@ class ForwardPass {
         query_columns_(round_up(problem.head_dim_qk, 16)),
         value_columns_(round_up(problem.head_dim_v, 16)),
         scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
-        log2_scale_(problem.softmax_scale * kLog2e) {
+        log2_scale_(problem.softmax_scale * kLog2e),
+        softcap_(problem),
+        score_bias_(problem) {
     Arena arena(scratch);
     const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
     keys_t_ = arena.take<float>(block_keys * problem.head_dim_qk);
@@ -60,6 +66,9 @@ class ForwardPass {
     key_bias_ = arena.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
     zero_row_ = arena.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
     keep_ = arena.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
+    bias_ = arena.take<float>(scores_row_);
+    started_ = arena.take<uint8_t>((rows_per_task + block_rows_ - 1) / block_rows_);
+    if (problem.row_tiles.data) tile_kinds_ = arena.take<uint8_t>((rows_per_task + 63) / 64 * problem.row_tiles.num_tiles);
     scratch_bytes_ = arena.used();
   }
 
@@ -72,14 +81,17 @@ class ForwardPass {
       enter(task);
       const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
       if (rows_present > 0) {
-        pack_rows(row_ptr<const T>(problem_.query, b_, h_, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_,
+        pack_rows(query_row<const T>(problem_.query, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_,
                   query_columns_);
-        const int64_t keys_end = visible_keys(problem_, bounds_, row0_ + rows_present - 1);
-        for (int64_t key0 = 0; key0 < keys_end; key0 += kBlockKeys) {
+        const int64_t first_key = first_visible_key(bounds_, row0_), keys_end = visible_keys(bounds_, row0_ + rows_present - 1);
+        for (int64_t key0 = first_key / kBlockKeys * kBlockKeys; key0 < keys_end; key0 += kBlockKeys) {
           if (problem_.seqlen_q <= kFewRows) {
-            attend_in_place(rows_present, key0, min_of(kBlockKeys, keys_end - key0));
+            for_each_run(
+                tile_kinds(0, key0), max_of(first_key - key0, int64_t{0}) / 64 * 64, min_of(kBlockKeys, keys_end - key0),
+                [&](int64_t first, int64_t last, bool mixed) { attend_in_place(rows_present, key0 + first, last - first, mixed); });
             continue;
           }
+          if (!sees_any(rows_present, key0, min_of(kBlockKeys, keys_end - key0))) continue;
           load_keys(key0);
           plan_prefetch(task, last_task, key0, keys_end, rows_present);
           for (int64_t row = 0; row < rows_present; row += block_rows_) attend(row, min_of(block_rows_, rows_present - row), key0);
@@ -92,98 +104,145 @@ class ForwardPass {
  private:
   static constexpr int64_t kKeepWords = kBlockKeys / 16;
 
+  template <class U>
+  U* query_row(const StridedTensor& tensor, int64_t row) const {
+    return row_ptr<U>(tensor, b_, h_, bounds_.first_query + row);
+  }
+  const T* key_row(const StridedTensor& tensor, int64_t key) const { return row_ptr<const T>(tensor, b_, h_kv_, bounds_.first_key + key); }
+  // Of the rows from `row` of the task on and the keys from key0 on; null without a PreparedMask.
+  const uint8_t* tile_kinds(int64_t row, int64_t key0) const {
+    return tile_kinds_ ? tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles + key0 / 64 : nullptr;
+  }
+  bool sees_any(int64_t rows, int64_t key0, int64_t keys) const {
+    bool any = !tile_kinds_;
+    for (int64_t row = 0; row < rows && !any; row += 64)
+      for (int64_t j = 0; j < keys; j += 64) any |= tile_kinds(row, key0 + j)[0] != kEmptyTile;
+    return any;
+  }
+
   void enter(int64_t task) {
     batch_head_ = task / tasks_per_head_;
     h_ = batch_head_ % problem_.num_heads;
-    row0_ = task % tasks_per_head_ * rows_per_task_;
-    rows_ = min_of(rows_per_task_, problem_.seqlen_q - row0_);
+    h_kv_ = key_head(problem_, h_);
     if (const int64_t b = batch_head_ / problem_.num_heads; b != b_) {
       b_ = b;
       bounds_ = sequence_bounds(problem_, b);
       if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
     }
+    row0_ = task % tasks_per_head_ * rows_per_task_;
+    rows_ = min_of(rows_per_task_, bounds_.rows - row0_);
+    score_bias_.enter(bounds_, b_, h_, holes_ ? key_bias_ : nullptr);
+    const float sink = problem_.sinks ? problem_.sinks[h_] * kLog2e : -kInfinity;
     for (int64_t i = 0; i < rows_per_task_; i += kLanes) {
-      store(row_max_ + i, broadcast(-kInfinity));
-      store(row_sum_ + i, broadcast(0.0f));
+      const LaneMask present = first_lanes(sink == -kInfinity ? 0 : bounds_.seqlen_q - row0_ - i);
+      store(row_max_ + i, select(present, broadcast(sink), broadcast(-kInfinity)));
+      store(row_sum_ + i, select(present, broadcast(1.0f), broadcast(0.0f)));
     }
+    for (int64_t row = 0; row < rows_; row += block_rows_) started_[row / block_rows_] = 0;
+    for (int64_t row = 0; tile_kinds_ && row < rows_; row += 64)
+      expand_tiles(problem_.row_tiles, b_, h_, (row0_ + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
   }
 
   void load_keys(int64_t key0) {
-    if (packed_head_ == batch_head_ && packed_key0_ == key0) return;
-    packed_head_ = batch_head_, packed_key0_ = key0;
+    const int64_t head = b_ * problem_.num_heads_kv + h_kv_;
+    if (packed_head_ == head && packed_key0_ == key0) return;
+    packed_head_ = head, packed_key0_ = key0;
     const int64_t keys = min_of(kBlockKeys, bounds_.seqlen_k - key0);
     const float* absent = holes_ ? key_bias_ + key0 : nullptr;
-    pack_transposed(row_ptr<const T>(problem_.key, b_, h_, key0), problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
-    pack_rows(row_ptr<const T>(problem_.value, b_, h_, key0), problem_.value.row, keys, problem_.head_dim_v, values_, value_columns_,
-              absent);
+    pack_transposed(key_row(problem_.key, key0), problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
+    pack_rows(key_row(problem_.value, key0), problem_.value.row, keys, problem_.head_dim_v, values_, value_columns_, absent);
   }
 
   // What the products of this key block fetch ahead: the next key block, or what the next task reads and writes.
   void plan_prefetch(int64_t task, int64_t last_task, int64_t key0, int64_t keys_end, int64_t rows) {
     prefetcher_.clear();
     if (key0 + kBlockKeys < keys_end) {
-      prefetch_keys(b_, h_, key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
+      prefetch_keys(b_, h_kv_, bounds_.first_key + key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
     } else if (task + 1 < last_task) {
       const int64_t next_head = (task + 1) / tasks_per_head_, part = task % tasks_per_head_,
                     row = (task + 1) % tasks_per_head_ * rows_per_task_;
-      const int64_t b = next_head / problem_.num_heads, h = next_head % problem_.num_heads,
+      const int64_t b = next_head / problem_.num_heads, h = next_head % problem_.num_heads, query0 = first_query_of(problem_, b) + row,
                     next_rows = min_of(rows_per_task_, problem_.seqlen_q - row);
-      prefetcher_.add_reads(row_ptr<const T>(problem_.query, b, h, row), problem_.query.row * kSize, next_rows,
+      prefetcher_.add_reads(row_ptr<const T>(problem_.query, b, h, query0), problem_.query.row * kSize, next_rows,
                             problem_.head_dim_qk * kSize);
-      prefetcher_.add_writes(row_ptr<const T>(problem_.out, b, h, row), problem_.out.row * kSize, next_rows, problem_.head_dim_v * kSize);
+      prefetcher_.add_writes(row_ptr<const T>(problem_.out, b, h, query0), problem_.out.row * kSize, next_rows,
+                             problem_.head_dim_v * kSize);
       if (problem_.seqlen_k > kBlockKeys) {
-        prefetch_keys(b, h, 0, kBlockKeys);
+        prefetch_keys(b, key_head(problem_, h), first_key_of(problem_, b), kBlockKeys);
       } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head fetches its share of the next head
         const int64_t following = batch_head_ + 1, begin = problem_.seqlen_k * part / tasks_per_head_,
-                      end = problem_.seqlen_k * (part + 1) / tasks_per_head_;
-        prefetch_keys(following / problem_.num_heads, following % problem_.num_heads, begin, end - begin);
+                      end = problem_.seqlen_k * (part + 1) / tasks_per_head_, next_b = following / problem_.num_heads;
+        prefetch_keys(next_b, key_head(problem_, following % problem_.num_heads), first_key_of(problem_, next_b) + begin, end - begin);
       }
     }
     const int64_t keys = min_of(kBlockKeys, keys_end - key0);
     prefetcher_.spread_over(rows / kTileRows * ((keys + kKeyTile - 1) / kKeyTile + (value_columns_ + 63) / 64));
   }
 
-  void prefetch_keys(int64_t b, int64_t h, int64_t key0, int64_t keys) {
-    prefetcher_.add_reads(row_ptr<const T>(problem_.key, b, h, key0), problem_.key.row * kSize, keys, problem_.head_dim_qk * kSize);
-    prefetcher_.add_reads(row_ptr<const T>(problem_.value, b, h, key0), problem_.value.row * kSize, keys, problem_.head_dim_v * kSize);
+  void prefetch_keys(int64_t b, int64_t h_kv, int64_t key0, int64_t keys) {
+    prefetcher_.add_reads(row_ptr<const T>(problem_.key, b, h_kv, key0), problem_.key.row * kSize, keys, problem_.head_dim_qk * kSize);
+    prefetcher_.add_reads(row_ptr<const T>(problem_.value, b, h_kv, key0), problem_.value.row * kSize, keys, problem_.head_dim_v * kSize);
   }
 
-  // Rows [row, row + rows) of the task against the packed key block at key0.
+  // Rows [row, row + rows) of the task against what they see of the packed key block at key0.
   void attend(int64_t row, int64_t rows, int64_t key0) {
-    const int64_t keys = min_of(visible_keys(problem_, bounds_, row0_ + row + rows - 1) - key0, kBlockKeys);
-    if (keys <= 0) return;
+    const int64_t first_key = max_of(first_visible_key(bounds_, row0_ + row) - key0, int64_t{0}) / kKeyTile * kKeyTile,
+                  keys_end = min_of(visible_keys(bounds_, row0_ + row + rows - 1) - key0, kBlockKeys);
+    for_each_run(tile_kinds(row, key0), first_key, keys_end,
+                 [&](int64_t first, int64_t last, bool mixed) { attend_run(row, rows, key0, first, last - first, mixed); });
+  }
+
+  // The same with keys [first, first + keys) of the block.
+  void attend_run(int64_t row, int64_t rows, int64_t key0, int64_t first, int64_t keys, bool mixed) {
+    const float* keys_t = keys_t_ + first * problem_.head_dim_qk;
     for (int64_t j = 0; j < keys; j += kKeyTile)
       matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * query_columns_, query_columns_, 1,
-             keys_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
+             keys_t + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
+    softmax_rows(row, rows, scores_row_, key0 + first, keys, mixed);
+    uint8_t& started = started_[row / block_rows_];
+    matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_ + first * value_columns_, value_columns_,
+           out_ + row * value_columns_, value_columns_, started != 0, &prefetcher_);
+    started = 1;
+  }
+
+  // scores_ of rows [row, row + rows) and `keys` keys from key0 on become weights.
+  void softmax_rows(int64_t row, int64_t rows, int64_t scores_row, int64_t key0, int64_t keys, bool mixed) {
     if (problem_.dropout_threshold) dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
-    for (int64_t i = 0; i < rows; ++i) softmax_row(row + i, scores_ + i * scores_row_, key0, keys, keep_ + i * kKeepWords);
-    matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_, value_columns_, out_ + row * value_columns_, value_columns_,
-           key0 > 0, &prefetcher_);
+    if (softcap_ || score_bias_.needed(mixed)) {
+      const bool same = score_bias_.same_for_all_rows(mixed);
+      if (same) score_bias_.fill(row0_ + row, key0, keys, mixed, bias_);
+      for (int64_t i = 0; i < rows; ++i)
+        biased_softmax_row(row + i, scores_ + i * scores_row, key0, keys, mixed, !same, keep_ + i * kKeepWords);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) softmax_row(row + i, scores_ + i * scores_row, key0, keys, keep_ + i * kKeepWords);
+    }
   }
 
   // All rows against the keys [key0, key0 + keys), which are not packed. Four keys at a time: one load of the query or of out for
   // the four, and independent sums.
-  void attend_in_place(int64_t rows, int64_t key0, int64_t keys) {
-    if (problem_.dropout_threshold) dropout_keep_bits(problem_, batch_head_, row0_, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
-    const int64_t next_head = min_of(batch_head_ + 1, problem_.batch * problem_.num_heads - 1);
-    const T* value0 = row_ptr<const T>(problem_.value, b_, h_, key0);
-    const T* next_key0 = row_ptr<const T>(problem_.key, next_head / problem_.num_heads, next_head % problem_.num_heads, 0);
+  void attend_in_place(int64_t rows, int64_t key0, int64_t keys, bool mixed) {
+    const int64_t next_head = min_of(batch_head_ + 1, problem_.batch * problem_.num_heads - 1), next_b = next_head / problem_.num_heads;
+    const T* value0 = key_row(problem_.value, key0);
+    const T* next_key0 =
+        row_ptr<const T>(problem_.key, next_b, key_head(problem_, next_head % problem_.num_heads), first_key_of(problem_, next_b));
     const T* sources[4];
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < keys; j += 4) {
         locate_rows(problem_.key, key0, j, keys, value0, problem_.value.row, sources);
-        dot_products(queries_ + i * query_columns_, sources, problem_.head_dim_qk, scores_ + j);
+        dot_products(queries_ + i * query_columns_, sources, problem_.head_dim_qk, scores_ + i * scores_row_ + j);
       }
-      softmax_row(i, scores_, key0, keys, keep_ + i * kKeepWords);
-      for (int64_t j = keys; j < round_up(keys, 4); ++j) scores_[j] = 0.0f;
-      float* out = out_ + i * value_columns_;
-      if (key0 == 0)
+    softmax_rows(0, rows, scores_row_, key0, keys, mixed);
+    for (int64_t i = 0; i < rows; ++i) {
+      float *scores = scores_ + i * scores_row_, *out = out_ + i * value_columns_;
+      for (int64_t j = keys; j < round_up(keys, 4); ++j) scores[j] = 0.0f;
+      if (!started_[0])
         for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, broadcast(0.0f));
       for (int64_t j = 0; j < keys; j += 4) {
         locate_rows(problem_.value, key0, j, keys, next_key0, problem_.key.row, sources);
-        add_weighted(out, scores_ + j, sources, problem_.head_dim_v);
+        add_weighted(out, scores + j, sources, problem_.head_dim_v);
       }
     }
+    started_[0] = 1;
   }
 
   // The rows of K or V of keys j to j + 3, zeros for absent ones and past the last. Fetches the four rows that are needed a little
@@ -191,7 +250,7 @@ class ForwardPass {
   void locate_rows(const StridedTensor& tensor, int64_t key0, int64_t j, int64_t keys, const T* next, int64_t next_row,
                    const T* sources[4]) const {
     constexpr int64_t kRowsAhead = 32;
-    const T* first = row_ptr<const T>(tensor, b_, h_, key0);
+    const T* first = key_row(tensor, key0);
     for (int n = 0; n < 4; ++n) {
       const int64_t ahead = j + n + kRowsAhead;
       const char* line =
@@ -222,28 +281,50 @@ class ForwardPass {
     }
   }
 
-  // scores: (keys,) of one row, replaced by the weights that multiply V; O of earlier key blocks is rescaled to the new row_max.
+  // scores: (keys,) of one row that sees the leading ones, replaced by the weights that multiply V.
   void softmax_row(int64_t row, float* scores, int64_t key0, int64_t keys, const uint16_t* keep) {
-    const int64_t visible = min_of(visible_keys(problem_, bounds_, row0_ + row) - key0, keys);
-    bool scaled = holes_ || problem_.attn_mask.data;
-    float block_max = scaled ? add_bias(row, scores, key0, visible) : leading_max(scores, visible) * log2_scale_;
-    if (!scaled && __builtin_fabsf(block_max) > kScaleFirstAbove) {
-      scaled = true;
-      block_max = add_bias(row, scores, key0, visible);
+    const int64_t visible = min_of(visible_keys(bounds_, row0_ + row) - key0, keys);
+    float scale = log2_scale_, block_max = leading_max(scores, visible) * log2_scale_;
+    if (__builtin_fabsf(block_max) > kScaleFirstAbove) {
+      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(log2_scale_)));
+      scale = 1.0f, block_max = leading_max(scores, visible);
     }
-    const float scale = scaled ? 1.0f : log2_scale_;
+    update_row(row, scores, visible, keys, block_max, scale, keep);
+  }
+
+  // The same with a soft cap or a bias, which bias_ holds already unless `fill`.
+  void biased_softmax_row(int64_t row, float* scores, int64_t key0, int64_t keys, bool mixed, bool fill, const uint16_t* keep) {
+    const int64_t unseen = min_of(max_of(first_visible_key(bounds_, row0_ + row) - key0, int64_t{0}), keys) / 16 * 16;
+    for (int64_t j = 0; j < unseen; j += kLanes) store(scores + j, broadcast(0.0f));
+    scores += unseen, key0 += unseen, keys -= unseen, keep += unseen / 16;
+    const int64_t visible = max_of(min_of(visible_keys(bounds_, row0_ + row) - key0, keys), int64_t{0});
+    const float* mask = score_bias_.plain_mask_row(row0_ + row, key0, mixed);
+    if (fill && !mask) score_bias_.fill(row0_ + row, key0, visible, mixed, bias_);
+    Vec max = broadcast(-kInfinity);
+    for (int64_t j = 0; j < visible; j += kLanes) {
+      const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, mask ? mask_values(mask + j, visible - j) : load(bias_ + j));
+      store(scores + j, x);
+      max = max_of(max, select(first_lanes(visible - j), x, max));
+    }
+    update_row(row, scores, visible, keys, reduce_max(max), 1.0f, keep);
+  }
+
+  // Exponentials of scale * score; O of earlier keys is rescaled to the new row_max.
+  FA_MEMBER_INLINE void update_row(int64_t row, float* scores, int64_t visible, int64_t keys, float block_max, float scale,
+                                   const uint16_t* keep) {
     const float old_max = row_max_[row], new_max = max_of(old_max, block_max);
     const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
     const float sum = problem_.dropout_threshold ? exponentials<true>(scores, visible, keys, scale, shift, keep)
                                                  : exponentials<false>(scores, visible, keys, scale, shift, keep);
     row_max_[row] = new_max;
-    if (key0 == 0) {
+    if (row_sum_[row] == 0.0f) {
       row_sum_[row] = sum;
     } else if (new_max == old_max) {
       row_sum_[row] += sum;
     } else {
       const float rescale = __builtin_exp2f(old_max - shift);
       row_sum_[row] = row_sum_[row] * rescale + sum;
+      if (!started_[row / block_rows_]) return;
       float* out = out_ + row * value_columns_;
       for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, mul(load(out + d), broadcast(rescale)));
     }
@@ -258,20 +339,6 @@ class ForwardPass {
     }
     for (; j < visible; j += kLanes) even = max_of(even, select(first_lanes(visible - j), load(scores + j), even));
     return reduce_max(max_of(even, odd));
-  }
-
-  // Replaces the visible scores by c * score + log2 e * attn_mask, -inf at masked entries; returns their maximum.
-  float add_bias(int64_t row, float* scores, int64_t key0, int64_t visible) const {
-    const float* mask_row = problem_.attn_mask.data ? row_ptr<const float>(problem_.attn_mask, b_, h_, row0_ + row) + key0 : nullptr;
-    const float* key_bias = holes_ ? key_bias_ + key0 : nullptr;
-    Vec max = broadcast(-kInfinity);
-    for (int64_t j = 0; j < visible; j += kLanes) {
-      const Vec biased =
-          biased_scores(load(scores + j), log2_scale_, mask_row ? mask_row + j : nullptr, key_bias ? key_bias + j : nullptr, visible - j);
-      store(scores + j, biased);
-      max = max_of(max, select(first_lanes(visible - j), biased, max));
-    }
-    return reduce_max(max);
   }
 
   // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before
@@ -303,9 +370,9 @@ class ForwardPass {
   // out and lse of all rows of the task; rows that see nothing, absent ones included, get 0 and -inf.
   void write_rows() {
     for (int64_t i = 0; i < rows_; ++i) {
-      T* to = row_ptr<T>(problem_.out, b_, h_, row0_ + i);
+      T* to = query_row<T>(problem_.out, row0_ + i);
       const float* from = out_ + i * value_columns_;
-      const bool empty = row_sum_[i] == 0.0f;  // then `from` was never written
+      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // then `from` may never have been written
       const Vec factor = broadcast(empty ? 0.0f : problem_.dropout_scale() / row_sum_[i]);
       for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
         const Vec value = empty ? broadcast(0.0f) : mul(load(from + d), factor);
@@ -315,7 +382,7 @@ class ForwardPass {
           store_first(to + d, value, problem_.head_dim_v - d);
       }
     }
-    float* lse = problem_.lse + batch_head_ * problem_.seqlen_q + row0_;
+    float* lse = problem_.lse + lse_offset(problem_, bounds_, b_, h_) + row0_;
     for (int64_t i = 0; i < rows_; i += kLanes) {
       const Vec sum = load(row_sum_ + i), natural = natural_lse(load(row_max_ + i), log2(sum));
       store_first(lse + i, select(less_than(sum, broadcast(1e-30f)), broadcast(-kInfinity), natural), rows_ - i);
@@ -332,20 +399,25 @@ class ForwardPass {
   const AttentionProblem& problem_;
   const int64_t block_rows_, rows_per_task_, tasks_per_head_, query_columns_, value_columns_, scores_row_;
   const float log2_scale_;
+  const Softcap softcap_;
+  ScoreBias score_bias_;
   size_t scratch_bytes_;
 
-  float* keys_t_;    // (tiles, head_dim_qk, kKeyTile), the key block transposed
-  float* values_;    // (keys, value_columns)
-  float* queries_;   // (rows_per_task, query_columns)
-  float* out_;       // (rows_per_task, value_columns), not yet normalised
-  float* scores_;    // (block_rows, scores_row)
-  float* row_max_;   // (rows_per_task,) in units of log2
-  float* row_sum_;   // (rows_per_task,)
-  float* key_bias_;  // (seqlen_k,) 0 or -inf
-  T* zero_row_;      // (head_dim,)
-  uint16_t* keep_;   // (block_rows, kKeepWords) dropout bits
+  float* keys_t_;                  // (tiles, head_dim_qk, kKeyTile), the key block transposed
+  float* values_;                  // (keys, value_columns)
+  float* queries_;                 // (rows_per_task, query_columns)
+  float* out_;                     // (rows_per_task, value_columns), not yet normalised
+  float* scores_;                  // (block_rows, scores_row)
+  float* row_max_;                 // (rows_per_task,) in units of log2
+  float* row_sum_;                 // (rows_per_task,)
+  float* key_bias_;                // (seqlen_k,) 0 or -inf
+  T* zero_row_;                    // (head_dim,)
+  uint16_t* keep_;                 // (block_rows, kKeepWords) dropout bits
+  float* bias_;                    // (scores_row,) of one row, or of all
+  uint8_t* started_;               // per block of rows: out_ holds something
+  uint8_t* tile_kinds_ = nullptr;  // (rows_per_task / 64, tiles)
 
-  int64_t b_ = -1, h_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
+  int64_t b_ = -1, h_ = 0, h_kv_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
   int64_t packed_head_ = -1, packed_key0_ = -1;
   SequenceBounds bounds_{};
   bool holes_ = false;

@@ -11,7 +11,10 @@ constexpr KernelTable fp32_compute_table(const char* name) {
            {plan_forward<float16_t>, run_forward<float16_t>}},
           {{plan_backward<float>, run_backward<float>},
            {plan_backward<bfloat16_t>, run_backward<bfloat16_t>},
-           {plan_backward<float16_t>, run_backward<float16_t>}}};
+           {plan_backward<float16_t>, run_backward<float16_t>}},
+          {{plan_weights<float>, run_weights<float>},
+           {plan_weights<bfloat16_t>, run_weights<bfloat16_t>},
+           {plan_weights<float16_t>, run_weights<float16_t>}}};
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

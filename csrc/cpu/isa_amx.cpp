@@ -33,9 +33,11 @@ bool amx_available() {
 #include "matmul.h"
 #include "forward.h"
 #include "backward.h"
+#include "weights.h"
 #include "fp32_compute_table.h"
 #include "amx_tiles.h"
 #include "amx_forward.h"
+#include "amx_bias.h"
 #include "amx_backward.h"
 
 namespace fused_attention::cpu {

@@ -12,6 +12,7 @@
 #include "matmul.h"
 #include "forward.h"
 #include "backward.h"
+#include "weights.h"
 #include "fp32_compute_table.h"
 
 namespace fused_attention::cpu {

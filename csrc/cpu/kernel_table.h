@@ -22,7 +22,7 @@ struct Kernel {
 
 struct KernelTable {
   const char* name;
-  Kernel forward[3], backward[3];  // indexed by Dtype
+  Kernel forward[3], backward[3], weights[3];  // indexed by Dtype
 };
 
 extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;  // x86-64 has all of them, other machines kBaseKernels

@@ -1,36 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which keys a query row sees. Included after simd.h; brings dropout.h with it.
+// Which rows and keys of a sequence exist and which keys a row sees by its position. Included after simd.h; brings dropout.h with it.
 #pragma once
 
 namespace fused_attention::cpu::FA_ISA {
 
-// The part of one sequence that is present: rows [0, seqlen_q), keys [0, seqlen_k). Under a causal mask row i sees keys j <= i + diagonal.
+// One sequence of a batch: its rows [0, seqlen_q) and keys [0, seqlen_k) are present. Row i sees keys j with
+// -left <= j - i - diagonal <= right.
 struct SequenceBounds {
   int64_t seqlen_q, seqlen_k, diagonal;
+  int64_t left, right;
+  int64_t rows, keys;              // what results have; the absent ones get zeros
+  int64_t first_query, first_key;  // where the sequence starts among packed tokens
 };
 
+struct TokenRange {
+  int64_t first, length;
+};
+
+// Sequence b of packed tokens; whatever stands in cu_seqlens, it lies within them.
+static inline TokenRange packed_sequence(const int32_t* cu_seqlens, int64_t b, int64_t num_tokens, int64_t longest) {
+  const int64_t first = min_of(max_of(int64_t{cu_seqlens[b]}, int64_t{0}), num_tokens);
+  const int64_t last = min_of(max_of(int64_t{cu_seqlens[b + 1]}, first), num_tokens);
+  return {first, min_of(last - first, longest)};
+}
+
 static inline SequenceBounds sequence_bounds(const AttentionProblem& problem, int64_t b) {
-  const int64_t seqlen_q =
-      problem.query_lengths ? min_of(max_of(int64_t{problem.query_lengths[b]}, int64_t{0}), problem.seqlen_q) : problem.seqlen_q;
-  int64_t seqlen_k = problem.key_lengths ? min_of(max_of(int64_t{problem.key_lengths[b]}, int64_t{0}), problem.seqlen_k) : problem.seqlen_k;
-  const int64_t diagonal = problem.causal == Causal::bottom_right ? seqlen_k - seqlen_q : 0;
+  constexpr int64_t kAll = INT64_MAX / 4;
+  SequenceBounds bounds{};
+  bounds.rows = problem.seqlen_q, bounds.keys = problem.seqlen_k;
+  if (problem.cu_seqlens_q) {
+    const TokenRange queries = packed_sequence(problem.cu_seqlens_q, b, problem.num_tokens_q, problem.seqlen_q);
+    const TokenRange keys = packed_sequence(problem.cu_seqlens_k, b, problem.num_tokens_k, problem.seqlen_k);
+    bounds.first_query = queries.first, bounds.rows = queries.length;
+    bounds.first_key = keys.first, bounds.keys = keys.length;
+  }
+  const auto present = [b](const int32_t* lengths, int64_t all) {
+    return lengths ? min_of(max_of(int64_t{lengths[b]}, int64_t{0}), all) : all;
+  };
+  bounds.seqlen_q = present(problem.query_lengths, bounds.rows);
+  bounds.seqlen_k = present(problem.key_lengths, bounds.keys);
+  bounds.diagonal = problem.causal == Causal::bottom_right ? bounds.seqlen_k - bounds.seqlen_q : 0;
+  bounds.left = problem.window_left < kUnlimited ? problem.window_left : kAll;
+  bounds.right = problem.causal != Causal::none ? 0 : problem.window_right < kUnlimited ? problem.window_right : kAll;
   if (problem.key_mask) {  // trailing masked keys cost nothing; they do not move the diagonal
     const uint8_t* allowed = problem.key_mask + b * problem.key_mask_batch;
-    while (seqlen_k > 0 && !allowed[(seqlen_k - 1) * problem.key_mask_key]) --seqlen_k;
+    while (bounds.seqlen_k > 0 && !allowed[(bounds.seqlen_k - 1) * problem.key_mask_key]) --bounds.seqlen_k;
   }
-  return {seqlen_q, seqlen_k, diagonal};
+  return bounds;
 }
 
-// Number of leading keys that `row` may see, in [0, seqlen_k].
-static inline int64_t visible_keys(const AttentionProblem& problem, const SequenceBounds& bounds, int64_t row) {
-  if (problem.causal == Causal::none) return bounds.seqlen_k;
-  return min_of(max_of(row + bounds.diagonal + 1, int64_t{0}), bounds.seqlen_k);
+// Whether some rows see other keys than others by their position.
+static inline bool has_diagonal(const AttentionProblem& problem) {
+  return problem.causal != Causal::none || problem.window_left < kUnlimited || problem.window_right < kUnlimited;
 }
 
-// The first row that sees `key`, in [0, infinity): rows before it skip the key.
-static inline int64_t first_row_seeing(const AttentionProblem& problem, const SequenceBounds& bounds, int64_t key) {
-  return problem.causal == Causal::none ? 0 : max_of(key - bounds.diagonal, int64_t{0});
+// `row` sees keys [first_visible_key, visible_keys), both in [0, seqlen_k]; none where the second is not the larger.
+static inline int64_t visible_keys(const SequenceBounds& bounds, int64_t row) {
+  return min_of(max_of(row + bounds.diagonal + bounds.right + 1, int64_t{0}), bounds.seqlen_k);
 }
+static inline int64_t first_visible_key(const SequenceBounds& bounds, int64_t row) {
+  return min_of(max_of(row + bounds.diagonal - bounds.left, int64_t{0}), bounds.seqlen_k);
+}
+
+// Rows [first_row_seeing, rows_seeing) see `key`, the first in [0, infinity), the second in (-infinity, seqlen_q].
+static inline int64_t first_row_seeing(const SequenceBounds& bounds, int64_t key) {
+  return max_of(key - bounds.diagonal - bounds.right, int64_t{0});
+}
+static inline int64_t rows_seeing(const SequenceBounds& bounds, int64_t key) {
+  return min_of(key - bounds.diagonal + bounds.left + 1, bounds.seqlen_q);
+}
+
+// First row of sequence b in lse and its gradient.
+static inline int64_t lse_offset(const AttentionProblem& problem, const SequenceBounds& bounds, int64_t b, int64_t h) {
+  return problem.cu_seqlens_q ? h * problem.num_tokens_q + bounds.first_query : (b * problem.num_heads + h) * problem.seqlen_q;
+}
+
+// Where rows of sequence b start, for prefetches that look past the current sequence.
+static inline int64_t first_query_of(const AttentionProblem& problem, int64_t b) {
+  return problem.cu_seqlens_q ? packed_sequence(problem.cu_seqlens_q, b, problem.num_tokens_q, problem.seqlen_q).first : 0;
+}
+static inline int64_t first_key_of(const AttentionProblem& problem, int64_t b) {
+  return problem.cu_seqlens_k ? packed_sequence(problem.cu_seqlens_k, b, problem.num_tokens_k, problem.seqlen_k).first : 0;
+}
+
+// The key head that query head h reads.
+static inline int64_t key_head(const AttentionProblem& problem, int64_t h) { return h / (problem.num_heads / problem.num_heads_kv); }
 
 // key_bias: (padded,), 0 for a key that may be attended to, -inf for one that may not and from seqlen_k on.
 // Returns true when there are masked keys below seqlen_k ("holes").
@@ -46,20 +100,7 @@ static inline bool fill_key_bias(const AttentionProblem& problem, int64_t b, int
   return holes;
 }
 
-constexpr float kMaskedBelow = -1e30f;  // attn_mask values below it mask the entry, as -inf does
-
-// kLanes scores in units of log2: scale * score + log2(e) * mask + key_bias, with -inf at masked entries. `mask` and `key_bias`
-// may be null; only the first `remaining` values of `mask` are read.
-FA_INLINE Vec biased_scores(Vec score, float scale, const float* mask, const float* key_bias, int64_t remaining) {
-  Vec x = mul(score, broadcast(scale));
-  if (mask) {
-    const Vec bias = remaining >= kLanes ? load(mask) : load_first(mask, remaining);
-    x = fmadd(bias, broadcast(kLog2e), x);
-    x = select(less_than(bias, broadcast(kMaskedBelow)), broadcast(-kInfinity), x);
-  }
-  return key_bias ? add(x, load(key_bias)) : x;
-}
-
 }  // namespace fused_attention::cpu::FA_ISA
 
 #include "dropout.h"
+#include "score_bias.h"

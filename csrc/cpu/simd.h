@@ -11,6 +11,7 @@
 #define FA_INLINE static inline __attribute__((always_inline))
 #define FA_MEMBER_INLINE inline __attribute__((always_inline))
 #define FA_NOINLINE static __attribute__((noinline))
+#define FA_NOINLINE_MEMBER __attribute__((noinline))
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -76,6 +77,8 @@ FA_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 FA_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 FA_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 FA_INLINE Vec max_of(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
+FA_INLINE Vec absolute(Vec a) { return {_mm512_abs_ps(a.x)}; }
+FA_INLINE Vec lane_indices() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 FA_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.x); }
 FA_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.x); }
 FA_INLINE void reduce_add4(const Vec v[4], float sums[4]) {
@@ -207,6 +210,8 @@ FA_INLINE Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
 FA_INLINE Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
 FA_INLINE Vec div(Vec a, Vec b) { return {a.x / b.x}; }
 FA_INLINE Vec max_of(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
+FA_INLINE Vec absolute(Vec a) { return {(FloatVector)((IntVector)a.x & 0x7fffffff)}; }
+FA_INLINE Vec lane_indices() { return {__builtin_convertvector(kLaneIndex, FloatVector)}; }
 FA_INLINE float reduce_max(Vec a) {
   float m = a.x[0];
   for (int i = 1; i < kLanes; ++i) m = a.x[i] > m ? a.x[i] : m;
@@ -336,6 +341,19 @@ FA_INLINE Vec log2(Vec x) {
   Vec series = broadcast(2 * kLog2e / 9);
   for (int term = 7; term > 0; term -= 2) series = fmadd(series, t2, broadcast(2 * kLog2e / static_cast<float>(term)));
   return fmadd(x, broadcast(0.0f), fmadd(t, series, exponent));
+}
+
+// tanh, relative error 2e-7: a polynomial near 0 (Cephes), elsewhere 1 - 2 / (e^2x + 1). NaN stays NaN.
+FA_INLINE Vec tanh(Vec x) {
+  constexpr float kSmall[5] = {-3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531e-2f, 2.06390887954e-2f, -5.70498872745e-3f};
+  const Vec size = absolute(x), x2 = mul(x, x), one = broadcast(1.0f), limit = broadcast(20.0f);
+  Vec p = broadcast(kSmall[4]);
+  for (int i = 3; i >= 0; --i) p = fmadd(p, x2, broadcast(kSmall[i]));
+  const Vec near_zero = fmadd(mul(p, x2), x, x);
+  const Vec e = exp2(mul(select(less_than(limit, size), limit, size), broadcast(2 * kLog2e)));
+  const Vec large = sub(one, div(broadcast(2.0f), add(e, one)));
+  const Vec far = select(less_than(x, broadcast(0.0f)), sub(broadcast(0.0f), large), large);
+  return select(less_than(size, broadcast(0.625f)), near_zero, far);
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

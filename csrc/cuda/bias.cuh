@@ -10,15 +10,16 @@ namespace fused_attention::cuda {
 template <int MATRICES, int BLOCKS>
 class Bias {
  public:
-  FA_DEVICE Bias(const AttentionProblem& problem, int64_t batch, int64_t head)
+  // transposed: of keys x rows; read "rows" as keys and "keys" as rows from here on.
+  FA_DEVICE Bias(const AttentionProblem& problem, int64_t batch, int64_t head, bool transposed = false)
       : dtype_(problem.attn_mask_dtype),
-        num_keys_(static_cast<int>(problem.seqlen_k)),
-        row_stride_(problem.attn_mask.row),
-        key_stride_(problem.attn_mask_key) {
+        num_keys_(static_cast<int>(transposed ? problem.seqlen_q : problem.seqlen_k)),
+        row_stride_(transposed ? problem.attn_mask_key : problem.attn_mask.row),
+        key_stride_(transposed ? problem.attn_mask.row : problem.attn_mask_key) {
     const int bytes = dtype_ == MaskDtype::float32 ? 4 : 2;
     base_ = static_cast<const unsigned char*>(problem.attn_mask.data) +
             (batch * problem.attn_mask.batch + head * problem.attn_mask.head) * bytes;
-    const int64_t steps = problem.attn_mask.batch | problem.attn_mask.head | problem.attn_mask.row;
+    const int64_t steps = problem.attn_mask.batch | problem.attn_mask.head | row_stride_;
     in_pairs_ = key_stride_ == 1 && (reinterpret_cast<intptr_t>(problem.attn_mask.data) | steps * bytes) % (2 * bytes) == 0;
   }
 

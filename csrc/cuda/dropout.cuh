@@ -20,6 +20,42 @@ struct Dropout {
   // Weights that are dropped become 0. first_row and start_n are multiples of 16.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE void apply(Accumulators<MATRICES, BLOCKS>& weights, int first_row, int start_n) const {
+    for_each_dropped(weights, first_row, start_n, [](float& weight) { weight = 0.0f; });
+  }
+
+  // Weights that are dropped change their sign.
+  template <int MATRICES, int BLOCKS>
+  FA_DEVICE void mark(Accumulators<MATRICES, BLOCKS>& weights, int first_row, int start_n) const {
+    for_each_dropped(weights, first_row, start_n, [](float& weight) { weight = -weight; });
+  }
+
+  // The same of a transposed tile, 16 keys of a warp x rows. A lane has one key of a pair that a draw covers, and lane ^ 4 the other one:
+  // each of them draws for one of the two rows that they have side by side, and they exchange halves of the words.
+  template <int BLOCKS>
+  FA_DEVICE void mark_transposed(Accumulators<1, BLOCKS>& weights, int first_key, int start_m) const {
+    const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n += 2) {
+      uint32_t words[4] = {static_cast<uint32_t>(first_key / 16) * 4 + lane / 8,
+                           static_cast<uint32_t>(start_m / 16 + n / 2) * 8 + 2 * (lane % 4) + odd, batch_head, key.offset};
+      philox4x32(words, key.key0, key.key1);
+      // numbers[i]: of rows i / 2 * 8 below the pair and keys i % 2 * 8 after this lane's; own: drawn here, other: by lane ^ 4.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000;  // of the even and of the odd key
+        const uint32_t own = odd ? high : low, other = __shfl_xor_sync(kWholeWarp, odd ? low : high, 4);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {  // rows side by side
+          float& weight = weights[0][n + i / 2][i % 2 * 2 + e];
+          if ((e == odd ? own : other) < threshold) weight = -weight;
+        }
+      }
+    }
+  }
+
+ private:
+  template <int MATRICES, int BLOCKS, class Drop>
+  FA_DEVICE void for_each_dropped(Accumulators<MATRICES, BLOCKS>& weights, int first_row, int start_n, Drop drop) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {
@@ -33,7 +69,7 @@ struct Dropout {
 #pragma unroll
           for (int right = 0; right < 2; ++right) {
             const uint32_t word = words[e / 2 * 2 + right];
-            if ((e % 2 == 0 ? word << 16 : word) < threshold) weights[m][n + right][e] = 0.0f;
+            if ((e % 2 == 0 ? word << 16 : word) < threshold) drop(weights[m][n + right][e]);
           }
         }
       }

@@ -52,6 +52,10 @@ struct Sequence {
     return {sees_all_to_the_left() ? 0 : max(row + offset - window_left, 0),
             sees_all_to_the_right() ? keys_present : min(row + offset + window_right + 1, keys_present)};
   }
+  FA_DEVICE KeyRange rows_of(int key) const {  // that may attend to it
+    return {sees_all_to_the_right() ? 0 : max(key - offset - window_right, 0),
+            sees_all_to_the_left() ? rows_present : min(key - offset + window_left + 1, rows_present)};
+  }
 
  private:
   static FA_DEVICE int clamped(int64_t number, int64_t most) { return static_cast<int>(min(max(number, int64_t{0}), most)); }
@@ -70,52 +74,57 @@ FA_DEVICE const T* of_head(const T* data, int64_t batch_stride, int64_t batch, i
   return data == nullptr ? nullptr : data + batch * batch_stride + head * head_stride;
 }
 
-// The blocks of BLOCK_N keys that a block of BLOCK_M rows visits: first those of which every score counts, then the mixed ones.
-template <int BLOCK_M, int BLOCK_N, bool HAS_LISTS>
-class KeyBlocks {
+// The blocks of BLOCK keys that some rows visit: first those of which every score counts, then the mixed ones. Or the blocks of rows that
+// some keys are visited by: nothing here knows which of the two it is.
+template <int BLOCK, bool HAS_LISTS>
+class VisitedBlocks {
  public:
-  // Where `lists` are null positions alone decide; without HAS_LISTS they always are.
-  FA_DEVICE KeyBlocks(const Sequence& sequence, const TileLists& lists, int batch, int head, int start_m)
-      : lists_(lists), batch_(batch), head_(head), row_block_(start_m / BLOCK_M) {
-    if (start_m >= sequence.rows_present) return;
-    if (HAS_LISTS && lists.data != nullptr) {
-      const int32_t* const line = line_of_rows();
-      num_full = line[0] * kBlocksPerTile;
-      num_blocks = num_full + line[1] * kBlocksPerTile;
+  // of_first, of_last: what the first and the last row may attend to by position; both ends move to the right row by row.
+  // Without lists, or where they are null, that decides. line: of the lists.
+  FA_DEVICE VisitedBlocks(KeyRange of_first, KeyRange of_last, const TileLists* lists, int batch, int head, int line)
+      : lists_(HAS_LISTS && lists != nullptr && lists->data != nullptr ? lists : nullptr), batch_(batch), head_(head), line_(line) {
+    if (HAS_LISTS && lists_ != nullptr) {
+      const int32_t* const tiles = list();
+      num_full = tiles[0] * kBlocksPerTile;
+      num_blocks = num_full + tiles[1] * kBlocksPerTile;
       return;
     }
-    const int last_row = min(start_m + BLOCK_M, sequence.rows_present) - 1;
-    const KeyRange of_first = sequence.keys_of(start_m), of_last = sequence.keys_of(last_row);  // both ends move to the right row by row
-    first_ = of_first.from / BLOCK_N;
-    const int end = max((max(of_last.to, 0) + BLOCK_N - 1) / BLOCK_N, first_);
-    first_full_ = min((of_last.from + BLOCK_N - 1) / BLOCK_N, end);
-    num_full = min(max(max(of_first.to, 0) / BLOCK_N, first_full_), end) - first_full_;
+    first_ = of_first.from / BLOCK;
+    const int end = max((max(of_last.to, 0) + BLOCK - 1) / BLOCK, first_);
+    first_full_ = min((of_last.from + BLOCK - 1) / BLOCK, end);
+    num_full = min(max(max(of_first.to, 0) / BLOCK, first_full_), end) - first_full_;
     num_blocks = end - first_;
   }
 
   int num_full = 0, num_blocks = 0;
 
-  // The first key of a block; step < num_blocks.
+  // Where a block starts; step < num_blocks.
   FA_DEVICE int start(int step) const {
-    if (HAS_LISTS && lists_.data != nullptr) {
-      const int place = step < num_full ? step / kBlocksPerTile : lists_.num_tiles - 1 - (step - num_full) / kBlocksPerTile;
-      return line_of_rows()[2 + place] * kKeysPerTile + step % kBlocksPerTile * BLOCK_N;
+    if (HAS_LISTS && lists_ != nullptr) {
+      const int place = step < num_full ? step / kBlocksPerTile : lists_->num_tiles - 1 - (step - num_full) / kBlocksPerTile;
+      return list()[2 + place] * kKeysPerTile + step % kBlocksPerTile * BLOCK;
     }
-    if (step < num_full) return (first_full_ + step) * BLOCK_N;
+    if (step < num_full) return (first_full_ + step) * BLOCK;
     const int block = first_ + step - num_full;  // mixed ones lie to both sides of the full ones
-    return (block < first_full_ ? block : block + num_full) * BLOCK_N;
+    return (block < first_full_ ? block : block + num_full) * BLOCK;
   }
 
  private:
-  static constexpr int kBlocksPerTile = kKeysPerTile / BLOCK_N;
+  static constexpr int kBlocksPerTile = kKeysPerTile / BLOCK;
 
-  FA_DEVICE const int32_t* line_of_rows() const {
-    return of_head(lists_.data, lists_.batch, batch_, lists_.head, head_) + row_block_ * lists_.line;
-  }
+  FA_DEVICE const int32_t* list() const { return of_head(lists_->data, lists_->batch, batch_, lists_->head, head_) + line_ * lists_->line; }
 
-  const TileLists& lists_;
-  int batch_, head_, row_block_, first_ = 0, first_full_ = 0;
+  const TileLists* lists_;
+  int batch_, head_, line_, first_ = 0, first_full_ = 0;
 };
+
+// The blocks of BLOCK_N keys that a block of BLOCK_M rows visits.
+template <int BLOCK_M, int BLOCK_N, bool HAS_LISTS>
+FA_DEVICE VisitedBlocks<BLOCK_N, HAS_LISTS> key_blocks(const Sequence& sequence, const TileLists& lists, int batch, int head, int start_m) {
+  if (start_m >= sequence.rows_present) return {{0, 0}, {0, 0}, nullptr, 0, 0, 0};
+  const int last_row = min(start_m + BLOCK_M, sequence.rows_present) - 1;
+  return {sequence.keys_of(start_m), sequence.keys_of(last_row), &lists, batch, head, start_m / BLOCK_M};
+}
 
 // What masks scores of one head beyond its blocks of keys: positions, and bits or a key_mask.
 struct ScoreMask {

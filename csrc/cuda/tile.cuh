@@ -91,6 +91,37 @@ FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Ac
   }
 }
 
+// Stores a warp's 16 rows times `factor`, those below num_rows and columns below `columns`, through its rows of a tile in shared memory
+// that nobody reads any more. target: row 0 of the tile.
+template <Dtype DTYPE, class Tile, int BLOCKS>
+FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float factor, unsigned char* tile, int first_row, int num_rows,
+                          uint16_t* target, int64_t stride, int columns) {
+  static_assert(8 * BLOCKS == Tile::kColumns);
+  constexpr int kLanes = Tile::kPermuted;  // that store a row together
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) {
+      *reinterpret_cast<uint32_t*>(tile + Tile::offset(first_row + 8 * half + lane / 4, n) + 4 * (lane % 4)) =
+          ptx::pack<DTYPE>(accumulators[0][n][2 * half] * factor, accumulators[0][n][2 * half + 1] * factor);
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16 * kLanes / 32; ++i) {
+    const int row = first_row + i * (32 / kLanes) + lane / kLanes;
+#pragma unroll
+    for (int j = 0; j < BLOCKS / kLanes; ++j) {
+      const int chunk = lane % kLanes + j * kLanes;
+      if (row < num_rows && chunk * kChunk < columns) {
+        *reinterpret_cast<uint4*>(target + row * stride + chunk * kChunk) =
+            *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
+      }
+    }
+  }
+}
+
 // scores = left (16 * MATRICES x 16 * STEPS) times the transpose of keys (8 * BLOCKS x 16 * STEPS)
 //   left(step, matrix, a): puts the a operand of that piece into a
 template <Dtype DTYPE, int STEPS, int MATRICES, int BLOCKS, class KeyTile, class Left>

@@ -1,50 +1,29 @@
 """The compiled extension (csrc/module.cpp). Addresses are integers, 0 = not given; strides are in elements."""
 
+from typing import Any
+
 Strided = tuple[int, int, int, int]  # address, stride of batch, head, row; the last dim is contiguous
 
-def cpu_forward(
-    num_threads: int,
-    dtype: int,
-    sizes: tuple[int, int, int, int, int, int],
-    scale: float,
-    causal: int,
-    query: Strided,
-    key: Strided,
-    value: Strided,
-    out: Strided,
-    lse: int,
-    attn_mask: Strided,
-    key_mask: tuple[int, int, int],
-    key_lengths: int,
-    query_lengths: int,
-    dropout_threshold: int,
-    rng_state: int,
-    /,
-) -> None: ...
+# What the CPU kernels share: sizes, options, query, key, value, out, lse, rng_state and side tensors, grouped as kernels/native.py does.
+CpuArguments = tuple[Any, ...]
+
+def cpu_forward(num_threads: int, arguments: CpuArguments, /) -> None: ...
 def cpu_backward(
     num_threads: int,
-    dtype: int,
-    sizes: tuple[int, int, int, int, int, int],
-    scale: float,
-    causal: int,
-    query: Strided,
-    key: Strided,
-    value: Strided,
-    out: Strided,
-    lse: int,
-    attn_mask: Strided,
-    key_mask: tuple[int, int, int],
-    key_lengths: int,
-    query_lengths: int,
-    dropout_threshold: int,
-    rng_state: int,
+    arguments: CpuArguments,
     dout: Strided,
     dlse: int,
     dquery: Strided,
     dkey: Strided,
     dvalue: Strided,
+    num_key_splits: int,
+    dquery_parts: int,
+    dattn_mask: tuple[int, ...],  # address, number of parts, strides of part, batch, head, row and key
+    dalibi_slopes: int,
+    dsinks: int,
     /,
 ) -> None: ...
+def cpu_weights(num_threads: int, arguments: CpuArguments, average_heads: bool, /) -> None: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def cuda_problem(

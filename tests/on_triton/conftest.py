@@ -55,6 +55,7 @@ def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", guarded(torch.empty))
     monkeypatch.setattr(torch, "empty_like", guarded(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", guarded(torch.Tensor.new_empty_strided))
     yield
     for buffer in allocated:
         for guard in (buffer[:GUARD_ELEMENTS], buffer[-GUARD_ELEMENTS:]):

@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
-from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 from attention_calls import DTYPES, build, guarded, options_of
-from torch import Tensor
+from function_calls import (
+    DECODE,
+    EVERYTHING,
+    STARTS,
+    VARLEN,
+    WEIGHTS,
+    check_autograd,
+    check_decoding,
+    check_only_the_gradients_that_are_asked_for,
+    check_packed_sequences,
+    check_packed_sequences_with_everything,
+    check_starts,
+    check_weights,
+    leaves_of,
+)
 
-from fused_attention import attention_decode, attention_varlen, explain
+from fused_attention import explain
 from fused_attention.kernels import triton_backend, triton_decode
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
-from fused_attention.kernels.problem import Problem, make_problem
-from fused_attention.kernels.weights import weights_by_formula
-
-
-def leaves_of(problem: Problem) -> dict[str, Tensor]:
-    tensors = {name: getattr(problem, name) for name in FLOAT_TENSORS}
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
-
-
-EVERYTHING = {
-    "sizes": (2, 2, 1), "is_causal": "bottom_right", "attn_mask": ("float32", "1HQK"), "key_mask": "right", "dropout_p": 0.25,
-    "softcap": 2.0, "alibi_slopes": "H", "sinks": True, "lse_gradient": True,
-}  # fmt: skip
+from fused_attention.kernels.problem import make_problem
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"is_causal": "top_left"}, EVERYTHING], ids=["causal", "everything"])
 def test_autograd(options: dict, dtype: torch.dtype, device: str) -> None:
-    problem, dout, dlse = build(options | {"dtype": dtype, "seqlens": (33, 40)}, device)
-    exact, eager = exact_and_eager(problem, dout, dlse)
-    rounding = saved_rounding(problem, dout, exact, dlse)
-    leaves = leaves_of(problem)
-    out, lse = attention(**options_of(problem) | leaves, return_lse=True, backend="triton")
-    gradients = torch.autograd.grad((out, lse), list(leaves.values()), (dout, torch.zeros_like(lse) if dlse is None else dlse))
-    assert_accurate("out", "out", out, eager["out"], exact["out"])
-    assert_lse_accurate(lse, exact["lse"])
-    for name, gradient in zip(leaves, gradients, strict=True):
-        assert_accurate(f"gradient of {name}", "gradient", gradient, eager[name], exact[name], rounding[name])
+    check_autograd("triton", options, dtype, device)
 
 
 def test_only_the_gradients_that_are_asked_for(device: str) -> None:
-    problem, dout, _ = build(EVERYTHING | {"seqlens": (20, 17), "sizes": (1, 2, 1)}, device)
-    leaves = leaves_of(problem)
-    out = attention(**options_of(problem) | leaves, backend="triton")
-    everything = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout), strict=True))
-    for name in leaves:
-        alone = {other: tensor.detach().requires_grad_(other == name) for other, tensor in leaves.items()}
-        attention(**options_of(problem) | alone, backend="triton").backward(dout)
-        assert torch.equal(alone[name].grad, everything[name]), name
-        assert all(tensor.grad is None for other, tensor in alone.items() if other != name)
+    check_only_the_gradients_that_are_asked_for("triton", device)
 
 
 def test_derivatives_of_derivatives(device: str) -> None:
@@ -95,155 +76,36 @@ def test_packed_projections(layout: str, dtype: torch.dtype, device: str) -> Non
     assert torch.equal(packed_gradient, gradients)
 
 
-SEQUENCES = [(33, 40), (1, 70), (0, 5), (70, 0), (40, 33)]  # queries and keys of each
-VARLEN: dict[str, dict[str, Any]] = {
-    "full": {},
-    "causal": {"is_causal": "top_left"},
-    "causal bottom-right, window": {"is_causal": "bottom_right", "window": (20, None)},
-    "softcap, sinks": {"softcap": 2.0, "sinks": True},
-    "alibi, bottom-right": {"alibi_slopes": "BH", "is_causal": "bottom_right"},
-    "grouped heads": {"sizes": (1, 4, 2)},
-}
-
-
-def packed_sequences(options: dict, dtype: torch.dtype, device: str) -> tuple[list[tuple], tuple[Tensor, ...], dict[str, Any]]:
-    """Problems of single sequences with their output gradients; these packed, NaN before the first and after the last; the sizes."""
-    singles = [build({"dtype": dtype, "sizes": (1, 2, 2), "seqlens": lengths, "seed": i, "lse_gradient": True} | options, device)
-               for i, lengths in enumerate(SEQUENCES)]  # fmt: skip
-    packed = []
-    for tensors in zip(*[(*problem.inputs, dout, dlse[..., None]) for problem, dout, dlse in singles], strict=True):
-        unused = tensors[0].new_full((3, *tensors[0].shape[1::2]), torch.nan)
-        packed.append(torch.cat([unused, *[tensor[0].transpose(0, 1) for tensor in tensors], unused]))
-    starts = [torch.tensor([3, *[length[side] for length in SEQUENCES]]).cumsum(0).to(device, torch.int32) for side in range(2)]
-    longest = [max(length[side] for length in SEQUENCES) for side in range(2)]
-    sizes = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*starts, *longest), strict=True))
-    return singles, tuple(packed), sizes
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", VARLEN)
 def test_packed_sequences(case: str, dtype: torch.dtype, device: str) -> None:
-    """Each sequence as if it were alone; tokens of no sequence get zeros."""
-    singles, (query, key, value, dout, dlse), sizes = packed_sequences(VARLEN[case], dtype, device)
-    first = singles[0][0]
-    options = {name: option for name, option in options_of(first).items() if name not in ("attn_mask", "key_mask", "key_lengths")}
-    if options["alibi_slopes"] is not None:
-        options["alibi_slopes"] = torch.cat([problem.alibi_slopes for problem, _, _ in singles])
-    for problem, _, _ in singles:
-        problem.sinks = first.sinks
-    dlse = dlse[..., 0].transpose(0, 1)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    out, lse = attention_varlen(*leaves, **sizes, **options, return_lse=True, backend="triton")
-    gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse))
-    for tensor in (out, *gradients):
-        assert (tensor[:3] == 0).all()
-        assert (tensor[-3:] == 0).all()
-    assert (lse[:, :3] == -torch.inf).all()
-    assert (lse[:, -3:] == -torch.inf).all()
-    starts_q, starts_k = sizes["cu_seqlens_q"].tolist(), sizes["cu_seqlens_k"].tolist()
-    for index, (problem, single_dout, single_dlse) in enumerate(singles):
-        rows, keys = (slice(starts[index], starts[index + 1]) for starts in (starts_q, starts_k))
-        exact, eager = exact_and_eager(problem, single_dout, single_dlse)
-        rounding = saved_rounding(problem, single_dout, exact, single_dlse)
-        assert_accurate("out", "out", out[rows].transpose(0, 1)[None], eager["out"], exact["out"])
-        assert_lse_accurate(lse[None, :, rows], exact["lse"])
-        for name, gradient, place in zip(("query", "key", "value"), gradients, (rows, keys, keys), strict=True):
-            ours = gradient[place].transpose(0, 1)[None]
-            assert_accurate(f"gradient of {name}", "gradient", ours, eager[name], exact[name], rounding[name])
+    check_packed_sequences("triton", case, dtype, device)
 
 
-@pytest.mark.parametrize("starts", [[0, 14], [-4, 6], [6, 2], [0, 10, 30]], ids=str)
+@pytest.mark.parametrize("starts", STARTS, ids=str)
 def test_starts_of_packed_sequences_never_lead_out_of_memory(starts: list[int], device: str) -> None:
-    """As in the formula they are clamped to the tokens there are; what stands around them is neither read nor written."""
-    num_tokens, guard = 10, 6
-    memory = torch.full((4, num_tokens + 2 * guard, 2, 16), torch.nan, device=device)
-    inside = memory[:, guard:-guard]
-    inside.copy_(torch.randn(4, num_tokens, 2, 16))
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-    results = []
-    for backend in ("triton", "reference"):
-        leaves = [tensor.detach().requires_grad_() for tensor in inside[:3]]
-        out = attention_varlen(*leaves, cu_seqlens, cu_seqlens, 40, 40, is_causal=True, backend=backend)
-        results.append((out, *torch.autograd.grad(out, leaves, inside[3])))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    check_starts("triton", starts, device)
 
 
 def test_packed_sequences_with_everything(device: str) -> None:
-    """Against the formula: dropout, whose numbers count within a sequence, lengths, sequences longer than promised, and side gradients."""
-    _, (query, key, value, dout, dlse), sizes = packed_sequences({"sizes": (1, 2, 1)}, torch.float32, device)
-    sizes["max_seqlen_q"], sizes["max_seqlen_k"] = 65, 64
-    options = {
-        "query_lengths": torch.tensor([30, 1, 0, 70, 90], device=device), "is_causal": "bottom_right", "dropout_p": 0.25,
-        "rng_state": torch.tensor([5, 6], device=device), "softcap": 2.0,
-    }  # fmt: skip
-    results = []
-    for backend in ("triton", "reference"):
-        slopes = torch.tensor([[0.1, 0.2]], device=device).repeat(len(SEQUENCES), 1)
-        sinks = torch.tensor([0.5, -0.5], device=device)
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value, slopes, sinks)]
-        out, lse = attention_varlen(
-            *leaves[:3], **sizes, **options, alibi_slopes=leaves[3], sinks=leaves[4], return_lse=True, backend=backend
-        )
-        gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse[..., 0].transpose(0, 1)))
-        results.append((out, lse, *gradients))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-DECODE: dict[str, dict[str, Any]] = {
-    "one row": {},
-    "several rows": {"seqlens": (5, 300)},
-    "grouped heads": {"sizes": (3, 4, 2), "seqlens": (4, 300)},
-    "window": {"window": (70, None), "seqlens": (2, 300)},
-    "key_mask": {"key_mask": "holes"},
-    "softcap, alibi, sinks": {"softcap": 2.0, "alibi_slopes": "BH", "sinks": True, "sizes": (3, 4, 2)},
-    "head dims of their own": {"head_dims": (40, 72)},
-    "another memory order": {"memory": ("sequence first", "unaligned slices", "heads first", "heads first")},
-    "short cache": {"seqlens": (1, 40)},
-}
+    check_packed_sequences_with_everything("triton", device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DECODE)
-def test_decoding(case: str, dtype: torch.dtype, device: str) -> None:
-    """Lengths that end within, at and past the end of the cache, and one that is 0; NaN past the lengths."""
-    call = {"sizes": (3, 2, 2), "seqlens": (1, 300), "key_lengths": (130, 400, 0), "is_causal": "bottom_right"} | DECODE[case]
-    problem, dout, _ = build(call | {"dtype": dtype}, device)
-    exact, eager = exact_and_eager(problem, dout, None)
-    absent = torch.arange(problem.key.shape[2], device=device) >= problem.key_lengths[:, None]
-    key, value = (tensor.masked_fill(absent[:, None, :, None], torch.nan) for tensor in (problem.key, problem.value))
-    assert triton_decode.takes(problem)
-    options = {
-        name: option for name, option in options_of(problem).items() if name in ("key_mask", "window", "softcap", "alibi_slopes", "sinks")
-    }
-    out, lse = attention_decode(problem.query, key, value, problem.key_lengths, **options, return_lse=True, backend="triton")
-    assert_accurate("out", "out", out, eager["out"], exact["out"])
-    assert_lse_accurate(lse, exact["lse"])
+def test_decoding(case: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    kernel = triton_decode.decode_forward
+    monkeypatch.setattr(triton_decode, "decode_forward", lambda problem: calls.append(1) or kernel(problem))
+    check_decoding("triton", case, dtype, device)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("average_heads", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dropout_p": 0.25, "is_causal": "bottom_right"},
-        {"dropout_p": 1.0},
-        {"attn_mask": ("bool", "1HQK"), "key_lengths": (60, 0), "query_lengths": (40, 30)},
-        {"attn_mask": ("float32", "B1QK"), "key_mask": "holes", "softcap": 2.0, "alibi_slopes": "BH", "sinks": True, "window": (40, 9)},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
 def test_attention_weights(options: dict, average_heads: bool, dtype: torch.dtype, device: str) -> None:
-    problem, dout, _ = build({"sizes": (2, 2, 1), "seqlens": (40, 75), "dtype": dtype} | options, device)
-    exact, _ = exact_and_eager(problem, dout, None)
-    lse = exact["lse"].float()
-    double = replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double())
-    expected = weights_by_formula(double, exact["lse"], average_heads)
-    weights = triton_backend.attention_weights(problem, lse, average_heads)
-    assert weights.dtype == dtype
-    assert_accurate("weights", "out", weights, weights_by_formula(problem, lse, average_heads), expected)
-    assert torch.equal(weights == 0, expected.to(dtype) == 0)
+    check_weights(triton_backend, options, average_heads, dtype, device)
 
 
 def test_the_operator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,26 @@ DECODE_TILES = {
     (256, 256): Tile(16, 64, 4, 1, 1),
     (192, 128): Tile(16, 64, 4, 1, 1),
 }
+# Blocks of 64 rows, or of 64 keys, 16 to a warp: the lists of a PreparedMask are used as they are. In BACKWARD_QUERY_TILES block_n is the
+# length of the steps, in BACKWARD_KEY_TILES block_m.
+BACKWARD_QUERY_TILES = {
+    (32, 32): Tile(64, 64, 4, 2, 2),
+    (64, 64): Tile(64, 64, 4, 2, 2),
+    (96, 96): Tile(64, 64, 4, 1, 2),
+    (128, 128): Tile(64, 64, 4, 1, 2),
+    (192, 192): Tile(64, 32, 4, 1, 1),
+    (256, 256): Tile(64, 32, 4, 1, 1),
+    (192, 128): Tile(64, 32, 4, 1, 1),
+}
+BACKWARD_KEY_TILES = {
+    (32, 32): Tile(64, 64, 4, 2, 2),
+    (64, 64): Tile(64, 64, 4, 2, 2),
+    (96, 96): Tile(32, 64, 4, 2, 2),
+    (128, 128): Tile(32, 64, 4, 2, 2),
+    (192, 192): Tile(32, 64, 4, 1, 1),
+    (256, 256): Tile(32, 64, 4, 1, 1),
+    (192, 128): Tile(32, 64, 4, 1, 1),
+}
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
 

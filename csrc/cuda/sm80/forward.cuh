@@ -10,6 +10,7 @@
 // A sink is a first key with score `sink` and no value.
 #pragma once
 #include "../dropout.cuh"
+#include "../row_block.cuh"
 #include "../scores.cuh"
 
 namespace fused_attention::cuda::sm80 {
@@ -30,40 +31,6 @@ struct ForwardConfig {
   using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
   static constexpr int kSharedBytes = QueryTile::kBytes + STAGES * (KeyTile::kBytes + ValueTile::kBytes);
   static constexpr bool kQueryInRegisters = kMatrices * HEAD_DIM_QK <= (CLASS == FeatureClass::masked ? 64 : 128);
-};
-
-// The rows of one sequence and head that a block of threads computes.
-template <int BLOCK_M>
-struct RowBlock {
-  int batch, head, start_m;
-  Sequence sequence;
-
-  FA_DEVICE RowBlock(const AttentionProblem& problem, uint32_t number) : RowBlock(problem, number, row_blocks_of(problem)) {}
-
-  FA_DEVICE uint16_t* rows_of(const StridedTensor& tensor) const {
-    return row_0(tensor, head) + (sequence.first_row + start_m) * tensor.row;
-  }
-  FA_DEVICE const uint16_t* keys_of(const StridedTensor& tensor, int key_head) const {
-    return row_0(tensor, key_head) + sequence.first_key * tensor.row;
-  }
-  FA_DEVICE float* rows_of_lse(const AttentionProblem& problem) const {
-    const bool packed = problem.cu_seqlens_q != nullptr;
-    const int64_t line = packed ? head : batch * problem.num_heads + head, length = packed ? problem.num_tokens_q : problem.seqlen_q;
-    return problem.lse + line * length + sequence.first_row + start_m;
-  }
-
- private:
-  static FA_DEVICE uint32_t row_blocks_of(const AttentionProblem& problem) {
-    return static_cast<uint32_t>((problem.seqlen_q + BLOCK_M - 1) / BLOCK_M);
-  }
-  FA_DEVICE RowBlock(const AttentionProblem& problem, uint32_t number, uint32_t row_blocks)
-      : batch(static_cast<int>(number / row_blocks / static_cast<uint32_t>(problem.num_heads))),
-        head(static_cast<int>(number / row_blocks % static_cast<uint32_t>(problem.num_heads))),
-        start_m(static_cast<int>(row_blocks - 1 - number % row_blocks) * BLOCK_M),  // the longest causal rows first
-        sequence(problem, batch) {}
-  FA_DEVICE uint16_t* row_0(const StridedTensor& tensor, int h) const {
-    return static_cast<uint16_t*>(tensor.data) + batch * tensor.batch + h * tensor.head;
-  }
 };
 
 template <class Config>
@@ -87,7 +54,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   const int key_head = block.head / arguments.heads_per_group;
   const uint16_t* const key = block.keys_of(problem.key, key_head);      // (Lk, Dqk)
   const uint16_t* const value = block.keys_of(problem.value, key_head);  // (Lk, Dv)
-  const KeyBlocks<Config::kBlockM, kBlockN, !kPlain> blocks(sequence, arguments.tiles, block.batch, block.head, block.start_m);
+  const auto blocks = key_blocks<Config::kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, block.batch, block.head, block.start_m);
   const ScoreMask mask{sequence, problem, block.batch, block.head};
   const int warp_row = threadIdx.x / 32 * Config::kRowsPerWarp;  // the first one of this warp
 
@@ -212,7 +179,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   const RowBlock<Config::kBlockM> done(problem, ptx::again(blockIdx.x));
   const int thread = static_cast<int>(ptx::again(threadIdx.x)), lane = thread % 32, first_row = thread / 32 * Config::kRowsPerWarp;
   const int rows = done.sequence.rows - done.start_m, rows_present = done.sequence.rows_present - done.start_m;  // of this block
-  float* const lse = done.rows_of_lse(problem);                                                                  // (rows,)
+  float* const lse = problem.lse + done.statistics(problem);                                                     // (rows,)
   uint16_t* const out = done.rows_of(problem.out);                                                               // (rows, Dv)
   softmax.sum_over_quads();
 #pragma unroll

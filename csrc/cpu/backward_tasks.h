@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a backward pass is cut into tasks: the query heads of one key head, and of its keys one range where heads are fewer than
+// threads. With a gradient of attn_mask, the heads that share a slice of the mask follow each other in a task, so that it has the
+// slice, or its part of the slice's gradient, to itself. Every task adds up in a fixed order; included by backward.h.
+#pragma once
+
+namespace fused_attention::cpu::FA_ISA {
+
+struct KeyRange {
+  int64_t first, last;
+};
+
+class BackwardTasks {
+ public:
+  explicit BackwardTasks(const AttentionProblem& problem)
+      : problem_(problem),
+        batches_apart_(!problem.dattn_mask || problem.dattn_mask_batch != 0),
+        heads_apart_(!problem.dattn_mask || problem.dattn_mask_head != 0),
+        batches_(batches_apart_ ? problem.batch : min_of(problem.batch, int64_t{1})),
+        heads_(heads_apart_ ? problem.num_heads_kv : min_of(problem.num_heads_kv, int64_t{1})) {}
+
+  int64_t count() const { return batches_ * heads_ * problem_.num_mask_parts * problem_.num_key_splits; }
+
+  int64_t split(int64_t task) const { return task % problem_.num_key_splits; }
+
+  // The part of the mask's gradient that a task adds to: keys that are split share no element, unless the mask has one for all keys.
+  float* mask_gradient(int64_t task) const {
+    if (!problem_.dattn_mask) return nullptr;
+    const int64_t part = task / problem_.num_key_splits % problem_.num_mask_parts;
+    const int64_t place = problem_.dattn_mask_key != 0 ? part : part * problem_.num_key_splits + split(task);
+    return problem_.dattn_mask + place * problem_.dattn_mask_part;
+  }
+
+  // Calls visit(b, h_kv, more) for each key head of a task; more: another one follows.
+  template <class Visit>
+  void for_each_head(int64_t task, Visit&& visit) const {
+    const int64_t unit = task / problem_.num_key_splits, parts = problem_.num_mask_parts, part = unit % parts;
+    const int64_t group_b = unit / parts / heads_, group_h = unit / parts % heads_;
+    const int64_t heads = heads_apart_ ? 1 : problem_.num_heads_kv, members = heads * (batches_apart_ ? 1 : problem_.batch);
+    for (int64_t n = members * part / parts, end = members * (part + 1) / parts; n < end; ++n)
+      visit(group_b + n / heads, group_h + n % heads, n + 1 < end);
+  }
+
+  // The keys of a task, whole tiles of 64 of what is present.
+  KeyRange keys(int64_t task, int64_t seqlen_k) const {
+    const int64_t tiles = (seqlen_k + 63) / 64, splits = problem_.num_key_splits;
+    return {tiles * split(task) / splits * 64, min_of(tiles * (split(task) + 1) / splits * 64, seqlen_k)};
+  }
+  int64_t most_keys() const { return ((problem_.seqlen_k + 63) / 64 + problem_.num_key_splits - 1) / problem_.num_key_splits * 64; }
+
+  // Row 0 of the sequence in a split's part of dquery.
+  float* dquery_part(int64_t task, const SequenceBounds& bounds, int64_t b, int64_t h) const {
+    const int64_t rows = problem_.num_heads * (problem_.cu_seqlens_q ? problem_.num_tokens_q : problem_.batch * problem_.seqlen_q);
+    return problem_.dquery_parts + (split(task) * rows + lse_offset(problem_, bounds, b, h)) * problem_.head_dim_qk;
+  }
+
+ private:
+  const AttentionProblem& problem_;
+  const bool batches_apart_, heads_apart_;
+  const int64_t batches_, heads_;
+};
+
+// The gradient of a head's sink: d lse / d sink is the sink's own weight, and there is no value to it.
+static inline void store_sink_gradient(const AttentionProblem& problem, int64_t b, int64_t h, const float* lse, const float* delta,
+                                       int64_t rows) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < rows; ++i)
+    if (lse[i] != -kInfinity) sum -= __builtin_exp2f((problem.sinks[h] - lse[i]) * kLog2e) * delta[i];
+  problem.dsinks[(b * problem.num_heads + h) * problem.num_key_splits] = sum;
+}
+
+}  // namespace fused_attention::cpu::FA_ISA

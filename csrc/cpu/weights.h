@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention weights themselves, after dropout, of each head or their mean over heads. A task is a block of query rows of one head,
+// or of all heads for their mean, which adds up in scratch; problem.out is where the weights go, one row of Lk for a query:
+//
+//   for each block of keys, for each head:   S = Q K^T,   P = exp2(c S + bias - lse log2 e),   W += dropout(P) / heads
+#pragma once
+
+namespace fused_attention::cpu::FA_ISA {
+
+template <class T>
+class WeightsPass {
+ public:
+  static constexpr int64_t kRows = 96;
+
+  WeightsPass(const AttentionProblem& problem, char* scratch)
+      : problem_(problem),
+        query_columns_(round_up(problem.head_dim_qk, 16)),
+        log2_scale_(problem.softmax_scale * kLog2e),
+        factor_(problem.dropout_scale() / static_cast<float>(problem.average_heads ? problem.num_heads : 1)),
+        softcap_(problem),
+        score_bias_(problem) {
+    Arena arena(scratch);
+    keys_t_ = arena.take<float>(kBlockKeys * problem.head_dim_qk);
+    queries_ = arena.take<float>(kRows * query_columns_);
+    scores_ = arena.take<float>(kRows * kScoresRow);
+    mean_ = arena.take<float>(problem.average_heads ? kRows * kScoresRow : 0);
+    bias_ = arena.take<float>(kScoresRow);
+    key_bias_ = arena.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
+    keep_ = arena.take<uint16_t>(problem.dropout_threshold ? kRows * kKeepWords : 0);
+    scratch_bytes_ = arena.used();
+  }
+
+  size_t scratch_bytes() const { return scratch_bytes_; }
+  int64_t num_tasks() const { return problem_.batch * (problem_.average_heads ? 1 : problem_.num_heads) * blocks(); }
+
+  void run(int64_t first_task, int64_t last_task) {
+    const int64_t heads = problem_.average_heads ? 1 : problem_.num_heads;
+    for (int64_t task = first_task; task < last_task; ++task) {
+      enter(task / blocks() / heads);
+      const int64_t head = task / blocks() % heads, row0 = task % blocks() * kRows, rows = min_of(kRows, problem_.seqlen_q - row0);
+      for (int64_t key0 = 0; key0 < problem_.seqlen_k; key0 += kBlockKeys) {
+        const int64_t keys = min_of(kBlockKeys, problem_.seqlen_k - key0);
+        if (!problem_.average_heads) {
+          compute(head, row0, rows, key0, keys);
+          write(head, row0, rows, key0, keys, scores_);
+          continue;
+        }
+        for (int64_t h = 0; h < problem_.num_heads; ++h) {
+          prefetch(h + 1 < problem_.num_heads ? h + 1 : 0, row0, rows, key0, keys);
+          compute(h, row0, rows, key0, keys);
+          add_to_mean(h, rows, keys);
+        }
+        write(0, row0, rows, key0, keys, mean_);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kScoresRow = kBlockKeys + 16, kKeepWords = kBlockKeys / 16;
+
+  int64_t blocks() const { return (problem_.seqlen_q + kRows - 1) / kRows; }
+
+  void enter(int64_t b) {
+    if (b == b_) return;
+    b_ = b;
+    bounds_ = sequence_bounds(problem_, b);
+    if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+  }
+
+  // What the next head reads, spread over the products of this one: rows of a (B, L, H, D) tensor are far apart.
+  void prefetch(int64_t next_head, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
+    prefetcher_.clear();
+    const int64_t row_bytes = problem_.head_dim_qk * static_cast<int64_t>(sizeof(T)), size = static_cast<int64_t>(sizeof(T));
+    const StridedTensor &query = problem_.query, &key = problem_.key;
+    prefetcher_.add_reads(row_ptr<const T>(query, b_, next_head, row0), query.row * size, rows, row_bytes);
+    prefetcher_.add_reads(row_ptr<const T>(key, b_, key_head(problem_, next_head), key0), key.row * size, keys, row_bytes);
+    prefetcher_.spread_over(max_of(rows / kTileRows, int64_t{1}) * ((keys + kKeyTile - 1) / kKeyTile));
+  }
+
+  void add_to_mean(int64_t h, int64_t rows, int64_t keys) {
+    for (int64_t i = 0; i < rows * kScoresRow; i += kScoresRow)
+      for (int64_t j = i; j < i + keys; j += kLanes) store(mean_ + j, h == 0 ? load(scores_ + j) : add(load(mean_ + j), load(scores_ + j)));
+  }
+
+  // scores_ become the weights of one head, 0 wherever there is none.
+  void compute(int64_t h, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
+    const int64_t rows_present = min_of(bounds_.seqlen_q - row0, rows);
+    const int64_t seen = rows_present > 0 ? min_of(visible_keys(bounds_, row0 + rows_present - 1) - key0, keys) : 0;
+    if (seen <= 0) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < keys; j += kLanes) store(scores_ + i * kScoresRow + j, broadcast(0.0f));
+      return;
+    }
+    pack_rows(row_ptr<const T>(problem_.query, b_, h, row0), problem_.query.row, rows_present, problem_.head_dim_qk, queries_,
+              query_columns_);
+    pack_transposed(row_ptr<const T>(problem_.key, b_, key_head(problem_, h), key0), problem_.key.row, seen, problem_.head_dim_qk, keys_t_,
+                    holes_ ? key_bias_ + key0 : nullptr);
+    for (int64_t j = 0; j < seen; j += kKeyTile)
+      matmul(rows_present, min_of(kKeyTile, round_up(seen - j, kLanes)), problem_.head_dim_qk, queries_, query_columns_, 1,
+             keys_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, kScoresRow, false, &prefetcher_);
+    if (problem_.dropout_threshold)
+      dropout_keep_bits(problem_, b_ * problem_.num_heads + h, row0, rows_present, key0, (seen + 15) / 16, keep_, kKeepWords);
+    score_bias_.enter(bounds_, b_, h, holes_ ? key_bias_ : nullptr);
+    const float* lse = problem_.lse + (b_ * problem_.num_heads + h) * problem_.seqlen_q + row0;
+    for (int64_t i = 0; i < rows; ++i)
+      weights_row(i < rows_present && lse[i] != -kInfinity ? seen : 0, row0 + i, key0, keys, lse[i], scores_ + i * kScoresRow,
+                  keep_ + i * kKeepWords);
+  }
+
+  void weights_row(int64_t seen, int64_t row, int64_t key0, int64_t keys, float lse, float* scores, const uint16_t* keep) {
+    const bool mixed = problem_.mask_bits.data != nullptr;
+    const int64_t visible = seen > 0 ? max_of(min_of(visible_keys(bounds_, row) - key0, seen), int64_t{0}) : 0;
+    const bool biased = visible > 0 && score_bias_.needed(mixed);
+    if (biased) score_bias_.fill(row, key0, visible, mixed, bias_);
+    // lse log2 e does not fit a float32; what rounding takes from it is put back as a factor.
+    const float shift = lse * kLog2e, lost = __builtin_fmaf(lse, kLog2e, -shift) + lse * kLog2eRest;
+    const Vec factor = broadcast(factor_ * (1.0f - lost * kLn2));
+    int64_t j = 0;
+    for (; j < visible; j += kLanes) {
+      const Vec score = biased_scores(load(scores + j), log2_scale_, softcap_, biased ? load(bias_ + j) : broadcast(0.0f));
+      LaneMask kept = first_lanes(visible - j);
+      if (problem_.dropout_threshold) kept = kept & lanes_of_bits(keep[j / 16], static_cast<int>(j % 16));
+      store(scores + j, keep_where(kept, mul(exp2(sub(score, broadcast(shift))), factor)));
+    }
+    for (; j < keys; j += kLanes) store(scores + j, broadcast(0.0f));
+  }
+
+  void write(int64_t head, int64_t row0, int64_t rows, int64_t key0, int64_t keys, const float* weights) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      T* to = row_ptr<T>(problem_.out, b_, head, row0 + i) + key0;
+      const float* from = weights + i * kScoresRow;
+      int64_t j = 0;
+      for (; j + kLanes <= keys; j += kLanes) store(to + j, load(from + j));
+      if (j < keys) store_first(to + j, load(from + j), keys - j);
+    }
+  }
+
+  const AttentionProblem& problem_;
+  const int64_t query_columns_;
+  const float log2_scale_, factor_;
+  const Softcap softcap_;
+  ScoreBias score_bias_;
+  size_t scratch_bytes_;
+
+  float* keys_t_;    // (tiles, head_dim_qk, kKeyTile)
+  float* queries_;   // (kRows, query_columns)
+  float* scores_;    // (kRows, kScoresRow), of one head
+  float* mean_;      // (kRows, kScoresRow)
+  float* bias_;      // (kBlockKeys,) of one row
+  float* key_bias_;  // (seqlen_k,) 0 or -inf
+  uint16_t* keep_;   // (kRows, kKeepWords) dropout bits
+
+  int64_t b_ = -1;
+  SequenceBounds bounds_{};
+  bool holes_ = false;
+  RowPrefetcher prefetcher_;
+};
+
+template <class T>
+static Plan plan_weights(const AttentionProblem& problem, int /*num_threads*/) {
+  const WeightsPass<T> pass(problem, nullptr);
+  return {pass.num_tasks(), WeightsPass<T>::kRows, pass.scratch_bytes()};
+}
+
+template <class T>
+static void run_weights(const AttentionProblem& problem, const Plan&, int64_t first_task, int64_t last_task, char* scratch) {
+  WeightsPass<T>(problem, scratch).run(first_task, last_task);
+}
+
+}  // namespace fused_attention::cpu::FA_ISA

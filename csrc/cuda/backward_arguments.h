@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every backward kernel on a GPU takes as its only parameter; made by plan.cpp, read by the kernels as a grid constant.
+#pragma once
+#include "forward_arguments.h"
+
+namespace fused_attention::cuda {
+
+struct BackwardArguments : ForwardArguments {  // tiles: of 64 rows
+  TileLists column_tiles;                      // the tiles of 64 rows that each 64 keys are visited by, listed like `tiles`; may be null
+
+  // (B, Hq, Lq) like lse, workspace: lse in log2 units, +inf where a row attends to nothing, and rowsum(dout * out) - dlse, 0 there.
+  float *row_lse = nullptr, *row_delta = nullptr;
+
+  StridedTensor dattn_mask;                  // (B or 1, Hq or 1, Lq, Lk) in the dtype of attn_mask, contiguous along keys; data may be null
+  int64_t mask_batches = 1, mask_heads = 1;  // B or 1 and Hq or 1
+  float* row_sums = nullptr;                 // (B, Hq, Lq) gradients of scores summed over keys; may be null
+  float* column_sums = nullptr;              // (B, Hq, Lk) summed over rows; may be null
+  float* slope_sums = nullptr;               // (B, Hq, ceil(Lq / 64)) gradients of the slopes from 64 rows each; may be null
+};
+
+}  // namespace fused_attention::cuda

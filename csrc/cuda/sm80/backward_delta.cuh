@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every row needs in the backward kernels: lse in log2 units and delta = rowsum(dout * out) - dlse.
+#pragma once
+#include "../backward_arguments.h"
+#include "../row_block.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+// Of ROWS rows of one head, packed sequences one after the other: eight lanes to a row, 128 threads.
+template <Dtype DTYPE, int ROWS>
+FA_DEVICE void backward_delta(const BackwardArguments& arguments) {
+  constexpr int kLanes = 8, kThreads = 128;
+  static_assert(ROWS == kThreads / kLanes);
+  const AttentionProblem& problem = arguments.problem;
+  const bool packed = problem.cu_seqlens_q != nullptr;
+  const int64_t length = packed ? problem.num_tokens_q : problem.seqlen_q;
+  const auto row_blocks = static_cast<uint32_t>((length + ROWS - 1) / ROWS), num_heads = static_cast<uint32_t>(problem.num_heads);
+  const uint32_t line = blockIdx.x / row_blocks;
+  const int head = static_cast<int>(line % num_heads), batch = static_cast<int>(line / num_heads), lane = threadIdx.x % kLanes;
+  const int64_t row = int64_t{blockIdx.x % row_blocks} * ROWS + threadIdx.x / kLanes, place = line * length + row;
+  const float lse = row < length ? problem.lse[place] : -kInfinity;
+  const bool attends = lse != -kInfinity;
+  const uint16_t* const out = head_of(problem.out, batch, head) + row * problem.out.row;
+  const uint16_t* const dout = head_of(problem.dout, batch, head) + row * problem.dout.row;
+  const auto as_float = [](uint32_t bits) {
+    return DTYPE == Dtype::bfloat16 ? __uint_as_float(bits << 16) : ptx::from_half(static_cast<uint16_t>(bits));
+  };
+  float sum = 0.0f;
+  for (int column = lane * kChunk; attends && column < problem.head_dim_v; column += kLanes * kChunk) {
+    const uint4 left = *reinterpret_cast<const uint4*>(out + column), right = *reinterpret_cast<const uint4*>(dout + column);
+    const uint32_t left_words[4] = {left.x, left.y, left.z, left.w}, right_words[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum = fmaf(as_float(left_words[i] & 0xffff), as_float(right_words[i] & 0xffff), sum);
+      sum = fmaf(as_float(left_words[i] >> 16), as_float(right_words[i] >> 16), sum);
+    }
+  }
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
+  if (lane == 0 && row < length) {
+    if (attends && problem.dlse != nullptr) sum -= problem.dlse[place];
+    arguments.row_lse[place] = attends ? lse * kLog2E : kInfinity;
+    arguments.row_delta[place] = attends ? sum : 0.0f;
+  }
+}
+
+}  // namespace fused_attention::cuda::sm80

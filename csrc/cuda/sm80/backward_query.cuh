@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradients of query, for compute capability 8.0 and newer: a block computes BLOCK_M rows of one head against all the keys that they
+// see, in the order of the forward. dquery = scale * dscores K; no atomics, so the same bits in every run.
+//
+// On the way the gradients of scores are stored where they are a float mask's, and summed over keys for masks of one column and slopes.
+#pragma once
+#include "../gradients.cuh"
+#include "../row_block.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
+          int STAGES>
+struct BackwardQueryConfig {
+  static constexpr Dtype kDtype = DTYPE;
+  static constexpr FeatureClass kClass = CLASS;
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
+  static constexpr int kThreads = 32 * NUM_WARPS;
+  static_assert(BLOCK_M == 16 * NUM_WARPS && BLOCK_M == kKeysPerTile && kKeysPerTile % BLOCK_N == 0 && BLOCK_N % 32 == 0);
+
+  using QueryTile = SharedTile<BLOCK_M, HEAD_DIM_QK>;
+  using GradientTile = SharedTile<BLOCK_M, HEAD_DIM_V>;  // of dout
+  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
+  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
+  static constexpr int kSharedBytes = QueryTile::kBytes + GradientTile::kBytes + STAGES * (KeyTile::kBytes + ValueTile::kBytes);
+};
+
+template <class Config>
+FA_DEVICE void backward_query(const BackwardArguments& arguments) {
+  constexpr Dtype kDtype = Config::kDtype;
+  constexpr int kStages = Config::kStages, kBlockN = Config::kBlockN, kBlocks = kBlockN / 8, kOutBlocks = Config::kHeadDimQk / 8;
+  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  using QueryTile = typename Config::QueryTile;
+  using GradientTile = typename Config::GradientTile;
+  using KeyTile = typename Config::KeyTile;
+  using ValueTile = typename Config::ValueTile;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t q_smem = ptx::shared_address(shared);         // (BLOCK_M, HEAD_DIM_QK)
+  const uint32_t do_smem = q_smem + QueryTile::kBytes;         // (BLOCK_M, HEAD_DIM_V)
+  const uint32_t k_smem = do_smem + GradientTile::kBytes;      // STAGES x (BLOCK_N, HEAD_DIM_QK)
+  const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V)
+
+  const AttentionProblem& problem = arguments.problem;
+  const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
+  const Sequence& sequence = block.sequence;
+  if (block.start_m >= sequence.rows) return;
+  const int key_head = block.head / arguments.heads_per_group;
+  const uint16_t* const key = block.keys_of(problem.key, key_head);      // (Lk, Dqk)
+  const uint16_t* const value = block.keys_of(problem.value, key_head);  // (Lk, Dv)
+  const auto blocks = key_blocks<Config::kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, block.batch, block.head, block.start_m);
+  const ScoreMask mask{sequence, problem, block.batch, block.head};
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16, first_row = block.start_m + warp_row;
+  const float* const row_lse = arguments.row_lse + block.statistics(problem);      // (Lq - start_m,)
+  const float* const row_delta = arguments.row_delta + block.statistics(problem);  // (Lq - start_m,)
+
+  // Loads: every call is one group of cp.async, an empty one past the last block.
+  const auto load = [&](int step) {
+    if (step < blocks.num_blocks) {
+      const int start_n = blocks.start(step), keys_left = sequence.keys_present - start_n;
+      const bool all_of_mask = kPlain || step < blocks.num_full || problem.key_mask == nullptr;
+      const auto exists = [&](int row) { return all_of_mask ? row < keys_left : mask.key_exists(start_n + row); };
+      const int slot = step % kStages;
+      copy_rows_async<KeyTile, Config::kThreads>(k_smem + slot * KeyTile::kBytes, key + start_n * problem.key.row, problem.key.row,
+                                                 static_cast<int>(problem.head_dim_qk), threadIdx.x, exists);
+      copy_rows_async<ValueTile, Config::kThreads>(v_smem + slot * ValueTile::kBytes, value + start_n * problem.value.row,
+                                                   problem.value.row, static_cast<int>(problem.head_dim_v), threadIdx.x, exists);
+    }
+    ptx::cp_async_commit();
+  };
+  copy_rows_async<QueryTile, Config::kThreads>(q_smem, block.rows_of(problem.query), problem.query.row,
+                                               static_cast<int>(problem.head_dim_qk), threadIdx.x,
+                                               [&](int row) { return block.start_m + row < sequence.rows_present; });
+  // Rows that attend to nothing may have any gradient.
+  copy_rows_async<GradientTile, Config::kThreads>(
+      do_smem, block.rows_of(problem.dout), problem.dout.row, static_cast<int>(problem.head_dim_v), threadIdx.x,
+      [&](int row) { return block.start_m + row < sequence.rows_present && row_lse[row] != kInfinity; });
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) load(stage);
+
+  float lse[2], delta[2];  // of rows lane / 4 and 8 below
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + 8 * half + lane / 4;
+    const bool present = block.start_m + row < sequence.rows_present;
+    lse[half] = present ? row_lse[row] : kInfinity;
+    delta[half] = present ? row_delta[row] : 0.0f;
+  }
+  const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem, warp_row);
+  const auto do_lane = LaneAddress<GradientTile>::by_rows(do_smem, warp_row);
+  const auto k_columns = LaneAddress<KeyTile>::by_columns(k_smem);
+  const auto v_columns = LaneAddress<ValueTile>::by_columns(v_smem);
+  const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem);
+  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
+  Accumulators<1, kOutBlocks> acc = {};
+  float row_sum[2] = {}, slope_sum = 0.0f;
+
+  const auto step_over = [&](int step, auto masked) {
+    constexpr bool kMasked = decltype(masked)::value;
+    const int start_n = blocks.start(step), slot = step % kStages;
+    ptx::cp_async_wait<kStages - 1>();  // this block has landed
+    __syncthreads();
+
+    // S = Q K^T and dP = dO V^T (BLOCK_M, BLOCK_N), each warp its own rows.
+    Accumulators<1, kBlocks> scores, gradients;
+    [[maybe_unused]] Accumulators<1, kBlocks> slopes;
+    multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
+        scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, q_lane.at(0, i)); },
+        LaneAddress<KeyTile>{k_columns.first + slot * KeyTile::kBytes});
+    multiply_transposed<kDtype, Config::kHeadDimV / 16>(
+        gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, do_lane.at(0, i)); },
+        LaneAddress<ValueTile>{v_columns.first + slot * ValueTile::kBytes});
+
+    // P and dS
+    float scale = arguments.score_scale;
+    if constexpr (!kPlain) {
+      const ScoreTransform transform(arguments, block.batch, block.head);
+      scale = cap_with_slopes(transform, scores, slopes);
+      if constexpr (kBias) {
+        Bias<1, kBlocks> bias(problem, block.batch, block.head);
+        bias.load(first_row, sequence.rows_present - 1, start_n);
+        bias.add_to(scores, scale);
+        scale = 1.0f;
+      }
+      scale = transform.add_slopes(scores, scale, sequence.offset, first_row, start_n);
+    }
+    if constexpr (kMasked) {
+      mask.apply<kPlain>(scores, [&](int, int half) { return first_row + 8 * half + lane / 4; }, start_n);
+    }
+    scores_to_weights<kBias>(scores, scale, [&](int, int, int e) { return lse[e / 2]; });
+    if (drops) Dropout(problem, block.batch, block.head).mark(scores, first_row, start_n);
+    weights_to_score_gradients<kMasked || kBias>(gradients, scores, drops, arguments.kept_scale,
+                                                 [&](int, int, int e) { return delta[e / 2]; });
+    if constexpr (kBias) {
+      if (arguments.dattn_mask.data != nullptr) {
+        store_mask_gradient(arguments, gradients, block.batch, block.head, first_row, sequence.rows, start_n);
+      }
+      if (arguments.row_sums != nullptr) {
+        for_each_element(gradients, [&](float& gradient, int row, int) { row_sum[row / 8] += gradient; });
+      }
+    }
+    if constexpr (!kPlain) {
+      if (arguments.slope_sums != nullptr) {
+        const int diagonal = first_row + sequence.offset - start_n;
+        for_each_element(gradients, [&](float& gradient, int row, int place) {
+          slope_sum -= gradient * static_cast<float>(abs(place - row - diagonal));
+        });
+      }
+      if (arguments.softcap_log2 != 0.0f) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) gradients[0][n][e] *= slopes[0][n][e];
+        }
+      }
+    }
+
+    // dQ += dS K (BLOCK_M, HEAD_DIM_QK)
+    multiply_add<kDtype>(acc, gradients, LaneAddress<KeyTile>{k_rows.first + slot * KeyTile::kBytes});
+    __syncthreads();  // every warp is past its products with this block
+    load(step + kStages);
+  };
+  int step = 0;
+#pragma unroll 1
+  for (; step < blocks.num_full; ++step) step_over(step, std::false_type());
+#pragma unroll 1
+  for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // Q has landed and was read
+
+  const int rows = sequence.rows - block.start_m;
+  store_rows<kDtype, QueryTile>(acc, problem.softmax_scale, shared, warp_row, rows, block.rows_of(problem.dquery), problem.dquery.row,
+                                static_cast<int>(problem.head_dim_qk));
+  if (arguments.row_sums != nullptr) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 8 * half + lane / 4;
+      const float sum = quad_sum(row_sum[half]);
+      if (lane % 4 == 0 && row < rows) arguments.row_sums[block.statistics(problem) + row] = sum;
+    }
+  }
+  if (arguments.slope_sums != nullptr) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) slope_sum += __shfl_xor_sync(kWholeWarp, slope_sum, distance);
+    __syncthreads();  // dquery was stored from shared memory
+    float* const sums = reinterpret_cast<float*>(shared);
+    if (lane == 0) sums[threadIdx.x / 32] = slope_sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float sum = 0.0f;
+      for (int warp = 0; warp < Config::kThreads / 32; ++warp) sum += sums[warp];
+      const int64_t row_blocks = (problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
+      arguments.slope_sums[(block.batch * problem.num_heads + block.head) * row_blocks + block.start_m / Config::kBlockM] = sum;
+    }
+  }
+}
+
+}  // namespace fused_attention::cuda::sm80

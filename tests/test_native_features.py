@@ -1,0 +1,20 @@
+"""Every feature of the CPU kernels, forward and backward, in every dtype, on every instruction set, under the accuracy rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_calls import DTYPES, FEATURES, check_call
+
+from fused_attention.kernels import native
+
+pytestmark = [
+    pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(feature: str, dtype: torch.dtype, instruction_set: str) -> None:
+    check_call(native, FEATURES[feature] | {"dtype": dtype}, "cpu")
