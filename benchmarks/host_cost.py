@@ -1,64 +1,95 @@
-"""Microseconds of Python that one eager attention() costs on the Triton path, with a driver that launches nothing.
+"""Microseconds of host time that one eager attention() costs on the GPU paths, with drivers that launch nothing.
 
-    python benchmarks/host_cost.py        from a checkout; needs no GPU
+    python benchmarks/host_cost.py [cuda] [triton]        from a checkout; needs no GPU
 
-Small CPU tensors stand in for GPU ones, the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
-launch, a GPU allocator its own time. Beside it torch's attention on the same CPU tensors, kernel included, to compare machines.
+Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
+(tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
+launch, a GPU allocator its own time. Beside them torch's attention on CPU tensors, kernel included, to compare machines.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for csrc
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-import triton_offline
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_attention import attention, attention_decode
-from fused_attention.kernels import triton_backend
+from fused_attention.kernels import cuda_backend, triton_backend
 
-CALLS, ROUNDS = 1000, 15
+CALLS, ROUNDS = 100, 2000
 
 
 def microseconds(function: Callable[[], object]) -> tuple[float, float]:
-    """The least and the median of several rounds, per call."""
-    for _ in range(CALLS):
+    """Processor time, to which a busy machine adds little, per call: the least and the median of several rounds."""
+    for _ in range(5 * CALLS):
         function()
-    rounds = []
+    rounds = []  # short ones, some of which nothing disturbs
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(CALLS):
             function()
-        rounds.append(1e6 * (time.perf_counter() - start) / CALLS)
+        rounds.append(1e6 * (time.thread_time() - start) / CALLS)
     return min(rounds), statistics.median(rounds)
 
 
-def main() -> None:
+def cases(backend: str) -> dict[str, Callable[[], object]]:
     query, newest = torch.randn(2, 4, 128, 32, dtype=torch.bfloat16), torch.randn(2, 4, 1, 32, dtype=torch.bfloat16)
     leaf = query.clone().requires_grad_()
     key_mask = torch.ones(2, 128, dtype=torch.bool)
     lengths = torch.tensor([128, 100], dtype=torch.int32)
-    cases: dict[str, Callable[[], object]] = {
-        "attention, causal": lambda: attention(query, query, query, is_causal=True, backend="triton"),
-        "attention, causal, with grad": lambda: attention(leaf, query, query, is_causal=True, backend="triton"),
-        "attention, key_mask": lambda: attention(query, query, query, key_mask=key_mask, backend="triton"),
-        "attention_decode": lambda: attention_decode(newest, query, query, lengths, backend="triton"),
+    calls: dict[str, Callable[[], object]] = {
+        "attention, causal": lambda: attention(query, query, query, is_causal=True, backend=backend),
+        "attention, causal, with grad": lambda: attention(leaf, query, query, is_causal=True, backend=backend),
+        "attention, key_mask": lambda: attention(query, query, query, key_mask=key_mask, backend=backend),
+        "attention_decode": lambda: attention_decode(newest, query, query, lengths, backend=backend),
         "torch, causal, with its kernel": lambda: scaled_dot_product_attention(newest, newest, newest, is_causal=True),
     }
+    if backend == "cuda":  # which has no gradients
+        del calls["attention, causal, with grad"]
+    return calls
+
+
+def stand_in_for_cuda() -> AbstractContextManager:
+    import standin_driver
+
+    standin_driver.load(standin_driver.build(Path(tempfile.mkdtemp())))
+    if reason := cuda_backend.status():
+        sys.exit(f"cuda: {reason}")
+    cuda_backend._machine_reason = lambda device: None
+    cuda_backend._device_and_stream = lambda tensor: (max(tensor.get_device(), 0), 0)
+    return nullcontext()
+
+
+def stand_in_for_triton() -> AbstractContextManager:
+    import triton_offline
+
     triton_backend._machine_reason = lambda device: None
     triton_offline._Launcher.__call__ = lambda self, *arguments: None
+    return triton_offline.offline(arch=90)
+
+
+STAND_INS = {"cuda": stand_in_for_cuda, "triton": stand_in_for_triton}
+
+
+def main() -> None:
+    backends = sys.argv[1:] or list(STAND_INS)
     print(f"torch {torch.__version__}, microseconds per call: least, median of {ROUNDS} rounds")
-    with triton_offline.offline(arch=90):
-        for name, function in cases.items():
-            with torch.set_grad_enabled("grad" in name):
-                least, median = microseconds(function)
-            print(f"{name:32s}{least:7.1f}{median:7.1f}")
+    for backend in backends:
+        with STAND_INS[backend]():
+            for name, function in cases(backend).items():
+                with torch.set_grad_enabled("grad" in name):
+                    least, median = microseconds(function)
+                print(f"{backend + ': ' + name:40s}{least:7.1f}{median:7.1f}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Problem:
     max_seqlen_k: int
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
+    repeated_as: tuple | None = field(default=None, init=False)  # repeated.kind_of the call, where calls like it may skip the checks
 
     @property
     def batch(self) -> int:

@@ -34,6 +34,9 @@ TABLE = ROOT / "docs/cuda-codegen.md"
 WRITE = "make codegen-cuda-table"
 BUILT_FOR = "sm_80"
 OTHERS = {"sm_89": SMALL_SHARED_BYTES, "sm_90": 227 * KB, "sm_120": SMALL_SHARED_BYTES}  # and what a block may have of shared memory
+# Nothing may spill in the machine code that ships. What a driver makes of the PTX is up to its own assembler, of whatever version: there up
+# to four words that wait in local memory are no reason to give up a tile that fits everywhere else.
+TOLERATED_ELSEWHERE = 16  # bytes
 SLACK = 0.02  # by how much a hot loop may grow before the table must be written anew
 
 
@@ -84,7 +87,7 @@ def check(image: str, others: Iterable[str] = OTHERS) -> list[Line]:
         its_others = {arch: kernels[row.name] for arch, kernels in elsewhere.items()}
         reasons = failures(row, usage, found)
         for arch, other in its_others.items():
-            if row.shared_bytes <= OTHERS[arch] and (other.spills or other.stack):
+            if row.shared_bytes <= OTHERS[arch] and max(other.spills, other.stack) > TOLERATED_ELSEWHERE:
                 reasons.append(f"{other.spills} bytes spilled, a stack frame of {other.stack} bytes on {arch}")
         lines.append(Line(row, usage, found, its_others, reasons))
     return lines
@@ -101,12 +104,14 @@ HEADING = f"""# What the compiler makes of the CUDA kernels
 Written by `{WRITE}`, checked by `make codegen-cuda`. A change that makes an instance worse than its line
 fails; one that is meant to, or that makes it better, writes the table anew.
 
-- registers, spills and stack: per thread, by ptxas's account; spills and stack in bytes, and 0 is the only number allowed
+- registers, spills and stack: per thread, by ptxas's account of the sm_80 code, which ships; spills and stack in bytes, and 0 is the only
+  number allowed
 - shared: bytes of a block; blocks: how many of them an SM holds at once, by registers, shared memory and threads
 - HMMA, LDSM, LDGSTS, MUFU: matrix products, their loads from shared memory, copies to it and exp2 in one pass of a warp through the loop
   over blocks of keys without masks. The gate knows these numbers from the tile
 - loop, masked loop: all instructions of the two hot loops, rarely executed ones included; {SLACK:.0%} more are tolerated
-- spills on other GPUs: of the machine code that a driver makes of the PTX
+- spills on other GPUs: of the machine code that a driver makes of the PTX. {TOLERATED_ELSEWHERE} bytes are tolerated:
+  they are up to the assembler of whatever driver there is, and four words that wait in local memory cost less than a smaller tile would
 
 """
 

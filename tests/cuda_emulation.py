@@ -83,6 +83,8 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
         self._patches.setattr(cuda_backend, "_run", self._run)
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
+        self._patches.setattr(cuda_backend, "_remembered", {})  # by what this GPU is
+        self._patches.setattr(cuda_backend, "_repeatable", {})
         super().__enter__()
         return self
 

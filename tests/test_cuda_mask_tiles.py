@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str
 
 BATCH, HEADS = 2, 3
 KEYS_PER_TILE = 64
+HEAD_DIM = 64  # whose kernels have blocks of 128 rows with masks, of 64 with a float mask
+NOT_DECODED = {"dropout_p": 0.5, "rng_state": torch.zeros(2, dtype=torch.int64)}  # which needs no lists
 SEQLENS = [(64, 64), (65, 130), (1, 31), (130, 33), (200, 300), (257, 176)]  # at, above and below tiles of 64 and 128 and words of 32
 
 
@@ -65,8 +66,8 @@ KEY_MASKS = {
 }  # fmt: skip
 
 
-def problem_of(options: dict[str, Any], seqlen_q: int, seqlen_k: int, head_dim: int) -> Problem:
-    query, key = (torch.zeros(BATCH, HEADS, seqlen, head_dim, dtype=torch.bfloat16) for seqlen in (seqlen_q, seqlen_k))
+def problem_of(options: dict[str, Any], seqlen_q: int, seqlen_k: int) -> Problem:
+    query, key = (torch.zeros(BATCH, HEADS, seqlen, HEAD_DIM, dtype=torch.bfloat16) for seqlen in (seqlen_q, seqlen_k))
     return make_problem("separate", (query, key, key), **options)
 
 
@@ -84,17 +85,6 @@ MEMBERS = "i4x6q3Q"
 
 def last_members(arguments: bytes) -> tuple[int, ...]:
     return struct.unpack(MEMBERS, arguments[-struct.calcsize(MEMBERS) :])
-
-
-@functools.cache
-def head_dim_of(block_m: int) -> int:
-    """A head dim whose kernel for masks has blocks of that many rows."""
-    for head_dim in (32, 64, 96, 128, 192, 256):
-        with EmulatedGpu(kernels="none") as gpu:
-            cuda_backend.forward(problem_of({"key_mask": chance(BATCH, 8, of=0.5)}, 8, 8, head_dim))
-        if last_members(gpu.planned[0][1])[0] == block_m:
-            return head_dim
-    pytest.skip(f"no kernel has blocks of {block_m} rows")
 
 
 def run_pre_pass(problem: Problem, kernels: list[str], schedule: int = 0) -> Tiles:
@@ -145,16 +135,12 @@ def assert_lists(tiles: Tiles, problem: Problem) -> None:
     assert tiles_of(ours) == tiles_of(expected)
 
 
-on_both_blocks = pytest.mark.parametrize("block_m", [64, 128])
-
-
-@on_both_blocks
 @pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
 @pytest.mark.parametrize("mask", BOOL_MASKS)
-def test_bool_masks(mask: str, seqlens: tuple[int, int], block_m: int) -> None:
-    problem = problem_of(BOOL_MASKS[mask](*seqlens), *seqlens, head_dim_of(block_m))
+def test_bool_masks(mask: str, seqlens: tuple[int, int]) -> None:
+    problem = problem_of(BOOL_MASKS[mask](*seqlens), *seqlens)
     tiles = run_pre_pass(problem, ["mask_tiles_classify", "mask_tiles_list"])
-    assert tiles.block_m == block_m
+    assert tiles.block_m == 128
     assert tiles.mask_bits is not None
     ours, expected = unpack_bits(tiles.mask_bits, seqlens[1]), allowed_pairs(problem)
     assert torch.equal(pack_bits(ours), tiles.mask_bits)  # 0 past the last key
@@ -165,12 +151,14 @@ def test_bool_masks(mask: str, seqlens: tuple[int, int], block_m: int) -> None:
     assert_lists(tiles, problem)
 
 
-@on_both_blocks
+@pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
 @pytest.mark.parametrize("mask", KEY_MASKS)
 def test_key_masks_make_lists_alone(mask: str, seqlens: tuple[int, int], block_m: int) -> None:
-    problem = problem_of(KEY_MASKS[mask](*seqlens), *seqlens, head_dim_of(block_m))
-    tiles = run_pre_pass(problem, ["mask_tiles_keys"])
+    float_mask = {"attn_mask": torch.zeros(seqlens)} if block_m == 64 else {}
+    options = KEY_MASKS[mask](*seqlens) | float_mask | NOT_DECODED
+    tiles = run_pre_pass(problem := problem_of(options, *seqlens), ["mask_tiles_keys"])
+    assert tiles.block_m == (64 if "attn_mask" in options else 128)
     assert tiles.mask_bits is None
     assert tiles.lists.shape[1] == 1
     if problem.causal == "none" and problem.window_left is None:
@@ -180,7 +168,8 @@ def test_key_masks_make_lists_alone(mask: str, seqlens: tuple[int, int], block_m
     assert_lists(tiles, problem)
 
 
-PREPARED = {**BOOL_MASKS, **KEY_MASKS, "causal": lambda m, n: {"is_causal": True}}
+MASKS_ALONE = {name: mask for name, mask in KEY_MASKS.items() if name != "beside a float mask"}
+PREPARED = {**BOOL_MASKS, **MASKS_ALONE, "causal": lambda m, n: {"is_causal": True}}
 
 
 @pytest.mark.parametrize("seqlens", [(64, 64), (200, 300), (257, 176)], ids=str)
@@ -188,15 +177,15 @@ PREPARED = {**BOOL_MASKS, **KEY_MASKS, "causal": lambda m, n: {"is_causal": True
 def test_lists_of_64_rows_become_lists_of_128(mask: str, seqlens: tuple[int, int]) -> None:
     options = PREPARED[mask](*seqlens)
     prepared = prepare_mask(**options, seqlen_q=seqlens[0], seqlen_k=seqlens[1], gradients=False)
-    problem = problem_of({"attn_mask": prepared}, *seqlens, head_dim_of(128))
+    problem = problem_of({"attn_mask": prepared}, *seqlens)
     tiles = run_pre_pass(problem, ["mask_tiles_merge"])
     assert tiles.lists.shape[:2] == (prepared.shape[0], prepared.shape[1])
     # Of a PreparedMask, absent rows are rows that may attend to nothing.
-    assert_lists(tiles, problem_of({"attn_mask": prepared.unpack()}, *seqlens, head_dim_of(128)))
+    assert_lists(tiles, problem_of({"attn_mask": prepared.unpack()}, *seqlens))
 
 
 def test_lists_of_64_rows_are_used_as_they_are() -> None:
-    problem = problem_of({"attn_mask": prepare_mask(is_causal=True, seqlen_q=200, seqlen_k=130)}, 200, 130, head_dim_of(64))
+    problem = problem_of({"attn_mask": prepare_mask(torch.zeros(200, 130), is_causal=True, seqlen_q=200, seqlen_k=130)}, 200, 130)
     with EmulatedGpu(kernels="mask_tiles") as gpu:
         cuda_backend.forward(problem)
     assert gpu.launched == []
@@ -206,5 +195,5 @@ def test_lists_of_64_rows_are_used_as_they_are() -> None:
 def test_schedules(schedule: int) -> None:
     seqlens = (130, 200)
     for masks, kernels in ((BOOL_MASKS, ["mask_tiles_classify", "mask_tiles_list"]), (KEY_MASKS, ["mask_tiles_keys"])):
-        for mask in masks.values():
-            run_pre_pass(problem_of(mask(*seqlens), *seqlens, 64), kernels, schedule)
+        for mask in list(masks.values())[schedule::3]:
+            run_pre_pass(problem_of(mask(*seqlens) | NOT_DECODED, *seqlens), kernels, schedule)

@@ -52,20 +52,20 @@ __device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const
 // lie past the last one.
 template <class KindOf>
 __device__ inline void write_list(int32_t* list, int64_t num_tiles, KindOf kind_of) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, end = static_cast<int>(num_tiles);  // at most 2^24
   const uint32_t lanes_below = (1u << lane) - 1;
-  int64_t num_full = 0, num_mixed = 0;
-  for (int64_t start = 0; start < num_tiles; start += 32) {
-    const int64_t tile = start + lane;
+  int num_full = 0, num_mixed = 0;
+  for (int start = 0; start < end; start += 32) {
+    const int tile = start + lane;
     const int kind = kind_of(tile);
-    const uint32_t full = __ballot_sync(kWholeWarp, tile < num_tiles && kind == kFull);
-    const uint32_t mixed = __ballot_sync(kWholeWarp, tile < num_tiles && kind == kMixed);
-    if (full >> lane & 1) list[2 + num_full + __popc(full & lanes_below)] = static_cast<int32_t>(tile);
-    if (mixed >> lane & 1) list[1 + num_tiles - num_mixed - __popc(mixed & lanes_below)] = static_cast<int32_t>(tile);
+    const uint32_t full = __ballot_sync(kWholeWarp, tile < end && kind == kFull);
+    const uint32_t mixed = __ballot_sync(kWholeWarp, tile < end && kind == kMixed);
+    if (full >> lane & 1) list[2 + num_full + __popc(full & lanes_below)] = tile;
+    if (mixed >> lane & 1) list[1 + end - num_mixed - __popc(mixed & lanes_below)] = tile;
     num_full += __popc(full);
     num_mixed += __popc(mixed);
   }
-  if (lane < 2) list[lane] = static_cast<int32_t>(lane == 0 ? num_full : num_mixed);
+  if (lane < 2) list[lane] = lane == 0 ? num_full : num_mixed;
 }
 
 // Where a line of the lists stands. There are fewer lines and tiles than 2^31 (plan.cpp): no division of 64-bit numbers, which is a call.

@@ -102,8 +102,8 @@ FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias"
 def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, dtype: str, feature_class: str, dropout: bool) -> Instance:
     name = f"sm80_{pass_name}_{head_dims[0]}x{head_dims[1]}_{dtype}{suffix}"
     return Instance(
-        name, name, "cuda/sm80/forward.cuh" if pass_name == "forward" else "cuda/sm80/decode.cuh", 80, pass_name, *head_dims, dtype,
-        feature_class, dropout, tile.block_m, tile.block_n, tile.num_warps, tile.stages, tile.shared_bytes(*head_dims), tile.blocks_per_sm,
+        name, name, f"cuda/sm80/{pass_name}.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout, tile.block_m,
+        tile.block_n, tile.num_warps, tile.stages, tile.shared_bytes(*head_dims), tile.blocks_per_sm,
     )  # fmt: skip
 
 
@@ -119,9 +119,9 @@ def _backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropou
             tile = replace(tile, **{"block_n" if of_query else "block_m": 32})
         rows, steps = (tile.block_m, tile.block_n) if of_query else (tile.block_n, tile.block_m)
         shared_bytes = 2 * (rows + tile.stages * steps) * sum(head_dims) + (0 if of_query else tile.stages * 8 * steps)
-        name = f"sm80_{pass_name}_{suffix}"
+        name, header = f"sm80_{pass_name}_{suffix}", f"cuda/sm80/backward_{'query' if of_query else 'key'}.cuh"
         yield Instance(
-            name, name, f"cuda/sm80/backward_{'query' if of_query else 'key'}.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout,
+            name, name, header, 80, pass_name, *head_dims, dtype, feature_class, dropout,
             tile.block_m, tile.block_n, tile.num_warps, tile.stages, shared_bytes, tile.blocks_per_sm,
         )  # fmt: skip
 
@@ -176,7 +176,8 @@ def image_source(instance: Instance) -> str:
         )
         call = f"{kernel}<Config>(arguments)"
     return (
-        f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\nusing namespace fused_attention::cuda::sm80;\n{check}"
+        f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\n"
+        f"using namespace fused_attention::cuda::sm80;\n{check}"
         f'extern "C" __global__ void __launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})\n'
         f"    {instance.name}(const __grid_constant__ {arguments} arguments) {{\n  {call};\n}}\n"
     )
