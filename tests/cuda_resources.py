@@ -71,12 +71,14 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 
 def num_hot_loops(row: Instance) -> int:
-    """Forward: one over blocks that need no mask, one over those that do."""
-    return {"forward": 2, "decode": 1}.get(row.pass_name, 0)
+    """Forward and backward: one over blocks that need no mask, one over those that do."""
+    return {"helper": 0, "decode": 1}.get(row.pass_name, 2)
 
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
     """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
+    if row.pass_name.startswith("backward"):
+        return expected_backward(row)
     decode = row.pass_name == "decode"
     rows, keys = (16, 16) if decode else (row.block_m // row.num_warps, row.block_n)  # of one warp's product
     lanes = WARP if decode else row.num_threads  # that copy a tile of keys together
@@ -100,8 +102,32 @@ def expected(row: Instance) -> dict[str, tuple[int, int]]:
     }
 
 
+def expected_backward(row: Instance) -> dict[str, tuple[int, int]]:
+    """A warp has 16 rows, or 16 keys, and takes steps of so many keys, or rows; see backward_query.cuh and backward_key.cuh."""
+    of_query = row.pass_name == "backward_query"
+    steps = row.block_n if of_query else row.block_m
+    dkey, dvalue = row.pass_name != "backward_dvalue", row.pass_name in ("backward_key", "backward_dvalue")  # dkey: or dquery
+    dims_of_products = [row.head_dim_qk] + dkey * [row.head_dim_v]  # of scores, of the gradients of weights
+    dims_of_sums = dkey * [row.head_dim_qk] + (dvalue and not of_query) * [row.head_dim_v]
+    products = sum(steps // 8 * dim // 16 for dim in dims_of_products) + sum(steps // 16 * dim // 8 for dim in dims_of_sums)
+    loads = sum((steps // 16 + 1) * dim // 16 for dim in dims_of_products)
+    transposed = sum(steps // 16 * dim // 16 for dim in dims_of_sums)
+    copies = steps * (row.head_dim_qk + row.head_dim_v) // 8 // row.num_threads
+    scores = steps * 16 // WARP
+    exponentials = scores * (1 if row.feature_class == "plain" else 2)  # a weight each; tanh takes one, too
+    return {
+        "HMMA.16816.F32": (products, products),
+        "LDSM.16.M88.4": (loads, loads),
+        "LDSM.16.MT88.4": (transposed, transposed),
+        WIDE_COPY: (copies, 2 * copies),
+        "MUFU.EX2": (exponentials, exponentials),
+    }
+
+
 def out_stores(row: Instance) -> tuple[int, int]:
     """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
+    if row.pass_name.startswith("backward"):  # narrow: gradients of masks, sums of rows, columns and slopes
+        return 16 * min(row.head_dim_qk, row.head_dim_v) // 8 // WARP, 16 if row.feature_class == "plain" else 1000
     if row.pass_name == "forward":
         rows = row.block_m // row.num_warps
         return rows * row.head_dim_v // 8 // WARP, rows // 8
@@ -138,9 +164,14 @@ def code_failures(row: Instance, found: Code) -> list[str]:
         if local := matching(loop, LOCAL):
             reasons.append(f"{local} local memory accesses in {where}")
         # Dropout reads its seed and its offset.
-        if row.feature_class == "plain" and (loads := matching(loop, GLOBAL_LOAD)) > (2 if row.dropout else 0):
+        if (
+            row.feature_class == "plain"
+            and row.pass_name in ("forward", "decode", "backward_query")
+            and (loads := matching(loop, GLOBAL_LOAD)) > (2 if row.dropout else 0)
+        ):
             reasons.append(f"{loads} loads from global memory in {where}")
-    if narrow := matching(found.kernel, COPY) - found.kernel[WIDE_COPY]:
+    statistics = row.pass_name in ("backward_key", "backward_dkey", "backward_dvalue")  # lse and delta, a number to a row
+    if (narrow := matching(found.kernel, COPY) - found.kernel[WIDE_COPY]) and not statistics:
         reasons.append(f"{narrow} asynchronous copies that are not {WIDE_COPY}")
     if generic := matching(found.kernel, GENERIC):
         reasons.append(f"{generic} accesses to what the compiler does not know to be global memory")

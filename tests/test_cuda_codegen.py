@@ -165,7 +165,8 @@ def test_no_kernel_spills_and_as_many_blocks_run_as_intended() -> None:
 
 @needs_build
 @pytest.mark.parametrize("kind", ["forward_64x64_bf16_plain", "forward_64x64_fp16_plain_dropout", "forward_64x64_fp16_masked",
-                                  "forward_64x64_fp16_bias", "decode_64x64_bf16"])  # fmt: skip
+                                  "forward_64x64_fp16_bias", "decode_64x64_bf16", "backward_query_64x64_bf16_plain",
+                                  "backward_key_64x64_bf16_masked"])  # fmt: skip
 def test_the_code_of_every_class_passes(kind: str) -> None:
     """For other GPUs, too, where that is quick."""
     others = ("sm_90", "sm_120") if kind in ("forward_64x64_bf16_plain", "decode_64x64_bf16") else ()
