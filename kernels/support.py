@@ -39,7 +39,7 @@ FEATURES: dict[str, Callable[[], Problem]] = {
     "bfloat16": _problem,
     "float16": lambda: _problem(torch.float16),
     "float64": lambda: _problem(torch.float64),
-    "head_dim to 256, divisible by 8": lambda: _problem(head_dim=40, head_dim_v=40),
+    "head_dim to 256, divisible by 8": lambda: _problem(head_dim=200, head_dim_v=200),
     "head_dim to 256, any other": lambda: _problem(head_dim=59, head_dim_v=59),
     "head_dim above 256": lambda: _problem(head_dim=320, head_dim_v=320),
     "value head_dim of its own": lambda: _problem(head_dim=192, head_dim_v=128),

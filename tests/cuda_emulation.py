@@ -83,6 +83,7 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
         self._patches.setattr(cuda_backend, "_run", self._run)
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
+        self._patches.setattr(cuda_backend, "backward", functools.partial(self._backward, cuda_backend.backward))
         self._patches.setattr(cuda_backend, "_remembered", {})  # by what this GPU is
         self._patches.setattr(cuda_backend, "_repeatable", {})
         super().__enter__()
@@ -100,6 +101,17 @@ class EmulatedGpu(TorchFunctionMode):
     def _run(self, problem: bytes, device: int, stream: int, workspace: int, *addresses: int) -> int:
         """In place of _native.cuda_forward."""
         return self._launch(cuda_backend._native.cuda_plan(problem, *self._gpu, workspace, addresses), workspace)
+
+    def _backward(self, backward: Callable[..., None], *arguments: Any) -> None:
+        """Autograd calls it without this mode."""
+        if torch.overrides._get_current_function_mode() is self:
+            backward(*arguments)
+            return
+        super().__enter__()
+        try:
+            backward(*arguments)
+        finally:
+            super().__exit__(None, None, None)
 
     def _run_backward(self, problem: bytes, device: int, stream: int, workspace: int, *addresses: tuple[int, ...]) -> int:
         """In place of _native.cuda_backward."""

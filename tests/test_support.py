@@ -45,7 +45,8 @@ CALLS: dict[str, dict[str, Callable[[], Problem]]] = {
             query=torch.zeros(2 * 2 * 6 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 2, 6, 64)
         ),
         "more than 2^30 queries or keys": long_problem,
-        "gradients": lambda: problem(query=torch.zeros(2, 2, 6, 64, dtype=torch.bfloat16, requires_grad=True)),
+        "gradients above head_dim 128": lambda: problem(head_dim=192, query=torch.zeros(2, 2, 6, 192).bfloat16().requires_grad_()),
+        "the gradient of an attn_mask that batches or heads share": lambda: problem(attn_mask=torch.zeros(6, 12, requires_grad=True)),
     },
     "triton": EVERYWHERE | {"float64": lambda: problem(torch.float64)},
     "cpu": EVERYWHERE | {"float64": lambda: problem(torch.float64)},
@@ -72,12 +73,18 @@ def test_the_page_and_the_calls_are_the_same_list(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "function"), [("cuda", cuda_backend.uncovered), ("triton", triton_backend.uncovered), ("cpu", native.unsupported_reasons)]
+    ("backend", "functions"),
+    [
+        ("cuda", (cuda_backend.uncovered, cuda_backend._uncovered_by_backward)),
+        ("triton", (triton_backend.uncovered,)),
+        ("cpu", (native.unsupported_reasons,)),
+    ],
 )
-def test_no_reason_is_left_out(backend: str, function: Callable) -> None:
+def test_no_reason_is_left_out(backend: str, functions: tuple[Callable, ...]) -> None:
     """As many lines as the source has reasons; two of the CPU's are of the machine."""
     of_machine = 2 if backend == "cpu" else 0
-    assert inspect.getsource(function).count("reasons.append(") == len(lines(backend)) + of_machine
+    reasons = sum(inspect.getsource(function).count("reasons.append(") for function in functions)
+    assert reasons == len(lines(backend)) + of_machine
 
 
 def test_the_reference_takes_everything() -> None:

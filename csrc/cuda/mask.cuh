@@ -80,10 +80,11 @@ template <int BLOCK, bool HAS_LISTS>
 class VisitedBlocks {
  public:
   // of_first, of_last: what the first and the last row may attend to by position; both ends move to the right row by row.
-  // Without lists, or where they are null, that decides. line: of the lists.
-  FA_DEVICE VisitedBlocks(KeyRange of_first, KeyRange of_last, const TileLists* lists, int batch, int head, int line)
-      : lists_(HAS_LISTS && lists != nullptr && lists->data != nullptr ? lists : nullptr), batch_(batch), head_(head), line_(line) {
-    if (HAS_LISTS && lists_ != nullptr) {
+  // Without HAS_LISTS, or where `lists` are null, that decides. line: of the lists. is_absent: whoever visits is not there and visits none.
+  FA_DEVICE VisitedBlocks(KeyRange of_first, KeyRange of_last, bool is_absent, const TileLists& lists, int batch, int head, int line)
+      : lists_(lists), batch_(batch), head_(head), line_(line) {
+    if (is_absent) return;
+    if (HAS_LISTS && lists.data != nullptr) {
       const int32_t* const tiles = list();
       num_full = tiles[0] * kBlocksPerTile;
       num_blocks = num_full + tiles[1] * kBlocksPerTile;
@@ -100,8 +101,8 @@ class VisitedBlocks {
 
   // Where a block starts; step < num_blocks.
   FA_DEVICE int start(int step) const {
-    if (HAS_LISTS && lists_ != nullptr) {
-      const int place = step < num_full ? step / kBlocksPerTile : lists_->num_tiles - 1 - (step - num_full) / kBlocksPerTile;
+    if (HAS_LISTS && lists_.data != nullptr) {
+      const int place = step < num_full ? step / kBlocksPerTile : lists_.num_tiles - 1 - (step - num_full) / kBlocksPerTile;
       return list()[2 + place] * kKeysPerTile + step % kBlocksPerTile * BLOCK;
     }
     if (step < num_full) return (first_full_ + step) * BLOCK;
@@ -112,18 +113,17 @@ class VisitedBlocks {
  private:
   static constexpr int kBlocksPerTile = kKeysPerTile / BLOCK;
 
-  FA_DEVICE const int32_t* list() const { return of_head(lists_->data, lists_->batch, batch_, lists_->head, head_) + line_ * lists_->line; }
+  FA_DEVICE const int32_t* list() const { return of_head(lists_.data, lists_.batch, batch_, lists_.head, head_) + line_ * lists_.line; }
 
-  const TileLists* lists_;
+  const TileLists& lists_;
   int batch_, head_, line_, first_ = 0, first_full_ = 0;
 };
 
 // The blocks of BLOCK_N keys that a block of BLOCK_M rows visits.
 template <int BLOCK_M, int BLOCK_N, bool HAS_LISTS>
 FA_DEVICE VisitedBlocks<BLOCK_N, HAS_LISTS> key_blocks(const Sequence& sequence, const TileLists& lists, int batch, int head, int start_m) {
-  if (start_m >= sequence.rows_present) return {{0, 0}, {0, 0}, nullptr, 0, 0, 0};
   const int last_row = min(start_m + BLOCK_M, sequence.rows_present) - 1;
-  return {sequence.keys_of(start_m), sequence.keys_of(last_row), &lists, batch, head, start_m / BLOCK_M};
+  return {sequence.keys_of(start_m), sequence.keys_of(last_row), last_row < start_m, lists, batch, head, start_m / BLOCK_M};
 }
 
 // What masks scores of one head beyond its blocks of keys: positions, and bits or a key_mask.

@@ -90,7 +90,7 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
 
 #pragma unroll 1
   for (int head = key_head * arguments.heads_per_group; head < (key_head + 1) * arguments.heads_per_group; ++head) {
-    const VisitedBlocks<kBlockM, !kPlain> blocks(of_first, of_last, last_key < start_n ? nullptr : &arguments.column_tiles, batch, head,
+    const VisitedBlocks<kBlockM, !kPlain> blocks(of_first, of_last, last_key < start_n, arguments.column_tiles, batch, head,
                                                  start_n / kBlockN);
     const ScoreMask mask{sequence, problem, batch, head};
     const uint16_t* const query = head_of(problem.query, batch, head) + sequence.first_row * problem.query.row;  // (Lq, Dqk)
