@@ -158,7 +158,10 @@ def image_source(instance: Instance) -> str:
     if instance.image == "mask_tiles":  # its header defines the entry points itself
         return head
     dtype = DTYPES[instance.dtype]
-    kernel = instance.header.removeprefix("cuda/sm80/").removesuffix(".cuh")
+    if instance.pass_name == "helper":
+        kernel = instance.name.removeprefix("sm80_").removesuffix(f"_{instance.dtype}")
+    else:
+        kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
     arguments = "BackwardArguments" if kernel.startswith("backward") else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
