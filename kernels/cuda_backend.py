@@ -176,7 +176,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if problem.cu_seqlens_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)
-    side_tensors = _as_kernels_take_them(problem)
+    side_tensors = problem.as_native_kernels_take_them(MASK_DTYPES)
     device, stream = _device_and_stream(query)
     arguments = _addresses(problem, side_tensors, addresses, out, lse)
     wanted = _run(call.problem, device, stream, 0, *arguments)
@@ -263,7 +263,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
-    side_tensors = _as_kernels_take_them(problem)
+    side_tensors = problem.as_native_kernels_take_them(MASK_DTYPES)
     device, stream = _device_and_stream(query)
     arguments = _addresses(problem, side_tensors, addresses, out, lse)
     gradient_addresses = (
@@ -368,7 +368,7 @@ def _kind_of(problem: Problem) -> tuple:
 
 def _new_call(problem: Problem) -> _Call:
     query, key, value = problem.query, problem.key, problem.value
-    attn_mask, alibi_slopes, _ = _as_kernels_take_them(problem)
+    attn_mask, alibi_slopes, _ = problem.as_native_kernels_take_them(MASK_DTYPES)
     out, lse = empty_output(query, value.shape[3]), empty_lse(query)
     packed = problem.cu_seqlens_q is not None
     mask_strides = _strides(attn_mask, 4)
@@ -415,15 +415,6 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
 
 def _window_side(side: int | None) -> int:
     return UNLIMITED if side is None else min(side, UNLIMITED)
-
-
-def _as_kernels_take_them(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """attn_mask, alibi_slopes and sinks in dtypes that the kernels read; sinks are contiguous."""
-    attn_mask, alibi_slopes, sinks = problem.attn_mask, problem.alibi_slopes, problem.sinks
-    if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
-        distinct = [slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride()]  # an expanded mask stays small
-        attn_mask = attn_mask[tuple(distinct)].float()
-    return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
 
 
 def _with_aligned_inputs(problem: Problem) -> Problem:

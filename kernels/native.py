@@ -184,7 +184,7 @@ def _side_arguments(problem: Problem) -> tuple[tuple | None, tuple | None]:
     given = (problem.attn_mask, key_mask, problem.key_lengths, problem.query_lengths, problem.alibi_slopes, problem.sinks)
     if all([tensor is None for tensor in given]) and problem.cu_seqlens_q is None and problem.mask_bits is None:
         return None, None
-    attn_mask, alibi_slopes, sinks = _as_kernels_take_them(problem)
+    attn_mask, alibi_slopes, sinks = problem.as_native_kernels_take_them(MASK_DTYPES)
     mask_strides = _strides(attn_mask)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
     arguments = (
@@ -206,15 +206,6 @@ def _side_arguments(problem: Problem) -> tuple[tuple | None, tuple | None]:
         ),
     )
     return arguments, (attn_mask, slopes, sinks)
-
-
-def _as_kernels_take_them(problem: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """attn_mask, alibi_slopes and sinks in dtypes that the kernels read; sinks are contiguous."""
-    attn_mask, alibi_slopes, sinks = problem.attn_mask, problem.alibi_slopes, problem.sinks
-    if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
-        distinct = [slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride()]  # an expanded mask stays small
-        attn_mask = attn_mask[tuple(distinct)].float()
-    return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,14 @@ class Problem:
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
     repeated_as: tuple | None = field(default=None, init=False)  # repeated.kind_of the call, where calls like it may skip the checks
+
+    def as_native_kernels_take_them(self, mask_dtypes: Collection[torch.dtype]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """attn_mask, alibi_slopes and sinks: a mask of any other dtype and the two others become float32."""
+        attn_mask, alibi_slopes, sinks = self.attn_mask, self.alibi_slopes, self.sinks
+        if attn_mask is not None and attn_mask.dtype not in mask_dtypes:
+            distinct = [slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride()]  # an expanded mask stays small
+            attn_mask = attn_mask[tuple(distinct)].float()
+        return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
 
     @property
     def batch(self) -> int:

@@ -13,7 +13,7 @@ from cuda_emulation import A100, SMALL, EmulatedGpu
 
 from csrc.cuda.instances.manifest import INSTANCES, Instance
 from fused_attention.kernels import cuda_backend
-from fused_attention.kernels.attention import attention
+from fused_attention.kernels.attention import attention, attention_qkv_packed
 
 pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
 
@@ -119,8 +119,6 @@ def test_bits_stay_the_same_whatever_the_schedule() -> None:
 def test_autograd_through_packed_projections() -> None:
     projection = torch.randn(2, 70, 3, 2, 32).bfloat16()
     dout = torch.randn(2, 2, 70, 32).bfloat16()
-    from fused_attention.kernels.attention import attention_qkv_packed
-
     separate = [tensor.transpose(1, 2).clone().requires_grad_() for tensor in projection.unbind(2)]
     packed = projection.clone().requires_grad_()
     with EmulatedGpu():
