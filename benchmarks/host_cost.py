@@ -1,10 +1,11 @@
-"""Microseconds of host time that one eager attention() costs on the GPU paths, with drivers that launch nothing.
+"""Microseconds of host time that one eager attention() costs; on the GPU paths with drivers that launch nothing.
 
-    python benchmarks/host_cost.py [cuda] [triton]        from a checkout; needs no GPU
+    python benchmarks/host_cost.py [cuda] [triton] [cpu]        from a checkout; needs no GPU
 
 Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
 (tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
-launch, a GPU allocator its own time. Beside them torch's attention on CPU tensors, kernel included, to compare machines.
+launch, a GPU allocator its own time. CPU: with the kernel, of tensors so small that it hardly counts. Beside them torch's attention on
+the same CPU tensors, kernel included.
 """
 
 from __future__ import annotations
@@ -43,19 +44,21 @@ def microseconds(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def cases(backend: str) -> dict[str, Callable[[], object]]:
-    query, newest = torch.randn(2, 4, 128, 32, dtype=torch.bfloat16), torch.randn(2, 4, 1, 32, dtype=torch.bfloat16)
+    seqlen, dtype = (1, torch.float32) if backend == "cpu" else (128, torch.bfloat16)
+    query, key, value = (torch.randn(2, 4, seqlen, 32, dtype=dtype) for _ in range(3))
+    newest = torch.randn(2, 4, 1, 32, dtype=dtype)
     leaf = query.clone().requires_grad_()
-    key_mask = torch.ones(2, 128, dtype=torch.bool)
-    lengths = torch.tensor([128, 100], dtype=torch.int32)
+    key_mask = torch.ones(2, seqlen, dtype=torch.bool)
+    lengths = torch.full((2,), seqlen, dtype=torch.int32)
     calls: dict[str, Callable[[], object]] = {
-        "attention, causal": lambda: attention(query, query, query, is_causal=True, backend=backend),
-        "attention, causal, with grad": lambda: attention(leaf, query, query, is_causal=True, backend=backend),
-        "attention, key_mask": lambda: attention(query, query, query, key_mask=key_mask, backend=backend),
-        "attention_decode": lambda: attention_decode(newest, query, query, lengths, backend=backend),
+        "attention, causal": lambda: attention(query, key, value, is_causal=True, backend=backend),
+        "attention, causal, with grad": lambda: attention(leaf, key, value, is_causal=True, backend=backend),
+        "attention, key_mask": lambda: attention(query, key, value, key_mask=key_mask, backend=backend),
+        "attention_decode": lambda: attention_decode(newest, key, value, lengths, backend=backend),
         "torch, causal, with its kernel": lambda: scaled_dot_product_attention(newest, newest, newest, is_causal=True),
     }
-    if backend == "cuda":  # which has no gradients
-        del calls["attention, causal, with grad"]
+    if backend == "cpu":
+        calls["torch, causal, with grad, with its kernel"] = lambda: scaled_dot_product_attention(leaf, key, value, is_causal=True)
     return calls
 
 
@@ -78,7 +81,7 @@ def stand_in_for_triton() -> AbstractContextManager:
     return triton_offline.offline(arch=90)
 
 
-STAND_INS = {"cuda": stand_in_for_cuda, "triton": stand_in_for_triton}
+STAND_INS = {"cuda": stand_in_for_cuda, "triton": stand_in_for_triton, "cpu": nullcontext}
 
 
 def main() -> None:
@@ -89,7 +92,7 @@ def main() -> None:
             for name, function in cases(backend).items():
                 with torch.set_grad_enabled("grad" in name):
                     least, median = microseconds(function)
-                print(f"{backend + ': ' + name:40s}{least:7.1f}{median:7.1f}")
+                print(f"{backend + ': ' + name:48s}{least:7.1f}{median:7.1f}")
 
 
 if __name__ == "__main__":
