@@ -1,6 +1,7 @@
 """Microseconds of host time that one eager attention() costs; on the GPU paths with drivers that launch nothing.
 
     python benchmarks/host_cost.py [cuda] [triton] [cpu]        from a checkout; needs no GPU
+    python benchmarks/host_cost.py gpu                          the CUDA and the Triton kernels on a GPU, with its own driver
 
 Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
 (tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
@@ -36,6 +37,8 @@ def microseconds(function: Callable[[], object]) -> tuple[float, float]:
         function()
     rounds = []  # short ones, some of which nothing disturbs
     for _ in range(ROUNDS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a launch waits for nothing while fewer than a thousand are under way
         start = time.thread_time()
         for _ in range(CALLS):
             function()
@@ -43,13 +46,13 @@ def microseconds(function: Callable[[], object]) -> tuple[float, float]:
     return min(rounds), statistics.median(rounds)
 
 
-def cases(backend: str) -> dict[str, Callable[[], object]]:
+def cases(backend: str, device: str) -> dict[str, Callable[[], object]]:
     seqlen, dtype = (1, torch.float32) if backend == "cpu" else (128, torch.bfloat16)
-    query, key, value = (torch.randn(2, 4, seqlen, 32, dtype=dtype) for _ in range(3))
-    newest = torch.randn(2, 4, 1, 32, dtype=dtype)
+    query, key, value = (torch.randn(2, 4, seqlen, 32, dtype=dtype, device=device) for _ in range(3))
+    newest = torch.randn(2, 4, 1, 32, dtype=dtype, device=device)
     leaf = query.clone().requires_grad_()
-    key_mask = torch.ones(2, seqlen, dtype=torch.bool)
-    lengths = torch.full((2,), seqlen, dtype=torch.int32)
+    key_mask = torch.ones(2, seqlen, dtype=torch.bool, device=device)
+    lengths = torch.full((2,), seqlen, dtype=torch.int32, device=device)
     calls: dict[str, Callable[[], object]] = {
         "attention, causal": lambda: attention(query, key, value, is_causal=True, backend=backend),
         "attention, causal, with grad": lambda: attention(leaf, key, value, is_causal=True, backend=backend),
@@ -85,11 +88,14 @@ STAND_INS = {"cuda": stand_in_for_cuda, "triton": stand_in_for_triton, "cpu": nu
 
 
 def main() -> None:
-    backends = sys.argv[1:] or list(STAND_INS)
+    on_gpu = sys.argv[1:] == ["gpu"]
+    backends = ["cuda", "triton"] if on_gpu else sys.argv[1:] or list(STAND_INS)
+    if on_gpu and not torch.cuda.is_available():
+        sys.exit("gpu: torch sees no GPU")
     print(f"torch {torch.__version__}, microseconds per call: least, median of {ROUNDS} rounds")
     for backend in backends:
-        with STAND_INS[backend]():
-            for name, function in cases(backend).items():
+        with nullcontext() if on_gpu else STAND_INS[backend]():
+            for name, function in cases(backend, "cuda" if on_gpu else "cpu").items():
                 with torch.set_grad_enabled("grad" in name):
                     least, median = microseconds(function)
                 print(f"{backend + ': ' + name:48s}{least:7.1f}{median:7.1f}")

@@ -10,7 +10,7 @@ import torch
 
 from fused_attention.kernels import native, ops, repeated, routing
 
-collect_ignore = ["on_triton"]  # a run of its own: its conftest says how
+collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
 
 ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
 
