@@ -19,7 +19,6 @@ except ImportError as error:  # installed without a compiler, or on a platform t
     NOT_BUILT = f"the compiled extension is not available ({error})"
 
 MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_BACKWARD = 128
 ROWS_PER_BLOCK = 64  # of the backward kernel for query
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
@@ -104,9 +103,6 @@ def uncovered(problem: Problem) -> list[str]:
 
 def _uncovered_by_backward(problem: Problem) -> list[str]:
     reasons = []
-    head_dim = max(problem.query.shape[3], problem.value.shape[3])
-    if head_dim > MAX_HEAD_DIM_BACKWARD:
-        reasons.append(f"gradients are not covered above head_dim {MAX_HEAD_DIM_BACKWARD}, head_dim is {head_dim}")
     attn_mask = problem.attn_mask
     if attn_mask is not None and attn_mask.requires_grad and _mask_gradient_kind(problem, attn_mask.shape) == "summed":
         reasons.append("the gradient of an attn_mask that batches or heads share is not covered")

@@ -254,10 +254,12 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   launch(*find_image(Pass::backward_query, problem, limits, true),
          problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, kKeysPerTile));
   const int64_t key_blocks = problem.batch * problem.num_heads_kv * ceil_div(problem.seqlen_k, kKeysPerTile);
-  if (const Image* both = find_image(Pass::backward_key, problem, limits, false)) {
+  const Image* const both = find_image(Pass::backward_key, problem, limits, false);
+  const Image* const dkey = find_image(Pass::backward_dkey, problem, limits, both == nullptr);
+  if (both != nullptr && (dkey == nullptr || both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v)) {
     launch(*both, key_blocks);
   } else {
-    launch(*find_image(Pass::backward_dkey, problem, limits, true), key_blocks);
+    launch(*dkey, key_blocks);
     launch(*find_image(Pass::backward_dvalue, problem, limits, true), key_blocks);
   }
   plan.workspace_bytes = workspace.size();
