@@ -23,7 +23,7 @@ class Instance:
     image: str  # stem of the .cu, .ptx and .fatbin file that it is in
     header: str  # that defines it, below csrc
     family: int  # ten times the oldest compute capability that it runs on
-    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue or helper
+    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, mask_gradient or helper
     head_dim_qk: int = 0  # helpers have neither head dims nor tiles
     head_dim_v: int = 0
     dtype: str = "bf16"
@@ -81,8 +81,8 @@ DECODE_TILES = {
     (256, 256): Tile(16, 64, 4, 1, 1),
     (192, 128): Tile(16, 64, 4, 1, 1),
 }
-# Of the backward: blocks of 64 rows or of 64 keys, 16 to a warp, so that the lists of a PreparedMask are used as they are. Steps are block_n
-# keys long (query), or block_m rows (key); 32 where masks leave fewer registers.
+# Of the backward: blocks of 64 rows or of 64 keys, 16 to a warp, so that the lists of a PreparedMask are used as they are. Steps are
+# block_n keys long (query), or block_m rows (key); 32 where masks leave fewer registers.
 BACKWARD_QUERY_TILES = {
     (32, 32): Tile(64, 64, 4, 2, 2),
     (64, 64): Tile(64, 64, 4, 2, 2),
@@ -103,6 +103,7 @@ WIDE_KEY_TILES = {
     (192, 128): Tile(32, 64, 8, 2, 1),
 }
 WIDE_KEY_HELD = {(192, 192): (96, 96), (256, 256): (64, 64), (192, 128): (192, 128)}  # columns of K and of V in registers
+MASK_GRADIENT_TILE = Tile(64, 64, 4, 3, 2)  # stages are chunks of 64 columns, of two operands
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
 
@@ -161,6 +162,12 @@ def _instances() -> Iterator[Instance]:
         yield from _backward(head_dims, dtype, feature_class, dropout)
     for head_dims, dtype, (feature_class, dropout) in product(WIDE_KEY_TILES, DTYPES, FORWARD_CLASSES):
         yield from _wide_backward(head_dims, dtype, feature_class, dropout)
+    for dtype in DTYPES:  # one for every head dim
+        tile, name = MASK_GRADIENT_TILE, f"sm80_mask_gradient_{dtype}"
+        yield Instance(
+            name, name, "cuda/sm80/mask_gradient.cuh", 80, "mask_gradient", 256, 256, dtype, "bias", False, tile.block_m, tile.block_n,
+            tile.num_warps, tile.stages, tile.stages * 2 * 64 * (tile.block_m + tile.block_n), tile.blocks_per_sm,
+        )  # fmt: skip
     for dtype in DTYPES:
         name = f"sm80_backward_delta_{dtype}"
         yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
@@ -188,12 +195,14 @@ def image_source(instance: Instance) -> str:
         kernel = instance.name.removeprefix("sm80_").removesuffix(f"_{instance.dtype}")
     else:
         kernel = Path(instance.header).stem
-    arguments = "BackwardArguments" if kernel.startswith("backward") else "ForwardArguments"
+    arguments = "BackwardArguments" if kernel.startswith(("backward", "mask_gradient")) else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
     else:
-        parameters = [dtype, instance.head_dim_qk, instance.head_dim_v]
-        if kernel != "decode":
+        parameters = [dtype]
+        if kernel != "mask_gradient":
+            parameters += [instance.head_dim_qk, instance.head_dim_v]
+        if kernel not in ("decode", "mask_gradient"):
             parameters += [f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower()]
         parameters += [instance.block_m, instance.block_n, instance.num_warps, instance.stages]
         if kernel == "backward_key":
