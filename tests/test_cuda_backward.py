@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_calls import CALL, FEATURES, build, run
 from cuda_emulation import A100, SMALL, EmulatedGpu
+from function_calls import VARLEN, check_packed_sequences
 
 from csrc.cuda.instances.manifest import INSTANCES, Instance
 from fused_attention.kernels import cuda_backend
@@ -154,6 +155,13 @@ def test_a_shared_mask_has_the_same_gradient_whatever_the_schedule() -> None:
         with EmulatedGpu(schedule, A100):
             gradients.append(run(cuda_backend, problem, dout, dlse)["attn_mask"])
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+@pytest.mark.parametrize("head_dims", [SMALLEST["head_dims"], WIDE["head_dims"]], ids=str)
+@pytest.mark.parametrize("case", VARLEN)
+def test_packed_sequences(case: str, head_dims: tuple[int, int]) -> None:
+    with EmulatedGpu(schedule=len(case) % 3):
+        check_packed_sequences("cuda", case, torch.bfloat16, "cpu", head_dims)
 
 
 @pytest.mark.parametrize("memory", ["heads first", "sequence first", "one batch element expanded"])

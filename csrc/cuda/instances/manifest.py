@@ -194,7 +194,9 @@ def image_source(instance: Instance) -> str:
     if instance.pass_name == "helper":
         kernel = instance.name.removeprefix("sm80_").removesuffix(f"_{instance.dtype}")
     else:
-        kernel = Path(instance.header).stem
+        kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
+        if instance.header.endswith("_wide.cuh"):
+            kernel += "_wide"
     arguments = "BackwardArguments" if kernel.startswith(("backward", "mask_gradient")) else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
