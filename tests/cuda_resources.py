@@ -1,8 +1,8 @@
 """What a compiled CUDA kernel takes of a GPU, what its hot loops are made of, and what of that is not allowed.
 
 Expected instruction counts follow from the manifest's row and from the method that the kernels' headers state, never from a listing.
-All counts are of one warp, or of a pair that shares its rows, and one pass through a hot loop: every tile of keys. A loop's code holds what rarely runs, too: Q's loads on the
-first pass, the rescaling of out when a maximum rises.
+All counts are of one warp, or of a pair that shares its rows, and one pass through a hot loop: every tile of keys. A loop's code holds what
+rarely runs, too: Q's loads on the first pass, the rescaling of out when a maximum rises.
 """
 
 from __future__ import annotations

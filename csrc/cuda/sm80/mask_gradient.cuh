@@ -13,6 +13,12 @@
 
 namespace fused_attention::cuda::sm80 {
 
+// A head whose tile is not empty.
+struct MaskVisit {
+  int batch, head, rows_present, keys_present;
+  bool all_count;  // every score of rows that are present
+};
+
 template <Dtype DTYPE, int BLOCK_M, int BLOCK_N, int NUM_WARPS, int STAGES>
 struct MaskGradientConfig {
   static constexpr Dtype kDtype = DTYPE;
@@ -23,13 +29,8 @@ struct MaskGradientConfig {
   using LeftTile = SharedTile<BLOCK_M, kColumns>;   // of query or dout
   using RightTile = SharedTile<BLOCK_N, kColumns>;  // of key or value
   static constexpr int kStageBytes = LeftTile::kBytes + RightTile::kBytes;
-  static constexpr int kSharedBytes = STAGES * kStageBytes;
-};
-
-// A head whose tile is not empty.
-struct MaskVisit {
-  int batch, head, rows_present, keys_present;
-  bool all_count;  // every score of rows that are present
+  static constexpr int kListBytes = kThreads * static_cast<int>(sizeof(MaskVisit)), kCountBytes = NUM_WARPS * 4;
+  static constexpr int kSharedBytes = STAGES * kStageBytes + kListBytes + kCountBytes;
 };
 
 // Whether the rows from start_m on visit the tile of keys at start_n, and how. Asked by one thread.
@@ -67,10 +68,10 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
   using LeftTile = typename Config::LeftTile;
   using RightTile = typename Config::RightTile;
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ MaskVisit visits[kThreads];
-  __shared__ int visits_of_warp[kThreads / 32];
-  const uint32_t left_smem = ptx::shared_address(shared);              // STAGES x (BLOCK_M, kColumns)
-  const uint32_t right_smem = left_smem + kStages * LeftTile::kBytes;  // STAGES x (BLOCK_N, kColumns)
+  const uint32_t left_smem = ptx::shared_address(shared);                                          // STAGES x (BLOCK_M, kColumns)
+  const uint32_t right_smem = left_smem + kStages * LeftTile::kBytes;                              // STAGES x (BLOCK_N, kColumns)
+  MaskVisit* const visits = reinterpret_cast<MaskVisit*>(shared + kStages * Config::kStageBytes);  // (kThreads,)
+  int* const visits_of_warp = reinterpret_cast<int*>(shared + kStages * Config::kStageBytes + Config::kListBytes);
 
   const AttentionProblem& problem = arguments.problem;
   const auto row_blocks = static_cast<uint32_t>((problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM);
@@ -99,9 +100,8 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
     MaskVisit own = {mask_batch + static_cast<int>(number / heads), mask_head + static_cast<int>(number % heads), 0, 0, false};
     const bool visiting = number < num_heads && visits_tile(arguments, start_m, start_n, own);
     const uint32_t voters = __ballot_sync(kWholeWarp, visiting);
-    __syncthreads();  // nobody reads the list before
     if (lane == 0) visits_of_warp[warp] = __popc(voters);
-    __syncthreads();
+    __syncthreads();  // and nobody reads the list before
     int place = __popc(voters & ((1u << lane) - 1)), num_visits = 0;
 #pragma unroll
     for (int other = 0; other < kThreads / 32; ++other) {
