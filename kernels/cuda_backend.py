@@ -21,7 +21,6 @@ except ImportError as error:  # installed without a compiler, or on a platform t
     NOT_BUILT = f"the compiled extension is not available ({error})"
 
 MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_BACKWARD = 128
 ROWS_PER_BLOCK = 64  # of the backward kernel for query
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
@@ -99,24 +98,12 @@ def uncovered(problem: Problem) -> list[str]:
         reasons.append(f"scale must be > 0, is {problem.scale}")
     if problem.max_seqlen_q > UNLIMITED or problem.max_seqlen_k > UNLIMITED:
         reasons.append(f"seqlen {max(problem.max_seqlen_q, problem.max_seqlen_k)} is above 2^30")
-    if torch.is_grad_enabled() and problem.requires_grad():
-        reasons += _uncovered_by_backward(problem)
-    return reasons
-
-
-def _uncovered_by_backward(problem: Problem) -> list[str]:
-    reasons = []
-    head_dim = max(problem.query.shape[3], problem.value.shape[3])
-    if head_dim > MAX_HEAD_DIM_BACKWARD:
-        reasons.append(f"gradients are not covered above head_dim {MAX_HEAD_DIM_BACKWARD}, head_dim is {head_dim}")
-    attn_mask = problem.attn_mask
-    if attn_mask is not None and attn_mask.requires_grad and _mask_gradient_kind(problem, attn_mask.shape) == "summed":
-        reasons.append("the gradient of an attn_mask that batches or heads share is not covered")
     return reasons
 
 
 def _mask_gradient_kind(problem: Problem, shape: tuple[int, ...]) -> str:
-    """How a float mask's gradient follows from those of the scores: stored as they are, or summed over keys, over rows, or otherwise."""
+    """How a float mask's gradient follows from those of the scores: stored as they are, or summed over keys, over rows, or over heads that
+    share it alone."""
     if shape[3] != problem.max_seqlen_k:
         return "over keys"
     if shape[2] != problem.max_seqlen_q:
@@ -260,7 +247,8 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
             stored = (
                 mask_gradient if mask_gradient.dtype in MASK_DTYPES else mask_gradient.new_empty(mask_gradient.shape, dtype=torch.float32)
             )
-            stored.zero_()  # tiles that nothing visits
+            if kind == "stored":
+                stored.zero_()  # tiles that nothing visits
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
@@ -286,6 +274,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         _strides(gradients.key, 3),
         _strides(gradients.value, 3),
         _strides(stored, 3),
+        (1, 1) if stored is None else tuple(stored.shape[:2]),
         _strides(problem.column_tiles, 3),
         0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
     )

@@ -1,8 +1,8 @@
 """What a compiled CUDA kernel takes of a GPU, what its hot loops are made of, and what of that is not allowed.
 
 Expected instruction counts follow from the manifest's row and from the method that the kernels' headers state, never from a listing.
-All counts are of one warp and one pass through a hot loop: every tile of keys. A loop's code holds what rarely runs, too: Q's loads on the
-first pass, the rescaling of out when a maximum rises.
+All counts are of one warp, or of a pair that shares its rows, and one pass through a hot loop: every tile of keys. A loop's code holds what
+rarely runs, too: Q's loads on the first pass, the rescaling of out when a maximum rises.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import NamedTuple
 import sass
 from occupancy import most_registers, room
 
-from csrc.cuda.instances.manifest import Instance
+from csrc.cuda.instances.manifest import WIDE_KEY_HELD, Instance
 
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 WARP = 32
 # A kernel has no business with these: local memory, and addresses of which the compiler does not know that they are global.
 LOCAL = re.compile(r"(LDL|STL)(\.|$)")
+EXP2 = re.compile(r"MUFU\.EX2")
 GENERIC = re.compile(r"(LD|ST|ATOM|RED)(\.|$)")
 COPY = re.compile(r"LDGSTS(\.|$)")
 WIDE_COPY = "LDGSTS.E.BYPASS.128"
@@ -62,7 +63,13 @@ def code(listing: str) -> Code:
     """Of one kernel's listing (sass.functions)."""
     instructions, labels = sass.parse(listing)
     loops = [Counter(instruction.opcode for instruction in loop) for loop in sass.hot_loops(instructions, labels)]
-    return Code(sorted(loops, key=lambda loop: loop.total()), Counter(instruction.opcode for instruction in instructions))
+    loops.sort(key=lambda loop: loop.total())
+    # Where a pair of warps shares the work (warp_pairs.cuh), each has its own loops, and exp2 is in those of one: a step is what both do.
+    of_weights = [loop for loop in loops if matching(loop, EXP2)]
+    of_gradients = [loop for loop in loops if not matching(loop, EXP2)]
+    if of_weights and len(of_weights) == len(of_gradients):
+        loops = [weights + gradients for weights, gradients in zip(of_weights, of_gradients, strict=True)]
+    return Code(loops, Counter(instruction.opcode for instruction in instructions))
 
 
 def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
@@ -77,8 +84,19 @@ def num_hot_loops(row: Instance) -> int:
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
     """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
+    if row.header.endswith("_wide.cuh"):
+        return expected_pair(row)
     if row.pass_name.startswith("backward"):
         return expected_backward(row)
+    if row.pass_name == "mask_gradient":  # a chunk of 64 columns, which is loaded from query and key or from dout and value
+        chunk = 64 * (row.block_m + row.block_n) // 8 // row.num_threads
+        return {
+            "HMMA.16816.F32": (row.block_n // 8 * 4, row.block_n // 8 * 4),
+            "LDSM.16.M88.4": ((row.block_n // 16 + 1) * 4, (row.block_n // 16 + 1) * 4),
+            "LDSM.16.MT88.4": (0, 0),
+            WIDE_COPY: (chunk, 2 * chunk),
+            "MUFU.EX2": (0, 0),
+        }
     decode = row.pass_name == "decode"
     rows, keys = (16, 16) if decode else (row.block_m // row.num_warps, row.block_n)  # of one warp's product
     lanes = WARP if decode else row.num_threads  # that copy a tile of keys together
@@ -124,8 +142,33 @@ def expected_backward(row: Instance) -> dict[str, tuple[int, int]]:
     }
 
 
+def expected_pair(row: Instance) -> dict[str, tuple[int, int]]:
+    """Of two warps that share 16 rows, or 16 keys; see backward_query_wide.cuh and backward_key_wide.cuh."""
+    of_query = row.pass_name == "backward_query"
+    steps = row.block_n if of_query else row.block_m
+    dims = (row.head_dim_qk, row.head_dim_v)
+    held = dims if of_query else WIDE_KEY_HELD[dims]  # of the left operand: not read in the loop
+    sums = dims[:1] if of_query else dims
+    products = sum(steps // 8 * dim // 16 for dim in dims) + sum(steps // 16 * dim // 8 for dim in sums)
+    loads = sum(steps // 16 * dim // 16 for dim in dims) + (sum(dims) - sum(held)) // 16
+    transposed = sum(steps // 16 * dim // 16 for dim in sums)
+    copies = steps * sum(dims) // 8 // (row.num_threads // 2)
+    exponentials = steps * 16 // WARP * (1 if row.feature_class == "plain" else 2)
+    return {
+        "HMMA.16816.F32": (products, products),
+        "LDSM.16.M88.4": (loads, loads),
+        "LDSM.16.MT88.4": (transposed, transposed),
+        WIDE_COPY: (copies, 2 * copies),
+        "MUFU.EX2": (exponentials, exponentials),
+    }
+
+
 def out_stores(row: Instance) -> tuple[int, int]:
     """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
+    if row.pass_name == "mask_gradient":  # of elements of the mask, in three dtypes
+        return 0, 1000
+    if row.header.endswith("_wide.cuh"):
+        return 16 * row.head_dim_qk // 8 // WARP, 16 if row.feature_class == "plain" else 1000
     if row.pass_name.startswith("backward"):  # narrow: gradients of masks, sums of rows, columns and slopes
         return 16 * min(row.head_dim_qk, row.head_dim_v) // 8 // WARP, 16 if row.feature_class == "plain" else 1000
     if row.pass_name == "forward":

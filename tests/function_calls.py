@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
-from attention_calls import build, options_of
+from attention_calls import CALL, build, options_of
 from torch import Tensor
 
 from fused_attention import attention_decode, attention_varlen
@@ -80,9 +80,11 @@ def packed_sequences(options: dict, dtype: torch.dtype, device: str) -> tuple[li
     return singles, tuple(packed), sizes
 
 
-def check_packed_sequences(backend: str, case: str, dtype: torch.dtype, device: str) -> None:
+def check_packed_sequences(
+    backend: str, case: str, dtype: torch.dtype, device: str, head_dims: tuple[int, int] = CALL["head_dims"]
+) -> None:
     """Each sequence as if it were alone; tokens of no sequence get zeros."""
-    singles, (query, key, value, dout, dlse), sizes = packed_sequences(VARLEN[case], dtype, device)
+    singles, (query, key, value, dout, dlse), sizes = packed_sequences(VARLEN[case] | {"head_dims": head_dims}, dtype, device)
     first = singles[0][0]
     options = {name: option for name, option in options_of(first).items() if name not in ("attn_mask", "key_mask", "key_lengths")}
     if options["alibi_slopes"] is not None:

@@ -103,7 +103,7 @@ FA_DEVICE void store_mask_gradient(const BackwardArguments& arguments, const Acc
 // Which scores of a transposed tile (16 keys of a warp x 8 * BLOCKS rows) count; the others become -inf.
 template <bool BY_POSITION, int BLOCKS>
 FA_DEVICE void mask_transposed(const ScoreMask& mask, Accumulators<1, BLOCKS>& scores, int first_key, int start_m) {
-  constexpr int kWords = BLOCKS / 4;
+  constexpr int kWords = (BLOCKS + 3) / 4;
   const Sequence& sequence = mask.sequence;
   const AttentionProblem& problem = mask.problem;
   const int lane = threadIdx.x % 32, first_row = start_m + 2 * (lane % 4);

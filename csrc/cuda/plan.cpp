@@ -237,7 +237,8 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   check_pointer("dvalue", problem.dvalue, packed ? problem.num_tokens_k : problem.seqlen_k);
   BackwardArguments arguments;
   fill(arguments, problem);
-  arguments.dattn_mask = side.dattn_mask;
+  arguments.mask_batches = side.mask_batches;
+  arguments.mask_heads = side.mask_heads;
   arguments.row_sums = side.row_sums;
   arguments.column_sums = side.column_sums;
   arguments.slope_sums = side.slope_sums;
@@ -251,13 +252,20 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   const Image& delta = named_image(problem.dtype == Dtype::bfloat16 ? "sm80_backward_delta_bf16" : "sm80_backward_delta_fp16");
   add_launch(plan, delta, lines * ceil_div(length, delta.block_m), delta.num_threads, arguments);
   const auto launch = [&](const Image& image, int64_t blocks) { add_launch(plan, image, blocks, image.num_threads, arguments); };
-  launch(*find_image(Pass::backward_query, problem, limits, true),
-         problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, kKeysPerTile));
-  const int64_t key_blocks = problem.batch * problem.num_heads_kv * ceil_div(problem.seqlen_k, kKeysPerTile);
-  if (const Image* both = find_image(Pass::backward_key, problem, limits, false)) {
+  const int64_t row_blocks = ceil_div(problem.seqlen_q, kKeysPerTile), key_tiles = ceil_div(problem.seqlen_k, kKeysPerTile);
+  arguments.dattn_mask = side.dattn_mask;
+  if (side.dattn_mask.data != nullptr && (side.mask_batches != problem.batch || side.mask_heads != problem.num_heads)) {
+    launch(*find_image(Pass::mask_gradient, problem, limits, true), side.mask_batches * side.mask_heads * row_blocks * key_tiles);
+    arguments.dattn_mask = {};  // the other kernels leave it alone
+  }
+  launch(*find_image(Pass::backward_query, problem, limits, true), problem.batch * problem.num_heads * row_blocks);
+  const int64_t key_blocks = problem.batch * problem.num_heads_kv * key_tiles;
+  const Image* const both = find_image(Pass::backward_key, problem, limits, false);
+  const Image* const dkey = find_image(Pass::backward_dkey, problem, limits, both == nullptr);
+  if (both != nullptr && (dkey == nullptr || both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v)) {
     launch(*both, key_blocks);
   } else {
-    launch(*find_image(Pass::backward_dkey, problem, limits, true), key_blocks);
+    launch(*dkey, key_blocks);
     launch(*find_image(Pass::backward_dvalue, problem, limits, true), key_blocks);
   }
   plan.workspace_bytes = workspace.size();

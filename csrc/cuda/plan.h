@@ -38,6 +38,7 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
 // What a backward call has beyond an AttentionProblem with out, lse, dout, dlse and the gradients to write; see BackwardArguments.
 struct SideGradients {
   StridedTensor dattn_mask;
+  int64_t mask_batches = 1, mask_heads = 1;  // of dattn_mask: B or 1 and Hq or 1
   float *row_sums = nullptr, *column_sums = nullptr, *slope_sums = nullptr;
   TileLists column_tiles;  // of a PreparedMask
 };

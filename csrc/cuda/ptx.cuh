@@ -107,4 +107,9 @@ FA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Named barriers, for `threads` threads, whole warps: each waits until so many have come, or comes and goes on. Before and after are
+// ordered.
+FA_DEVICE void barrier_sync(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+FA_DEVICE void barrier_arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
 }  // namespace fused_attention::cuda::ptx

@@ -62,6 +62,7 @@ def cuda_backward_problem(
     dkey: tuple[int, ...],
     dvalue: tuple[int, ...],
     dattn_mask: tuple[int, ...],
+    mask_sizes: tuple[int, int],  # batch elements and heads that dattn_mask has
     column_tiles: tuple[int, ...],
     num_tiles: int,
     /,

@@ -23,7 +23,7 @@ class Instance:
     image: str  # stem of the .cu, .ptx and .fatbin file that it is in
     header: str  # that defines it, below csrc
     family: int  # ten times the oldest compute capability that it runs on
-    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue or helper
+    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, mask_gradient or helper
     head_dim_qk: int = 0  # helpers have neither head dims nor tiles
     head_dim_v: int = 0
     dtype: str = "bf16"
@@ -81,8 +81,8 @@ DECODE_TILES = {
     (256, 256): Tile(16, 64, 4, 1, 1),
     (192, 128): Tile(16, 64, 4, 1, 1),
 }
-# Of the backward, to head_dim 128: blocks of 64 rows or of 64 keys, 16 to a warp, so that the lists of a PreparedMask are used as they are.
-# Steps are block_n keys long (query), or block_m rows (key); 32 where masks leave fewer registers.
+# Of the backward: blocks of 64 rows or of 64 keys, 16 to a warp, so that the lists of a PreparedMask are used as they are. Steps are
+# block_n keys long (query), or block_m rows (key); 32 where masks leave fewer registers.
 BACKWARD_QUERY_TILES = {
     (32, 32): Tile(64, 64, 4, 2, 2),
     (64, 64): Tile(64, 64, 4, 2, 2),
@@ -95,6 +95,15 @@ BACKWARD_KEY_TILES = {
     (96, 96): Tile(32, 64, 4, 2, 2),
     (128, 128): Tile(32, 64, 4, 2, 2),
 }
+# Above head_dim 128 two warps have 16 rows or keys together (warp_pairs.cuh), and all of it fits in SMALL_SHARED_BYTES.
+WIDE_QUERY_TILE = Tile(64, 32, 8, 2, 1)
+WIDE_KEY_TILES = {
+    (192, 192): Tile(32, 64, 8, 2, 1),
+    (256, 256): Tile(16, 64, 8, 2, 1),
+    (192, 128): Tile(32, 64, 8, 2, 1),
+}
+WIDE_KEY_HELD = {(192, 192): (96, 96), (256, 256): (64, 64), (192, 128): (192, 128)}  # columns of K and of V in registers
+MASK_GRADIENT_TILE = Tile(64, 64, 4, 3, 2)  # stages are chunks of 64 columns, of two operands
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
 
@@ -126,6 +135,22 @@ def _backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropou
         )  # fmt: skip
 
 
+def _wide_backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropout: bool) -> Iterator[Instance]:
+    suffix = f"{head_dims[0]}x{head_dims[1]}_{dtype}_{feature_class}{'_dropout' if dropout else ''}"
+    for pass_name, tile in (("backward_query", WIDE_QUERY_TILE), ("backward_key", WIDE_KEY_TILES[head_dims])):
+        of_query = pass_name == "backward_query"
+        rows, steps = (tile.block_m, tile.block_n) if of_query else (tile.block_n, tile.block_m)
+        held = sum(head_dims if of_query else WIDE_KEY_HELD[head_dims])
+        operands = 2 * max(rows * held, tile.stages * steps * sum(head_dims)) + 2 * rows * (sum(head_dims) - held)
+        exchanged = 4 * rows * steps * (1 if feature_class == "plain" else 2)  # weights, softcap's slopes
+        others = 2 * rows * steps if of_query else tile.stages * 8 * steps  # gradients of scores; lse and delta
+        name = f"sm80_{pass_name}_{suffix}"
+        yield Instance(
+            name, name, f"cuda/sm80/{pass_name}_wide.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout,
+            tile.block_m, tile.block_n, tile.num_warps, tile.stages, operands + exchanged + others, tile.blocks_per_sm,
+        )  # fmt: skip
+
+
 def _instances() -> Iterator[Instance]:
     for head_dims, dtype, (feature_class, dropout) in product(FORWARD_TILES, DTYPES, FORWARD_CLASSES):
         tile = (BIAS_TILES if feature_class == "bias" else FORWARD_TILES)[head_dims]
@@ -135,6 +160,16 @@ def _instances() -> Iterator[Instance]:
         yield _tiled("decode", "", head_dims, tile, dtype, "masked", False)
     for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_QUERY_TILES, DTYPES, FORWARD_CLASSES):
         yield from _backward(head_dims, dtype, feature_class, dropout)
+    for head_dims, dtype, (feature_class, dropout) in product(WIDE_KEY_TILES, DTYPES, FORWARD_CLASSES):
+        yield from _wide_backward(head_dims, dtype, feature_class, dropout)
+    for dtype in DTYPES:  # one for every head dim
+        tile, name = MASK_GRADIENT_TILE, f"sm80_mask_gradient_{dtype}"
+        listed = tile.num_warps * (32 * 20 + 4)  # a head for each thread, how many for each warp
+        yield Instance(
+            name, name, "cuda/sm80/mask_gradient.cuh", 80, "mask_gradient", 256, 256, dtype, "bias", False, tile.block_m, tile.block_n,
+            tile.num_warps, tile.stages, tile.stages * 2 * 64 * (tile.block_m + tile.block_n) + listed,
+            tile.blocks_per_sm,
+        )  # fmt: skip
     for dtype in DTYPES:
         name = f"sm80_backward_delta_{dtype}"
         yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
@@ -162,16 +197,22 @@ def image_source(instance: Instance) -> str:
         kernel = instance.name.removeprefix("sm80_").removesuffix(f"_{instance.dtype}")
     else:
         kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
-    arguments = "BackwardArguments" if kernel.startswith("backward") else "ForwardArguments"
+        if instance.header.endswith("_wide.cuh"):
+            kernel += "_wide"
+    arguments = "BackwardArguments" if kernel.startswith(("backward", "mask_gradient")) else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
     else:
-        parameters = [dtype, instance.head_dim_qk, instance.head_dim_v]
-        if kernel != "decode":
+        parameters = [dtype]
+        if kernel != "mask_gradient":
+            parameters += [instance.head_dim_qk, instance.head_dim_v]
+        if kernel not in ("decode", "mask_gradient"):
             parameters += [f"FeatureClass::{instance.feature_class}", str(instance.dropout).lower()]
         parameters += [instance.block_m, instance.block_n, instance.num_warps, instance.stages]
         if kernel == "backward_key":
             parameters += [str(instance.pass_name != without).lower() for without in ("backward_dvalue", "backward_dkey")]
+        if kernel == "backward_key_wide":
+            parameters += WIDE_KEY_HELD[instance.head_dim_qk, instance.head_dim_v]
         config = "".join(word.capitalize() for word in kernel.split("_"))
         check = (
             f"using Config = {config}Config<{', '.join(map(str, parameters))}>;\n"

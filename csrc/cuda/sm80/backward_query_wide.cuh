@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// backward_query.cuh for head dims above 128: a block computes dquery of 64 rows of one head, two warps to 16 rows (warp_pairs.cuh).
+//
+//   the weights' warp:    S = Q K^T      -> P               wait for dS      dquery, left half of its columns  += dS K
+//   the gradients' warp:  dP = dO V^T    wait for P -> dS                    dquery, right half                += dS K
+//
+// Q and dO stay in registers: K and V are all that is read from shared memory for each step.
+#pragma once
+#include "../gradients.cuh"
+#include "../row_block.cuh"
+#include "warp_pairs.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
+          int STAGES>
+struct BackwardQueryWideConfig {
+  static constexpr Dtype kDtype = DTYPE;
+  static constexpr FeatureClass kClass = CLASS;
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
+  static_assert(32 * NUM_WARPS == kPairedThreads && BLOCK_M == 16 * kPairs && BLOCK_M == kKeysPerTile);
+  static_assert(kKeysPerTile % BLOCK_N == 0 && BLOCK_N % 32 == 0 && STAGES >= 2);
+
+  using LeftQuery = LeftOperand<BLOCK_M, HEAD_DIM_QK, HEAD_DIM_QK>;
+  using LeftGradient = LeftOperand<BLOCK_M, HEAD_DIM_V, HEAD_DIM_V>;  // of dout
+  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
+  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
+  using HalfTile = SharedTile<BLOCK_M, HEAD_DIM_QK / 2>;  // of dquery
+  // Q and dO are read before the first keys and values come to where they were.
+  static constexpr int kRowBytes = LeftQuery::HeldTile::kBytes + LeftGradient::HeldTile::kBytes;
+  static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
+  static constexpr int kTileBytes = kRowBytes > STAGES* kStageBytes ? kRowBytes : STAGES * kStageBytes;
+  static constexpr int kScoreBytes = BLOCK_M * BLOCK_N * 4;  // float32, of weights, and of softcap's slopes in classes that have it
+  static constexpr int kSharedBytes = kTileBytes + (CLASS == FeatureClass::plain ? 1 : 2) * kScoreBytes + kScoreBytes / 2;
+};
+
+template <class Config>
+FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
+  constexpr Dtype kDtype = Config::kDtype;
+  constexpr int kStages = Config::kStages, kBlockN = Config::kBlockN, kBlocks = kBlockN / 8, kHalf = Config::kHeadDimQk / 2;
+  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  using LeftQuery = typename Config::LeftQuery;
+  using LeftGradient = typename Config::LeftGradient;
+  using KeyTile = typename Config::KeyTile;
+  using ValueTile = typename Config::ValueTile;
+  using HalfTile = typename Config::HalfTile;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t k_smem = ptx::shared_address(shared);         // STAGES x (BLOCK_N, HEAD_DIM_QK); before (BLOCK_M, HEAD_DIM_QK)
+  const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V); before, behind Q, (BLOCK_M, HEAD_DIM_V)
+  unsigned char* const gradients_smem = shared + Config::kTileBytes;  // (BLOCK_M, BLOCK_N) dscores, 16 bits
+  unsigned char* const weights_smem = gradients_smem + Config::kScoreBytes / 2;
+  unsigned char* const slopes_smem = weights_smem + Config::kScoreBytes;
+
+  const AttentionProblem& problem = arguments.problem;
+  const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
+  const Sequence& sequence = block.sequence;
+  if (block.start_m >= sequence.rows) return;
+  const int key_head = block.head / arguments.heads_per_group;
+  const auto blocks = key_blocks<Config::kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, block.batch, block.head, block.start_m);
+  const ScoreMask mask{sequence, problem, block.batch, block.head};
+  const WarpPair pair;
+  const int warp_row = 16 * pair.number, first_row = block.start_m + warp_row;
+  const float* const row_lse = arguments.row_lse + block.statistics(problem);  // (Lq - start_m,)
+
+  const int rows = sequence.rows - block.start_m;
+  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
+  float slope_sum = 0.0f;
+
+  // What one of a pair's warps does.
+  const auto walk = [&](auto of_weights) {
+    constexpr bool kWeights = decltype(of_weights)::value;
+    using Left = std::conditional_t<kWeights, LeftQuery, LeftGradient>;
+    using RightTile = std::conditional_t<kWeights, KeyTile, ValueTile>;
+    const StridedTensor& rows_of = kWeights ? problem.query : problem.dout;
+    const StridedTensor& keys_of = kWeights ? problem.key : problem.value;
+    const uint16_t* const source = block.keys_of(keys_of, block.head / arguments.heads_per_group);  // (Lk, Dqk) or (Lk, Dv)
+    const int columns = static_cast<int>(kWeights ? problem.head_dim_qk : problem.head_dim_v);
+    const uint32_t left_smem = k_smem + (kWeights ? 0 : LeftQuery::HeldTile::kBytes);
+    // Rows that attend to nothing may have any gradient.
+    Left::copy(left_smem, 0, block.rows_of(rows_of), rows_of.row, columns, threadIdx.x % (kPairedThreads / 2),
+               [&](int row) { return block.start_m + row < sequence.rows_present && (kWeights || row_lse[row] != kInfinity); });
+    ptx::cp_async_commit();
+    // Loads: every call is one group of cp.async, an empty one past the last block. Each half of the block's threads loads one tensor.
+    const auto load = [&](int step) {
+      if (step < blocks.num_blocks) {
+        const int start_n = blocks.start(step), keys_left = sequence.keys_present - start_n;
+        const bool all_of_mask = kPlain || step < blocks.num_full || problem.key_mask == nullptr;
+        copy_rows_async<RightTile, kPairedThreads / 2>(
+            (kWeights ? k_smem : v_smem) + step % kStages * RightTile::kBytes, source + start_n * keys_of.row, keys_of.row, columns,
+            ptx::again(threadIdx.x) % (kPairedThreads / 2),
+            [&](int row) { return all_of_mask ? row < keys_left : mask.key_exists(start_n + row); });
+      }
+      ptx::cp_async_commit();
+    };
+    Left left;
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    left.hold(left_smem, 0, warp_row);
+    __syncthreads();
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+    const float* const row_delta = arguments.row_delta + block.statistics(problem);
+    float statistic[2];  // lse or delta, of rows lane / 4 and 8 below
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 8 * half + pair.lane / 4;
+      const bool present = block.start_m + row < sequence.rows_present;
+      statistic[half] = present ? (kWeights ? row_lse : row_delta)[row] : kWeights ? kInfinity : 0.0f;
+    }
+    const auto k_columns = LaneAddress<KeyTile>::by_columns(k_smem);
+    const auto v_columns = LaneAddress<ValueTile>::by_columns(v_smem);
+    const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem);
+    Accumulators<1, kHalf / 8> acc = {};
+    float row_sum[2] = {};
+
+    const auto step_over = [&](int step, auto masked) {
+      constexpr bool kMasked = decltype(masked)::value;
+      const int start_n = blocks.start(step), slot = step % kStages;
+      ptx::cp_async_wait<kStages - 2>();  // this block has landed
+      __syncthreads();                    // and every warp is past the one before
+      load(step + kStages - 1);
+
+      // S = Q K^T or dP = dO V^T (BLOCK_M, BLOCK_N), each pair its own rows.
+      Accumulators<1, kBlocks> scores;
+      if constexpr (kWeights) {
+        multiply_transposed<kDtype, Config::kHeadDimQk / 16>(scores, left, LaneAddress<KeyTile>{k_columns.first + slot * KeyTile::kBytes});
+        float scale = arguments.score_scale;
+        if constexpr (!kPlain) {
+          const ScoreTransform transform(arguments, block.batch, block.head);
+          Accumulators<1, kBlocks> slopes;
+          scale = cap_with_slopes(transform, scores, slopes);
+          if (arguments.softcap_log2 != 0.0f) pair.put(slopes_smem, slopes);
+          if constexpr (kBias) {
+            Bias<1, kBlocks> bias(problem, block.batch, block.head);
+            bias.load(first_row, sequence.rows_present - 1, start_n);
+            bias.add_to(scores, scale);
+            scale = 1.0f;
+          }
+          scale = transform.add_slopes(scores, scale, sequence.offset, first_row, start_n);
+        }
+        if constexpr (kMasked) {
+          mask.apply<kPlain>(scores, [&](int, int half) { return first_row + 8 * half + pair.lane / 4; }, start_n);
+        }
+        scores_to_weights<kBias>(scores, scale, [&](int, int, int e) { return statistic[e / 2]; });
+        if (drops) Dropout(problem, block.batch, block.head).mark(scores, first_row, start_n);
+        pair.put(weights_smem, scores);
+        pair.announce(kWeightsReady);
+        pair.await(kGradientsReady);
+      } else {
+        multiply_transposed<kDtype, Config::kHeadDimV / 16>(scores, left,
+                                                            LaneAddress<ValueTile>{v_columns.first + slot * ValueTile::kBytes});
+        Accumulators<1, kBlocks> others;
+        pair.await(kWeightsReady);
+        pair.take(weights_smem, others);
+        weights_to_score_gradients<kMasked || kBias>(scores, others, drops, arguments.kept_scale,
+                                                     [&](int, int, int e) { return statistic[e / 2]; });
+        if constexpr (kBias) {
+          if (arguments.dattn_mask.data != nullptr) {
+            store_mask_gradient(arguments, scores, block.batch, block.head, first_row, sequence.rows, start_n);
+          }
+          if (arguments.row_sums != nullptr) {
+            for_each_element(scores, [&](float& gradient, int row, int) { row_sum[row / 8] += gradient; });
+          }
+        }
+        if constexpr (!kPlain) {
+          if (arguments.slope_sums != nullptr) {
+            const int diagonal = first_row + sequence.offset - start_n;
+            for_each_element(scores, [&](float& gradient, int row, int place) {
+              slope_sum -= gradient * static_cast<float>(abs(place - row - diagonal));
+            });
+          }
+          if (arguments.softcap_log2 != 0.0f) {
+            pair.take(slopes_smem, others);
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) scores[0][n][e] *= others[0][n][e];
+            }
+          }
+        }
+      }
+
+      // dQ += dS K (BLOCK_M, HEAD_DIM_QK / 2)
+      uint4* const exchanged = reinterpret_cast<uint4*>(gradients_smem) + pair.number * (kBlocks / 2) * 32 + pair.lane;
+      uint32_t a[kBlocks / 2][4];
+#pragma unroll
+      for (int i = 0; i < kBlocks / 2; ++i) {
+        if constexpr (kWeights) {
+          const uint4 four = exchanged[i * 32];
+          a[i][0] = four.x, a[i][1] = four.y, a[i][2] = four.z, a[i][3] = four.w;
+        } else {
+          pack_operand<kDtype>(a[i], scores, i);
+          exchanged[i * 32] = {a[i][0], a[i][1], a[i][2], a[i][3]};
+        }
+      }
+      if constexpr (!kWeights) pair.announce(kGradientsReady);
+      multiply_add_packed<kDtype, kWeights ? 0 : kHalf / 16>(acc, a, LaneAddress<KeyTile>{k_rows.first + slot * KeyTile::kBytes});
+    };
+    int step = 0;
+#pragma unroll 1
+    for (; step < blocks.num_full; ++step) step_over(step, std::false_type());
+#pragma unroll 1
+    for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // every warp is past its products
+
+    constexpr int kFirstColumn = kWeights ? 0 : kHalf;
+    store_rows<kDtype, HalfTile>(acc, problem.softmax_scale, shared + (kWeights ? 0 : HalfTile::kBytes), warp_row, rows,
+                                 block.rows_of(problem.dquery) + kFirstColumn, problem.dquery.row,
+                                 static_cast<int>(problem.head_dim_qk) - kFirstColumn);
+    if (!kWeights && arguments.row_sums != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + 8 * half + pair.lane / 4;
+        const float sum = quad_sum(row_sum[half]);
+        if (pair.lane % 4 == 0 && row < rows) arguments.row_sums[block.statistics(problem) + row] = sum;
+      }
+    }
+  };
+  if (pair.has_weights) {
+    walk(std::true_type());
+  } else {
+    walk(std::false_type());
+  }
+  if constexpr (!kPlain) {
+    if (arguments.slope_sums != nullptr) {
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) slope_sum += __shfl_xor_sync(kWholeWarp, slope_sum, distance);
+      __syncthreads();  // dquery was stored from shared memory
+      float* const sums = reinterpret_cast<float*>(shared);
+      if (!pair.has_weights && pair.lane == 0) sums[pair.number] = slope_sum;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        const int64_t row_blocks = (problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
+        arguments.slope_sums[(block.batch * problem.num_heads + block.head) * row_blocks + block.start_m / Config::kBlockM] =
+            sums[0] + sums[1] + sums[2] + sums[3];
+      }
+    }
+  }
+}
+
+}  // namespace fused_attention::cuda::sm80
