@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +141,23 @@ def _address_if_known(tensor: Tensor) -> int:
         return 0
 
 
+@contextlib.contextmanager
+def short_kernels(used: bool) -> Iterator[None]:
+    """Whether kernels for short sequences run where they can: to compare them with the others."""
+    before = _native.cuda_set_short_kernels(used)
+    _forget_calls()
+    try:
+        yield
+    finally:
+        _native.cuda_set_short_kernels(before)
+        _forget_calls()
+
+
+def _forget_calls() -> None:
+    _remembered.clear()
+    _repeatable.clear()
+
+
 @dataclass(slots=True)
 class _Call:
     """What calls share that differ in their tensors' memory alone."""
@@ -168,8 +186,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     call = _remembered.get(kind)
     if call is None:
         if len(_remembered) >= MAX_REMEMBERED:
-            _remembered.clear()
-            _repeatable.clear()
+            _forget_calls()
         call = _remembered[kind] = _new_call(problem)
     out = query.new_empty_strided(call.out_shape, call.out_strides)
     lse = query.new_empty_strided(call.lse_shape, call.lse_strides, dtype=torch.float32)
@@ -259,7 +276,6 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
             stored = (
                 mask_gradient if mask_gradient.dtype in MASK_DTYPES else mask_gradient.new_empty(mask_gradient.shape, dtype=torch.float32)
             )
-            stored.zero_()  # tiles that nothing visits
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
@@ -289,7 +305,9 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
     )
     wanted = _run_backward(call, device, stream, 0, arguments, gradient_addresses)
-    if wanted:
+    if wanted:  # else a kernel ran that writes every element
+        if stored is not None:
+            stored.zero_()  # tiles that nothing visits
         workspace = query.new_empty(wanted, dtype=torch.uint8)
         _run_backward(call, device, stream, workspace.data_ptr(), arguments, gradient_addresses)
 

@@ -8,7 +8,17 @@ namespace fused_attention::cuda {
 
 // backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two. helper: the mask pre-pass,
 // combine and backward_delta, found by name.
-enum class Pass : int { forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, helper };
+enum class Pass : int {
+  forward,
+  short_forward,
+  decode,
+  backward_query,
+  backward_key,
+  backward_dkey,
+  backward_dvalue,
+  short_backward,
+  helper
+};
 
 struct Image {
   const char* name;  // of the instance and of its entry point
