@@ -87,6 +87,24 @@ FA_DEVICE void store_mask_gradient_transposed(const BackwardArguments& arguments
   }
 }
 
+// The 16 keys of a warp.
+struct KeysOfWarp {
+  int batch, key_head, first_key;
+  Sequence sequence;
+  int keys;  // of the sequence, in memory
+
+  FA_DEVICE KeysOfWarp(const AttentionProblem& problem, const WarpGroup& group)
+      : batch(static_cast<int>(group.unit / static_cast<uint32_t>(problem.num_heads_kv))),
+        key_head(static_cast<int>(group.unit % static_cast<uint32_t>(problem.num_heads_kv))),
+        first_key(kRowsPerWarp * group.warp),
+        sequence(problem, batch),
+        keys(problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present) {}
+
+  FA_DEVICE uint16_t* rows_of(const StridedTensor& tensor) const {
+    return head_of(tensor, batch, key_head) + (sequence.first_key + first_key) * tensor.row;
+  }
+};
+
 template <class Config>
 FA_DEVICE void short_backward(const BackwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
@@ -115,23 +133,17 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
     return reinterpret_cast<float*>(rows_at + slot * Config::kRowTileBytes + QueryTile::kBytes + GradientTile::kBytes);
   };
 
-  const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
-  const int batch = static_cast<int>(group.unit / num_heads_kv), key_head = static_cast<int>(group.unit % num_heads_kv);
-  const int first_head = key_head * arguments.heads_per_group;
-  const Sequence sequence(problem, batch);
-  const int keys = problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
-  const int first_key = 16 * warp, keys_word = first_key / kKeysPerWord * kKeysPerWord;
+  const KeysOfWarp of_warp(problem, group);
+  const int batch = of_warp.batch, key_head = of_warp.key_head, first_key = of_warp.first_key;
+  const Sequence& sequence = of_warp.sequence;
+  const int first_head = key_head * arguments.heads_per_group, keys_word = first_key / kKeysPerWord * kKeysPerWord;
   const uint32_t word =
       kPlain ? bits_of({0, sequence.keys_present}, keys_word) : existing_keys(problem, batch, sequence.keys_present, keys_word);
-  const bool has_rows = sequence.rows_present > 0;
-  const uint32_t existing = has_rows ? word >> first_key % kKeysPerWord & 0xffff : 0;  // of this warp's keys
-  const auto keys_of_warp = [&](const StridedTensor& tensor) {
-    return head_of(tensor, batch, key_head) + (sequence.first_key + first_key) * tensor.row;
-  };
+  const uint32_t existing = sequence.rows_present > 0 ? word >> first_key % kKeysPerWord & 0xffff : 0;  // of this warp's keys
   const auto exists = [&](int row) { return (existing >> row & 1) != 0; };
-  copy_rows_async<KeyTile, 32>(k_smem + warp * KeyTile::kBytes, keys_of_warp(problem.key), problem.key.row,
+  copy_rows_async<KeyTile, 32>(k_smem + warp * KeyTile::kBytes, of_warp.rows_of(problem.key), problem.key.row,
                                static_cast<int>(problem.head_dim_qk), lane, exists);
-  copy_rows_async<ValueTile, 32>(v_smem + warp * ValueTile::kBytes, keys_of_warp(problem.value), problem.value.row,
+  copy_rows_async<ValueTile, 32>(v_smem + warp * ValueTile::kBytes, of_warp.rows_of(problem.value), problem.value.row,
                                  static_cast<int>(problem.head_dim_v), lane, exists);
   ptx::cp_async_commit();
 
@@ -182,18 +194,15 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
     }
   };
 
-  const int row_tiles = (sequence.rows_present + kBlockM - 1) / kBlockM, num_steps = row_tiles * arguments.heads_per_group;
-  int loaded = 0, loaded_head = first_head, loaded_start = 0, loaded_slot = 0;
-  const auto load_next = [&]() {  // no more than there are
-    if (loaded == num_steps) return;
-    load_rows(loaded_head, loaded_start, loaded_slot);
-    ++loaded;
-    loaded_slot = loaded_slot + 1 == tiles_in_flight ? 0 : loaded_slot + 1;
-    loaded_start += kBlockM;
-    if (loaded_start >= sequence.rows_present) loaded_start = 0, ++loaded_head;
+  const int row_tiles = (sequence.rows_present + kBlockM - 1) / kBlockM;
+  const auto load_step = [&](int step, int slot) {  // there may be none
+    const uint32_t number = step, tiles = row_tiles;
+    if (step < row_tiles * arguments.heads_per_group) {
+      load_rows(first_head + static_cast<int>(number / tiles), static_cast<int>(number % tiles) * kBlockM, slot);
+    }
   };
 #pragma unroll 1
-  for (int slot = 0; slot < tiles_in_flight; ++slot) load_next();
+  for (int slot = 0; slot < tiles_in_flight; ++slot) load_step(slot, slot);
 
   const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem + warp * KeyTile::kBytes);
   const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem + warp * ValueTile::kBytes);
@@ -205,7 +214,7 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
 
   int head = first_head, start_m = 0, slot = 0;
 #pragma unroll 1
-  for (int step = 0; step < num_steps; ++step) {
+  for (int step = 0; step < row_tiles * arguments.heads_per_group; ++step) {
     ptx::cp_async_wait<0>();  // these rows have landed, K and V before them; the groups behind them had a product to arrive in
     group.sync();
     const ScoreMask mask{sequence, problem, batch, head};
@@ -310,14 +319,14 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
         for (int half = 0; half < 2; ++half) {
           const int key = first_key + 8 * half + lane / 4;
           const float sum = quad_sum(column_sum[half]);
-          if (lane % 4 == 0 && key < keys) arguments.column_sums[(batch * problem.num_heads + head) * problem.seqlen_k + key] = sum;
+          if (lane % 4 == 0 && key < of_warp.keys) arguments.column_sums[(batch * problem.num_heads + head) * problem.seqlen_k + key] = sum;
           column_sum[half] = 0.0f;
         }
       }
     }
     if (lane == 0) has_gradients[warp] = visits;
     group.sync();  // dS is complete, and every warp is past its products with these rows
-    load_next();
+    load_step(step + tiles_in_flight, slot);
 
     // dQ = scale * dS K (BLOCK_M, HEAD_DIM_QK), pieces of 16 x 32 to a warp.
     const int rows_left = sequence.rows - start_m, rows_present_left = sequence.rows_present - start_m;
@@ -372,29 +381,35 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
   }
   ptx::cp_async_wait<0>();  // of a warp's own V, which its gradients overwrite
 
+  // Where a warp works is found anew, so that the loop above need not remember it.
+  const WarpGroup done(arguments.units, ptx::again(threadIdx.x));
+  const KeysOfWarp keys(problem, done);
+  const int keys_left = keys.keys - keys.first_key;
+  unsigned char* const tile = shared + done.number * arguments.units.shared_bytes + done.num_warps * KeyTile::kBytes +
+                              done.warp * ValueTile::kBytes;  // the warp's rows of V, which it has read
+  __syncwarp();
+  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, tile, 0, keys_left, keys.rows_of(problem.dvalue), problem.dvalue.row,
+                                static_cast<int>(problem.head_dim_v));
+  __syncwarp();
+  store_rows<kDtype, ValueTile>(dkey, problem.softmax_scale, tile, 0, keys_left, keys.rows_of(problem.dkey), problem.dkey.row,
+                                static_cast<int>(problem.head_dim_qk));
+
   // Rows of no tile: gradients of query and of the mask are 0.
-  for (int row_head = first_head; row_head < first_head + arguments.heads_per_group; ++row_head) {
-    uint16_t* const dquery = head_of(problem.dquery, batch, row_head) + sequence.first_row * problem.dquery.row;
-    for (int row = row_tiles * kBlockM + warp; row < sequence.rows; row += num_warps) {
+  const int first_absent = (keys.sequence.rows_present + kBlockM - 1) / kBlockM * kBlockM;
+  for (int row_head = keys.key_head * arguments.heads_per_group; row_head < (keys.key_head + 1) * arguments.heads_per_group; ++row_head) {
+    uint16_t* const dquery = head_of(problem.dquery, keys.batch, row_head) + keys.sequence.first_row * problem.dquery.row;
+    for (int row = first_absent + done.warp; row < keys.sequence.rows; row += done.num_warps) {
       for (int column = lane * kChunk; column < problem.head_dim_qk; column += 32 * kChunk) {
         *reinterpret_cast<uint4*>(dquery + row * problem.dquery.row + column) = uint4{};
       }
     }
     if (stores_mask_gradient) {
       const Accumulators<1, kBlocks> none = {};
-      for (int start = row_tiles * kBlockM; start < sequence.rows; start += kBlockM) {
-        store_mask_gradient_transposed(arguments, none, batch, row_head, first_key, start);
+      for (int start = first_absent; start < keys.sequence.rows; start += kBlockM) {
+        store_mask_gradient_transposed(arguments, none, keys.batch, row_head, keys.first_key, start);
       }
     }
   }
-
-  __syncwarp();
-  unsigned char* const tile = values_at + warp * ValueTile::kBytes;
-  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, tile, 0, keys - first_key, keys_of_warp(problem.dvalue), problem.dvalue.row,
-                                static_cast<int>(problem.head_dim_v));
-  __syncwarp();
-  store_rows<kDtype, ValueTile>(dkey, problem.softmax_scale, tile, 0, keys - first_key, keys_of_warp(problem.dkey), problem.dkey.row,
-                                static_cast<int>(problem.head_dim_qk));
 }
 
 }  // namespace fused_attention::cuda::sm80

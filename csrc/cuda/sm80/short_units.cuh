@@ -12,11 +12,12 @@ struct WarpGroup {
   uint32_t unit;
   bool has_work;
 
-  FA_DEVICE explicit WarpGroup(const ShortUnits& units) : num_warps(units.warps) {
-    const int block_warp = static_cast<int>(threadIdx.x / 32);
-    number = block_warp / num_warps;
-    warp = block_warp - number * num_warps;
-    unit = blockIdx.x * (blockDim.x / 32 / num_warps) + number;
+  // `thread` is threadIdx.x, which the compiler may not be meant to know.
+  FA_DEVICE explicit WarpGroup(const ShortUnits& units, uint32_t thread = threadIdx.x) : num_warps(units.warps) {
+    const uint32_t warps = static_cast<uint32_t>(num_warps), block_warp = thread / 32;
+    number = static_cast<int>(block_warp / warps);
+    warp = static_cast<int>(block_warp % warps);
+    unit = blockIdx.x * (blockDim.x / 32 / warps) + number;
     has_work = unit < units.count;
   }
 
