@@ -58,11 +58,14 @@ def usages(log: str) -> dict[tuple[str, str], Usage]:
     return result
 
 
-def code(listing: str) -> Code:
+def code(listing: str, pass_name: str = "") -> Code:
     """Of one kernel's listing (sass.functions)."""
     instructions, labels = sass.parse(listing)
+    kernel = Counter(instruction.opcode for instruction in instructions)
+    if pass_name.startswith("short"):
+        return Code([kernel], kernel)
     loops = [Counter(instruction.opcode for instruction in loop) for loop in sass.hot_loops(instructions, labels)]
-    return Code(sorted(loops, key=lambda loop: loop.total()), Counter(instruction.opcode for instruction in instructions))
+    return Code(sorted(loops, key=lambda loop: loop.total()), kernel)
 
 
 def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
@@ -71,12 +74,14 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 
 def num_hot_loops(row: Instance) -> int:
-    """Forward and backward: one over blocks that need no mask, one over those that do."""
-    return {"helper": 0, "decode": 1}.get(row.pass_name, 2)
+    """Forward and backward: one over blocks that need no mask, one over those that do. For short sequences the whole kernel counts as one."""
+    return {"helper": 0, "decode": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
 
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
     """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
+    if row.pass_name.startswith("short"):
+        return expected_short(row)
     if row.pass_name.startswith("backward"):
         return expected_backward(row)
     decode = row.pass_name == "decode"
@@ -124,11 +129,36 @@ def expected_backward(row: Instance) -> dict[str, tuple[int, int]]:
     }
 
 
+def expected_short(row: Instance) -> dict[str, tuple[int, int]]:
+    """Of the whole kernel, which is unrolled over everything that a warp has: 16 rows and all keys, 32 at a time, see short_forward.cuh;
+    16 keys and a step of rows, see short_backward.cuh, whose loop over the warps' shares of dquery stands there once to three times."""
+    steps = row.head_dim_qk // 16
+    if row.pass_name == "short_forward":
+        words, scores = row.block_n // 32, row.block_n * 16 // WARP
+        copies = (16 * row.head_dim_qk + row.block_n * (row.head_dim_qk + row.head_dim_v)) // 8 // WARP
+        return {
+            "HMMA.16816.F32": 2 * (words * (4 * steps + 2 * row.head_dim_v // 8),),
+            "LDSM.16.M88.4": 2 * (steps + 2 * words * steps,),
+            "LDSM.16.MT88.4": 2 * (2 * words * row.head_dim_v // 16,),
+            "LDGSTS": (copies, copies),
+            "MUFU.EX2": (2 * scores + 2, 2 * scores + 4),  # tanh takes one, too; sinks
+        }
+    scores, of_keys, of_rows = row.block_m * 16 // WARP, 2 * 16 * row.head_dim_qk // 8 // WARP, 8 * row.head_dim_qk // 8 // WARP
+    products, transposed = 2 * row.block_m // 8 * steps + 2 * row.block_m // 16 * row.head_dim_qk // 8, 2 * row.block_m // 16 * steps
+    return {
+        "HMMA.16816.F32": (products + 4, products + 3 * 4),
+        "LDSM.16.M88.4": 2 * (2 * (1 + row.block_m // 16) * steps,),
+        "LDSM.16.MT88.4": (transposed + 3, transposed + 3 * 3),
+        "LDGSTS": (of_keys + of_rows, of_keys + 2 * of_rows),  # before the loop and in it
+        "MUFU.EX2": (2 * scores, 2 * scores),
+    }
+
+
 def out_stores(row: Instance) -> tuple[int, int]:
     """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
-    if row.pass_name.startswith("backward"):  # narrow: gradients of masks, sums of rows, columns and slopes
+    if "backward" in row.pass_name:  # narrow: gradients of masks, sums of rows, columns and slopes
         return 16 * min(row.head_dim_qk, row.head_dim_v) // 8 // WARP, 16 if row.feature_class == "plain" else 1000
-    if row.pass_name == "forward":
+    if row.pass_name in ("forward", "short_forward"):
         rows = row.block_m // row.num_warps
         return rows * row.head_dim_v // 8 // WARP, rows // 8
     return 3, 1  # decode: eight elements of out, or the two halves of as many float32 ones of a partial out

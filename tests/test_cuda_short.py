@@ -1,4 +1,4 @@
-"""The CUDA kernels for short sequences in the emulator: every feature, instance and awkward size, against the accuracy rule, without a report."""
+"""The CUDA kernels for short sequences in the emulator: every feature, instance and size against the accuracy rule, without a report."""
 
 from __future__ import annotations
 

@@ -15,13 +15,14 @@ __device__ inline uint32_t pack_bytes(uint4 bytes) {
 }
 
 // Bit b: whether this thread's row may attend to key first_key + b, of those that `wanted` asks for; nothing is read where it asks for
-// none. A whole warp calls it, each lane with its own row (32 following each other) and the same keys. row_mask: of this thread's row.
-__device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const uint8_t* row_mask, int first_key, uint32_t wanted) {
+// none. A whole warp calls it, each lane with its own row and the same keys. row_offset: of this thread's row in the mask.
+__device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, int64_t row_offset, int first_key, uint32_t wanted) {
+  const auto* const data = static_cast<const uint8_t*>(problem.attn_mask.data);
   const int64_t alignment =
       reinterpret_cast<intptr_t>(problem.attn_mask.data) | problem.attn_mask.batch | problem.attn_mask.head | problem.attn_mask.row;
   if (problem.attn_mask_key == 1 && alignment % 16 == 0 && first_key + 32 <= problem.seqlen_k) {
     if (wanted == 0) return 0;
-    const uint4* halves = reinterpret_cast<const uint4*>(row_mask + first_key);
+    const uint4* halves = reinterpret_cast<const uint4*>(data + row_offset + first_key);
     const uint4 first = halves[0], second = halves[1];
     return (pack_bytes(first) | pack_bytes(second) << 16) & wanted;
   }
@@ -29,7 +30,7 @@ __device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const
   uint32_t bits = 0;
 #pragma unroll 8
   for (int row = 0; row < 32; ++row) {
-    const auto* mask = reinterpret_cast<const uint8_t*>(__shfl_sync(kWholeWarp, reinterpret_cast<uintptr_t>(row_mask), row));
+    const uint8_t* const mask = data + __shfl_sync(kWholeWarp, row_offset, row);
     const bool is_wanted = __shfl_sync(kWholeWarp, wanted, row) >> lane & 1;
     const uint32_t of_row = __ballot_sync(kWholeWarp, is_wanted && mask[(first_key + lane) * problem.attn_mask_key] != 0);
     if (lane == row) bits = of_row;

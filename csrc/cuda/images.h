@@ -6,16 +6,16 @@
 
 namespace fused_attention::cuda {
 
-// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two. helper: the mask pre-pass,
-// combine and backward_delta, found by name.
+// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two, short_backward all. helper:
+// the mask pre-pass, combine and backward_delta, found by name.
 enum class Pass : int {
   forward,
-  short_forward,
   decode,
   backward_query,
   backward_key,
   backward_dkey,
   backward_dvalue,
+  short_forward,
   short_backward,
   helper
 };

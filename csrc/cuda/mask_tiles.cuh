@@ -81,9 +81,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const bool present = row < min(int64_t{sequence.rows_present}, arguments.rows);
     uint32_t allowed = existing_keys(problem, batch, sequence.keys_present, first_key);
     allowed = present ? allowed & bits_of(sequence.keys_of(row), first_key) : 0;
-    const auto* mask = static_cast<const uint8_t*>(problem.attn_mask.data);
-    mask += batch * problem.attn_mask.batch + head * problem.attn_mask.head + row * problem.attn_mask.row;
-    allowed = attn_mask_bits(problem, mask, first_key, allowed);
+    const int64_t offset = batch * problem.attn_mask.batch + head * problem.attn_mask.head + row * problem.attn_mask.row;
+    allowed = attn_mask_bits(problem, offset, first_key, allowed);
     if (row < arguments.rows && first_key < problem.seqlen_k) {
       arguments.mask_bits[((batch * arguments.num_heads + head) * arguments.rows + row) * arguments.words + first_key / 32] = allowed;
     }

@@ -38,9 +38,8 @@ FA_DEVICE uint32_t allowed_keys(const ScoreMask& mask, int row, int first_key, u
     if (bits != nullptr) {  // they say all there is to say about rows that are present
       allowed = present && existing != 0 ? existing & bits[row * problem.mask_bits.line + first_key / kKeysPerWord] : 0;
     } else if (problem.attn_mask.data != nullptr && problem.attn_mask_dtype == MaskDtype::boolean) {
-      const auto* const rows =
-          static_cast<const uint8_t*>(problem.attn_mask.data) + mask.batch * problem.attn_mask.batch + mask.head * problem.attn_mask.head;
-      allowed = attn_mask_bits(problem, rows + row * problem.attn_mask.row, first_key, allowed);
+      const int64_t offset = mask.batch * problem.attn_mask.batch + mask.head * problem.attn_mask.head + row * problem.attn_mask.row;
+      allowed = attn_mask_bits(problem, offset, first_key, allowed);
     }
   }
   return allowed;
