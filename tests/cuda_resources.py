@@ -74,7 +74,7 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 
 def num_hot_loops(row: Instance) -> int:
-    """Forward and backward: one over blocks that need no mask, one over those that do. For short sequences the whole kernel counts as one."""
+    """Forward and backward: one over blocks that need no mask, one over those that do. The whole of a kernel for short sequences is one."""
     return {"helper": 0, "decode": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
 
 

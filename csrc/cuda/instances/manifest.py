@@ -35,7 +35,6 @@ class Instance:
     stages: int = 0  # key and value tiles in shared memory at a time
     shared_bytes: int = 0  # dynamic, of a block
     blocks_per_sm: int = 1  # that the registers must leave room for
-    max_registers: int = 0  # instead, where blocks may have fewer warps
 
     @property
     def num_threads(self) -> int:
@@ -158,9 +157,7 @@ def _instances() -> Iterator[Instance]:
         row = _tiled("short_backward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
         keys_and_scores = 2 * tile.block_n * (sum(head_dims) + tile.block_m)
         rows = tile.stages * tile.block_m * (2 * sum(head_dims) + 8)
-        # Three blocks of four warps on an SM, for up to 64 keys, where that costs no spills.
-        max_registers = 168 if head_dims == (64, 64) and feature_class == "masked" else 0
-        yield replace(row, shared_bytes=keys_and_scores + rows + SHORT_NOTES_BYTES, max_registers=max_registers)
+        yield replace(row, shared_bytes=keys_and_scores + rows + SHORT_NOTES_BYTES)
     for dtype in DTYPES:
         name = f"sm80_backward_delta_{dtype}"
         yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
@@ -204,15 +201,10 @@ def image_source(instance: Instance) -> str:
             f'static_assert(Config::kSharedBytes == {instance.shared_bytes}, "manifest.py has another number");\n'
         )
         call = f"{kernel}<Config>(arguments)"
-    bounds = (
-        f"__maxnreg__({instance.max_registers})"
-        if instance.max_registers
-        else f"__launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})"
-    )
     return (
         f"{head}using namespace fused_attention;\nusing namespace fused_attention::cuda;\n"
         f"using namespace fused_attention::cuda::sm80;\n{check}"
-        f'extern "C" __global__ void {bounds}\n'
+        f'extern "C" __global__ void __launch_bounds__({instance.num_threads}, {instance.blocks_per_sm})\n'
         f"    {instance.name}(const __grid_constant__ {arguments} arguments) {{\n  {call};\n}}\n"
     )
 

@@ -147,62 +147,67 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
                                  static_cast<int>(problem.head_dim_v), lane, exists);
   ptx::cp_async_commit();
 
-  // Loads of a tile of rows by all warps of the group, 8 rows of Q each in turn, and of dO as many as a warp's lanes hold at once.
-  const auto load_rows = [&](int head, int start_m, int slot) {
-    const int rows_left = sequence.rows_present - start_m;
-    const uint32_t q_smem = rows_smem + slot * Config::kRowTileBytes;
+  // A step is a tile of rows of one head.
+  const int row_tiles = (sequence.rows_present + kBlockM - 1) / kBlockM, num_steps = row_tiles * arguments.heads_per_group;
+  const auto head_of_step = [&](int step) {
+    return first_head + static_cast<int>(static_cast<uint32_t>(step) / static_cast<uint32_t>(row_tiles));
+  };
+  const auto start_of_step = [&](int step) {
+    return static_cast<int>(static_cast<uint32_t>(step) % static_cast<uint32_t>(row_tiles)) * kBlockM;
+  };
+
+  // Loads of steps, those that there are, by all warps of the group: 8 rows of Q in turn, and of dO as many as a warp's lanes hold at once.
+  const auto load_steps = [&](int first_step, int count, int first_slot, auto unroll) {
+    count = min(count, num_steps - first_step);
     using Piece = SharedTile<8, kDims>;
 #pragma unroll 1
-    for (int piece = warp; piece < kBlockM / 8; piece += num_warps) {
-      const uint16_t* const query = head_of(problem.query, batch, head) + (sequence.first_row + start_m + 8 * piece) * problem.query.row;
-      copy_rows_async<Piece, 32>(q_smem + piece * Piece::kBytes, query, problem.query.row, static_cast<int>(problem.head_dim_qk), lane,
-                                 [&](int row) { return 8 * piece + row < rows_left; });
+    for (int piece = warp; piece < kBlockM / 8 * count; piece += num_warps) {
+      const int of_step = piece / (kBlockM / 8), row_in_tile = piece % (kBlockM / 8) * 8, step = first_step + of_step;
+      const int first_row = start_of_step(step) + row_in_tile;
+      const uint16_t* const query =
+          head_of(problem.query, batch, head_of_step(step)) + (sequence.first_row + first_row) * problem.query.row;
+      copy_rows_async<Piece, 32>(rows_smem + (first_slot + of_step) * Config::kRowTileBytes + row_in_tile * QueryTile::kPitch, query,
+                                 problem.query.row, static_cast<int>(problem.head_dim_qk), lane,
+                                 [&](int row) { return first_row + row < sequence.rows_present; });
     }
     ptx::cp_async_commit();
     constexpr int kLanes = GradientTile::kPermuted, kRowsAtOnce = 32 / kLanes, kChunks = Config::kHeadDimV / (kLanes * kChunk);
-    unsigned char* const dout_tile = rows_at + slot * Config::kRowTileBytes + QueryTile::kBytes;
-    float* const lse = statistics_of_tile(slot);
-    float* const delta = lse + kBlockM;
-    const int64_t place = statistics_of(problem, sequence, batch, head) + start_m;
-    const uint16_t* const out = head_of(problem.out, batch, head) + (sequence.first_row + start_m) * problem.out.row;
-    const uint16_t* const dout = head_of(problem.dout, batch, head) + (sequence.first_row + start_m) * problem.dout.row;
-#pragma unroll 1
-    for (int row = warp * kRowsAtOnce + lane / kLanes; row < kBlockM; row += num_warps * kRowsAtOnce) {
-      const bool present = row < rows_left;
-      const float row_lse = present ? problem.lse[place + row] : -kInfinity;
+    constexpr int kUnroll = decltype(unroll)::value;
+#pragma unroll(kUnroll)
+    for (int item = warp * kRowsAtOnce + lane / kLanes; item < kBlockM * count; item += num_warps * kRowsAtOnce) {
+      const int of_step = item / kBlockM, row_in_tile = item % kBlockM, slot = first_slot + of_step, step = first_step + of_step;
+      const int head = head_of_step(step), row = start_of_step(step) + row_in_tile;
+      const bool present = row < sequence.rows_present;
+      const int64_t place = statistics_of(problem, sequence, batch, head) + row;
+      const float row_lse = present ? problem.lse[place] : -kInfinity;
       const bool attends = row_lse != -kInfinity;  // else its dO may be anything
+      const uint16_t* const out = head_of(problem.out, batch, head) + (sequence.first_row + row) * problem.out.row;
+      const uint16_t* const dout = head_of(problem.dout, batch, head) + (sequence.first_row + row) * problem.dout.row;
+      unsigned char* const dout_tile = rows_at + slot * Config::kRowTileBytes + QueryTile::kBytes;
+      float* const statistics = statistics_of_tile(slot);
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
         const int chunk = lane % kLanes + i * kLanes, column = chunk * kChunk;
         uint4 left = {}, right = {};
         if (present && column < problem.head_dim_v) {
-          left = *reinterpret_cast<const uint4*>(out + row * problem.out.row + column);
-          right = *reinterpret_cast<const uint4*>(dout + row * problem.dout.row + column);
+          left = *reinterpret_cast<const uint4*>(out + column);
+          right = *reinterpret_cast<const uint4*>(dout + column);
         }
         if (!attends) right = {};
-        *reinterpret_cast<uint4*>(dout_tile + GradientTile::offset(row, chunk)) = right;
+        *reinterpret_cast<uint4*>(dout_tile + GradientTile::offset(row_in_tile, chunk)) = right;
         sum = add_dot<kDtype>(sum, left, right);
       }
 #pragma unroll
       for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
       if (lane % kLanes == 0) {
-        if (attends && problem.dlse != nullptr) sum -= problem.dlse[place + row];
-        lse[row] = attends ? row_lse * kLog2E : kInfinity;
-        delta[row] = attends ? sum : 0.0f;
+        if (attends && problem.dlse != nullptr) sum -= problem.dlse[place];
+        statistics[row_in_tile] = attends ? row_lse * kLog2E : kInfinity;
+        statistics[kBlockM + row_in_tile] = attends ? sum : 0.0f;
       }
     }
   };
-
-  const int row_tiles = (sequence.rows_present + kBlockM - 1) / kBlockM;
-  const auto load_step = [&](int step, int slot) {  // there may be none
-    const uint32_t number = step, tiles = row_tiles;
-    if (step < row_tiles * arguments.heads_per_group) {
-      load_rows(first_head + static_cast<int>(number / tiles), static_cast<int>(number % tiles) * kBlockM, slot);
-    }
-  };
-#pragma unroll 1
-  for (int slot = 0; slot < tiles_in_flight; ++slot) load_step(slot, slot);
+  load_steps(0, tiles_in_flight, 0, std::integral_constant<int, 2>());
 
   const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem + warp * KeyTile::kBytes);
   const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem + warp * ValueTile::kBytes);
@@ -214,7 +219,7 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
 
   int head = first_head, start_m = 0, slot = 0;
 #pragma unroll 1
-  for (int step = 0; step < row_tiles * arguments.heads_per_group; ++step) {
+  for (int step = 0; step < num_steps; ++step) {
     ptx::cp_async_wait<0>();  // these rows have landed, K and V before them; the groups behind them had a product to arrive in
     group.sync();
     const ScoreMask mask{sequence, problem, batch, head};
@@ -326,7 +331,7 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
     }
     if (lane == 0) has_gradients[warp] = visits;
     group.sync();  // dS is complete, and every warp is past its products with these rows
-    load_step(step + tiles_in_flight, slot);
+    load_steps(step + tiles_in_flight, 1, slot, std::integral_constant<int, kDims <= 64 ? 2 : 1>());
 
     // dQ = scale * dS K (BLOCK_M, HEAD_DIM_QK), pieces of 16 x 32 to a warp.
     const int rows_left = sequence.rows - start_m, rows_present_left = sequence.rows_present - start_m;
