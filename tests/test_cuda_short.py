@@ -291,7 +291,11 @@ def test_packed_sequences(feature: str) -> None:
 
 # Which calls the other kernels take.
 
-LONG_FORWARD = {"more than 128 keys": {"seqlens": (40, 129)}, "head_dim above 128": {"head_dims": (136, 136)}}
+LONG_FORWARD = {
+    "more than 128 keys": {"seqlens": (40, 129), "query_lengths": (40, 3)},
+    "more than 512 rows": {"seqlens": (513, 20), "query_lengths": (40, 3)},
+    "head_dim above 128": {"head_dims": (136, 136), "query_lengths": (40, 3)},
+}
 LONG_BACKWARD = {
     "more than 128 keys": {"seqlens": (40, 129)},
     "a mask's gradient over keys": {"attn_mask": ("float32", "BHQ1"), "sizes": (1, 2, 2)},

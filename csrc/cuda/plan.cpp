@@ -201,9 +201,11 @@ void plan_decode(Plan& plan, Workspace& workspace, const Image& image, const Dev
 
 std::atomic<bool> use_short_kernels{true};
 
-// The kernel for short sequences that takes this call, or null: where all keys of a head fit in shared memory.
+// The kernel for short sequences that takes this call, or null: where all keys of a head fit in shared memory. With many rows a warp of
+// the other forward kernels computes more of them for what it reads of the keys.
 const Image* short_image(Pass pass, const AttentionProblem& problem, const DeviceLimits& limits) {
   if (!use_short_kernels || problem.seqlen_k > kMaxShortKeys) return nullptr;
+  if (pass == Pass::short_forward && problem.seqlen_q > kMaxShortRows) return nullptr;
   const Image* image = find_image(pass, problem, limits, false);
   const int64_t rows = problem.num_heads / problem.num_heads_kv * ceil_div(problem.seqlen_q, kRowsPerWarp);
   return image != nullptr && problem.batch * problem.num_heads_kv * rows <= kMaxBlocks ? image : nullptr;
@@ -234,8 +236,8 @@ void plan_short_forward(Plan& plan, const Image& image, const DeviceLimits& limi
 }
 
 // The kernel for short sequences that computes every gradient of this call, or null. A group of warps takes all rows of a key head: not
-// where these are many and there are too few key heads to keep processors busy. It adds up gradients over rows of a mask, over nothing
-// else.
+// where these are many and there are too few key heads to keep processors busy. Of a mask's gradients it stores those of every score, or
+// sums those of a mask of one row.
 const Image* short_backward_image(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits) {
   const int64_t units = problem.batch * problem.num_heads_kv, rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
   if (rows > kMaxShortRows && units < limits.multiprocessors) return nullptr;
