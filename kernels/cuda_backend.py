@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,23 @@ def _address_if_known(tensor: Tensor) -> int:
         return 0
 
 
+@contextlib.contextmanager
+def short_kernels(used: bool) -> Iterator[None]:
+    """Whether kernels for short sequences run where they can: to compare them with the others."""
+    before = _native.cuda_set_short_kernels(used)
+    _forget_calls()
+    try:
+        yield
+    finally:
+        _native.cuda_set_short_kernels(before)
+        _forget_calls()
+
+
+def _forget_calls() -> None:
+    _remembered.clear()
+    repeated.forget()
+
+
 @dataclass(slots=True)
 class _Call:
     """What calls share that differ in their tensors' memory alone."""
@@ -247,8 +265,6 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
             stored = (
                 mask_gradient if mask_gradient.dtype in MASK_DTYPES else mask_gradient.new_empty(mask_gradient.shape, dtype=torch.float32)
             )
-            if kind == "stored":
-                stored.zero_()  # tiles that nothing visits
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
@@ -279,7 +295,9 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
     )
     wanted = _run_backward(call, device, stream, 0, arguments, gradient_addresses)
-    if wanted:
+    if wanted:  # else a kernel ran that writes every element
+        if stored is not None and kind == "stored":
+            stored.zero_()  # tiles that nothing visits
         workspace = query.new_empty(wanted, dtype=torch.uint8)
         _run_backward(call, device, stream, workspace.data_ptr(), arguments, gradient_addresses)
 

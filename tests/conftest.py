@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import formula_kernels
 import pytest
 import torch
 
-from fused_attention.kernels import native, ops, repeated, routing
+from fused_attention.kernels import cuda_backend, native, ops, repeated, routing
 
 collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
 
@@ -37,6 +37,16 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", poisoned(torch.Tensor.new_empty_strided))
     monkeypatch.setattr(repeated, "_allocators", {})
+
+
+@pytest.fixture
+def no_short_kernels() -> Iterator[None]:
+    """Short sequences, too, run on the CUDA kernels that are for any length."""
+    if cuda_backend._native is None:
+        yield
+    else:
+        with cuda_backend.short_kernels(False):
+            yield
 
 
 @pytest.fixture

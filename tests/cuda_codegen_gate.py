@@ -84,7 +84,7 @@ def check(image: str, others: Iterable[str] = OTHERS) -> list[Line]:
     elsewhere = {arch: assemble(image, arch) for arch in others}
     lines = []
     for row in rows:
-        usage, found = built[row.name, BUILT_FOR], code(listings[row.name])
+        usage, found = built[row.name, BUILT_FOR], code(listings[row.name], row.pass_name)
         its_others = {arch: kernels[row.name] for arch, kernels in elsewhere.items()}
         reasons = failures(row, usage, found)
         for arch, other in its_others.items():
@@ -109,7 +109,7 @@ fails; one that is meant to, or that makes it better, writes the table anew.
   number allowed
 - shared: bytes of a block; blocks: how many of them an SM holds at once, by registers, shared memory and threads
 - HMMA, LDSM, LDGSTS, MUFU: matrix products, their loads from shared memory, copies to it and exp2 in one pass of a warp through the loop
-  over blocks of keys without masks. The gate knows these numbers from the tile
+  over blocks of keys without masks, or in the whole kernel for short sequences. The gate knows these numbers from the tile
 - loop, masked loop: all instructions of the two hot loops, rarely executed ones included; {SLACK:.0%} more are tolerated
 - spills on other GPUs: of the machine code that a driver makes of the PTX. {TOLERATED_ELSEWHERE} bytes are tolerated:
   they are up to the assembler of whatever driver there is, and ten words that wait in local memory cost less than a smaller tile would

@@ -55,6 +55,7 @@ class EmulatedGpu(TorchFunctionMode):
         super().__init__()
         self.launched: list[str] = []
         self.planned: list[tuple[str, bytes]] = []  # name and arguments of every kernel, those left out too
+        self.grids: list[tuple[int, int, int]] = []  # and its blocks, its threads and its bytes of shared memory
         self._kernels = kernels
         self._schedule = replace(Schedule.of_seed(schedule), report_uninitialized=True)
         self._gpu = gpu
@@ -130,6 +131,7 @@ class EmulatedGpu(TorchFunctionMode):
         buffers = {f"{tensor.dtype} {tuple(tensor.shape)} #{i}": tensor for i, tensor in enumerate(addressed)}
         for name, blocks, threads, shared_bytes, arguments in launches:
             self.planned.append((name, arguments))
+            self.grids.append((blocks, threads, shared_bytes))
             if not name.startswith(self._kernels):
                 continue
             assert shared_bytes <= self._gpu.shared_bytes, f"{name}: {shared_bytes} bytes of shared memory"

@@ -59,9 +59,12 @@ def usages(log: str) -> dict[tuple[str, str], Usage]:
     return result
 
 
-def code(listing: str) -> Code:
+def code(listing: str, pass_name: str = "") -> Code:
     """Of one kernel's listing (sass.functions)."""
     instructions, labels = sass.parse(listing)
+    kernel = Counter(instruction.opcode for instruction in instructions)
+    if pass_name.startswith("short"):
+        return Code([kernel], kernel)
     loops = [Counter(instruction.opcode for instruction in loop) for loop in sass.hot_loops(instructions, labels)]
     loops.sort(key=lambda loop: loop.total())
     # Where a pair of warps shares the work (warp_pairs.cuh), each has its own loops, and exp2 is in those of one: a step is what both do.
@@ -69,7 +72,7 @@ def code(listing: str) -> Code:
     of_gradients = [loop for loop in loops if not matching(loop, EXP2)]
     if of_weights and len(of_weights) == len(of_gradients):
         loops = [weights + gradients for weights, gradients in zip(of_weights, of_gradients, strict=True)]
-    return Code(loops, Counter(instruction.opcode for instruction in instructions))
+    return Code(loops, kernel)
 
 
 def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
@@ -78,14 +81,16 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 
 def num_hot_loops(row: Instance) -> int:
-    """Forward and backward: one over blocks that need no mask, one over those that do."""
-    return {"helper": 0, "decode": 1}.get(row.pass_name, 2)
+    """Forward and backward: one over blocks that need no mask, one over those that do. The whole of a kernel for short sequences is one."""
+    return {"helper": 0, "decode": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
 
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
     """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
     if row.header.endswith("_wide.cuh"):
         return expected_pair(row)
+    if row.pass_name.startswith("short"):
+        return expected_short(row)
     if row.pass_name.startswith("backward"):
         return expected_backward(row)
     if row.pass_name == "mask_gradient":  # a chunk of 64 columns, which is loaded from query and key or from dout and value
@@ -163,15 +168,40 @@ def expected_pair(row: Instance) -> dict[str, tuple[int, int]]:
     }
 
 
+def expected_short(row: Instance) -> dict[str, tuple[int, int]]:
+    """Of the whole kernel, which is unrolled over everything that a warp has: 16 rows and all keys, 32 at a time, see short_forward.cuh;
+    16 keys and a step of rows, see short_backward.cuh, whose loop over the warps' shares of dquery stands there once to three times."""
+    steps = row.head_dim_qk // 16
+    if row.pass_name == "short_forward":
+        words, scores = row.block_n // 32, row.block_n * 16 // WARP
+        copies = (16 * row.head_dim_qk + row.block_n * (row.head_dim_qk + row.head_dim_v)) // 8 // WARP
+        return {
+            "HMMA.16816.F32": 2 * (words * (4 * steps + 2 * row.head_dim_v // 8),),
+            "LDSM.16.M88.4": 2 * (steps + 2 * words * steps,),
+            "LDSM.16.MT88.4": 2 * (2 * words * row.head_dim_v // 16,),
+            "LDGSTS": (copies, copies),
+            "MUFU.EX2": (2 * scores + 2, 2 * scores + 4),  # tanh takes one, too; sinks
+        }
+    scores, of_keys, of_rows = row.block_m * 16 // WARP, 2 * 16 * row.head_dim_qk // 8 // WARP, 8 * row.head_dim_qk // 8 // WARP
+    products, transposed = 2 * row.block_m // 8 * steps + 2 * row.block_m // 16 * row.head_dim_qk // 8, 2 * row.block_m // 16 * steps
+    return {
+        "HMMA.16816.F32": (products + 4, products + 3 * 4),
+        "LDSM.16.M88.4": 2 * (2 * (1 + row.block_m // 16) * steps,),
+        "LDSM.16.MT88.4": (transposed + 3, transposed + 3 * 3),
+        "LDGSTS": (of_keys + of_rows, of_keys + 2 * of_rows),  # before the loop and in it
+        "MUFU.EX2": (2 * scores, 2 * scores),
+    }
+
+
 def out_stores(row: Instance) -> tuple[int, int]:
     """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
     if row.pass_name == "mask_gradient":  # of elements of the mask, in three dtypes
         return 0, 1000
     if row.header.endswith("_wide.cuh"):
         return 16 * row.head_dim_qk // 8 // WARP, 16 if row.feature_class == "plain" else 1000
-    if row.pass_name.startswith("backward"):  # narrow: gradients of masks, sums of rows, columns and slopes
+    if "backward" in row.pass_name:  # narrow: gradients of masks, sums of rows, columns and slopes
         return 16 * min(row.head_dim_qk, row.head_dim_v) // 8 // WARP, 16 if row.feature_class == "plain" else 1000
-    if row.pass_name == "forward":
+    if row.pass_name in ("forward", "short_forward"):
         rows = row.block_m // row.num_warps
         return rows * row.head_dim_v // 8 // WARP, rows // 8
     return 3, 1  # decode: eight elements of out, or the two halves of as many float32 ones of a partial out

@@ -16,7 +16,10 @@ from csrc.cuda.instances.manifest import INSTANCES, Instance
 from fused_attention.kernels import cuda_backend
 from fused_attention.kernels.attention import attention, attention_qkv_packed
 
-pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
+pytestmark = [
+    pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),
+    pytest.mark.usefixtures("no_short_kernels"),  # test_cuda_short.py is theirs
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST = {"head_dims": (32, 32)}

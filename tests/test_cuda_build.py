@@ -35,6 +35,8 @@ def test_every_head_dim_dtype_and_class_has_its_instance() -> None:
 
     classes = [("plain", False), ("plain", True), ("masked", False), ("bias", False)]
     assert kinds("forward") == sorted((*dims, dtype, *kind) for dims, dtype, kind in product(HEAD_DIMS, ("bf16", "fp16"), classes))
+    short = sorted((*dims, dtype, kind, False) for dims, dtype, kind in product(HEAD_DIMS[:4], ("bf16", "fp16"), ("masked", "bias")))
+    assert kinds("short_forward") == kinds("short_backward") == short
     assert kinds("decode") == sorted((*dims, dtype, "masked", False) for dims, dtype in product(HEAD_DIMS, ("bf16", "fp16")))
 
 

@@ -20,7 +20,10 @@ from fused_attention.kernels.attention import attention, attention_kv_packed, at
 from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.reference import attention_reference, dropout, padded
 
-pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
+pytestmark = [
+    pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),
+    pytest.mark.usefixtures("no_short_kernels"),  # test_cuda_short.py is theirs
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST = {"head_dims": (32, 32), "seqlens": (140, 150)}  # two blocks of rows, three of keys, a rest in both directions

@@ -18,7 +18,10 @@ from fused_attention.kernels.prepared_mask import pack_bits, prepare_mask, tile_
 from fused_attention.kernels.problem import Problem, make_problem, unpack_bits
 from fused_attention.kernels.reference import allowed_pairs, present
 
-pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
+pytestmark = [
+    pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),
+    pytest.mark.usefixtures("no_short_kernels"),  # test_cuda_short.py is theirs
+]
 
 BATCH, HEADS = 2, 3
 KEYS_PER_TILE = 64

@@ -5,6 +5,8 @@
 
 namespace fused_attention::cuda {
 
+constexpr int kRowsPerSlopePart = 64;
+
 struct BackwardArguments : ForwardArguments {  // tiles: of 64 rows
   TileLists column_tiles;                      // the tiles of 64 rows that each 64 keys are visited by, listed like `tiles`; may be null
 
@@ -15,7 +17,7 @@ struct BackwardArguments : ForwardArguments {  // tiles: of 64 rows
   int64_t mask_batches = 1, mask_heads = 1;  // B or 1 and Hq or 1
   float* row_sums = nullptr;                 // (B, Hq, Lq) gradients of scores summed over keys; may be null
   float* column_sums = nullptr;              // (B, Hq, Lk) summed over rows; may be null
-  float* slope_sums = nullptr;               // (B, Hq, ceil(Lq / 64)) gradients of the slopes from 64 rows each; may be null
+  float* slope_sums = nullptr;  // (B, Hq, ceil(Lq / 64)) gradients of the slopes from 64 rows each, or of all at 0; may be null
 };
 
 }  // namespace fused_attention::cuda

@@ -6,11 +6,24 @@
 namespace fused_attention::cuda {
 
 constexpr int kKeysPerTile = 64;  // of the tiles that lists name
+constexpr int kKeysPerWord = 32;  // of mask bits
+constexpr int kRowsPerWarp = 16;  // of the kernels for short sequences; or keys
 
 enum class FeatureClass : int {
   plain = 0,   // full, causal and window, by loop bounds
   masked = 1,  // and lengths, packed sequences, key_mask, bits, alibi, softcap, sinks, as branches that a whole block takes
   bias = 2,    // and a float attn_mask
+};
+
+// The kernels for short sequences: a block is cut into groups of warps, each of which takes one unit of work.
+//   forward   so many 16-row pieces of the query heads that share a key head as the group has warps, all of them at most; and all keys
+//   backward  all rows of these heads, and all keys, 16 to a warp
+struct ShortUnits {
+  uint32_t count = 0;               // of the whole problem
+  int32_t per_key_head = 1;         // of a batch element
+  int32_t warps = 1;                // of a group
+  int32_t shared_bytes = 0;         // of a group
+  int32_t row_tiles_in_flight = 1;  // backward: 32 rows of query and dout each, in shared memory
 };
 
 struct ForwardArguments {
@@ -27,6 +40,8 @@ struct ForwardArguments {
   int32_t num_splits = 1;
   float* partial_out = nullptr;  // (num_splits, B, Hq, Lq, Dv), normalised
   float* partial_lse = nullptr;  // (num_splits, B, Hq, Lq)
+
+  ShortUnits units;
 };
 
 }  // namespace fused_attention::cuda

@@ -10,6 +10,21 @@
 
 namespace fused_attention::cuda {
 
+// sum + the products of eight elements of DTYPE each.
+template <Dtype DTYPE>
+FA_DEVICE float add_dot(float sum, uint4 left, uint4 right) {
+  const auto as_float = [](uint32_t bits) {
+    return DTYPE == Dtype::bfloat16 ? __uint_as_float(bits << 16) : ptx::from_half(static_cast<uint16_t>(bits));
+  };
+  const uint32_t left_words[4] = {left.x, left.y, left.z, left.w}, right_words[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum = fmaf(as_float(left_words[i] & 0xffff), as_float(right_words[i] & 0xffff), sum);
+    sum = fmaf(as_float(left_words[i] >> 16), as_float(right_words[i] >> 16), sum);
+  }
+  return sum;
+}
+
 // products become scores with softcap, times the factor that is returned; slopes: what softcap multiplies gradients by.
 template <int MATRICES, int BLOCKS>
 FA_DEVICE float cap_with_slopes(const ScoreTransform& transform, Accumulators<MATRICES, BLOCKS>& products,

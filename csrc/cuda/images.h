@@ -6,10 +6,21 @@
 
 namespace fused_attention::cuda {
 
-// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two; mask_gradient that of a float
-// mask that batch elements or heads share. helper: the mask pre-pass,
-// combine and backward_delta, found by name.
-enum class Pass : int { forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, mask_gradient, helper };
+// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two, short_backward all;
+// mask_gradient that of a float mask that batch elements or heads share. helper: the mask pre-pass, combine and backward_delta, found by
+// name.
+enum class Pass : int {
+  forward,
+  decode,
+  backward_query,
+  backward_key,
+  backward_dkey,
+  backward_dvalue,
+  mask_gradient,
+  short_forward,
+  short_backward,
+  helper
+};
 
 struct Image {
   const char* name;  // of the instance and of its entry point

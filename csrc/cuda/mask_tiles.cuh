@@ -9,44 +9,12 @@
 // Full: every row that is present may attend to all 64 keys, which all exist. Empty: none may attend to any of them. Rows past
 // query_lengths have no say: what they get does not depend on the keys. mask_arguments.h says which kernels a problem needs.
 #pragma once
-#include "mask.cuh"
+#include "bool_mask.cuh"
 #include "mask_arguments.h"
 
 namespace fused_attention::cuda {
 
 constexpr int kEmpty = 0, kFull = 1, kMixed = 2;
-
-// 16 bytes -> 16 bits, 1 where a byte is not 0.
-__device__ inline uint32_t pack_bytes(uint4 bytes) {
-  const auto pack_four = [](uint32_t four) {
-    const uint32_t set = (((four & 0x7f7f7f7f) + 0x7f7f7f7f) | four) >> 7 & 0x01010101;
-    return set * 0x01020408 >> 24 & 0xf;  // bit 8 k moves to bit 24 + k
-  };
-  return pack_four(bytes.x) | pack_four(bytes.y) << 4 | pack_four(bytes.z) << 8 | pack_four(bytes.w) << 12;
-}
-
-// Bit b: whether this thread's row may attend to key first_key + b, of those that `wanted` asks for; nothing is read where it asks for
-// none. A whole warp calls it, each lane with its own row (32 following each other) and the same keys. row_mask: of this thread's row.
-__device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, const uint8_t* row_mask, int first_key, uint32_t wanted) {
-  const int64_t alignment =
-      reinterpret_cast<intptr_t>(problem.attn_mask.data) | problem.attn_mask.batch | problem.attn_mask.head | problem.attn_mask.row;
-  if (problem.attn_mask_key == 1 && alignment % 16 == 0 && first_key + 32 <= problem.seqlen_k) {
-    if (wanted == 0) return 0;
-    const uint4* halves = reinterpret_cast<const uint4*>(row_mask + first_key);
-    const uint4 first = halves[0], second = halves[1];
-    return (pack_bytes(first) | pack_bytes(second) << 16) & wanted;
-  }
-  const int lane = threadIdx.x % 32;
-  uint32_t bits = 0;
-#pragma unroll 8
-  for (int row = 0; row < 32; ++row) {
-    const auto* mask = reinterpret_cast<const uint8_t*>(__shfl_sync(kWholeWarp, reinterpret_cast<uintptr_t>(row_mask), row));
-    const bool is_wanted = __shfl_sync(kWholeWarp, wanted, row) >> lane & 1;
-    const uint32_t of_row = __ballot_sync(kWholeWarp, is_wanted && mask[(first_key + lane) * problem.attn_mask_key] != 0);
-    if (lane == row) bits = of_row;
-  }
-  return bits;
-}
 
 // Writes the list of a line from the kinds of its tiles. A whole warp calls it; kind_of(tile) is the kind of each lane's tile, which may
 // lie past the last one.
@@ -113,9 +81,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const bool present = row < min(int64_t{sequence.rows_present}, arguments.rows);
     uint32_t allowed = existing_keys(problem, batch, sequence.keys_present, first_key);
     allowed = present ? allowed & bits_of(sequence.keys_of(row), first_key) : 0;
-    const auto* mask = static_cast<const uint8_t*>(problem.attn_mask.data);
-    mask += batch * problem.attn_mask.batch + head * problem.attn_mask.head + row * problem.attn_mask.row;
-    allowed = attn_mask_bits(problem, mask, first_key, allowed);
+    const int64_t offset = batch * problem.attn_mask.batch + head * problem.attn_mask.head + row * problem.attn_mask.row;
+    allowed = attn_mask_bits(problem, offset, first_key, allowed);
     if (row < arguments.rows && first_key < problem.seqlen_k) {
       arguments.mask_bits[((batch * arguments.num_heads + head) * arguments.rows + row) * arguments.words + first_key / 32] = allowed;
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "plan.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -80,7 +81,9 @@ const Image& named_image(const char* name) {
 
 // The narrowest instance that the head dims fit in and that fits the device; null when `required` is false and there is none.
 const Image* find_image(Pass pass, const AttentionProblem& problem, const DeviceLimits& limits, bool required) {
-  const FeatureClass wanted = pass == Pass::decode ? FeatureClass::masked : feature_class(problem);
+  FeatureClass wanted = pass == Pass::decode ? FeatureClass::masked : feature_class(problem);
+  const bool is_short = pass == Pass::short_forward || pass == Pass::short_backward;
+  if (is_short && wanted == FeatureClass::plain) wanted = FeatureClass::masked;
   const bool dropout = wanted == FeatureClass::plain && problem.dropout_threshold > 0;  // the others decide at run time
   const Image* best = nullptr;
   const Image* too_large = nullptr;
@@ -196,6 +199,69 @@ void plan_decode(Plan& plan, Workspace& workspace, const Image& image, const Dev
   }
 }
 
+std::atomic<bool> use_short_kernels{true};
+
+// The kernel for short sequences that takes this call, or null: where all keys of a head fit in shared memory. With many rows a warp of
+// the other forward kernels computes more of them for what it reads of the keys.
+const Image* short_image(Pass pass, const AttentionProblem& problem, const DeviceLimits& limits) {
+  if (!use_short_kernels || problem.seqlen_k > kMaxShortKeys) return nullptr;
+  if (pass == Pass::short_forward && problem.seqlen_q > kMaxShortRows) return nullptr;
+  const Image* image = find_image(pass, problem, limits, false);
+  const int64_t rows = problem.num_heads / problem.num_heads_kv * ceil_div(problem.seqlen_q, kRowsPerWarp);
+  return image != nullptr && problem.batch * problem.num_heads_kv * rows <= kMaxBlocks ? image : nullptr;
+}
+
+// A block takes as many units as there is room for, where that leaves no processor without a block.
+template <class Arguments>
+void add_short_launch(Plan& plan, const Image& image, const DeviceLimits& limits, int most_warps, const Arguments& arguments) {
+  const ShortUnits& units = arguments.units;
+  const int64_t room = std::min<int64_t>(most_warps / units.warps, image.shared_bytes / units.shared_bytes);
+  const int64_t groups = std::max<int64_t>(1, std::min<int64_t>(room, units.count / std::max(limits.multiprocessors, 1)));
+  add_launch(plan, image, ceil_div(units.count, groups), static_cast<int>(32 * units.warps * groups), arguments);
+  plan.launches.back().shared_bytes = static_cast<uint32_t>(units.shared_bytes * groups);
+}
+
+void plan_short_forward(Plan& plan, const Image& image, const DeviceLimits& limits, ForwardArguments& arguments) {
+  const AttentionProblem& problem = arguments.problem;
+  ShortUnits& units = arguments.units;
+  const int most_warps = image.num_threads / 32;
+  const int64_t pieces = arguments.heads_per_group * ceil_div(problem.seqlen_q, kRowsPerWarp);
+  const int64_t per_key_head = ceil_div(pieces, most_warps), warps = ceil_div(pieces, per_key_head);
+  const int64_t keys = ceil_div(problem.seqlen_k, kKeysPerWord) * kKeysPerWord;
+  units.per_key_head = static_cast<int32_t>(per_key_head);
+  units.warps = static_cast<int32_t>(warps);
+  units.count = static_cast<uint32_t>(problem.batch * problem.num_heads_kv * per_key_head);
+  units.shared_bytes = static_cast<int32_t>(2 * (kRowsPerWarp * warps * image.head_dim_qk + keys * (image.head_dim_qk + image.head_dim_v)));
+  add_short_launch(plan, image, limits, most_warps, arguments);
+}
+
+// The kernel for short sequences that computes every gradient of this call, or null. A group of warps takes all rows of a key head: not
+// where these are many and there are too few key heads to keep processors busy. Of a mask's gradients it stores those of every score, or
+// sums those of a mask of one row.
+const Image* short_backward_image(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits) {
+  const int64_t units = problem.batch * problem.num_heads_kv, rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
+  if (rows > kMaxShortRows && units < limits.multiprocessors) return nullptr;
+  const StridedTensor& mask = side.dattn_mask;
+  const bool shared = (problem.batch > 1 && mask.batch == 0) || (problem.num_heads > 1 && mask.head == 0);
+  if (side.row_sums != nullptr || (mask.data != nullptr && shared)) return nullptr;
+  return short_image(Pass::short_backward, problem, limits);
+}
+
+void plan_short_backward(Plan& plan, const Image& image, const DeviceLimits& limits, BackwardArguments& arguments) {
+  const AttentionProblem& problem = arguments.problem;
+  ShortUnits& units = arguments.units;
+  const int64_t head_dims = image.head_dim_qk + image.head_dim_v, tile_bytes = image.block_m * (2 * head_dims + 8);
+  const int64_t warps = ceil_div(problem.seqlen_k, kRowsPerWarp);
+  const int64_t fixed_bytes = warps * kRowsPerWarp * 2 * (head_dims + image.block_m) + kShortNotesBytes;
+  const int64_t tiles = arguments.heads_per_group * ceil_div(problem.seqlen_q, image.block_m);
+  const int64_t in_flight = std::min({tiles, int64_t{kMaxRowTilesInFlight}, (image.shared_bytes - fixed_bytes) / tile_bytes});
+  units.warps = static_cast<int32_t>(warps);
+  units.count = static_cast<uint32_t>(problem.batch * problem.num_heads_kv);
+  units.row_tiles_in_flight = static_cast<int32_t>(in_flight);
+  units.shared_bytes = static_cast<int32_t>(fixed_bytes + in_flight * tile_bytes);
+  add_short_launch(plan, image, limits, std::max<int>(kShortBlockWarps, units.warps), arguments);
+}
+
 void fill(ForwardArguments& arguments, const AttentionProblem& problem) {
   arguments.problem = problem;
   const double scale = problem.softmax_scale, softcap = problem.softcap;
@@ -207,6 +273,8 @@ void fill(ForwardArguments& arguments, const AttentionProblem& problem) {
 
 }  // namespace
 
+bool set_short_kernels(bool used) { return use_short_kernels.exchange(used); }
+
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace_memory) {
   Plan plan;
   if (problem.batch == 0 || problem.num_heads == 0 || problem.seqlen_q == 0) return plan;
@@ -214,8 +282,11 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
   ForwardArguments arguments;
   fill(arguments, problem);
   Workspace workspace(workspace_memory);
-  if (const Image* decode = decode_image(problem, limits)) {
+  const Image *const decode = decode_image(problem, limits), *const whole = short_image(Pass::short_forward, problem, limits);
+  if (decode != nullptr && (whole == nullptr || arguments.heads_per_group * problem.seqlen_q <= decode->block_m)) {
     plan_decode(plan, workspace, *decode, limits, arguments);
+  } else if (whole != nullptr) {
+    plan_short_forward(plan, *whole, limits, arguments);
   } else {
     const Image& image = *find_image(Pass::forward, problem, limits, true);
     plan_mask_tiles(plan, workspace, image.block_m, arguments);
@@ -243,6 +314,10 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   arguments.column_sums = side.column_sums;
   arguments.slope_sums = side.slope_sums;
   arguments.column_tiles = side.column_tiles;
+  if (const Image* image = short_backward_image(problem, side, limits)) {
+    plan_short_backward(plan, *image, limits, arguments);
+    return plan;
+  }
   Workspace workspace(workspace_memory);
   const int64_t lines = packed ? problem.num_heads : problem.batch * problem.num_heads;
   const int64_t length = packed ? problem.num_tokens_q : problem.seqlen_q;

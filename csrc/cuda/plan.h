@@ -27,10 +27,19 @@ struct Plan {
   std::vector<Launch> launches;  // in order; without its workspace a plan that wants one must not be launched
 };
 
-constexpr int kMaxDecodeRows = 64;      // query rows to a key head, all query heads together
-constexpr int kMaxSplits = 128;         // of the keys of a decoding call
-constexpr int kKeysPerSplit = 256;      // at least, so that combining costs little
+constexpr int kMaxDecodeRows = 64;  // query rows to a key head, all query heads together
+constexpr int kMaxSplits = 128;     // of the keys of a decoding call
+constexpr int kKeysPerSplit = 256;  // at least, so that combining costs little
+constexpr int kMaxShortKeys = 128;  // of a head, which kernels for short sequences keep in shared memory
+constexpr int kMaxShortRows = 512;  // rows of a head; in the backward of all query heads of a key head
+constexpr int kMaxRowTilesInFlight = 4;
+constexpr int kShortBlockWarps = 4;     // of a block of several problems
+constexpr int kShortNotesBytes = 128;   // of a group of warps, beside its tiles
 constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
+
+// Whether kernels for short sequences are used where they can be; returns whether they were. For tests and measurements: what a problem
+// wants of workspace changes with it.
+bool set_short_kernels(bool used);
 
 // Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no room for the kernel.
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace);

@@ -99,6 +99,9 @@ FA_DEVICE void cp_async_4(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
+// Waits for all `threads`, a multiple of 32, that call it with this number; there are 16 such barriers in a block.
+FA_DEVICE void barrier_sync(int number, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
 FA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the newest N groups of this thread have landed.

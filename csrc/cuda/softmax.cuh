@@ -95,6 +95,14 @@ struct OnlineSoftmax {
     }
   }
 
+  // For whole rows at once: row_max becomes no less than `score` in log2 units. Returns what to subtract from scores before exp2.
+  FA_DEVICE float raise(int m, int half, float score) {
+    const float new_max = fmaxf(row_max[m][half], score), shift = new_max == -kInfinity ? 0.0f : new_max;
+    row_sum[m][half] *= ptx::ex2(row_max[m][half] - shift);
+    row_max[m][half] = new_max;
+    return shift;
+  }
+
   FA_DEVICE void sum_over_quads() {
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {

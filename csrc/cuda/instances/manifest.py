@@ -23,7 +23,7 @@ class Instance:
     image: str  # stem of the .cu, .ptx and .fatbin file that it is in
     header: str  # that defines it, below csrc
     family: int  # ten times the oldest compute capability that it runs on
-    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, mask_gradient or helper
+    pass_name: str  # one of the names of Pass in images.h
     head_dim_qk: int = 0  # helpers have neither head dims nor tiles
     head_dim_v: int = 0
     dtype: str = "bf16"
@@ -104,8 +104,24 @@ WIDE_KEY_TILES = {
 }
 WIDE_KEY_HELD = {(192, 192): (96, 96), (256, 256): (64, 64), (192, 128): (192, 128)}  # columns of K and of V in registers
 MASK_GRADIENT_TILE = Tile(64, 64, 4, 3, 2)  # stages are chunks of 64 columns, of two operands
+# For up to block_n keys, all of them in shared memory. Forward: 16 rows to a warp. Backward: 16 keys to a warp, steps of block_m rows, of
+# which at most `stages` are in shared memory at a time.
+SHORT_FORWARD_TILES = {
+    (32, 32): Tile(64, 128, 4, 1, 3),
+    (64, 64): Tile(64, 128, 4, 1, 3),
+    (96, 96): Tile(64, 128, 4, 1, 2),
+    (128, 128): Tile(64, 128, 4, 1, 2),
+}
+SHORT_BACKWARD_TILES = {
+    (32, 32): Tile(32, 128, 8, 4, 1),
+    (64, 64): Tile(32, 128, 8, 4, 1),
+    (96, 96): Tile(32, 128, 8, 3, 1),
+    (128, 128): Tile(32, 128, 8, 1, 1),
+}
+SHORT_NOTES_BYTES = 128  # beside the tiles
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
+SHORT_CLASSES = ("masked", "bias")  # the first also for what is plain elsewhere: a branch or two for 32 keys
 
 
 def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, dtype: str, feature_class: str, dropout: bool) -> Instance:
@@ -170,6 +186,13 @@ def _instances() -> Iterator[Instance]:
             tile.num_warps, tile.stages, tile.stages * 2 * 64 * (tile.block_m + tile.block_n) + listed,
             tile.blocks_per_sm,
         )  # fmt: skip
+    for (head_dims, tile), dtype, feature_class in product(SHORT_FORWARD_TILES.items(), DTYPES, SHORT_CLASSES):
+        yield _tiled("short_forward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
+    for (head_dims, tile), dtype, feature_class in product(SHORT_BACKWARD_TILES.items(), DTYPES, SHORT_CLASSES):
+        row = _tiled("short_backward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
+        keys_and_scores = 2 * tile.block_n * (sum(head_dims) + tile.block_m)
+        rows = tile.stages * tile.block_m * (2 * sum(head_dims) + 8)
+        yield replace(row, shared_bytes=keys_and_scores + rows + SHORT_NOTES_BYTES)
     for dtype in DTYPES:
         name = f"sm80_backward_delta_{dtype}"
         yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
@@ -199,7 +222,7 @@ def image_source(instance: Instance) -> str:
         kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
         if instance.header.endswith("_wide.cuh"):
             kernel += "_wide"
-    arguments = "BackwardArguments" if kernel.startswith(("backward", "mask_gradient")) else "ForwardArguments"
+    arguments = "BackwardArguments" if "backward" in kernel or kernel == "mask_gradient" else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
     else:

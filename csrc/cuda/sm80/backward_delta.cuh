@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every row needs in the backward kernels: lse in log2 units and delta = rowsum(dout * out) - dlse.
 #pragma once
-#include "../backward_arguments.h"
+#include "../gradients.cuh"
 #include "../row_block.cuh"
 
 namespace fused_attention::cuda::sm80 {
@@ -22,18 +22,9 @@ FA_DEVICE void backward_delta(const BackwardArguments& arguments) {
   const bool attends = lse != -kInfinity;
   const uint16_t* const out = head_of(problem.out, batch, head) + row * problem.out.row;
   const uint16_t* const dout = head_of(problem.dout, batch, head) + row * problem.dout.row;
-  const auto as_float = [](uint32_t bits) {
-    return DTYPE == Dtype::bfloat16 ? __uint_as_float(bits << 16) : ptx::from_half(static_cast<uint16_t>(bits));
-  };
   float sum = 0.0f;
   for (int column = lane * kChunk; attends && column < problem.head_dim_v; column += kLanes * kChunk) {
-    const uint4 left = *reinterpret_cast<const uint4*>(out + column), right = *reinterpret_cast<const uint4*>(dout + column);
-    const uint32_t left_words[4] = {left.x, left.y, left.z, left.w}, right_words[4] = {right.x, right.y, right.z, right.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum = fmaf(as_float(left_words[i] & 0xffff), as_float(right_words[i] & 0xffff), sum);
-      sum = fmaf(as_float(left_words[i] >> 16), as_float(right_words[i] >> 16), sum);
-    }
+    sum = add_dot<DTYPE>(sum, *reinterpret_cast<const uint4*>(out + column), *reinterpret_cast<const uint4*>(dout + column));
   }
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);

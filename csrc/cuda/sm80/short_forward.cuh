@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward kernel for up to BLOCK_N keys, compute capability 8.0 and newer: a group of warps keeps all keys and values of a batch
+// element and key head in shared memory, and each of its warps computes 16 rows of one query head against them.
+//
+//   1. K and V by cp.async, 32 keys at a time, absent keys as zeros; only what exists is read
+//   2. scores = Q K^T of the whole row in registers, 32 keys at a time, those left out that no row of the warp attends to
+//   3. the row's maximum once: weights, dropout, out = P V
+//   4. out / row_sum through shared memory; lse
+// Rows and keys that are not there cost nothing but the zeros that are written.
+#pragma once
+#include "../dropout.cuh"
+#include "../scores.cuh"
+#include "short_units.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
+          int STAGES>
+struct ShortForwardConfig {
+  static constexpr Dtype kDtype = DTYPE;
+  static constexpr FeatureClass kClass = CLASS;
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kWords = BLOCK_N / kKeysPerWord;
+  static_assert(BLOCK_M == 16 * NUM_WARPS && BLOCK_N % kKeysPerWord == 0 && STAGES == 1);
+  static_assert(HEAD_DIM_V <= HEAD_DIM_QK, "out goes where Q was");
+
+  using QueryTile = SharedTile<16, HEAD_DIM_QK>;  // of a warp
+  using OutTile = SharedTile<16, HEAD_DIM_V>;
+  using KeyTile = SharedTile<kKeysPerWord, HEAD_DIM_QK>;
+  using ValueTile = SharedTile<kKeysPerWord, HEAD_DIM_V>;
+  // Of the largest unit. One of fewer keys or warps has less.
+  static constexpr int kSharedBytes = NUM_WARPS * QueryTile::kBytes + kWords * (KeyTile::kBytes + ValueTile::kBytes);
+};
+
+template <class Config>
+FA_DEVICE void short_forward(const ForwardArguments& arguments) {
+  constexpr Dtype kDtype = Config::kDtype;
+  constexpr int kWords = Config::kWords, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8;
+  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  using QueryTile = typename Config::QueryTile;
+  using OutTile = typename Config::OutTile;
+  using KeyTile = typename Config::KeyTile;
+  using ValueTile = typename Config::ValueTile;
+  extern __shared__ __align__(128) unsigned char shared[];
+
+  const AttentionProblem& problem = arguments.problem;
+  const WarpGroup group(arguments.units);
+  if (!group.has_work) return;
+  const int lane = threadIdx.x % 32, num_words = static_cast<int>((problem.seqlen_k + kKeysPerWord - 1) / kKeysPerWord);
+  unsigned char* const group_shared = shared + group.number * arguments.units.shared_bytes;
+  unsigned char* const q_tile = group_shared + group.warp * QueryTile::kBytes;  // (16, HEAD_DIM_QK)
+  const uint32_t q_smem = ptx::shared_address(q_tile);
+  const uint32_t k_smem = ptx::shared_address(group_shared) + group.num_warps * QueryTile::kBytes;  // (Lk rounded up to 32, HEAD_DIM_QK)
+  const uint32_t v_smem = k_smem + num_words * KeyTile::kBytes;                                     // (the same, HEAD_DIM_V)
+
+  // The group's key head; the warp's query head and rows.
+  const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv), per_key_head = static_cast<uint32_t>(arguments.units.per_key_head);
+  const auto row_pieces = static_cast<uint32_t>((problem.seqlen_q + 15) / 16);  // of a head
+  const uint32_t line = group.unit / per_key_head, piece = group.unit % per_key_head * group.num_warps + group.warp;
+  const int batch = static_cast<int>(line / num_heads_kv), key_head = static_cast<int>(line % num_heads_kv);
+  const int head_of_group = static_cast<int>(piece / row_pieces), first_row = static_cast<int>(piece % row_pieces) * 16;
+  const bool has_rows = head_of_group < arguments.heads_per_group;
+  const int head = has_rows ? key_head * arguments.heads_per_group + head_of_group : 0;
+  const Sequence sequence(problem, batch);
+  const ScoreMask mask{sequence, problem, batch, head};
+
+  // Which keys exist, and which of them each row of this warp may attend to: of row lane, in the first 16 lanes.
+  const int row_of_lane = has_rows && lane < 16 ? first_row + lane : sequence.rows_present;
+  uint32_t existing[kWords], allowed[kWords], visited = 0;  // visited: bit w of word w
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int first_key = w * kKeysPerWord;
+    existing[w] = kPlain ? bits_of({0, sequence.keys_present}, first_key) : existing_keys(problem, batch, sequence.keys_present, first_key);
+  }
+
+  // Loads: Q and K are one group of cp.async, V is another.
+  const auto load_keys = [&](const StridedTensor& tensor, int columns, uint32_t smem, auto tile) {
+    using Tile = decltype(tile);
+    const uint16_t* const source = head_of(tensor, batch, key_head) + sequence.first_key * tensor.row;
+    int next_warp = 0;  // that copies a word's keys: the warps take turns
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const bool is_mine = next_warp == group.warp;
+      next_warp = next_warp + 1 == group.num_warps ? 0 : next_warp + 1;
+      if (!is_mine || existing[w] == 0 || sequence.rows_present == 0) continue;
+      copy_rows_async<Tile, 32>(smem + w * Tile::kBytes, source + w * kKeysPerWord * tensor.row, tensor.row, columns, lane,
+                                [&](int row) { return (existing[w] >> row & 1) != 0; });
+    }
+    ptx::cp_async_commit();
+  };
+  copy_rows_async<QueryTile, 32>(q_smem, head_of(problem.query, batch, head) + (sequence.first_row + first_row) * problem.query.row,
+                                 problem.query.row, static_cast<int>(problem.head_dim_qk), lane,
+                                 [&](int row) { return has_rows && first_row + row < sequence.rows_present; });
+  load_keys(problem.key, static_cast<int>(problem.head_dim_qk), k_smem, KeyTile());
+  load_keys(problem.value, static_cast<int>(problem.head_dim_v), v_smem, ValueTile());
+
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    allowed[w] = existing[w] == 0 ? 0 : allowed_keys<kPlain>(mask, row_of_lane, w * kKeysPerWord, existing[w]);
+    visited |= __any_sync(kWholeWarp, allowed[w] != 0) << w;
+  }
+  ptx::cp_async_wait<1>();  // Q and K have landed
+  group.sync();
+
+  // S = Q K^T (16, Lk)
+  const ScoreTransform transform(arguments, batch, head);
+  const float factor_left = kPlain || (!kBias && transform.softcap_log2 == 0.0f && transform.slope_log2 == 0.0f) ? transform.factor : 1.0f;
+  Accumulators<1, 4> scores[kWords];
+  float largest[2] = {-kInfinity, -kInfinity};  // of rows lane / 4 and 8 below
+  {
+    uint32_t q[kSteps][4];
+    const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem);
+    const auto k_lane = LaneAddress<KeyTile>::by_columns(k_smem);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) ptx::ldmatrix_x4(q[i], q_lane.at(0, i));
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if ((visited >> w & 1) == 0) continue;
+      const int first_key = w * kKeysPerWord;
+      Accumulators<1, 4>& piece_of_row = scores[w];
+      [[maybe_unused]] std::conditional_t<kBias, Bias<1, 4>, NoBias> bias(problem, batch, head);
+      if constexpr (kBias) bias.load(first_row, sequence.rows_present - 1, first_key);
+      multiply_transposed<kDtype, kSteps>(
+          piece_of_row,
+          [&](int i, int, uint32_t (&a)[4]) {
+#pragma unroll
+            for (int word = 0; word < 4; ++word) a[word] = q[i][word];
+          },
+          LaneAddress<KeyTile>{k_lane.first + w * KeyTile::kBytes});
+      float scale = transform.factor;
+      if constexpr (!kPlain) scale = transform.cap(piece_of_row);
+      if constexpr (kBias) {
+        bias.add_to(piece_of_row, scale);
+        scale = 1.0f;
+      }
+      if constexpr (!kPlain) scale = transform.add_slopes(piece_of_row, scale, sequence.offset, first_row, first_key);
+      const bool all_allowed = __all_sync(kWholeWarp, lane >= 16 || allowed[w] == kAllKeys);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!all_allowed) {
+          const uint32_t word = __shfl_sync(kWholeWarp, allowed[w], lane / 4 + 8 * half) >> 2 * (lane % 4);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              if ((word >> (8 * n + e) & 1) == 0) piece_of_row[0][n][2 * half + e] = -kInfinity;
+            }
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          largest[half] = fmaxf(largest[half], fmaxf(piece_of_row[0][n][2 * half], piece_of_row[0][n][2 * half + 1]));
+        }
+      }
+    }
+  }
+
+  // P = exp2(S - row_max), O = dropout(P) V (16, HEAD_DIM_V). A sink is a first key without a value.
+  const bool has_sink = !kPlain && problem.sinks != nullptr;
+  OnlineSoftmax<1> softmax([&](int, int) { return has_sink ? problem.sinks[head] * kLog2E : -kInfinity; });
+  float shift[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) shift[half] = softmax.raise(0, half, quad_max(largest[half]) * factor_left);
+  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
+  Dropout dropout;
+  if (drops) dropout = Dropout(problem, batch, head);
+  Accumulators<1, kOutBlocks> acc = {};
+  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem);
+  ptx::cp_async_wait<0>();  // V has landed
+  group.sync();
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if ((visited >> w & 1) == 0) continue;
+    Accumulators<1, 4>& weights = scores[w];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        weights[0][n][e] = ptx::ex2(fmaf(weights[0][n][e], factor_left, -shift[e / 2]));
+        softmax.row_sum[0][e / 2] += weights[0][n][e];
+      }
+    }
+    if (drops) dropout.apply(weights, first_row, w * kKeysPerWord);
+    multiply_add<kDtype>(acc, weights, LaneAddress<ValueTile>{v_lane.first + w * ValueTile::kBytes});
+  }
+
+  // out = O / row_sum. Every row in memory is written.
+  softmax.sum_over_quads();
+  const int rows = has_rows ? sequence.rows - first_row : 0;                                   // from this warp's first one on
+  float* const lse = problem.lse + statistics_of(problem, sequence, batch, head) + first_row;  // (rows,)
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = 8 * half + lane / 4;
+    const bool present = first_row + row < sequence.rows_present;
+    const float factor = softmax.reciprocal_sum(0, half) * arguments.kept_scale;
+#pragma unroll
+    for (int n = 0; n < kOutBlocks; ++n) {
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) acc[0][n][e] = present ? acc[0][n][e] * factor : 0.0f;
+    }
+    if (lane % 4 == 0 && row < rows) lse[row] = present ? softmax.lse(0, half) : -kInfinity;
+  }
+  uint16_t* const out = head_of(problem.out, batch, head) + (sequence.first_row + first_row) * problem.out.row;  // (rows, Dv)
+  store_rows<kDtype, OutTile>(acc, 1.0f, q_tile, 0, rows, out, problem.out.row, static_cast<int>(problem.head_dim_v));
+}
+
+}  // namespace fused_attention::cuda::sm80
