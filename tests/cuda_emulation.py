@@ -50,13 +50,29 @@ SMALL = Gpu(80, 4, 163 * 1024)  # which few blocks fill, so that decoding is not
 class EmulatedGpu(TorchFunctionMode):
     """While it is entered, the CUDA backend takes CPU tensors."""
 
-    def __init__(self, schedule: int = 0, gpu: Gpu = A100, kernels: str = "") -> None:
-        """kernels: what the names of those that are to run begin with; the others are left out."""
+    def __init__(
+        self,
+        schedule: int = 0,
+        gpu: Gpu = A100,
+        kernels: str = "",
+        *,
+        backward: str = "chosen",
+        resident_blocks: int | None = 1,
+        ordered_additions: bool = False,
+    ) -> None:
+        """kernels: what the names of those that are to run begin with; the others are left out.
+
+        backward: of cuda_backend.BACKWARD_KERNELS. resident_blocks: of every kernel, at the same time; None: all.
+        ordered_additions: blocks must add floats to the same memory in a fixed order.
+        """
         super().__init__()
         self.launched: list[str] = []
         self.planned: list[tuple[str, bytes]] = []  # name and arguments of every kernel, those left out too
         self._kernels = kernels
-        self._schedule = replace(Schedule.of_seed(schedule), report_uninitialized=True)
+        self._schedule = replace(
+            Schedule.of_seed(schedule), report_uninitialized=True, resident_blocks=resident_blocks, ordered_additions=ordered_additions
+        )
+        self._kernels_of_backward = backward
         self._gpu = gpu
         self._addressed: list[Tensor] = []  # tensors whose address was asked for
         self._allocated: list[tuple[Tensor, Tensor]] = []  # with the buffer around it
@@ -105,11 +121,11 @@ class EmulatedGpu(TorchFunctionMode):
     def _backward(self, backward: Callable[..., None], *arguments: Any) -> None:
         """Autograd calls it without this mode."""
         if torch.overrides._get_current_function_mode() is self:
-            backward(*arguments)
+            backward(*arguments, kernels=self._kernels_of_backward)
             return
         super().__enter__()
         try:
-            backward(*arguments)
+            backward(*arguments, kernels=self._kernels_of_backward)
         finally:
             super().__exit__(None, None, None)
 

@@ -6,9 +6,9 @@
 
 namespace fused_attention::cuda {
 
-// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two. helper: the mask pre-pass,
-// combine and backward_delta, found by name.
-enum class Pass : int { forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue, helper };
+// backward computes all gradients, backward_key those of key and of value, backward_dkey and backward_dvalue one of the two. helper: the
+// mask pre-pass, combine, backward_delta and backward_dquery, found by name.
+enum class Pass : int { forward, decode, backward, backward_query, backward_key, backward_dkey, backward_dvalue, helper };
 
 struct Image {
   const char* name;  // of the instance and of its entry point

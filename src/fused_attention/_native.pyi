@@ -64,6 +64,8 @@ def cuda_backward_problem(
     dattn_mask: tuple[int, ...],
     column_tiles: tuple[int, ...],
     num_tiles: int,
+    deterministic: bool,
+    kernels: int,
     /,
 ) -> bytes:
     """A problem of cuda_problem with the strides of gradients (batch, head, row in elements), for cuda_backward."""

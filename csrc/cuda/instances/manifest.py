@@ -23,7 +23,7 @@ class Instance:
     image: str  # stem of the .cu, .ptx and .fatbin file that it is in
     header: str  # that defines it, below csrc
     family: int  # ten times the oldest compute capability that it runs on
-    pass_name: str  # forward, decode, backward_query, backward_key, backward_dkey, backward_dvalue or helper
+    pass_name: str  # forward, decode, backward, backward_query, backward_key, backward_dkey, backward_dvalue or helper
     head_dim_qk: int = 0  # helpers have neither head dims nor tiles
     head_dim_v: int = 0
     dtype: str = "bf16"
@@ -95,6 +95,19 @@ BACKWARD_KEY_TILES = {
     (96, 96): Tile(32, 64, 4, 2, 2),
     (128, 128): Tile(32, 64, 4, 2, 2),
 }
+# The backward in one pass: blocks of block_n keys, 16 to a warp, in steps of block_m rows. Plain, where no list names tiles, and masked.
+BACKWARD_TILES = {
+    (32, 32): Tile(128, 128, 8, 2, 1),
+    (64, 64): Tile(128, 128, 8, 2, 1),
+    (96, 96): Tile(64, 128, 8, 2, 1),
+    (128, 128): Tile(64, 128, 8, 2, 1),
+}
+MASKED_BACKWARD_TILES = {
+    (32, 32): Tile(64, 64, 4, 2, 2),
+    (64, 64): Tile(64, 64, 4, 2, 2),
+    (96, 96): Tile(32, 64, 4, 2, 2),
+    (128, 128): Tile(32, 64, 4, 2, 2),
+}
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
 
@@ -126,6 +139,18 @@ def _backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropou
         )  # fmt: skip
 
 
+def _backward_in_one_pass(head_dims: tuple[int, int], dtype: str, feature_class: str, dropout: bool) -> Instance:
+    tile = (MASKED_BACKWARD_TILES if feature_class == "masked" else BACKWARD_TILES)[head_dims]
+    rows, keys = tile.block_m, tile.block_n
+    # K and V, the gradients of scores, and `stages` times Q, dO and two numbers of each row
+    shared_bytes = 2 * keys * (sum(head_dims) + rows) + tile.stages * rows * (2 * sum(head_dims) + 8)
+    name = f"sm80_backward_{head_dims[0]}x{head_dims[1]}_{dtype}_{feature_class}{'_dropout' if dropout else ''}"
+    return Instance(
+        name, name, "cuda/sm80/backward.cuh", 80, "backward", *head_dims, dtype, feature_class, dropout, rows, keys, tile.num_warps,
+        tile.stages, shared_bytes, tile.blocks_per_sm,
+    )  # fmt: skip
+
+
 def _instances() -> Iterator[Instance]:
     for head_dims, dtype, (feature_class, dropout) in product(FORWARD_TILES, DTYPES, FORWARD_CLASSES):
         tile = (BIAS_TILES if feature_class == "bias" else FORWARD_TILES)[head_dims]
@@ -135,9 +160,14 @@ def _instances() -> Iterator[Instance]:
         yield _tiled("decode", "", head_dims, tile, dtype, "masked", False)
     for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_QUERY_TILES, DTYPES, FORWARD_CLASSES):
         yield from _backward(head_dims, dtype, feature_class, dropout)
+    for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_TILES, DTYPES, FORWARD_CLASSES[:3]):
+        yield _backward_in_one_pass(head_dims, dtype, feature_class, dropout)
     for dtype in DTYPES:
         name = f"sm80_backward_delta_{dtype}"
         yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
+    for dtype in DTYPES:
+        name = f"sm80_backward_dquery_{dtype}"
+        yield Instance(name, name, "cuda/sm80/backward_dquery.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
     for dtype in DTYPES:
         name = f"sm80_combine_{dtype}"
         yield Instance(name, name, "cuda/sm80/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
@@ -162,7 +192,8 @@ def image_source(instance: Instance) -> str:
         kernel = instance.name.removeprefix("sm80_").removesuffix(f"_{instance.dtype}")
     else:
         kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
-    arguments = "BackwardArguments" if kernel.startswith("backward") else "ForwardArguments"
+    one_pass = kernel in ("backward", "backward_delta", "backward_dquery")
+    arguments = "OnePassArguments" if one_pass else "BackwardArguments" if kernel.startswith("backward") else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
     else:
