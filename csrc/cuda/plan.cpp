@@ -273,6 +273,7 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   check_pointer("dvalue", problem.dvalue, packed ? problem.num_tokens_k : problem.seqlen_k);
   OnePassArguments arguments;
   fill(arguments, problem);
+  if (problem.causal != Causal::none) arguments.problem.window_right = 0;
   arguments.dattn_mask = side.dattn_mask;
   arguments.row_sums = side.row_sums;
   arguments.column_sums = side.column_sums;

@@ -34,12 +34,12 @@ struct LaneAddress {
   uint32_t first;  // of the lane's chunk among the first two columns of chunks; its bits 4 to 6 are the place that swizzling gave it
 
   // first_sixteen: 16 * first_sixteen columns to the right; the `sixteens` of at() must have no bit in common with it.
-  static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0, int first_sixteen = 0) {
-    const int lane = threadIdx.x % 32;
+  static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0, int first_sixteen = 0, uint32_t thread = threadIdx.x) {
+    const int lane = thread % 32;
     return {tile + Tile::offset(first_row + lane % 16, 2 * first_sixteen + lane / 16)};
   }
-  static FA_DEVICE LaneAddress by_columns(uint32_t tile, int first_sixteen = 0) {
-    const int lane = threadIdx.x % 32;
+  static FA_DEVICE LaneAddress by_columns(uint32_t tile, int first_sixteen = 0, uint32_t thread = threadIdx.x) {
+    const int lane = thread % 32;
     return {tile + Tile::offset(lane / 16 * 8 + lane % 8, 2 * first_sixteen + lane / 8 % 2)};
   }
 

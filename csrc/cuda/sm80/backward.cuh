@@ -66,10 +66,6 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
 
   // Which keys: the last ones first where they are seen by the fewest rows, so that blocks that add first have the least to do before it.
   const AttentionProblem& problem = arguments.problem;
-  if constexpr (kPlain) {  // what plan.cpp knows: it makes some registers free
-    __builtin_assume(problem.cu_seqlens_q == nullptr && problem.cu_seqlens_k == nullptr);
-    __builtin_assume(problem.key_lengths == nullptr && problem.query_lengths == nullptr && problem.key_mask == nullptr);
-  }
   const bool in_order = arguments.turns != nullptr;
   uint32_t number = blockIdx.x;
   if (in_order) {
@@ -79,59 +75,56 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
     number = *ticket;
     __syncthreads();
   }
+  const bool sees_all = problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;  // every row every key, by position
+  const bool descending = problem.window_right < kUnlimited;
   const auto block_columns = static_cast<uint32_t>((problem.seqlen_k + kBlockN - 1) / kBlockN);
   const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
-  const bool descending = problem.causal != Causal::none || problem.window_right < kUnlimited;
-  const bool sees_all = !descending && problem.window_left >= kUnlimited;
   const uint32_t line = number / block_columns, place = number % block_columns;
-  const int block_n = static_cast<int>(descending ? block_columns - 1 - place : place), start_n = block_n * kBlockN;
-  const int key_head = static_cast<int>(line % num_heads_kv), batch = static_cast<int>(line / num_heads_kv);
-  const Sequence sequence(problem, batch);
-  const int keys = problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
+  const int start_n = static_cast<int>(descending ? block_columns - 1 - place : place) * kBlockN;
+  const int batch = static_cast<int>(line / num_heads_kv), key_head = static_cast<int>(line % num_heads_kv);
+  Sequence sequence = [&] {
+    if constexpr (kPlain) {
+      return Sequence(problem);
+    } else {
+      return Sequence(problem, batch);
+    }
+  }();
+  sequence.window_right = problem.window_right;  // which plan.cpp makes 0 where the problem is causal
+  const int keys = kPlain || problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
   if (start_n >= keys) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_key = 16 * warp, first_key = start_n + warp_key;
-  const auto rows_of_keys = [&](const StridedTensor& tensor) {
-    return head_of(tensor, batch, key_head) + (sequence.first_key + start_n) * tensor.row;
+  const auto rows_of_keys = [&](const StridedTensor& tensor) {  // made anew, so that nothing waits in registers for the end
+    return head_of(tensor, ptx::again(batch), ptx::again(key_head)) + (sequence.first_key + ptx::again(start_n)) * tensor.row;
   };
 
   const ScoreMask key_mask{sequence, problem, batch, 0};
-  const auto exists = [&](int row) { return key_mask.key_exists(start_n + row); };
+  const auto exists = [&](int row) { return kPlain ? start_n + row < sequence.keys_present : key_mask.key_exists(start_n + row); };
   copy_rows_async<KeyTile, Config::kThreads>(k_smem, rows_of_keys(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk),
                                              threadIdx.x, exists);
   copy_rows_async<ValueTile, Config::kThreads>(v_smem, rows_of_keys(problem.value), problem.value.row, static_cast<int>(problem.head_dim_v),
                                                threadIdx.x, exists);
   ptx::cp_async_commit();
 
-  // By position: rows that see the first and the last key. With a key that does not exist no tile of rows counts as full.
   const bool has_all_keys = __syncthreads_and(exists(static_cast<int>(threadIdx.x) % kBlockN)) != 0;
-  const int last_key = min(start_n + kBlockN, sequence.keys_present) - 1;
-  KeyRange of_first = sequence.rows_of(start_n), of_last = sequence.rows_of(last_key);
-  if (!has_all_keys) of_first.to = 0;
-  if (last_key < start_n || sequence.rows_present == 0) of_first = of_last = {0, 0};
-
-  const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem, warp_key);
-  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem, warp_key);
-  const auto q_columns = LaneAddress<QueryTile>::by_columns(q_smem);
-  const auto q_rows = LaneAddress<QueryTile>::by_rows(q_smem);
-  const auto do_columns = LaneAddress<GradientTile>::by_columns(do_smem);
-  const auto do_rows = LaneAddress<GradientTile>::by_rows(do_smem);
-  const Part part(warp);
-  const auto ds_lane = LaneAddress<ScoreTile>::by_columns(ds_smem, part.first_row() / 16);
-  const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem, 0, part.column_group);
   const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
   Accumulators<1, Config::kHeadDimQk / 8> dkey = {};
   Accumulators<1, Config::kHeadDimV / 8> dvalue = {};
 
+  const auto visits_of = [&](int head) {
+    const int start = static_cast<int>(ptx::again(start_n)), last_key = min(start + kBlockN, sequence.keys_present) - 1;
+    // By position: rows that see the first and the last key. With a key that does not exist no tile of rows counts as full.
+    KeyRange of_first = sequence.rows_of(start), of_last = sequence.rows_of(last_key);
+    if (!has_all_keys) of_first.to = 0;
+    if (last_key < start || sequence.rows_present == 0) of_first = of_last = {0, 0};
+    const float before = static_cast<float>(start / kBlockN), blocks = static_cast<float>((problem.seqlen_k + kBlockN - 1) / kBlockN);
+    return Visits(of_first, of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, sees_all ? before / blocks : 0.0f);
+  };
+  const Visits of_all_heads = visits_of(key_head);  // where there are no lists
 #pragma unroll 1
-  for (int head = key_head * arguments.heads_per_group; head < (key_head + 1) * arguments.heads_per_group; ++head) {
-    const float share = sees_all ? static_cast<float>(block_n) / static_cast<float>(block_columns) : 0.0f;
-    const Visits visits(of_first, of_last, arguments.column_tiles, batch, head, start_n / kKeysPerTile, share);
+  for (int group_head = 0; group_head < arguments.heads_per_group; ++group_head) {
+    const int head = key_head * arguments.heads_per_group + group_head;
+    const Visits visits = kPlain ? of_all_heads : visits_of(head);
     const ScoreMask mask{sequence, problem, batch, head};
-    const uint16_t* const query = head_of(problem.query, batch, head) + sequence.first_row * problem.query.row;  // (Lq, Dqk)
-    const uint16_t* const dout = head_of(problem.dout, batch, head) + sequence.first_row * problem.dout.row;     // (Lq, Dv)
-    const int64_t first_statistic = statistics_of(problem, sequence, batch, head);
-    const float *const row_lse = arguments.row_lse + first_statistic, *const row_delta = arguments.row_delta + first_statistic;  // (Lq,)
-
     // Loads: every call is one group of cp.async, an empty one past the last visit.
     typename Visits::Cursor loaded, computed;
     const auto load = [&] {
@@ -139,19 +132,25 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
         const int slot = loaded.visits % kStages;
         const Visit visit = visits.next(loaded);
         const int start_m = visit.start_m, rows_left = sequence.rows_present - start_m;
-        copy_rows_async<QueryTile, Config::kThreads>(q_smem + slot * QueryTile::kBytes, query + start_m * problem.query.row,
-                                                     problem.query.row, static_cast<int>(problem.head_dim_qk), threadIdx.x,
+        // Made anew, what follows from these takes no registers between loads.
+        const int its_batch = ptx::again(batch), its_head = ptx::again(head);
+        const uint32_t thread = ptx::again(threadIdx.x);
+        const int64_t first_row = sequence.first_row + start_m, statistic = statistics_of(problem, sequence, its_batch, its_head) + start_m;
+        const uint16_t* const query = head_of(problem.query, its_batch, its_head) + first_row * problem.query.row;  // (Lq - start_m, Dqk)
+        const uint16_t* const dout = head_of(problem.dout, its_batch, its_head) + first_row * problem.dout.row;     // (Lq - start_m, Dv)
+        const float *const row_lse = arguments.row_lse + statistic, *const row_delta = arguments.row_delta + statistic;
+        copy_rows_async<QueryTile, Config::kThreads>(q_smem + slot * QueryTile::kBytes, query, problem.query.row,
+                                                     static_cast<int>(problem.head_dim_qk), thread,
                                                      [&](int row) { return row < rows_left; });
         // Rows that attend to nothing may have any gradient.
-        copy_rows_async<GradientTile, Config::kThreads>(do_smem + slot * GradientTile::kBytes, dout + start_m * problem.dout.row,
-                                                        problem.dout.row, static_cast<int>(problem.head_dim_v), threadIdx.x, [&](int row) {
-                                                          return row < rows_left && (visit.is_full || row_lse[start_m + row] != kInfinity);
-                                                        });
-        const int row = static_cast<int>(threadIdx.x) % kBlockM, which = static_cast<int>(threadIdx.x) / kBlockM;
+        copy_rows_async<GradientTile, Config::kThreads>(
+            do_smem + slot * GradientTile::kBytes, dout, problem.dout.row, static_cast<int>(problem.head_dim_v), thread,
+            [&](int row) { return row < rows_left && (visit.is_full || row_lse[row] != kInfinity); });
+        const int row = static_cast<int>(thread) % kBlockM, which = static_cast<int>(thread) / kBlockM;
         if (which < 2) {
           const int offset = which * kBlockM + row;
           if (row < rows_left) {
-            ptx::cp_async_4(statistics + slot * Config::kStatisticsBytes + 4 * offset, (which == 0 ? row_lse : row_delta) + start_m + row);
+            ptx::cp_async_4(statistics + slot * Config::kStatisticsBytes + 4 * offset, (which == 0 ? row_lse : row_delta) + row);
           } else {  // weights of rows that are not there are 0
             statistics_of_stage(slot)[offset] = which == 0 ? kInfinity : 0.0f;
           }
@@ -173,13 +172,18 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
 
       // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
+      // Addresses made anew at each step: what follows from them takes no registers between steps.
+      const uint32_t thread = ptx::again(threadIdx.x);
+      const uint32_t q_tile = q_smem + slot * QueryTile::kBytes, do_tile = do_smem + slot * GradientTile::kBytes;
+      const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem, warp_key, 0, thread);
+      const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem, warp_key, 0, thread);
       Accumulators<1, kBlocks> scores, gradients;
       multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
           scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
-          LaneAddress<QueryTile>{q_columns.first + slot * QueryTile::kBytes});
+          LaneAddress<QueryTile>::by_columns(q_tile, 0, thread));
       multiply_transposed<kDtype, Config::kHeadDimV / 16>(
           gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
-          LaneAddress<GradientTile>{do_columns.first + slot * GradientTile::kBytes});
+          LaneAddress<GradientTile>::by_columns(do_tile, 0, thread));
 
       // P^T and dS^T
       const auto differentiate = [&](auto masked) {
@@ -189,11 +193,11 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
         if constexpr (!kPlain) {
           const ScoreTransform transform(arguments, batch, head);
           scale = cap_with_slopes(transform, scores, slopes);
-          scale = transform.add_slopes(scores, scale, -sequence.offset, first_key, start_m);
+          scale = transform.add_slopes(scores, scale, -sequence.offset, ptx::again(first_key), start_m);
         }
-        if constexpr (kMasked) mask_transposed<kPlain>(mask, scores, first_key, start_m);
+        if constexpr (kMasked) mask_transposed<kPlain>(mask, scores, ptx::again(first_key), start_m);
         scores_to_weights<false>(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
-        if (drops) Dropout(problem, batch, head).mark_transposed(scores, first_key, start_m);
+        if (drops) Dropout(problem, batch, head).mark_transposed(scores, ptx::again(first_key), start_m);
         weights_to_score_gradients<kMasked>(gradients, scores, drops, arguments.kept_scale,
                                             [&](int, int n, int e) { return delta[column(n, e)]; });
         if constexpr (!kPlain) {
@@ -215,33 +219,39 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       pack_weights<kDtype>(weights, scores);
       pack_weights<kDtype>(dscores, gradients);
       unsigned char* const ds_tile = shared + (ds_smem - k_smem);
+      const uint32_t later = ptx::again(threadIdx.x);
+      const int its_lane = static_cast<int>(later % 32);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<uint32_t*>(ds_tile + ScoreTile::offset(warp_key + 8 * half + lane / 4, n) + 4 * (lane % 4)) = dscores[n][half];
+          *reinterpret_cast<uint32_t*>(ds_tile + ScoreTile::offset(warp_key + 8 * half + its_lane / 4, n) + 4 * (its_lane % 4)) =
+              dscores[n][half];
         }
       }
 
       // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
-      multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>{do_rows.first + slot * GradientTile::kBytes});
+      multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>::by_rows(do_tile, 0, 0, later));
       uint32_t* turn = nullptr;
       if (in_order) {
         const int64_t row_tiles = (problem.seqlen_q + kBlockM - 1) / kBlockM;
         turn = arguments.turns + 1 + (batch * problem.num_heads + head) * row_tiles + start_m / kBlockM;
         if (warp == 0) {
-          const int before = turn_at<kBlockM, kBlockN>(sequence, arguments.tiles, batch, head, start_m, block_n, descending);
+          const int before = turn_at<kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, batch, head, start_m, start_n, descending);
           while (lane == 0 && ptx::load_acquire(turn) != static_cast<uint32_t>(before)) continue;
         }
       }
       __syncthreads();  // all of dS is there
 
       // dK += dS^T Q (BLOCK_N, HEAD_DIM_QK), dQ += dS K (BLOCK_M, HEAD_DIM_QK)
-      multiply_add_packed<kDtype>(dkey, dscores, LaneAddress<QueryTile>{q_rows.first + slot * QueryTile::kBytes});
+      multiply_add_packed<kDtype>(dkey, dscores, LaneAddress<QueryTile>::by_rows(q_tile, 0, 0, later));
       Accumulators<Part::kMatrices, Part::kBlocks> dquery;
-      multiply_scores_keys<kDtype, Part>(dquery, ds_lane, k_rows);
+      const Part part(static_cast<int>(later / 32));
+      multiply_scores_keys<kDtype, Part>(dquery, LaneAddress<ScoreTile>::by_columns(ds_smem, part.first_row() / 16, later),
+                                         LaneAddress<KeyTile>::by_rows(k_smem, 0, part.column_group, later));
       const int columns = static_cast<int>(problem.head_dim_qk);
-      add_to_sums(dquery, part, arguments.dquery_sums + (first_statistic + start_m) * columns, sequence.rows_present - start_m, columns);
+      const int64_t statistic = statistics_of(problem, sequence, ptx::again(batch), ptx::again(head)) + start_m;
+      add_to_sums(dquery, part, arguments.dquery_sums + statistic * columns, sequence.rows_present - start_m, columns);
       __syncthreads();  // every warp is past its products with this tile, and has added
       if (in_order && threadIdx.x == 0) ptx::red_increment_release(turn);
       load();

@@ -33,10 +33,9 @@ class RowVisits {
         return;
       }
     }
+    full_from_ = static_cast<int>(ptx::again(of_last.from)), full_to_ = static_cast<int>(ptx::again(of_first.to));
     first_ = of_first.from / BLOCK_M;
     num = max((of_last.to + BLOCK_M - 1) / BLOCK_M - first_, 0);
-    first_full_ = (max(of_last.from, 0) + BLOCK_M - 1) / BLOCK_M;
-    end_full_ = max(of_first.to, 0) / BLOCK_M;
     start_ = min(static_cast<int>(share * static_cast<float>(num)), max(num - 1, 0));
   }
 
@@ -56,7 +55,8 @@ class RowVisits {
     }
     const int from_start = start_ + cursor.visits++;
     const int tile = first_ + (from_start < num ? from_start : from_start - num);
-    return {tile * BLOCK_M, first_full_ <= tile && tile < end_full_};
+    const int start_m = tile * BLOCK_M;
+    return {start_m, full_from_ <= start_m && start_m + BLOCK_M <= full_to_};
   }
 
  private:
@@ -65,23 +65,24 @@ class RowVisits {
 
   const int32_t* list_ = nullptr;
   int last_place_ = 0, num_full_ = 0, num_mixed_ = 0;
-  int first_ = 0, first_full_ = 0, end_full_ = 0, start_ = 0;
+  int first_ = 0, start_ = 0, full_from_ = 0, full_to_ = 0;
 };
 
-// How many of the blocks of keys that visit a tile of rows come before block `block_n`, which visits it. descending: the last keys come
-// first. tiles: lists of the tiles of keys that each 64 rows visit, or null. A whole warp calls it.
-template <int BLOCK_M, int BLOCK_N>
-FA_DEVICE int turn_at(const Sequence& sequence, const TileLists& tiles, int batch, int head, int start_m, int block_n, bool descending) {
-  if (tiles.data != nullptr) {
+// How many of the blocks of keys that visit a tile of rows come before that of keys from start_n on, which visits it. descending: the last
+// keys come first. tiles: lists of the tiles of keys that each 64 rows visit, or null. A whole warp calls it.
+template <int BLOCK_M, int BLOCK_N, bool HAS_LISTS>
+FA_DEVICE int turn_at(const Sequence& sequence, const TileLists& tiles, int batch, int head, int start_m, int start_n, bool descending) {
+  if (HAS_LISTS && tiles.data != nullptr) {
     const int32_t* const list = of_head(tiles.data, tiles.batch, batch, tiles.head, head) + start_m / kKeysPerTile * tiles.line;
     const int num_full = list[0], num_mixed = list[1], lane = threadIdx.x % 32;
     int turn = 0;
+#pragma unroll 1
     for (int start = 0; start < num_full + num_mixed; start += 32) {
       const int i = start + lane;
       bool before = false;
       if (i < num_full + num_mixed) {
         const int tile = i < num_full ? list[2 + i] : list[1 + tiles.num_tiles - (i - num_full)];
-        before = descending ? tile > block_n : tile < block_n;
+        before = descending ? tile * kKeysPerTile > start_n : tile * kKeysPerTile < start_n;
       }
       turn += __popc(__ballot_sync(kWholeWarp, before));
     }
@@ -89,11 +90,12 @@ FA_DEVICE int turn_at(const Sequence& sequence, const TileLists& tiles, int batc
   }
   // The visitors follow each other: the rows that see a block both begin and end later than those that see the block before it.
   if (descending) {
-    int last = (sequence.keys_present - 1) / BLOCK_N;
-    if (!sequence.sees_all_to_the_right()) last = min(last, (start_m + BLOCK_M - 1 + sequence.offset + sequence.window_right) / BLOCK_N);
-    return last - block_n;
+    int last = sequence.keys_present - 1;  // of the last key that some row of the tile sees
+    if (!sequence.sees_all_to_the_right()) last = min(last, start_m + BLOCK_M - 1 + sequence.offset + sequence.window_right);
+    return (last - start_n) / BLOCK_N;
   }
-  return block_n - (sequence.sees_all_to_the_left() ? 0 : max(start_m + sequence.offset - sequence.window_left, 0) / BLOCK_N);
+  const int first = sequence.sees_all_to_the_left() ? 0 : max(start_m + sequence.offset - sequence.window_left, 0);
+  return (start_n + BLOCK_N - 1 - first) / BLOCK_N;
 }
 
 }  // namespace fused_attention::cuda::sm80
