@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,16 +59,20 @@ class EmulatedGpu(TorchFunctionMode):
         backward: str = "chosen",
         resident_blocks: int | None = 1,
         ordered_additions: bool = False,
+        modules: Mapping[str, Module] | None = None,
     ) -> None:
         """kernels: what the names of those that are to run begin with; the others are left out.
 
         backward: of cuda_backend.BACKWARD_KERNELS. resident_blocks: of every kernel, at the same time; None: all.
         ordered_additions: blocks must add floats to the same memory in a fixed order.
+        modules: of kernels that are not to be those of the build, by the name that their kernel has there.
         """
         super().__init__()
         self.launched: list[str] = []
         self.planned: list[tuple[str, bytes]] = []  # name and arguments of every kernel, those left out too
+        self.workspace_bytes = 0  # of the last launch
         self._kernels = kernels
+        self._modules = modules or {}
         self._schedule = replace(
             Schedule.of_seed(schedule), report_uninitialized=True, resident_blocks=resident_blocks, ordered_additions=ordered_additions
         )
@@ -136,6 +140,7 @@ class EmulatedGpu(TorchFunctionMode):
 
     def _launch(self, plan: tuple[int, list], workspace: int, written: Sequence[int] = ()) -> int:
         wanted, launches = plan
+        self.workspace_bytes = wanted
         if wanted and not workspace:
             return wanted
         outputs = {id(tensor) for tensor, _ in self._allocated}
@@ -148,7 +153,8 @@ class EmulatedGpu(TorchFunctionMode):
             if not name.startswith(self._kernels):
                 continue
             assert shared_bytes <= self._gpu.shared_bytes, f"{name}: {shared_bytes} bytes of shared memory"
-            result = module(name).launch(name, (blocks,), (threads,), shared_bytes, [arguments], self._schedule, buffers)
+            run = self._modules[name] if name in self._modules else module(name)
+            result = run.launch(name, (blocks,), (threads,), shared_bytes, [arguments], self._schedule, buffers)
             result.check()
             self.launched.append(name)
         for tensor, bits in zip(inputs, before, strict=True):

@@ -75,7 +75,8 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
     number = *ticket;
     __syncthreads();
   }
-  const bool sees_all = problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;  // every row every key, by position
+  // Where every row sees every key, by position, and additions need no order, blocks spread over the rows.
+  const bool spreads = !in_order && problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;
   const bool descending = problem.window_right < kUnlimited;
   const auto block_columns = static_cast<uint32_t>((problem.seqlen_k + kBlockN - 1) / kBlockN);
   const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
@@ -117,7 +118,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
     if (!has_all_keys) of_first.to = 0;
     if (last_key < start || sequence.rows_present == 0) of_first = of_last = {0, 0};
     const float before = static_cast<float>(start / kBlockN), blocks = static_cast<float>((problem.seqlen_k + kBlockN - 1) / kBlockN);
-    return Visits(of_first, of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, sees_all ? before / blocks : 0.0f);
+    return Visits(of_first, of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, spreads ? before / blocks : 0.0f);
   };
   const Visits of_all_heads = visits_of(key_head);  // where there are no lists
 #pragma unroll 1
