@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,12 @@ def test_without_an_order_additions_are_not_ordered() -> None:
         pytest.raises(AssertionError, match="unordered-addition"),
     ):
         run(cuda_backend, problem, dout, dlse)
+
+
+def test_the_table_of_waits_is_what_its_program_prints() -> None:
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    printed = subprocess.run([sys.executable, docs / "addition_order.py"], capture_output=True, text=True, check=True).stdout
+    assert f"<!-- begin: order -->\n{printed}<!-- end: order -->" in (docs / "cuda-kernels.md").read_text()
 
 
 # Mistakes: (file, what stands there, what stands there instead, call, what the emulator or the comparison says)

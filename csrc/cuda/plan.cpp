@@ -236,7 +236,8 @@ const Image* one_pass_image(const AttentionProblem& problem, const SideGradients
   const bool sums_over_keys = side.row_sums != nullptr || side.slope_sums != nullptr;
   const bool bias = feature_class(problem) == FeatureClass::bias;
   const Image* const image = sums_over_keys || bias ? nullptr : find_image(Pass::backward, problem, limits, asked_for);
-  if (asked_for && image == nullptr) throw std::invalid_argument("the backward in one pass takes no float attn_mask and no slopes' gradients");
+  if (asked_for && image == nullptr)
+    throw std::invalid_argument("the backward in one pass takes no float attn_mask and no slopes' gradients");
   if (asked_for || image == nullptr) return image;
   // Two passes have two more products, and a third where dkey and dvalue have a kernel each. One pass adds a float32 number to each element
   // of dquery for each block of keys, clears it before and reads it afterwards, all while the tensor cores work.

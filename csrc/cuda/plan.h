@@ -32,9 +32,8 @@ constexpr int kMaxSplits = 128;         // of the keys of a decoding call
 constexpr int kKeysPerSplit = 256;      // at least, so that combining costs little
 constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
 
-// How many operations of the tensor cores take as long as it takes to add a byte of float32 numbers to memory, in which the backward in
-// one pass trades the former for the latter: 600 T/s and 2.4 TB/s, what an H200 can do at most by its data sheet and by the number of
-// its slices of L2 (docs/cuda-kernels.md).
+// How many operations of the tensor cores take as long as adding a byte of float32 numbers to memory: the backward in one pass has fewer of
+// the former and more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
 constexpr int kOperationsPerAddedByte = 256;
 
 // Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no room for the kernel.
