@@ -201,7 +201,7 @@ struct BackwardProblem {
 
 py::bytes cuda_backward_problem(const py::bytes& problem, const Strides& dout, const Strides& dquery, const Strides& dkey,
                                 const Strides& dvalue, const Strides& dattn_mask, const std::tuple<int64_t, int64_t>& mask_sizes,
-                                const Strides& column_tiles, int32_t num_tiles) {
+                                const Strides& column_tiles, int32_t num_tiles, bool deterministic, int kernels) {
   const std::string bytes = problem;
   BackwardProblem backward;
   if (bytes.size() != sizeof(backward.problem)) throw std::invalid_argument("the problem must be what cuda_problem returned");
@@ -213,6 +213,8 @@ py::bytes cuda_backward_problem(const py::bytes& problem, const Strides& dout, c
   backward.side.dattn_mask = unplaced(dattn_mask);
   std::tie(backward.side.mask_batches, backward.side.mask_heads) = mask_sizes;
   backward.side.column_tiles = {nullptr, std::get<0>(column_tiles), std::get<1>(column_tiles), std::get<2>(column_tiles), num_tiles};
+  backward.side.deterministic = deterministic;
+  backward.side.kernels = static_cast<cuda::BackwardKernels>(kernels);
   return py::bytes(reinterpret_cast<const char*>(&backward), sizeof(backward));
 }
 

@@ -26,6 +26,7 @@ ROWS_PER_BLOCK = 64  # of the backward kernel for query
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
+BACKWARD_KERNELS = {"chosen": 0, "two passes": 1, "one pass": 2}
 UNLIMITED = 2**30  # a window side that no sequence reaches
 
 
@@ -226,8 +227,13 @@ def _repeat(call: _Call, query: Tensor, workspace_bytes: int) -> Repeat:
     return repeat
 
 
-def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    """Writes every gradient asked for; bit for bit the same in every run."""
+def backward(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients, kernels: str = "chosen"
+) -> None:
+    """Writes every gradient asked for; those of query in one order where the problem is deterministic, all others always.
+
+    kernels: of BACKWARD_KERNELS, for tests and measurements; some problems cannot be computed in one pass.
+    """
     if problem.row_tiles is not None and problem.column_tiles is None:
         raise ValueError("the mask was prepared without what gradients need")
     query, key, value = problem.query, problem.key, problem.value
@@ -243,7 +249,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         return
     addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
     if (addresses[0] | addresses[1] | addresses[2]) % 16:
-        backward(_with_aligned_inputs(problem), out, lse, dout, dlse, gradients)
+        backward(_with_aligned_inputs(problem), out, lse, dout, dlse, gradients, kernels)
         return
     if not _has_aligned_strides(dout) or dout.stride(3) != 1 or dout.data_ptr() % 16:
         dout = dout.clone(memory_format=torch.contiguous_format)
@@ -293,6 +299,8 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         (1, 1) if stored is None else tuple(stored.shape[:2]),
         _strides(problem.column_tiles, 3),
         0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
+        problem.deterministic,
+        BACKWARD_KERNELS[kernels],
     )
     wanted = _run_backward(call, device, stream, 0, arguments, gradient_addresses)
     if wanted:  # else a kernel ran that writes every element

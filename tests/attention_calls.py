@@ -40,6 +40,7 @@ CALL: dict[str, Any] = {
     "alibi_slopes": None,  # "H" or "BH"
     "sinks": False,
     "lse_gradient": False,
+    "deterministic": False,
     "prepare": False,  # hand the masks over as a PreparedMask
     "seed": 0,
 }
@@ -179,7 +180,7 @@ def build(call: dict[str, Any], device: str) -> tuple[Problem, Tensor, Tensor | 
         "separate",
         (query, key, value),
         **{name: None if tensor is None else tensor.to(device) for name, tensor in options.items()},
-        **{name: call[name] for name in ("is_causal", "window", "dropout_p", "scale", "softcap")},
+        **{name: call[name] for name in ("is_causal", "window", "dropout_p", "scale", "softcap", "deterministic")},
     )
     dlse = torch.randn(batch, num_heads, seqlen_q).to(device) if call["lse_gradient"] else None
     return problem, dout, dlse
@@ -205,7 +206,9 @@ def prepared(problem: Problem, gradients: bool = True) -> Problem:
         seqlen_k=problem.key.shape[2],
         gradients=gradients,
     )
-    same = {name: getattr(problem, name) for name in ("scale", "dropout_p", "rng_state", "softcap", "alibi_slopes", "sinks")}
+    same = {
+        name: getattr(problem, name) for name in ("scale", "dropout_p", "rng_state", "softcap", "alibi_slopes", "sinks", "deterministic")
+    }
     return make_problem("separate", problem.inputs, attn_mask=attn_mask.to(problem.query.device), **same)
 
 

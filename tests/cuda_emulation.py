@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,14 +50,34 @@ SMALL = Gpu(80, 4, 163 * 1024)  # which few blocks fill, so that decoding is not
 class EmulatedGpu(TorchFunctionMode):
     """While it is entered, the CUDA backend takes CPU tensors."""
 
-    def __init__(self, schedule: int = 0, gpu: Gpu = A100, kernels: str = "") -> None:
-        """kernels: what the names of those that are to run begin with; the others are left out."""
+    def __init__(
+        self,
+        schedule: int = 0,
+        gpu: Gpu = A100,
+        kernels: str = "",
+        *,
+        backward: str = "chosen",
+        resident_blocks: int | None = 1,
+        ordered_additions: bool = False,
+        modules: Mapping[str, Module] | None = None,
+    ) -> None:
+        """kernels: what the names of those that are to run begin with; the others are left out.
+
+        backward: of cuda_backend.BACKWARD_KERNELS. resident_blocks: of every kernel, at the same time; None: all.
+        ordered_additions: blocks must add floats to the same memory in a fixed order.
+        modules: of kernels that are not to be those of the build, by the name that their kernel has there.
+        """
         super().__init__()
         self.launched: list[str] = []
         self.planned: list[tuple[str, bytes]] = []  # name and arguments of every kernel, those left out too
         self.grids: list[tuple[int, int, int]] = []  # and its blocks, its threads and its bytes of shared memory
+        self.workspace_bytes = 0  # of the last launch
         self._kernels = kernels
-        self._schedule = replace(Schedule.of_seed(schedule), report_uninitialized=True)
+        self._modules = modules or {}
+        self._schedule = replace(
+            Schedule.of_seed(schedule), report_uninitialized=True, resident_blocks=resident_blocks, ordered_additions=ordered_additions
+        )
+        self._kernels_of_backward = backward
         self._gpu = gpu
         self._addressed: list[Tensor] = []  # tensors whose address was asked for
         self._allocated: list[tuple[Tensor, Tensor]] = []  # with the buffer around it
@@ -107,11 +127,11 @@ class EmulatedGpu(TorchFunctionMode):
     def _backward(self, backward: Callable[..., None], *arguments: Any) -> None:
         """Autograd calls it without this mode."""
         if torch.overrides._get_current_function_mode() is self:
-            backward(*arguments)
+            backward(*arguments, kernels=self._kernels_of_backward)
             return
         super().__enter__()
         try:
-            backward(*arguments)
+            backward(*arguments, kernels=self._kernels_of_backward)
         finally:
             super().__exit__(None, None, None)
 
@@ -122,6 +142,7 @@ class EmulatedGpu(TorchFunctionMode):
 
     def _launch(self, plan: tuple[int, list], workspace: int, written: Sequence[int] = ()) -> int:
         wanted, launches = plan
+        self.workspace_bytes = wanted
         if wanted and not workspace:
             return wanted
         outputs = {id(tensor) for tensor, _ in self._allocated}
@@ -135,7 +156,8 @@ class EmulatedGpu(TorchFunctionMode):
             if not name.startswith(self._kernels):
                 continue
             assert shared_bytes <= self._gpu.shared_bytes, f"{name}: {shared_bytes} bytes of shared memory"
-            result = module(name).launch(name, (blocks,), (threads,), shared_bytes, [arguments], self._schedule, buffers)
+            run = self._modules[name] if name in self._modules else module(name)
+            result = run.launch(name, (blocks,), (threads,), shared_bytes, [arguments], self._schedule, buffers)
             result.check()
             self.launched.append(name)
         for tensor, bits in zip(inputs, before, strict=True):

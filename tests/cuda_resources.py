@@ -18,10 +18,11 @@ from csrc.cuda.instances.manifest import WIDE_KEY_HELD, Instance
 
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 WARP = 32
-# A kernel has no business with these: local memory, and addresses of which the compiler does not know that they are global.
+# A kernel has no business with these: local memory, and addresses of which the compiler does not know that they are global. (RED has no
+# form of its own for those.)
 LOCAL = re.compile(r"(LDL|STL)(\.|$)")
 EXP2 = re.compile(r"MUFU\.EX2")
-GENERIC = re.compile(r"(LD|ST|ATOM|RED)(\.|$)")
+GENERIC = re.compile(r"(LD|ST|ATOM)(\.|$)")
 COPY = re.compile(r"LDGSTS(\.|$)")
 WIDE_COPY = "LDGSTS.E.BYPASS.128"
 GLOBAL_LOAD, GLOBAL_STORE = re.compile(r"LDG(\.|$)"), re.compile(r"STG(\.|$)")
@@ -81,8 +82,10 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 
 def num_hot_loops(row: Instance) -> int:
-    """Forward and backward: one over blocks that need no mask, one over those that do. The whole of a kernel for short sequences is one."""
-    return {"helper": 0, "decode": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
+    """Forward and backward: one over blocks that need no mask, one over those that do. In one pass masks are a branch of the loop. The whole
+    of a kernel for short sequences is one.
+    """
+    return {"helper": 0, "decode": 1, "backward": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
 
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
@@ -91,6 +94,8 @@ def expected(row: Instance) -> dict[str, tuple[int, int]]:
         return expected_pair(row)
     if row.pass_name.startswith("short"):
         return expected_short(row)
+    if row.pass_name == "backward":
+        return expected_one_pass(row)
     if row.pass_name.startswith("backward"):
         return expected_backward(row)
     if row.pass_name == "mask_gradient":  # a chunk of 64 columns, which is loaded from query and key or from dout and value
@@ -165,6 +170,31 @@ def expected_pair(row: Instance) -> dict[str, tuple[int, int]]:
         "LDSM.16.MT88.4": (transposed, transposed),
         WIDE_COPY: (copies, 2 * copies),
         "MUFU.EX2": (exponentials, exponentials),
+    }
+
+
+def expected_one_pass(row: Instance) -> dict[str, tuple[int, int]]:
+    """A warp has 16 keys and takes steps of block_m rows, of which it sums 16 or 32 of dquery; see backward.cuh and query_sums.cuh."""
+    steps, dims = row.block_m, (row.head_dim_qk, row.head_dim_v)
+    row_groups = steps // 32
+    tall = row.num_warps % row_groups == 0 and row.head_dim_qk % (16 * row.num_warps // row_groups) == 0
+    rows = 32 if tall else 16
+    columns = row.head_dim_qk * steps // (rows * row.num_warps)
+    of_query = rows // 16 * columns // 8 * row.block_n // 16
+    products = 2 * sum(steps // 8 * dim // 16 for dim in dims) + of_query
+    loads = sum((steps // 16 + 1) * dim // 16 for dim in dims)
+    transposed = sum(steps // 16 * dim // 16 for dim in dims) + row.block_n // 16 * (rows // 16 + columns // 16)
+    copies = steps * sum(dims) // 8 // row.num_threads
+    # The weights, twice: where masks count and where they do not; tanh takes an exponential, too.
+    exponentials = 2 * steps * 16 // WARP * (1 if row.feature_class == "plain" else 2)
+    additions = rows * columns // WARP
+    return {
+        "HMMA.16816.F32": (products, products),
+        "LDSM.16.M88.4": (loads, loads),
+        "LDSM.16.MT88.4": (transposed, transposed),
+        WIDE_COPY: (copies, 2 * copies),
+        "MUFU.EX2": (exponentials, exponentials),
+        "RED.E.ADD.F32": (additions, additions),
     }
 
 
@@ -243,7 +273,7 @@ def code_failures(row: Instance, found: Code) -> list[str]:
             and (loads := matching(loop, GLOBAL_LOAD)) > (2 if row.dropout else 0)
         ):
             reasons.append(f"{loads} loads from global memory in {where}")
-    statistics = row.pass_name in ("backward_key", "backward_dkey", "backward_dvalue")  # lse and delta, a number to a row
+    statistics = row.pass_name in ("backward", "backward_key", "backward_dkey", "backward_dvalue")  # lse and delta, a number to a row
     if (narrow := matching(found.kernel, COPY) - found.kernel[WIDE_COPY]) and not statistics:
         reasons.append(f"{narrow} asynchronous copies that are not {WIDE_COPY}")
     if generic := matching(found.kernel, GENERIC):

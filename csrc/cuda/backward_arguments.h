@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every backward kernel on a GPU takes as its only parameter; made by plan.cpp, read by the kernels as a grid constant.
+// What the backward kernels on a GPU take as its only parameter; made by plan.cpp, read by the kernels as a grid constant.
 #pragma once
 #include "forward_arguments.h"
 
@@ -18,6 +18,15 @@ struct BackwardArguments : ForwardArguments {  // tiles: of 64 rows
   float* row_sums = nullptr;                 // (B, Hq, Lq) gradients of scores summed over keys; may be null
   float* column_sums = nullptr;              // (B, Hq, Lk) summed over rows; may be null
   float* slope_sums = nullptr;  // (B, Hq, ceil(Lq / 64)) gradients of the slopes from 64 rows each, or of all at 0; may be null
+};
+
+struct OnePassArguments : BackwardArguments {  // of backward.cuh and of what runs before and after it
+  float* dquery_sums = nullptr;                // (B, Hq, Lq, Dqk) contiguous, over all keys and not yet scaled; backward_delta clears it
+
+  // Null where blocks of keys may add in any order. A ticket counter, then (B, Hq, ceil(Lq / BLOCK_M)): how many blocks of keys have
+  // added to these rows. backward_delta clears them.
+  uint32_t* turns = nullptr;
+  int64_t num_turns = 0;  // the ticket counter included
 };
 
 }  // namespace fused_attention::cuda

@@ -6,12 +6,13 @@
 
 namespace fused_attention::cuda {
 
-// backward_key computes the gradients of key and of value, backward_dkey and backward_dvalue one of the two, short_backward all;
-// mask_gradient that of a float mask that batch elements or heads share. helper: the mask pre-pass, combine and backward_delta, found by
-// name.
+// backward and short_backward compute all gradients, backward_key those of key and of value, backward_dkey and backward_dvalue one of the
+// two; mask_gradient that of a float mask that batch elements or heads share. helper: the mask pre-pass, combine, backward_delta and
+// backward_dquery, found by name.
 enum class Pass : int {
   forward,
   decode,
+  backward,
   backward_query,
   backward_key,
   backward_dkey,

@@ -28,6 +28,15 @@ struct Sequence {
   int64_t first_row = 0, first_key = 0;  // in memory, of packed sequences
   int rows, rows_present, keys_present, offset = 0, window_left, window_right;
 
+  // Of a problem without packed sequences and lengths: all of them are the same.
+  FA_DEVICE explicit Sequence(const AttentionProblem& problem)
+      : rows(static_cast<int>(problem.seqlen_q)),
+        rows_present(rows),
+        keys_present(static_cast<int>(problem.seqlen_k)),
+        offset(problem.causal == Causal::bottom_right ? keys_present - rows : 0),
+        window_left(problem.window_left),
+        window_right(problem.causal == Causal::none ? problem.window_right : 0) {}
+
   FA_DEVICE Sequence(const AttentionProblem& problem, int64_t batch)
       : rows(static_cast<int>(problem.seqlen_q)),
         keys_present(static_cast<int>(problem.seqlen_k)),

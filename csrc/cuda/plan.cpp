@@ -239,6 +239,7 @@ void plan_short_forward(Plan& plan, const Image& image, const DeviceLimits& limi
 // where these are many and there are too few key heads to keep processors busy. Of a mask's gradients it stores those of every score, or
 // sums those of a mask of one row.
 const Image* short_backward_image(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits) {
+  if (side.kernels != BackwardKernels::chosen) return nullptr;
   const int64_t units = problem.batch * problem.num_heads_kv, rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
   if (rows > kMaxShortRows && units < limits.multiprocessors) return nullptr;
   const StridedTensor& mask = side.dattn_mask;
@@ -297,6 +298,50 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
   return plan;
 }
 
+namespace {
+
+// The kernel that computes the gradients in one pass where that is wanted, or null.
+const Image* one_pass_image(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits) {
+  if (side.kernels == BackwardKernels::two_passes) return nullptr;
+  const bool asked_for = side.kernels == BackwardKernels::one_pass;
+  // What is summed over keys would be in another order in every run.
+  const bool sums_over_keys = side.row_sums != nullptr || side.slope_sums != nullptr;
+  const bool bias = feature_class(problem) == FeatureClass::bias;
+  const Image* const image = sums_over_keys || bias ? nullptr : find_image(Pass::backward, problem, limits, asked_for);
+  if (asked_for && image == nullptr)
+    throw std::invalid_argument("the backward in one pass takes no float attn_mask and no slopes' gradients");
+  if (asked_for || image == nullptr) return image;
+  // Two passes have two more products, and a third where dkey and dvalue have a kernel each. One pass adds a float32 number to each element
+  // of dquery for each block of keys, clears it before and reads it afterwards, all while the tensor cores work.
+  const bool keys_apart = find_image(Pass::backward_key, problem, limits, false) == nullptr;
+  const int64_t operations = (keys_apart ? 8 : 7) * 2 * problem.seqlen_k;  // for each element of dquery
+  const int64_t bytes = 4 * (ceil_div(problem.seqlen_k, image->block_n) + 2);
+  return bytes * kOperationsPerAddedByte <= operations ? image : nullptr;
+}
+
+void plan_two_passes(Plan& plan, const DeviceLimits& limits, BackwardArguments arguments) {
+  const AttentionProblem& problem = arguments.problem;
+  const auto launch = [&](const Image& image, int64_t blocks) { add_launch(plan, image, blocks, image.num_threads, arguments); };
+  const int64_t row_blocks = ceil_div(problem.seqlen_q, kKeysPerTile), key_tiles = ceil_div(problem.seqlen_k, kKeysPerTile);
+  if (arguments.dattn_mask.data != nullptr && (arguments.mask_batches != problem.batch || arguments.mask_heads != problem.num_heads)) {
+    const Image& image = *find_image(Pass::mask_gradient, problem, limits, true);
+    launch(image, arguments.mask_batches * arguments.mask_heads * row_blocks * key_tiles);
+    arguments.dattn_mask = {};  // the other kernels leave it alone
+  }
+  launch(*find_image(Pass::backward_query, problem, limits, true), problem.batch * problem.num_heads * row_blocks);
+  const int64_t key_blocks = problem.batch * problem.num_heads_kv * key_tiles;
+  const Image* const both = find_image(Pass::backward_key, problem, limits, false);
+  const Image* const dkey = find_image(Pass::backward_dkey, problem, limits, both == nullptr);
+  if (both != nullptr && (dkey == nullptr || both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v)) {
+    launch(*both, key_blocks);
+  } else {
+    launch(*dkey, key_blocks);
+    launch(*find_image(Pass::backward_dvalue, problem, limits, true), key_blocks);
+  }
+}
+
+}  // namespace
+
 Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits, void* workspace_memory) {
   Plan plan;
   if (problem.batch == 0 || problem.num_heads == 0) return plan;
@@ -306,8 +351,10 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   check_pointer("dquery", problem.dquery, packed ? problem.num_tokens_q : problem.seqlen_q);
   check_pointer("dkey", problem.dkey, packed ? problem.num_tokens_k : problem.seqlen_k);
   check_pointer("dvalue", problem.dvalue, packed ? problem.num_tokens_k : problem.seqlen_k);
-  BackwardArguments arguments;
+  OnePassArguments arguments;
   fill(arguments, problem);
+  if (problem.causal != Causal::none) arguments.problem.window_right = 0;
+  arguments.dattn_mask = side.dattn_mask;
   arguments.mask_batches = side.mask_batches;
   arguments.mask_heads = side.mask_heads;
   arguments.row_sums = side.row_sums;
@@ -323,25 +370,29 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   const int64_t length = packed ? problem.num_tokens_q : problem.seqlen_q;
   arguments.row_lse = workspace.take<float>(lines * length * 4);
   arguments.row_delta = workspace.take<float>(lines * length * 4);
-  plan_mask_tiles(plan, workspace, kKeysPerTile, arguments, &arguments.column_tiles);
-  const Image& delta = named_image(problem.dtype == Dtype::bfloat16 ? "sm80_backward_delta_bf16" : "sm80_backward_delta_fp16");
-  add_launch(plan, delta, lines * ceil_div(length, delta.block_m), delta.num_threads, arguments);
-  const auto launch = [&](const Image& image, int64_t blocks) { add_launch(plan, image, blocks, image.num_threads, arguments); };
-  const int64_t row_blocks = ceil_div(problem.seqlen_q, kKeysPerTile), key_tiles = ceil_div(problem.seqlen_k, kKeysPerTile);
-  arguments.dattn_mask = side.dattn_mask;
-  if (side.dattn_mask.data != nullptr && (side.mask_batches != problem.batch || side.mask_heads != problem.num_heads)) {
-    launch(*find_image(Pass::mask_gradient, problem, limits, true), side.mask_batches * side.mask_heads * row_blocks * key_tiles);
-    arguments.dattn_mask = {};  // the other kernels leave it alone
+  const Image* const one_pass = one_pass_image(problem, side, limits);
+  if (one_pass != nullptr) {
+    arguments.dquery_sums = workspace.take<float>(lines * length * problem.head_dim_qk * 4);
+    if (side.deterministic) {
+      arguments.num_turns = 1 + problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, one_pass->block_m);
+      arguments.turns = workspace.take<uint32_t>(arguments.num_turns * 4);
+    }
   }
-  launch(*find_image(Pass::backward_query, problem, limits, true), problem.batch * problem.num_heads * row_blocks);
-  const int64_t key_blocks = problem.batch * problem.num_heads_kv * key_tiles;
-  const Image* const both = find_image(Pass::backward_key, problem, limits, false);
-  const Image* const dkey = find_image(Pass::backward_dkey, problem, limits, both == nullptr);
-  if (both != nullptr && (dkey == nullptr || both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v)) {
-    launch(*both, key_blocks);
+  // In one pass lists of rows only say whose turn it is, and where there are none by columns that follows from positions.
+  if (one_pass == nullptr || problem.attn_mask.data != nullptr || problem.row_tiles.data != nullptr) {
+    plan_mask_tiles(plan, workspace, kKeysPerTile, arguments, &arguments.column_tiles);
+  }
+  const auto helper = [&](const char* bfloat16, const char* float16) {
+    const Image& image = named_image(problem.dtype == Dtype::bfloat16 ? bfloat16 : float16);
+    add_launch(plan, image, lines * ceil_div(length, image.block_m), image.num_threads, arguments);
+  };
+  helper("sm80_backward_delta_bf16", "sm80_backward_delta_fp16");
+  if (one_pass != nullptr) {
+    const int64_t blocks = problem.batch * problem.num_heads_kv * ceil_div(problem.seqlen_k, one_pass->block_n);
+    add_launch(plan, *one_pass, blocks, one_pass->num_threads, arguments);
+    helper("sm80_backward_dquery_bf16", "sm80_backward_dquery_fp16");
   } else {
-    launch(*dkey, key_blocks);
-    launch(*find_image(Pass::backward_dvalue, problem, limits, true), key_blocks);
+    plan_two_passes(plan, limits, arguments);
   }
   plan.workspace_bytes = workspace.size();
   return plan;

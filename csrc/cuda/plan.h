@@ -19,7 +19,7 @@ struct DeviceLimits {
 struct Launch {  // one-dimensional, with its arguments by value
   const Image* image = nullptr;
   uint32_t blocks = 0, threads = 0, shared_bytes = 0, argument_bytes = 0;
-  alignas(16) unsigned char arguments[std::max(sizeof(BackwardArguments), sizeof(MaskArguments))];
+  alignas(16) unsigned char arguments[std::max(sizeof(OnePassArguments), sizeof(MaskArguments))];
 };
 
 struct Plan {
@@ -41,15 +41,25 @@ constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
 // wants of workspace changes with it.
 bool set_short_kernels(bool used);
 
+// How many operations of the tensor cores take as long as adding a byte of float32 numbers to memory: the backward in one pass has fewer of
+// the former and more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
+constexpr int kOperationsPerAddedByte = 256;
+
 // Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no room for the kernel.
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace);
+
+// two_passes: backward_query and backward_key, which are deterministic; one_pass: backward, which adds to dquery from all keys at once.
+// A kernel that was asked for and does not take the problem is a std::invalid_argument.
+enum class BackwardKernels : int { chosen = 0, two_passes = 1, one_pass = 2 };
 
 // What a backward call has beyond an AttentionProblem with out, lse, dout, dlse and the gradients to write; see BackwardArguments.
 struct SideGradients {
   StridedTensor dattn_mask;
   int64_t mask_batches = 1, mask_heads = 1;  // of dattn_mask: B or 1 and Hq or 1
   float *row_sums = nullptr, *column_sums = nullptr, *slope_sums = nullptr;
-  TileLists column_tiles;  // of a PreparedMask
+  TileLists column_tiles;      // of a PreparedMask
+  bool deterministic = false;  // the same bits in every run
+  BackwardKernels kernels = BackwardKernels::chosen;
 };
 
 Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits, void* workspace);

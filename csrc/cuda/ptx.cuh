@@ -114,5 +114,22 @@ FA_DEVICE void cp_async_wait() {
 // ordered.
 FA_DEVICE void barrier_sync(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 FA_DEVICE void barrier_arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+// Additions that other blocks see, in whatever order.
+FA_DEVICE void red_add(float* sum, float x) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory"); }
+
+FA_DEVICE uint32_t atomic_add(uint32_t* sum, uint32_t x) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(sum), "r"(x) : "memory");
+  return before;
+}
+
+// One more, for whoever then loads it with acquire: everything that the block did before its last barrier.
+FA_DEVICE void red_increment_release(uint32_t* sum) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(sum) : "memory"); }
+
+FA_DEVICE uint32_t load_acquire(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
 
 }  // namespace fused_attention::cuda::ptx

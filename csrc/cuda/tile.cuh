@@ -33,13 +33,14 @@ template <class Tile>
 struct LaneAddress {
   uint32_t first;  // of the lane's chunk among the first two columns of chunks; its bits 4 to 6 are the place that swizzling gave it
 
-  static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0) {
-    const int lane = threadIdx.x % 32;
-    return {tile + Tile::offset(first_row + lane % 16, lane / 16)};
+  // first_sixteen: 16 * first_sixteen columns to the right; the `sixteens` of at() must have no bit in common with it.
+  static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0, int first_sixteen = 0, uint32_t thread = threadIdx.x) {
+    const int lane = thread % 32;
+    return {tile + Tile::offset(first_row + lane % 16, 2 * first_sixteen + lane / 16)};
   }
-  static FA_DEVICE LaneAddress by_columns(uint32_t tile) {
-    const int lane = threadIdx.x % 32;
-    return {tile + Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)};
+  static FA_DEVICE LaneAddress by_columns(uint32_t tile, int first_sixteen = 0, uint32_t thread = threadIdx.x) {
+    const int lane = thread % 32;
+    return {tile + Tile::offset(lane / 16 * 8 + lane % 8, 2 * first_sixteen + lane / 8 % 2)};
   }
 
   // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right. Tiles start at multiples of 128 bytes.
@@ -144,6 +145,36 @@ FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left 
         ptx::mma_m16n8k16<DTYPE>(scores[m][n], a[m], b[0], b[1], left_sum);
         ptx::mma_m16n8k16<DTYPE>(scores[m][n + 1], a[m], b[2], b[3], right_sum);
       }
+    }
+  }
+}
+
+// A warp's weights (16 x 8 * BLOCKS) in 16 bits: of block n the two of row lane / 4, then those of 8 rows below.
+template <int BLOCKS>
+using PackedWeights = uint32_t[BLOCKS][2];
+
+template <Dtype DTYPE, int BLOCKS>
+FA_DEVICE void pack_weights(PackedWeights<BLOCKS>& packed, const Accumulators<1, BLOCKS>& weights) {
+#pragma unroll
+  for (int n = 0; n < BLOCKS; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) packed[n][half] = ptx::pack<DTYPE>(weights[0][n][2 * half], weights[0][n][2 * half + 1]);
+  }
+}
+
+// multiply_add of packed weights.
+template <Dtype DTYPE, int BLOCKS, int OUT_BLOCKS, class ValueTile>
+FA_DEVICE void multiply_add_packed(Accumulators<1, OUT_BLOCKS>& out, const PackedWeights<BLOCKS>& weights,
+                                   const LaneAddress<ValueTile>& values) {
+#pragma unroll
+  for (int step = 0; step < BLOCKS / 2; ++step) {
+    const uint32_t a[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0], weights[2 * step + 1][1]};
+#pragma unroll
+    for (int n = 0; n < OUT_BLOCKS; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, values.at(16 * step, n / 2));
+      ptx::mma_m16n8k16<DTYPE>(out[0][n], a, b[0], b[1], out[0][n]);
+      ptx::mma_m16n8k16<DTYPE>(out[0][n + 1], a, b[2], b[3], out[0][n + 1]);
     }
   }
 }

@@ -65,6 +65,8 @@ def cuda_backward_problem(
     mask_sizes: tuple[int, int],  # batch elements and heads that dattn_mask has
     column_tiles: tuple[int, ...],
     num_tiles: int,
+    deterministic: bool,
+    kernels: int,
     /,
 ) -> bytes:
     """A problem of cuda_problem with the strides of gradients (batch, head, row in elements), for cuda_backward."""

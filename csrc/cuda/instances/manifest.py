@@ -119,6 +119,19 @@ SHORT_BACKWARD_TILES = {
     (128, 128): Tile(32, 128, 8, 1, 1),
 }
 SHORT_NOTES_BYTES = 128  # beside the tiles
+# The backward in one pass: blocks of block_n keys, 16 to a warp, in steps of block_m rows. With masks, whose lists name tiles of 64 keys,
+# and at head_dim 128 not at all: there the accumulators leave no registers for them.
+BACKWARD_TILES = {
+    (32, 32): Tile(128, 128, 8, 2, 1),
+    (64, 64): Tile(128, 128, 8, 2, 1),
+    (96, 96): Tile(64, 128, 8, 2, 1),
+    (128, 128): Tile(64, 128, 8, 2, 1),
+}
+MASKED_BACKWARD_TILES = {
+    (32, 32): Tile(64, 64, 4, 2, 2),
+    (64, 64): Tile(64, 64, 4, 2, 2),
+    (96, 96): Tile(32, 64, 4, 2, 2),
+}
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
 SHORT_CLASSES = ("masked", "bias")  # the first also for what is plain elsewhere: a branch or two for 32 keys
@@ -167,6 +180,20 @@ def _wide_backward(head_dims: tuple[int, int], dtype: str, feature_class: str, d
         )  # fmt: skip
 
 
+def _backward_in_one_pass(head_dims: tuple[int, int], dtype: str, feature_class: str, dropout: bool) -> Instance:
+    tile = (MASKED_BACKWARD_TILES if feature_class == "masked" else BACKWARD_TILES)[head_dims]
+    if dropout and head_dims == (64, 64):  # which takes the registers of half the rows
+        tile = replace(tile, block_m=64)
+    rows, keys = tile.block_m, tile.block_n
+    # K and V, the gradients of scores, and `stages` times Q, dO and two numbers of each row
+    shared_bytes = 2 * keys * (sum(head_dims) + rows) + tile.stages * rows * (2 * sum(head_dims) + 8)
+    name = f"sm80_backward_{head_dims[0]}x{head_dims[1]}_{dtype}_{feature_class}{'_dropout' if dropout else ''}"
+    return Instance(
+        name, name, "cuda/sm80/backward.cuh", 80, "backward", *head_dims, dtype, feature_class, dropout, rows, keys, tile.num_warps,
+        tile.stages, shared_bytes, tile.blocks_per_sm,
+    )  # fmt: skip
+
+
 def _instances() -> Iterator[Instance]:
     for head_dims, dtype, (feature_class, dropout) in product(FORWARD_TILES, DTYPES, FORWARD_CLASSES):
         tile = (BIAS_TILES if feature_class == "bias" else FORWARD_TILES)[head_dims]
@@ -193,9 +220,15 @@ def _instances() -> Iterator[Instance]:
         keys_and_scores = 2 * tile.block_n * (sum(head_dims) + tile.block_m)
         rows = tile.stages * tile.block_m * (2 * sum(head_dims) + 8)
         yield replace(row, shared_bytes=keys_and_scores + rows + SHORT_NOTES_BYTES)
+    for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_TILES, DTYPES, FORWARD_CLASSES[:3]):
+        if feature_class != "masked" or head_dims in MASKED_BACKWARD_TILES:
+            yield _backward_in_one_pass(head_dims, dtype, feature_class, dropout)
     for dtype in DTYPES:
         name = f"sm80_backward_delta_{dtype}"
         yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
+    for dtype in DTYPES:
+        name = f"sm80_backward_dquery_{dtype}"
+        yield Instance(name, name, "cuda/sm80/backward_dquery.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
     for dtype in DTYPES:
         name = f"sm80_combine_{dtype}"
         yield Instance(name, name, "cuda/sm80/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
@@ -222,7 +255,10 @@ def image_source(instance: Instance) -> str:
         kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
         if instance.header.endswith("_wide.cuh"):
             kernel += "_wide"
-    arguments = "BackwardArguments" if "backward" in kernel or kernel == "mask_gradient" else "ForwardArguments"
+    if kernel in ("backward", "backward_delta", "backward_dquery"):
+        arguments = "OnePassArguments"
+    else:
+        arguments = "BackwardArguments" if "backward" in kernel or kernel == "mask_gradient" else "ForwardArguments"
     if instance.pass_name == "helper":
         check, call = "", f"{kernel}<{dtype}, {instance.block_m}>(arguments)"
     else:

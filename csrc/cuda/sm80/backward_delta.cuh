@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every row needs in the backward kernels: lse in log2 units and delta = rowsum(dout * out) - dlse.
+// What every row needs in the backward kernels: lse in log2 units and delta = rowsum(dout * out) - dlse. Clears what backward.cuh adds to.
 #pragma once
 #include "../gradients.cuh"
 #include "../row_block.cuh"
@@ -8,10 +8,13 @@ namespace fused_attention::cuda::sm80 {
 
 // Of ROWS rows of one head, packed sequences one after the other: eight lanes to a row, 128 threads.
 template <Dtype DTYPE, int ROWS>
-FA_DEVICE void backward_delta(const BackwardArguments& arguments) {
+FA_DEVICE void backward_delta(const OnePassArguments& arguments) {
   constexpr int kLanes = 8, kThreads = 128;
   static_assert(ROWS == kThreads / kLanes);
   const AttentionProblem& problem = arguments.problem;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < arguments.num_turns; i += int64_t{gridDim.x} * kThreads) {
+    arguments.turns[i] = 0;
+  }
   const bool packed = problem.cu_seqlens_q != nullptr;
   const int64_t length = packed ? problem.num_tokens_q : problem.seqlen_q;
   const auto row_blocks = static_cast<uint32_t>((length + ROWS - 1) / ROWS), num_heads = static_cast<uint32_t>(problem.num_heads);
@@ -20,6 +23,12 @@ FA_DEVICE void backward_delta(const BackwardArguments& arguments) {
   const int64_t row = int64_t{blockIdx.x % row_blocks} * ROWS + threadIdx.x / kLanes, place = line * length + row;
   const float lse = row < length ? problem.lse[place] : -kInfinity;
   const bool attends = lse != -kInfinity;
+  if (arguments.dquery_sums != nullptr && row < length) {
+    float* const sums = arguments.dquery_sums + place * problem.head_dim_qk;
+    for (int column = 4 * lane; column < problem.head_dim_qk; column += 4 * kLanes) {
+      *reinterpret_cast<float4*>(sums + column) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
   const uint16_t* const out = head_of(problem.out, batch, head) + row * problem.out.row;
   const uint16_t* const dout = head_of(problem.dout, batch, head) + row * problem.dout.row;
   float sum = 0.0f;

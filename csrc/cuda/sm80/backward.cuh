@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+// All three gradients in one pass, for compute capability 8.0 and newer: a block computes BLOCK_N keys of one key head from the rows that
+// see them, of the query heads that share the keys one after the other, and scores are computed once.
+//
+//   S^T = K Q^T, dP^T = V dO^T       (keys x rows), a warp 16 keys; as they lie in registers they are the left operands of
+//   dvalue += P^T dO, dkey += dS^T Q
+//   dS -> shared memory; dS K        (rows x Dqk), shared out among all warps, is added to float32 sums of dquery in global memory
+//
+// backward_delta.cuh runs before and clears the sums, backward_dquery.cuh runs after and makes dquery of them. Blocks add in any order, or
+// in a fixed one: with `turns` a block takes a ticket, which says which keys are its own, and adds to a tile of rows when all blocks with
+// smaller tickets that visit the tile have. It waits for smaller tickets alone, whose blocks have started: that ends, however few blocks a
+// GPU runs at a time. docs/cuda-kernels.md has the order.
+#pragma once
+#include "../gradients.cuh"
+#include "../row_block.cuh"
+#include "query_sums.cuh"
+#include "row_visits.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
+          int STAGES>
+struct BackwardConfig {
+  static constexpr Dtype kDtype = DTYPE;
+  static constexpr FeatureClass kClass = CLASS;
+  static constexpr bool kDropout = DROPOUT;
+  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
+  static constexpr int kThreads = 32 * NUM_WARPS;
+  static_assert(BLOCK_N == 16 * NUM_WARPS && BLOCK_M % 32 == 0);
+  static_assert(CLASS == FeatureClass::plain || BLOCK_N == kKeysPerTile, "lists name tiles of so many keys");
+  static_assert(2 * BLOCK_M <= kThreads, "a thread copies one number of a row");
+
+  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
+  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
+  using QueryTile = SharedTile<BLOCK_M, HEAD_DIM_QK>;
+  using GradientTile = SharedTile<BLOCK_M, HEAD_DIM_V>;  // of dout
+  using ScoreTile = SharedTile<BLOCK_N, BLOCK_M>;        // of the gradients of scores, transposed
+  using Part = QueryPart<BLOCK_M, HEAD_DIM_QK, NUM_WARPS>;
+  static constexpr int kStatisticsBytes = 2 * BLOCK_M * 4;  // lse and delta
+  static constexpr int kSharedBytes =
+      KeyTile::kBytes + ValueTile::kBytes + ScoreTile::kBytes + STAGES * (QueryTile::kBytes + GradientTile::kBytes + kStatisticsBytes);
+};
+
+template <class Config>
+FA_DEVICE void backward(const OnePassArguments& arguments) {
+  constexpr Dtype kDtype = Config::kDtype;
+  constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kBlocks = kBlockM / 8;
+  constexpr bool kPlain = Config::kClass == FeatureClass::plain;
+  using KeyTile = typename Config::KeyTile;
+  using ValueTile = typename Config::ValueTile;
+  using QueryTile = typename Config::QueryTile;
+  using GradientTile = typename Config::GradientTile;
+  using ScoreTile = typename Config::ScoreTile;
+  using Part = typename Config::Part;
+  using Visits = RowVisits<kBlockM, !kPlain>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t k_smem = ptx::shared_address(shared);                   // (BLOCK_N, HEAD_DIM_QK)
+  const uint32_t v_smem = k_smem + KeyTile::kBytes;                      // (BLOCK_N, HEAD_DIM_V)
+  const uint32_t ds_smem = v_smem + ValueTile::kBytes;                   // (BLOCK_N, BLOCK_M)
+  const uint32_t q_smem = ds_smem + ScoreTile::kBytes;                   // STAGES x (BLOCK_M, HEAD_DIM_QK)
+  const uint32_t do_smem = q_smem + kStages * QueryTile::kBytes;         // STAGES x (BLOCK_M, HEAD_DIM_V)
+  const uint32_t statistics = do_smem + kStages * GradientTile::kBytes;  // STAGES x (2, BLOCK_M) float32
+  const auto statistics_of_stage = [&](int slot) {
+    return reinterpret_cast<float*>(shared + (statistics - k_smem) + slot * Config::kStatisticsBytes);
+  };
+
+  // Which keys: the last ones first where they are seen by the fewest rows, so that blocks that add first have the least to do before it.
+  const AttentionProblem& problem = arguments.problem;
+  const bool in_order = arguments.turns != nullptr;
+  uint32_t number = blockIdx.x;
+  if (in_order) {
+    auto* const ticket = reinterpret_cast<uint32_t*>(shared);
+    if (threadIdx.x == 0) *ticket = ptx::atomic_add(arguments.turns, 1);
+    __syncthreads();
+    number = *ticket;
+    __syncthreads();
+  }
+  // Where every row sees every key, by position, and additions need no order, blocks spread over the rows.
+  const bool spreads = !in_order && problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;
+  const bool descending = problem.window_right < kUnlimited;
+  const auto block_columns = static_cast<uint32_t>((problem.seqlen_k + kBlockN - 1) / kBlockN);
+  const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
+  const uint32_t line = number / block_columns, place = number % block_columns;
+  const int start_n = static_cast<int>(descending ? block_columns - 1 - place : place) * kBlockN;
+  const int batch = static_cast<int>(line / num_heads_kv), key_head = static_cast<int>(line % num_heads_kv);
+  Sequence sequence = [&] {
+    if constexpr (kPlain) {
+      return Sequence(problem);
+    } else {
+      return Sequence(problem, batch);
+    }
+  }();
+  sequence.window_right = problem.window_right;  // which plan.cpp makes 0 where the problem is causal
+  const int keys = kPlain || problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
+  if (start_n >= keys) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_key = 16 * warp, first_key = start_n + warp_key;
+  const auto rows_of_keys = [&](const StridedTensor& tensor) {  // made anew, so that nothing waits in registers for the end
+    return head_of(tensor, ptx::again(batch), ptx::again(key_head)) + (sequence.first_key + ptx::again(start_n)) * tensor.row;
+  };
+
+  const ScoreMask key_mask{sequence, problem, batch, 0};
+  const auto exists = [&](int row) { return kPlain ? start_n + row < sequence.keys_present : key_mask.key_exists(start_n + row); };
+  copy_rows_async<KeyTile, Config::kThreads>(k_smem, rows_of_keys(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk),
+                                             threadIdx.x, exists);
+  copy_rows_async<ValueTile, Config::kThreads>(v_smem, rows_of_keys(problem.value), problem.value.row, static_cast<int>(problem.head_dim_v),
+                                               threadIdx.x, exists);
+  ptx::cp_async_commit();
+
+  const bool has_all_keys = __syncthreads_and(exists(static_cast<int>(threadIdx.x) % kBlockN)) != 0;
+  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
+  Accumulators<1, Config::kHeadDimQk / 8> dkey = {};
+  Accumulators<1, Config::kHeadDimV / 8> dvalue = {};
+
+  const auto visits_of = [&](int head) {
+    const int start = static_cast<int>(ptx::again(start_n)), last_key = min(start + kBlockN, sequence.keys_present) - 1;
+    // By position: rows that see the first and the last key. With a key that does not exist no tile of rows counts as full.
+    KeyRange of_first = sequence.rows_of(start), of_last = sequence.rows_of(last_key);
+    if (!has_all_keys) of_first.to = 0;
+    if (last_key < start || sequence.rows_present == 0) of_first = of_last = {0, 0};
+    const float before = static_cast<float>(start / kBlockN), blocks = static_cast<float>((problem.seqlen_k + kBlockN - 1) / kBlockN);
+    return Visits(of_first, of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, spreads ? before / blocks : 0.0f);
+  };
+  const Visits of_all_heads = visits_of(key_head);  // where there are no lists
+#pragma unroll 1
+  for (int group_head = 0; group_head < arguments.heads_per_group; ++group_head) {
+    const int head = key_head * arguments.heads_per_group + group_head;
+    const Visits visits = kPlain ? of_all_heads : visits_of(head);
+    const ScoreMask mask{sequence, problem, batch, head};
+    // Loads: every call is one group of cp.async, an empty one past the last visit.
+    typename Visits::Cursor loaded, computed;
+    const auto load = [&] {
+      if (loaded.visits < visits.num) {
+        const int slot = loaded.visits % kStages;
+        const Visit visit = visits.next(loaded);
+        const int start_m = visit.start_m, rows_left = sequence.rows_present - start_m;
+        // Made anew, what follows from these takes no registers between loads.
+        const int its_batch = ptx::again(batch), its_head = ptx::again(head);
+        const uint32_t thread = ptx::again(threadIdx.x);
+        const int64_t first_row = sequence.first_row + start_m, statistic = statistics_of(problem, sequence, its_batch, its_head) + start_m;
+        const uint16_t* const query = head_of(problem.query, its_batch, its_head) + first_row * problem.query.row;  // (Lq - start_m, Dqk)
+        const uint16_t* const dout = head_of(problem.dout, its_batch, its_head) + first_row * problem.dout.row;     // (Lq - start_m, Dv)
+        const float *const row_lse = arguments.row_lse + statistic, *const row_delta = arguments.row_delta + statistic;
+        copy_rows_async<QueryTile, Config::kThreads>(q_smem + slot * QueryTile::kBytes, query, problem.query.row,
+                                                     static_cast<int>(problem.head_dim_qk), thread,
+                                                     [&](int row) { return row < rows_left; });
+        // Rows that attend to nothing may have any gradient.
+        copy_rows_async<GradientTile, Config::kThreads>(
+            do_smem + slot * GradientTile::kBytes, dout, problem.dout.row, static_cast<int>(problem.head_dim_v), thread,
+            [&](int row) { return row < rows_left && (visit.is_full || row_lse[row] != kInfinity); });
+        const int row = static_cast<int>(thread) % kBlockM, which = static_cast<int>(thread) / kBlockM;
+        if (which < 2) {
+          const int offset = which * kBlockM + row;
+          if (row < rows_left) {
+            ptx::cp_async_4(statistics + slot * Config::kStatisticsBytes + 4 * offset, (which == 0 ? row_lse : row_delta) + row);
+          } else {  // weights of rows that are not there are 0
+            statistics_of_stage(slot)[offset] = which == 0 ? kInfinity : 0.0f;
+          }
+        }
+      }
+      ptx::cp_async_commit();
+    };
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) load();
+
+#pragma unroll 1
+    for (int step = 0; step < visits.num; ++step) {
+      const int slot = step % kStages;
+      const Visit visit = visits.next(computed);
+      const int start_m = visit.start_m;
+      ptx::cp_async_wait<kStages - 1>();  // this tile has landed
+      __syncthreads();
+      const float *const lse = statistics_of_stage(slot), *const delta = lse + kBlockM;
+      const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
+
+      // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
+      // Addresses made anew at each step: what follows from them takes no registers between steps.
+      const uint32_t thread = ptx::again(threadIdx.x);
+      const uint32_t q_tile = q_smem + slot * QueryTile::kBytes, do_tile = do_smem + slot * GradientTile::kBytes;
+      const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem, warp_key, 0, thread);
+      const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem, warp_key, 0, thread);
+      Accumulators<1, kBlocks> scores, gradients;
+      multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
+          scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
+          LaneAddress<QueryTile>::by_columns(q_tile, 0, thread));
+      multiply_transposed<kDtype, Config::kHeadDimV / 16>(
+          gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
+          LaneAddress<GradientTile>::by_columns(do_tile, 0, thread));
+
+      // P^T and dS^T
+      const auto differentiate = [&](auto masked) {
+        constexpr bool kMasked = decltype(masked)::value;
+        [[maybe_unused]] Accumulators<1, kBlocks> slopes;
+        float scale = arguments.score_scale;
+        if constexpr (!kPlain) {
+          const ScoreTransform transform(arguments, batch, head);
+          scale = cap_with_slopes(transform, scores, slopes);
+          scale = transform.add_slopes(scores, scale, -sequence.offset, ptx::again(first_key), start_m);
+        }
+        if constexpr (kMasked) mask_transposed<kPlain>(mask, scores, ptx::again(first_key), start_m);
+        scores_to_weights<false>(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
+        if (drops) Dropout(problem, batch, head).mark_transposed(scores, ptx::again(first_key), start_m);
+        weights_to_score_gradients<kMasked>(gradients, scores, drops, arguments.kept_scale,
+                                            [&](int, int n, int e) { return delta[column(n, e)]; });
+        if constexpr (!kPlain) {
+          if (arguments.softcap_log2 != 0.0f) {
+#pragma unroll
+            for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) gradients[0][n][e] *= slopes[0][n][e];
+            }
+          }
+        }
+      };
+      if (visit.is_full) {
+        differentiate(std::false_type());
+      } else {
+        differentiate(std::true_type());
+      }
+      PackedWeights<kBlocks> weights, dscores;
+      pack_weights<kDtype>(weights, scores);
+      pack_weights<kDtype>(dscores, gradients);
+      unsigned char* const ds_tile = shared + (ds_smem - k_smem);
+      const uint32_t later = ptx::again(threadIdx.x);
+      const int its_lane = static_cast<int>(later % 32);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          *reinterpret_cast<uint32_t*>(ds_tile + ScoreTile::offset(warp_key + 8 * half + its_lane / 4, n) + 4 * (its_lane % 4)) =
+              dscores[n][half];
+        }
+      }
+
+      // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
+      multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>::by_rows(do_tile, 0, 0, later));
+      uint32_t* turn = nullptr;
+      if (in_order) {
+        const int64_t row_tiles = (problem.seqlen_q + kBlockM - 1) / kBlockM;
+        turn = arguments.turns + 1 + (batch * problem.num_heads + head) * row_tiles + start_m / kBlockM;
+        if (warp == 0) {
+          const int before = turn_at<kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, batch, head, start_m, start_n, descending);
+          while (lane == 0 && ptx::load_acquire(turn) != static_cast<uint32_t>(before)) continue;
+        }
+      }
+      __syncthreads();  // all of dS is there
+
+      // dK += dS^T Q (BLOCK_N, HEAD_DIM_QK), dQ += dS K (BLOCK_M, HEAD_DIM_QK)
+      multiply_add_packed<kDtype>(dkey, dscores, LaneAddress<QueryTile>::by_rows(q_tile, 0, 0, later));
+      Accumulators<Part::kMatrices, Part::kBlocks> dquery;
+      const Part part(static_cast<int>(later / 32));
+      multiply_scores_keys<kDtype, Part>(dquery, LaneAddress<ScoreTile>::by_columns(ds_smem, part.first_row() / 16, later),
+                                         LaneAddress<KeyTile>::by_rows(k_smem, 0, part.column_group, later));
+      const int columns = static_cast<int>(problem.head_dim_qk);
+      const int64_t statistic = statistics_of(problem, sequence, ptx::again(batch), ptx::again(head)) + start_m;
+      add_to_sums(dquery, part, arguments.dquery_sums + statistic * columns, sequence.rows_present - start_m, columns);
+      __syncthreads();  // every warp is past its products with this tile, and has added
+      if (in_order && threadIdx.x == 0) ptx::red_increment_release(turn);
+      load();
+    }
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // K and V have landed and were read
+
+  const int keys_left = keys - start_n;
+  store_rows<kDtype, KeyTile>(dkey, problem.softmax_scale, shared, warp_key, keys_left, rows_of_keys(problem.dkey), problem.dkey.row,
+                              static_cast<int>(problem.head_dim_qk));
+  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, shared + KeyTile::kBytes, warp_key, keys_left, rows_of_keys(problem.dvalue),
+                                problem.dvalue.row, static_cast<int>(problem.head_dim_v));
+}
+
+}  // namespace fused_attention::cuda::sm80

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block's part of dquery in backward.cuh: dscores K, of a tile of rows and the block's keys, added to float32 sums in global memory.
+#pragma once
+#include "../tile.cuh"
+
+namespace fused_attention::cuda::sm80 {
+
+// Which part of the product (BLOCK_M x HEAD_DIM) a warp computes: 32 rows, or 16 where columns would not divide, and every
+// kColumnGroups-th 16 columns.
+template <int BLOCK_M, int HEAD_DIM, int NUM_WARPS>
+struct QueryPart {
+  static constexpr bool kTall = NUM_WARPS % (BLOCK_M / 32) == 0 && HEAD_DIM % (16 * NUM_WARPS / (BLOCK_M / 32)) == 0;
+  static constexpr int kMatrices = kTall ? 2 : 1, kRowGroups = BLOCK_M / (16 * kMatrices), kColumnGroups = NUM_WARPS / kRowGroups;
+  static constexpr int kBlocks = HEAD_DIM / 8 / kColumnGroups;
+  static_assert(kRowGroups * kColumnGroups == NUM_WARPS && kBlocks % 2 == 0 && (kColumnGroups & (kColumnGroups - 1)) == 0);
+
+  int row_group, column_group;
+
+  FA_DEVICE explicit QueryPart(int warp) : row_group(warp % kRowGroups), column_group(warp / kRowGroups) {}
+  FA_DEVICE int first_row() const { return 16 * kMatrices * row_group; }
+  FA_DEVICE int column(int block) const { return 16 * (column_group + kColumnGroups * (block / 2)) + 8 * (block % 2); }
+};
+
+// part = dscores K. scores: dscores transposed (BLOCK_N, BLOCK_M), from the warp's rows on; keys: (BLOCK_N, HEAD_DIM), from its columns on.
+template <Dtype DTYPE, class Part, class ScoreTile, class KeyTile>
+FA_DEVICE void multiply_scores_keys(Accumulators<Part::kMatrices, Part::kBlocks>& part, const LaneAddress<ScoreTile>& scores,
+                                    const LaneAddress<KeyTile>& keys) {
+  const float zero[4] = {};
+#pragma unroll
+  for (int step = 0; step < KeyTile::kRows / 16; ++step) {
+    uint32_t a[Part::kMatrices][4];
+#pragma unroll
+    for (int m = 0; m < Part::kMatrices; ++m) ptx::ldmatrix_x4_trans(a[m], scores.at(16 * step, m));
+#pragma unroll
+    for (int n = 0; n < Part::kBlocks; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, keys.at(16 * step, Part::kColumnGroups * (n / 2)));
+#pragma unroll
+      for (int m = 0; m < Part::kMatrices; ++m) {
+        using Block = const float (&)[4];
+        Block left_sum = step == 0 ? zero : static_cast<Block>(part[m][n]);
+        Block right_sum = step == 0 ? zero : static_cast<Block>(part[m][n + 1]);
+        ptx::mma_m16n8k16<DTYPE>(part[m][n], a[m], b[0], b[1], left_sum);
+        ptx::mma_m16n8k16<DTYPE>(part[m][n + 1], a[m], b[2], b[3], right_sum);
+      }
+    }
+  }
+}
+
+// sums: row 0 of the tile, (rows_left, columns) contiguous; rows and columns past them are left alone.
+//
+// A lane holds two columns of row g = lane / 4, eight lanes together two rows of 32 bytes. So that one instruction adds whole rows of 32
+// bytes, lanes of even g keep the left column and take that of the row below, lanes of odd g the right one and that of the row above.
+template <class Part>
+FA_DEVICE void add_to_sums(const Accumulators<Part::kMatrices, Part::kBlocks>& part, const Part& place, float* sums, int rows_left,
+                           int columns) {
+  const int lane = threadIdx.x % 32, odd = lane / 4 % 2, first_row = place.first_row() + lane / 8 * 2;
+  sums += first_row * columns + 2 * (lane % 4) + odd;
+#pragma unroll
+  for (int m = 0; m < Part::kMatrices; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * m + 8 * half;
+      float* const upper = sums + row * columns;
+      const bool has_upper = first_row + row < rows_left, has_lower = first_row + row + 1 < rows_left;
+#pragma unroll
+      for (int n = 0; n < Part::kBlocks; ++n) {
+        const float left = part[m][n][2 * half], right = part[m][n][2 * half + 1];
+        const float other = __shfl_xor_sync(0xffffffff, odd ? left : right, 4);
+        const int column = place.column(n);
+        if (column >= columns) continue;
+        if (has_upper) ptx::red_add(upper + column, odd ? other : left);
+        if (has_lower) ptx::red_add(upper + columns + column, odd ? right : other);
+      }
+    }
+  }
+}
+
+}  // namespace fused_attention::cuda::sm80
