@@ -145,11 +145,14 @@ def _seqlen(name: str, seqlen: int | None, *sources: tuple[Tensor | None, int]) 
 
 def pack_bits(allowed: Tensor) -> Tensor:
     """(..., L) bool -> (..., ceil(L / 32)) int32: bit i % 32 of word i // 32; bits past L are 0."""
-    *lines, length = allowed.shape
-    allowed = F.pad(allowed, (0, -length % 32)).contiguous()
-    eight_bools = allowed.view(-1).view(torch.int64)  # little-endian, as every platform of torch is
-    packed = ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8)
-    return packed.view(torch.int32).view(*lines, allowed.shape[-1] // 32)
+    length = allowed.shape[-1]
+    num_words = -(-length // 32)
+    if num_words == 0:  # torch does not let bytes without an extent be seen as words
+        return allowed.new_empty(allowed.shape, dtype=torch.int32)
+    # In this order: padding by nothing would keep the strides of what is padded.
+    allowed = F.pad(allowed.contiguous(), (0, 32 * num_words - length))
+    eight_bools = allowed.view(torch.int64)  # little-endian, as every platform of torch is
+    return ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8).view(torch.int32)
 
 
 def classify_tiles(mask_bits: Tensor, seqlen_k: int) -> tuple[Tensor, Tensor]:
