@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cuda_backend, native, triton_backend
+from . import cuda_backend, native, sharding, triton_backend
 from .flops import backward_flops, forward_flops
 from .problem import (
     DIFFERENTIABLE_SIDE_TENSORS,
@@ -48,14 +48,23 @@ _WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wa
 def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times."""
     if backend == "reference":
-        return attention_reference(problem)
+        return _formula(problem)
     if _takes_cheap_path(problem):
         if torch.is_grad_enabled() and problem.requires_grad():
             return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
         return KERNEL_BACKENDS[backend].forward(problem)
     if _transformed(problem):
-        return attention_reference(problem)
+        return _formula(problem)
+    if problem.rng_state is not None and sharding.is_sharded(problem.inputs[0]) and not sharding.is_sharded(problem.rng_state):
+        problem.rng_state = sharding.on_all_processes(problem.rng_state, problem.inputs[0])
     return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
+
+
+def _formula(problem: Problem) -> tuple[Tensor, Tensor]:
+    if not sharding.is_sharded(problem.inputs[0]):
+        return attention_reference(problem)
+    with sharding.plain_tensors_are_the_same_everywhere():
+        return attention_reference(problem)
 
 
 def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
@@ -145,7 +154,7 @@ def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | No
         places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE_SIDE_TENSORS))
         for place in places:
             tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
-        out, lse = attention_reference(Problem.from_op_arguments(layout, tuple(tensors)))
+        out, lse = _formula(Problem.from_op_arguments(layout, tuple(tensors)))
     outputs = [(value, gradient) for value, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
     wanted = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
     gradients = torch.autograd.grad(
@@ -271,4 +280,10 @@ def _register_flop_formulas() -> None:
         register(layout)
 
 
+def _register_sharding() -> None:
+    for layout in NUM_INPUTS:
+        sharding.register(layout, _REGISTERED[layout], _REGISTERED_BACKWARD[layout])
+
+
 when_imported("torch.utils.flop_counter", _register_flop_formulas)
+when_imported("torch.distributed.tensor", _register_sharding)

@@ -51,7 +51,8 @@ class Padding:
     def seen_by(self, queries: Padding, is_causal: bool = False) -> dict[str, Any]:
         """The options of `attention` from queries to these keys, the padding of both hidden: one mask for every layer."""
         prepared = prepare_mask(
-            **self.as_keys(),
+            key_mask=self.key_mask,
+            key_lengths=self.lengths,
             query_lengths=queries.lengths,
             is_causal=is_causal,
             seqlen_q=queries.key_mask.shape[1],
