@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import repeated
+from .jagged import is_nested, packed_inputs
 from .ops import run
 from .prepared_mask import PreparedMask
-from .problem import Layout, Problem, check_dense, make_problem
+from .problem import Layout, Problem, check_dense, check_no_padding, make_problem
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_of
 
@@ -71,6 +72,9 @@ def attention(
         out (B, Hq, Lq, Dv) in the query's dtype, a view of (B, Lq, Hq, Dv) memory - (Lq, B, Hq, Dv) for a sequence-first query - so
         that merging the heads costs nothing; with return_lse also lse (B, Hq, Lq), float32 (float64 for float64 inputs).
 
+    query, key and value may be nested tensors of layout torch.jagged, (B, H, ragged L, D), which run as `attention_varlen`; so are out and
+    lse then. Sequences end where they end: masks over keys and key_lengths are refused.
+
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
@@ -84,6 +88,32 @@ def attention(
         done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
         if done is not None:
             return done if return_lse else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
+    if is_nested(query):
+        check_no_padding("nested tensors", attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
+        queries, keys, values = packed_inputs(query, key, value)
+        out, lse = attention_varlen(
+            queries.values,
+            keys.values,
+            values.values,
+            queries.offsets,
+            keys.offsets,
+            queries.longest(),
+            keys.longest(),
+            query_lengths=query_lengths,
+            is_causal=is_causal,
+            window=window,
+            scale=scale,
+            dropout_p=dropout_p,
+            rng_state=rng_state,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            return_lse=True,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        nested_out = queries.nested(out)
+        return (nested_out, queries.nested(lse.transpose(0, 1).contiguous())) if return_lse else nested_out
     problem = make_problem(
         "separate",
         _autocast(query, key, value),
@@ -275,7 +305,8 @@ def scaled_dot_product_attention(
     Differs in one thing: a query that may attend to nothing gives 0, never NaN.
 
     Args:
-        query: (..., Hq, Lq, E), 2-D and up; the leading dims of query, key and value broadcast against each other.
+        query: (..., Hq, Lq, E), 2-D and up; the leading dims of query, key and value broadcast against each other. Or nested, all three,
+            as `attention` takes them.
         key: (..., H, Lk, E).
         value: (..., H, Lk, Ev).
         attn_mask: bool (True = may attend) or float, broadcastable to (..., Hq, Lq, Lk).
@@ -295,6 +326,10 @@ def scaled_dot_product_attention(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dims (..., seqlen, head_dim), got {tuple(tensor.shape)}")
+    if is_nested(query):
+        out = attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+        assert isinstance(out, Tensor)
+        return out
     head_dims = 3 if enable_gqa else 2  # how many trailing dims do not broadcast
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
         raise ValueError("enable_gqa needs a head dim: query, key and value must have at least 3 dims")

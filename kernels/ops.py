@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cuda_backend, native, triton_backend
+from . import cuda_backend, native, sharding, triton_backend
+from .flops import backward_flops, forward_flops
 from .problem import (
     DIFFERENTIABLE_SIDE_TENSORS,
     NUM_INPUTS,
@@ -25,6 +26,7 @@ from .problem import (
     split,
 )
 from .reference import attention_reference
+from .when_imported import when_imported
 
 KERNEL_BACKENDS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend, "cpu": native}
 
@@ -46,14 +48,23 @@ _WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wa
 def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times."""
     if backend == "reference":
-        return attention_reference(problem)
+        return _formula(problem)
     if _takes_cheap_path(problem):
         if torch.is_grad_enabled() and problem.requires_grad():
             return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
         return KERNEL_BACKENDS[backend].forward(problem)
     if _transformed(problem):
-        return attention_reference(problem)
+        return _formula(problem)
+    if problem.rng_state is not None and sharding.is_sharded(problem.inputs[0]) and not sharding.is_sharded(problem.rng_state):
+        problem.rng_state = sharding.on_all_processes(problem.rng_state, problem.inputs[0])
     return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
+
+
+def _formula(problem: Problem) -> tuple[Tensor, Tensor]:
+    if not sharding.is_sharded(problem.inputs[0]):
+        return attention_reference(problem)
+    with sharding.plain_tensors_are_the_same_everywhere():
+        return attention_reference(problem)
 
 
 def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
@@ -63,17 +74,18 @@ def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
 
 def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
-    if torch.compiler.is_compiling():
-        return False
-    return _differentiates_otherwise() or any([tensor._is_zerotensor() for tensor in problem.inputs])
+    if _differentiates_otherwise():
+        return True
+    return not torch.compiler.is_compiling() and any([tensor._is_zerotensor() for tensor in problem.inputs])
 
 
 def _differentiates_otherwise() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _functorch_active() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+# torch.compile cannot trace the question, but asks it while it traces, inside the levels that it traces (torch.compiler.
+# assume_constant_result marks functions so, and imports the compiler). It guards functorch's levels and forward mode's itself.
+_differentiates_otherwise._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _takes_cheap_path(problem: Problem) -> bool:
@@ -117,13 +129,13 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a layout's inputs, then those of attn_mask, alibi_slopes and sinks, None where not wanted.
 
-    By the kernel, or by the formula when they will be differentiated again or are batched.
+    By the kernel, or by the formula when they will be differentiated again, are batched or have tangents.
     """
     out, lse, *tensors = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * (NUM_INPUTS[ctx.layout] + len(wanted))
     arguments = (*tensors, *ctx.options)
-    if torch.is_grad_enabled() or _functorch_active():
+    if torch.is_grad_enabled() or _differentiates_otherwise():
         return _recomputed_gradients(ctx.layout, dout, dlse, arguments)
     dout = torch.zeros_like(out) if dout is None else _in_memory(dout)
     return kernel_gradients(ctx.layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, wanted)
@@ -142,7 +154,7 @@ def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | No
         places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE_SIDE_TENSORS))
         for place in places:
             tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
-        out, lse = attention_reference(Problem.from_op_arguments(layout, tuple(tensors)))
+        out, lse = _formula(Problem.from_op_arguments(layout, tuple(tensors)))
     outputs = [(value, gradient) for value, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
     wanted = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
     gradients = torch.autograd.grad(
@@ -246,3 +258,32 @@ def _register(layout: Layout) -> None:
 
 for _layout in NUM_INPUTS:
     _register(_layout)
+
+
+def _register_flop_formulas() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    def register(layout: Layout) -> None:
+        forward = getattr(torch.ops.fused_attention, f"attention_{layout}")
+        backward = getattr(torch.ops.fused_attention, f"attention_{layout}_backward")
+        not_the_forwards = 4, -len(DIFFERENTIABLE_SIDE_TENSORS)  # dout, dlse, out and lse come first, what is wanted last
+
+        @register_flop_formula(forward, get_raw=True)
+        def count_forward(*arguments: Any, out_val: Any = None) -> int:
+            return forward_flops(layout, arguments)
+
+        @register_flop_formula(backward, get_raw=True)
+        def count_backward(*arguments: Any, out_val: Any = None) -> int:
+            return backward_flops(layout, arguments[slice(*not_the_forwards)])
+
+    for layout in NUM_INPUTS:
+        register(layout)
+
+
+def _register_sharding() -> None:
+    for layout in NUM_INPUTS:
+        sharding.register(layout, _REGISTERED[layout], _REGISTERED_BACKWARD[layout])
+
+
+when_imported("torch.utils.flop_counter", _register_flop_formulas)
+when_imported("torch.distributed.tensor", _register_sharding)

@@ -1,7 +1,7 @@
 """Masks made ready for kernels once and used by many calls: bits instead of bytes, and lists of the tiles that hold anything.
 
-1. fold everything that decides whether query i may attend to key j into one bool matrix
-2. pack it into 32-bit words along the keys, and along the queries for the backward pass
+1. fold everything that decides whether query i may attend to key j into one matrix of bits
+2. in 32-bit words along the keys, and along the queries for the backward pass
 3. classify its 64 x 64 tiles as empty, full or mixed, and list the full and the mixed ones of each row and each column of tiles
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import triton_backend
 from .problem import Causal, Problem, check_dense, checked_seqlen, make_problem, unpack_bits
-from .reference import MASKED_BELOW, allowed_pairs
+from .reference import MASKED_BELOW, diagonal_offset, present
 
 TILE = 64
 GATHER_BITS = 0x0102040810204080  # times eight bytes that are 0 or 1: byte k ends up as bit 56 + k
@@ -125,13 +125,60 @@ def prepare_mask(
 
 def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """mask_bits, mask_bits_transposed, row_tiles and column_tiles in plain PyTorch; on a GPU Triton makes the same without a dense mask."""
-    allowed = allowed_pairs(problem)
-    mask_bits = pack_bits(allowed)
+    mask_bits = allowed_bits(problem)
     full, mixed = classify_tiles(mask_bits, problem.key.shape[2])
     if not gradients:
         return mask_bits, None, tile_lists(full, mixed), None
     column_tiles = tile_lists(full.transpose(2, 3), mixed.transpose(2, 3))
-    return mask_bits, pack_bits(allowed.transpose(2, 3)), tile_lists(full, mixed), column_tiles
+    return mask_bits, allowed_bits(problem, by_key=True), tile_lists(full, mixed), column_tiles
+
+
+def allowed_bits(problem: Problem, by_key: bool = False) -> Tensor:
+    """reference.allowed_pairs in bits, without a dense matrix where there is no attn_mask.
+
+    (B, H or 1, Lq, ceil(Lk / 32)) int32, a line for each query; by_key: (B, H or 1, Lk, ceil(Lq / 32)), a line for each key.
+    """
+    queries, keys = present(problem)
+    lines, places = (keys, queries) if by_key else (queries, keys)
+    bits = pack_bits(places)[:, None, None, :]
+    span = visible_span(problem, by_key)
+    if span is not None:
+        bits = bits & bits_between(*span, places.shape[1])
+    bits = bits.masked_fill(~lines[:, None, :, None], 0)
+    if problem.attn_mask is not None:
+        mask = problem.attn_mask if problem.attn_mask.dtype == torch.bool else ~(problem.attn_mask < MASKED_BELOW)
+        mask = mask.transpose(2, 3) if by_key else mask
+        bits = bits & pack_bits(mask.expand(*mask.shape[:3], places.shape[1]))
+    return bits.contiguous()
+
+
+def visible_span(problem: Problem, by_key: bool) -> tuple[Tensor, Tensor] | None:
+    """First and one past the last key that causal and window let each query see, or query that sees each key: (B or 1, 1, L) int64."""
+    left, right = problem.window_left, problem.window_right
+    if problem.causal != "none":
+        right = 0 if right is None else min(right, 0)
+    if left is None and right is None:
+        return None
+    before, after = (right, left) if by_key else (left, right)  # of the line's own place on the diagonal; None: all
+    seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
+    num_lines, num_places = (seqlen_k, seqlen_q) if by_key else (seqlen_q, seqlen_k)
+    offset = diagonal_offset(problem)
+    offset = offset.view(-1, 1, 1) if isinstance(offset, Tensor) else offset
+    middle = torch.arange(num_lines, device=problem.query.device)[None, None] + (-offset if by_key else offset)
+    first = torch.zeros_like(middle) if before is None else middle - before
+    return first, torch.full_like(middle, num_places) if after is None else middle + after + 1
+
+
+def bits_between(first: Tensor, last: Tensor, length: int) -> Tensor:
+    """(..., L) int64 -> (..., L, ceil(length / 32)) int32: bits first <= j < last of each line."""
+    starts = 32 * torch.arange(-(-length // 32), device=first.device)
+    return _low_bits(last[..., None] - starts) & ~_low_bits(first[..., None] - starts)
+
+
+def _low_bits(count: Tensor) -> Tensor:
+    """The lowest bits of int32 words, as many as `count`, none below 0 and all from 32 on."""
+    word = (1 << count.clamp(0, 32)) - 1
+    return (word - ((word >> 31) << 32)).int()  # the highest bit is the sign
 
 
 def _seqlen(name: str, seqlen: int | None, *sources: tuple[Tensor | None, int]) -> int:
@@ -145,11 +192,14 @@ def _seqlen(name: str, seqlen: int | None, *sources: tuple[Tensor | None, int]) 
 
 def pack_bits(allowed: Tensor) -> Tensor:
     """(..., L) bool -> (..., ceil(L / 32)) int32: bit i % 32 of word i // 32; bits past L are 0."""
-    *lines, length = allowed.shape
-    allowed = F.pad(allowed, (0, -length % 32)).contiguous()
-    eight_bools = allowed.view(-1).view(torch.int64)  # little-endian, as every platform of torch is
-    packed = ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8)
-    return packed.view(torch.int32).view(*lines, allowed.shape[-1] // 32)
+    length = allowed.shape[-1]
+    num_words = -(-length // 32)
+    if num_words == 0:  # torch does not let bytes without an extent be seen as words
+        return allowed.new_empty(allowed.shape, dtype=torch.int32)
+    # In this order: padding by nothing would keep the strides of what is padded.
+    allowed = F.pad(allowed.contiguous(), (0, 32 * num_words - length))
+    eight_bools = allowed.view(torch.int64)  # little-endian, as every platform of torch is
+    return ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8).view(torch.int32)
 
 
 def classify_tiles(mask_bits: Tensor, seqlen_k: int) -> tuple[Tensor, Tensor]:

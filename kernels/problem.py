@@ -226,7 +226,7 @@ def make_problem(
     seqlen_k = key.shape[2]
     device = query.device
     if layout == "varlen":
-        _check_no_padding(attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
+        check_no_padding("packed sequences", attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device, cu_seqlens_q.shape[0])
         batch = cu_seqlens_q.shape[0] - 1
@@ -394,8 +394,8 @@ def has_contiguous_last_dim(tensor: Tensor) -> bool:
 def check_dense(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one, ' if tensor.is_nested else ''}layout {tensor.layout}")
 
 
 def _check_tensor(
@@ -454,10 +454,10 @@ def checked_seqlen(name: str, seqlen: int | None) -> int:
     return seqlen
 
 
-def _check_no_padding(**arguments: object) -> None:
+def check_no_padding(what: str, **arguments: object) -> None:
     for name, argument in arguments.items():
         if argument is not None:
-            raise ValueError(f"{name} must be None for packed sequences: cu_seqlens_q and cu_seqlens_k say where each one starts and ends")
+            raise ValueError(f"{name} must be None for {what}, whose offsets say where each sequence starts and ends")
 
 
 def _check_prepared(mask: PreparedMask, full_shape: tuple[int, int, int, int], device: torch.device, beside: dict[str, Any]) -> None:

@@ -170,12 +170,18 @@ def key_minus_diagonal(problem: Problem) -> Tensor:
     seqlen_q, seqlen_k, device = problem.query.shape[2], problem.key.shape[2], problem.query.device
     distance = torch.arange(seqlen_k, device=device)[None, :] - torch.arange(seqlen_q, device=device)[:, None]
     distance = distance[None, None]
+    offset = diagonal_offset(problem)
+    return distance - (offset.view(-1, 1, 1, 1) if isinstance(offset, Tensor) else offset)
+
+
+def diagonal_offset(problem: Problem) -> Tensor | int:
+    """On the diagonal j = i + this; (B,) where the sequences have lengths of their own."""
     if problem.causal != "bottom_right":
-        return distance
+        return 0
+    seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     lengths_k = problem.key_lengths.clamp(0, seqlen_k) if problem.key_lengths is not None else seqlen_k
     lengths_q = problem.query_lengths.clamp(0, seqlen_q) if problem.query_lengths is not None else seqlen_q
-    offset = lengths_k - lengths_q
-    return distance - (offset.view(-1, 1, 1, 1) if isinstance(offset, Tensor) else offset)
+    return lengths_k - lengths_q
 
 
 def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:

@@ -82,8 +82,8 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 
 def num_hot_loops(row: Instance) -> int:
-    """Forward and backward: one over blocks that need no mask, one over those that do. In one pass masks are a branch of the loop. The whole
-    of a kernel for short sequences is one.
+    """Forward and backward: one over blocks that need no mask, one over those that do; masks are a branch of it in one pass. The whole of a
+    kernel for short sequences is one.
     """
     return {"helper": 0, "decode": 1, "backward": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
 

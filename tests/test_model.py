@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from accuracy import assert_accurate
 from torch import Tensor, nn
 
+from fused_attention import PreparedMask, prepare_mask
 from fused_attention.transformer import layers
+from fused_attention.transformer import model as model_module
 from fused_attention.transformer.model import Transformer
 
 SIZES: dict[str, Any] = {
@@ -162,8 +164,17 @@ class TestPadding:
         assert logits.shape == (batch, seqlen_t, SIZES["tgt_vocab"])
         assert logits.isfinite().all()
 
-    def test_reaches_the_kernels_as_masks_over_keys_and_lengths_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_prepared_once_per_batch_for_all_layers_and_stays_masks_over_keys_in_cached_decoding(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         seen: list[dict[str, Any]] = []
+        made: list[PreparedMask] = []
+
+        def prepare(**arguments: Any) -> PreparedMask:
+            made.append(prepare_mask(**arguments))
+            return made[-1]
+
+        monkeypatch.setattr(model_module, "prepare_mask", prepare)
         for name in ("attention_qkv_packed", "attention_kv_packed"):
             operation = getattr(layers, name)
 
@@ -174,10 +185,17 @@ class TestPadding:
             monkeypatch.setattr(layers, name, spy)
         model = build()
         model(SRC, TGT)
+        encoder, decoder, cross = made
+        assert [options["attn_mask"] for options in seen] == [encoder, encoder, decoder, cross, decoder, cross]
+        assert all(set(options) == {"attn_mask", "dropout_p"} for options in seen)
+        assert [mask.mask_bits_transposed is not None for mask in made] == [True] * 3
+        seen.clear()
+        made.clear()
         model.generate(SRC, max_new_tokens=3)
-        assert len(seen) >= 2 + 4 + 2 + 4  # encoder and decoder, once whole and once token by token
+        assert [mask.mask_bits_transposed for mask in made] == [None]  # the encoder's, without what gradients need
+        assert len(seen) >= 2 + 4 * 3
         shapes = {(name, option.ndim) for options in seen for name, option in options.items() if isinstance(option, Tensor)}
-        assert shapes == {("key_mask", 2), ("key_lengths", 1), ("query_lengths", 1)}
+        assert shapes == {("key_mask", 2), ("key_lengths", 1)}
 
     def test_target_positions_see_no_later_token(self) -> None:
         model = build().double()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention.kernels import native, ops
@@ -198,37 +202,78 @@ class _Subclass(Tensor):
     pass
 
 
+PATHS = {  # what eager calls take: the kernel straight from Python, the operator, or the formula
+    "nothing special": "kernel",
+    "a subclass": "operator",
+    "a mask of a subclass": "operator",
+    "a fake tensor": "operator",
+    "counting FLOPs": "operator",
+    "selective checkpointing": "operator",
+    "a functorch level": "formula",
+    "a forward AD level": "formula",
+    "a dual tensor": "formula",
+}
+
+
 @needs_native
-@pytest.mark.parametrize("condition", ["subclass", "dispatch mode", "functorch", "forward AD"])
-def test_what_must_see_an_operator_does_not_take_the_cheap_path(condition: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    apply = ops._Attention.apply
-    monkeypatch.setattr(ops._Attention, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
-    query, key, value = layout_inputs("separate")
-    expected = F.scaled_dot_product_attention(query, key, value)
-    if condition == "subclass":
-        out = attention(query.as_subclass(_Subclass), key, value)
-    elif condition == "dispatch mode":
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no gradient", "gradients"])
+@pytest.mark.parametrize("condition", PATHS)
+def test_the_path_of_an_eager_call(condition: str, requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def noted(path: str, function: Any) -> Any:
+        return lambda *arguments: taken.append(path) or function(*arguments)
+
+    kernels = types.SimpleNamespace(forward=noted("kernel", native.forward), backward=native.backward)
+    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", kernels)
+    monkeypatch.setitem(ops._REGISTERED, "separate", noted("operator", ops._REGISTERED["separate"]))
+    monkeypatch.setattr(ops, "attention_reference", noted("formula", ops.attention_reference))
+    query, key, value = layout_inputs("separate", requires_grad)
+    mask = torch.ones(12, 12, dtype=torch.bool)
+    expected: Any = F.scaled_dot_product_attention(query, key, value)
+    if condition == "nothing special":
+        out = attention(query, key, value, attn_mask=mask, backend="cpu")
+    elif condition == "a subclass":
+        out = attention(query.as_subclass(_Subclass), key, value, attn_mask=mask, backend="cpu")
+    elif condition == "a mask of a subclass":
+        out = attention(query, key, value, attn_mask=mask.as_subclass(_Subclass), backend="cpu")
+    elif condition == "a fake tensor":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            out = attention(mode.from_tensor(query), key, value, attn_mask=mask, backend="cpu")
+        assert out.shape == expected.shape
+        expected = None
+    elif condition == "counting FLOPs":
         with FlopCounterMode(display=False):
-            out = attention(query, key, value)
-    elif condition == "functorch":
-        out = torch.vmap(lambda q, k, v: attention(q[None], k[None], v[None])[0])(query, key, value)
+            out = attention(query, key, value, attn_mask=mask, backend="cpu")
+    elif condition == "selective checkpointing":
+        contexts = partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+        call = partial(attention, attn_mask=mask, backend="cpu")
+        out = checkpoint(call, query, key, value, use_reentrant=False, context_fn=contexts)
+    elif condition == "a functorch level":
+        out = torch.vmap(lambda q, k, v: attention(q[None], k[None], v[None], attn_mask=mask, backend="cpu")[0])(query, key, value)
     else:
         with forward_ad.dual_level():
-            dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
-            out, tangent = forward_ad.unpack_dual(attention(dual, key, value))
-            assert tangent is not None
-    torch.testing.assert_close(torch.as_tensor(out), expected)
-    assert calls == []
-    attention(query, key, value)
-    assert calls == [1]
+            dual = forward_ad.make_dual(query.detach(), torch.ones_like(query)) if condition == "a dual tensor" else query
+            out, tangent = forward_ad.unpack_dual(attention(dual, key, value, attn_mask=mask, backend="cpu"))
+            assert (tangent is not None) == (condition == "a dual tensor")
+    if expected is not None:
+        torch.testing.assert_close(torch.as_tensor(out), expected)
+    assert taken[0] == PATHS[condition]
 
 
-def test_per_sample_gradients_by_functorch() -> None:
-    query, key, value = layout_inputs("separate", requires_grad=False)
-    ours = torch.func.grad(lambda q: attention(q, key, value).pow(2).sum())(query)
-    theirs = torch.func.grad(lambda q: F.scaled_dot_product_attention(q, key, value).pow(2).sum())(query)
-    torch.testing.assert_close(ours, theirs)
+@needs_native
+def test_a_compiled_call_is_one_operator() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    query, key, value = layout_inputs("separate")
+    torch.compile(partial(attention, backend="cpu"), backend=keep, fullgraph=True)(query, key, value)
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "fused_attention" in name] == ["fused_attention.attention_separate.default"]
 
 
 @needs_native

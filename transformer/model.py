@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.transformer import generate
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.embedding import TokenEmbedding
@@ -46,6 +47,18 @@ class Padding:
     def as_keys(self) -> dict[str, Tensor]:
         """The options of `attention` that hide the padding from the queries."""
         return {"key_mask": self.key_mask, "key_lengths": self.lengths}
+
+    def seen_by(self, queries: Padding, is_causal: bool = False) -> dict[str, Any]:
+        """The options of `attention` from queries to these keys, the padding of both hidden: one mask for every layer."""
+        prepared = prepare_mask(
+            key_mask=self.key_mask,
+            key_lengths=self.lengths,
+            query_lengths=queries.lengths,
+            is_causal=is_causal,
+            seqlen_q=queries.key_mask.shape[1],
+            gradients=torch.is_grad_enabled(),
+        )
+        return {"attn_mask": prepared}
 
     def select(self, rows: Tensor) -> Padding:
         return Padding(self.key_mask[rows], self.lengths[rows])
@@ -154,7 +167,7 @@ class Transformer(nn.Module):
         _check_tokens("src", src, self.max_len)
         padding = Padding.of(src, self.pad_id)
         embedding = self.tgt_embedding if self.src_embedding is None else self.src_embedding
-        heights = self.encoder(embedding(src), self.memory_layers != "last", query_lengths=padding.lengths, **padding.as_keys())
+        heights = self.encoder(embedding(src), self.memory_layers != "last", **padding.seen_by(padding))
         return Memory(self._mix(heights) if self.memory_layers == "mixed" else heights, padding)
 
     def decode(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
@@ -172,11 +185,9 @@ class Transformer(nn.Module):
         _check_tokens("tgt", tgt, self.max_len, start)
         if tgt.shape[0] != memory.batch_size:
             raise ValueError(f"tgt has {tgt.shape[0]} rows, src (memory) has {memory.batch_size}; they must be equal")
-        cross_options: dict[str, Any] = memory.padding.as_keys()
         if cache is None:
             padding = Padding.of(tgt, self.pad_id)
-            self_options = {"is_causal": True, "query_lengths": padding.lengths, **padding.as_keys()}
-            cross_options["query_lengths"] = padding.lengths
+            self_options, cross_options = padding.seen_by(padding, is_causal=True), memory.padding.seen_by(padding)
             return self.decoder(self.tgt_embedding(tgt), memory.states, self_options, cross_options)
 
         if torch.is_grad_enabled():
@@ -186,7 +197,7 @@ class Transformer(nn.Module):
         key_mask = cache.append(tgt != self.pad_id, len(self.decoder.layers))
         # A single new token sees every key; several see each other causally, the last of them standing at the last key.
         self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
-        return self.decoder(self.tgt_embedding(tgt, start), memory.states, self_options, cross_options, cache.layers)
+        return self.decoder(self.tgt_embedding(tgt, start), memory.states, self_options, memory.padding.as_keys(), cache.layers)
 
     def project(self, states: Tensor) -> Tensor:
         """Decoder states (..., d_model) -> logits (..., tgt_vocab)."""
