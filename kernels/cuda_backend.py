@@ -297,7 +297,7 @@ def backward(
         _strides(gradients.key, 3),
         _strides(gradients.value, 3),
         _strides(stored, 3),
-        (1, 1) if stored is None else tuple(stored.shape[:2]),
+        (1, 1) if stored is None else (stored.shape[0], stored.shape[1]),
         _strides(problem.column_tiles, 3),
         0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
         problem.deterministic,

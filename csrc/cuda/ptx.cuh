@@ -99,9 +99,6 @@ FA_DEVICE void cp_async_4(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// Waits for all `threads`, a multiple of 32, that call it with this number; there are 16 such barriers in a block.
-FA_DEVICE void barrier_sync(int number, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
-
 FA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the newest N groups of this thread have landed.
@@ -110,10 +107,11 @@ FA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Named barriers, for `threads` threads, whole warps: each waits until so many have come, or comes and goes on. Before and after are
-// ordered.
+// Named barriers, 16 in a block, for `threads` threads, whole warps: each waits until so many have come, or comes and goes on. Before and
+// after are ordered.
 FA_DEVICE void barrier_sync(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 FA_DEVICE void barrier_arrive(int barrier, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
 // Additions that other blocks see, in whatever order.
 FA_DEVICE void red_add(float* sum, float x) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory"); }
 
