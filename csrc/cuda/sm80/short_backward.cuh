@@ -2,14 +2,13 @@
 // The backward kernel for up to BLOCK_N keys, compute capability 8.0 and newer: one launch computes every gradient. A group of warps has
 // all keys and values of a batch element and key head, and takes the rows of the query heads that share them, BLOCK_M at a time.
 //
-//   1. K and V by cp.async, absent keys as zeros; Q likewise; dout passes through registers, where it meets out: delta = rowsum(dO * O) -
-//   dlse
+//   1. K, V and Q by cp.async, what is absent as zeros; dO through registers, where it meets out: delta = rowsum(dO * O) - dlse
 //   2. S^T = K Q^T and dP^T = V dO^T, 16 keys to a warp: P^T and dS^T are, in the registers where they were computed, the left operands of
 //      dV += P^T dO and dK += dS^T Q, which stay in registers until the end
 //   3. dS^T through shared memory; all keys being here, dQ = dS K of these rows is whole: the warps share it out
 // No atomics and no float32 sums in global memory: every sum has one order, and two runs give the same bits.
 #pragma once
-#include "../gradients.cuh"
+#include "short_gradients.cuh"
 #include "short_units.cuh"
 
 namespace fused_attention::cuda::sm80 {
@@ -37,55 +36,6 @@ struct ShortBackwardConfig {
   static constexpr int kSharedBytes = NUM_WARPS * kWarpBytes + STAGES * kRowTileBytes + kNotesBytes;
   static_assert(kNotesBytes % 128 == 0);
 };
-
-// Four 8 x 8 blocks side by side, rounded and packed: lane i has word i % 4 (two columns) of each block's row i / 4, and receives the four
-// words, 16 bytes, of block i % 4 of that row.
-FA_DEVICE void transpose_quads(uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (lane & distance) != 0;
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      if ((n & distance) != 0) continue;
-      uint32_t &low = words[n], &high = words[n + distance];
-      const uint32_t received = __shfl_xor_sync(kWholeWarp, upper ? low : high, distance);
-      if (upper) {
-        low = received;
-      } else {
-        high = received;
-      }
-    }
-  }
-}
-
-// store_mask_gradient of a transposed tile: 16 keys of a warp x 8 * BLOCKS rows. Every element of the mask is written once.
-template <int BLOCKS>
-FA_DEVICE void store_mask_gradient_transposed(const BackwardArguments& arguments, const Accumulators<1, BLOCKS>& gradients, int batch,
-                                              int head, int first_key, int start_m) {
-  const AttentionProblem& problem = arguments.problem;
-  const StridedTensor& target = arguments.dattn_mask;
-  const int64_t place = batch * target.batch + head * target.head + start_m * target.row + first_key;
-  const int rows_left = static_cast<int>(problem.seqlen_q) - start_m, keys_left = static_cast<int>(problem.seqlen_k) - first_key;
-  const auto store = [&](float gradient, int64_t element) {
-    if (problem.attn_mask_dtype == MaskDtype::float32) {
-      static_cast<float*>(target.data)[element] = gradient;
-    } else {
-      const uint32_t rounded = problem.attn_mask_dtype == MaskDtype::bfloat16 ? ptx::pack<Dtype::bfloat16>(gradient, 0.0f)
-                                                                              : ptx::pack<Dtype::float16>(gradient, 0.0f);
-      static_cast<uint16_t*>(target.data)[element] = static_cast<uint16_t>(rounded);
-    }
-  };
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < BLOCKS; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int key = e / 2 * 8 + lane / 4, row = 8 * n + 2 * (lane % 4) + e % 2;
-      if (key < keys_left && row < rows_left) store(gradients[0][n][e], place + row * target.row + key);
-    }
-  }
-}
 
 // The 16 keys of a warp.
 struct KeysOfWarp {
