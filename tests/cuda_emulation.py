@@ -162,6 +162,7 @@ class EmulatedGpu(TorchFunctionMode):
             self.launched.append(name)
         for tensor, bits in zip(inputs, before, strict=True):
             assert torch.equal(_bits(tensor), bits), f"the {tensor.dtype} input of shape {tuple(tensor.shape)} was written"
+        self._addressed = addressed
         return 0
 
 
