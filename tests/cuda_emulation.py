@@ -31,6 +31,7 @@ from fused_attention.kernels.problem import Problem, empty_output
 from fused_attention.kernels.reference import present
 
 GUARD_ELEMENTS = 64  # before and after every allocation: what is aligned stays so
+NUM_BACKWARD_ARGUMENTS = 6  # of a backend's `backward`
 ALLOCATING = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided)
 
 
@@ -126,12 +127,14 @@ class EmulatedGpu(TorchFunctionMode):
 
     def _backward(self, backward: Callable[..., None], *arguments: Any) -> None:
         """Autograd calls it without this mode."""
+        if len(arguments) == NUM_BACKWARD_ARGUMENTS:  # without a choice of kernels
+            arguments += (self._kernels_of_backward,)
         if torch.overrides._get_current_function_mode() is self:
-            backward(*arguments, kernels=self._kernels_of_backward)
+            backward(*arguments)
             return
         super().__enter__()
         try:
-            backward(*arguments, kernels=self._kernels_of_backward)
+            backward(*arguments)
         finally:
             super().__exit__(None, None, None)
 
@@ -162,6 +165,7 @@ class EmulatedGpu(TorchFunctionMode):
             self.launched.append(name)
         for tensor, bits in zip(inputs, before, strict=True):
             assert torch.equal(_bits(tensor), bits), f"the {tensor.dtype} input of shape {tuple(tensor.shape)} was written"
+        self._addressed = addressed
         return 0
 
 
