@@ -300,6 +300,14 @@ Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, v
 
 namespace {
 
+// The kernel of two passes that computes dkey and dvalue together, or null where each has one of its own that fits the head dims better.
+const Image* both_keys_image(const AttentionProblem& problem, const DeviceLimits& limits) {
+  const Image* const both = find_image(Pass::backward_key, problem, limits, false);
+  const Image* const dkey = find_image(Pass::backward_dkey, problem, limits, both == nullptr);
+  if (both == nullptr || dkey == nullptr) return both;
+  return both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v ? both : nullptr;
+}
+
 // The kernel that computes the gradients in one pass where that is wanted, or null.
 const Image* one_pass_image(const AttentionProblem& problem, const SideGradients& side, const DeviceLimits& limits) {
   if (side.kernels == BackwardKernels::two_passes) return nullptr;
@@ -313,7 +321,7 @@ const Image* one_pass_image(const AttentionProblem& problem, const SideGradients
   if (asked_for || image == nullptr) return image;
   // Two passes have two more products, and a third where dkey and dvalue have a kernel each. One pass adds a float32 number to each element
   // of dquery for each block of keys, clears it before and reads it afterwards, all while the tensor cores work.
-  const bool keys_apart = find_image(Pass::backward_key, problem, limits, false) == nullptr;
+  const bool keys_apart = both_keys_image(problem, limits) == nullptr;
   const int64_t operations = (keys_apart ? 8 : 7) * 2 * problem.seqlen_k;  // for each element of dquery
   const int64_t bytes = 4 * (ceil_div(problem.seqlen_k, image->block_n) + 2);
   return bytes * kOperationsPerAddedByte <= operations ? image : nullptr;
@@ -330,12 +338,10 @@ void plan_two_passes(Plan& plan, const DeviceLimits& limits, BackwardArguments a
   }
   launch(*find_image(Pass::backward_query, problem, limits, true), problem.batch * problem.num_heads * row_blocks);
   const int64_t key_blocks = problem.batch * problem.num_heads_kv * key_tiles;
-  const Image* const both = find_image(Pass::backward_key, problem, limits, false);
-  const Image* const dkey = find_image(Pass::backward_dkey, problem, limits, both == nullptr);
-  if (both != nullptr && (dkey == nullptr || both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v)) {
+  if (const Image* const both = both_keys_image(problem, limits)) {
     launch(*both, key_blocks);
   } else {
-    launch(*dkey, key_blocks);
+    launch(*find_image(Pass::backward_dkey, problem, limits, true), key_blocks);
     launch(*find_image(Pass::backward_dvalue, problem, limits, true), key_blocks);
   }
 }
