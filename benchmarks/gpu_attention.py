@@ -12,11 +12,14 @@ The grid: bfloat16, 16,384 tokens and 2,048 channels in all (batch = tokens / le
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +44,7 @@ DROPOUT_P = 0.1
 ERROR_LIMIT = 0.05  # of the largest element, between bfloat16 kernels; the tests judge the accuracy
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 OURS = ("cuda", "triton")  # backends of attention()
+NOT_IN_FLEX = ("dropout", "deterministic")
 PROVIDERS = (*OURS, *SDPA, "flex")
 
 
@@ -105,8 +109,8 @@ class Call(NamedTuple):
     leaves: tuple[Tensor, ...]
 
 
-def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call | str]:
-    """Each provider's call on the same numbers, or the reason why it has none."""
+def make_calls(cell: Cell, providers: Iterable[str], device: str, tokens: int = TOKENS) -> dict[str, Call | str]:
+    """Each of these providers' call on the same numbers, or the reason why it has none."""
     torch.manual_seed(0)
     batch, length, heads = tokens // cell.length, cell.length, cell.heads
     shape = (batch, length, heads, cell.head_dim)
@@ -158,7 +162,7 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
         return Call(run, own)
 
     def flex() -> Call:
-        if cell.feature in ("dropout", "deterministic"):
+        if cell.feature in NOT_IN_FLEX:
             raise NotImplementedError(f"{cell.feature}: not compared")
         own = leaves()
         score_mod = block_mask = None
@@ -183,6 +187,8 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
     makers["flex"] = flex
     calls: dict[str, Call | str] = {}
     for name, make in makers.items():
+        if name not in providers:
+            continue
         try:
             calls[name] = make()
         except Exception as error:
@@ -200,7 +206,7 @@ def _backward(out: Tensor, leaves: tuple[Tensor, ...], dout: Tensor) -> tuple[Te
 
 def measure(cell: Cell, providers: tuple[str, ...], device: str, seconds: float, tokens: int = TOKENS) -> dict[str, Any]:
     """{provider: {"forward": median ms, "backward": median ms} or its reason}; they take turns, each after an L2 flush."""
-    calls = {name: call for name, call in make_calls(cell, device, tokens).items() if name in providers}
+    calls = make_calls(cell, providers, device, tokens)
     results: dict[str, Any] = {name: call for name, call in calls.items() if isinstance(call, str)}
     expected: tuple[Tensor, ...] | None = None
     runnable: dict[str, dict[str, Callable[[], Any]]] = {}
@@ -233,6 +239,33 @@ def measure(cell: Cell, providers: tuple[str, ...], device: str, seconds: float,
     except Exception as error:  # out of memory, say: the cell is recorded, not tried again for ever
         results |= dict.fromkeys(runnable, f"while timing: {_reason(error)}")
     return results
+
+
+def compile_ahead(wanted: list[Cell], providers: Iterable[str], until: float) -> None:
+    """Runs what is compiled at its first call on every core, so that the disk caches hold it: Triton's kernels, FlexAttention's of every
+    size. until: by time.monotonic(), when to stop waiting.
+    """
+    jobs = {(cell, "flex"): None for cell in wanted if "flex" in providers and cell.feature not in NOT_IN_FLEX}
+    for cell in wanted if "triton" in providers else []:  # whose kernels are for any size
+        same = next(other for other in wanted if (other.feature, other.head_dim) == (cell.feature, cell.head_dim))
+        jobs[same, "triton"] = None
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count() or 1), context)
+    futures = [pool.submit(_compile, cell, provider) for cell, provider in sorted(jobs, key=lambda job: job[1] == "flex")]
+    concurrent.futures.wait(futures, max(0.0, until - time.monotonic()))
+    for process in list(pool._processes.values()):
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(cell: Cell, provider: str) -> None:
+    call = make_calls(cell, (provider,), "cuda")[provider]
+    if isinstance(call, Call):
+        with torch.no_grad():
+            call.run()
+        out = call.run()
+        _backward(out, call.leaves, torch.ones_like(out))
+        torch.cuda.synchronize()
 
 
 def _interleaved(functions: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, float]:
@@ -333,6 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="start no further cell after this time")
     parser.add_argument("--seconds", type=float, default=0.25, help="of timing for each cell and pass")
     parser.add_argument("--peers-only", action="store_true", help="only torch's kernels: the baseline")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS, help="only these")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_attention: torch sees no GPU", file=sys.stderr)
@@ -340,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = cells()
     if options.peers_only:
         wanted = [cell for cell in wanted if cell.feature in ("full", "causal")]
-    providers = PROVIDERS[len(OURS) :] if options.peers_only else PROVIDERS
+    providers = tuple(name for name in PROVIDERS if name in options.providers and not (options.peers_only and name in OURS))
     done = load(options.results)
     end = time.monotonic() + 60 * options.minutes
     with options.results.open("a") as file:
@@ -348,10 +382,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not done:
             machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
             print(json.dumps({"machine": machine}), file=file, flush=True)
-        for cell in wanted:
-            if set(providers) <= done.get(cell, {}).keys() or time.monotonic() > end:
-                continue
-            done[cell] = measure(cell, providers, "cuda", options.seconds)
+        left = [cell for cell in wanted if not set(providers) <= done.get(cell, {}).keys()]
+        if left:
+            compile_ahead(left, providers, time.monotonic() + 0.4 * (end - time.monotonic()))
+        for cell in left:
+            if time.monotonic() > end:
+                break
+            missing = tuple(name for name in providers if name not in done.get(cell, {}))
+            done[cell] = done.get(cell, {}) | measure(cell, missing, "cuda", options.seconds)
             print(json.dumps({"cell": cell, "results": done[cell]}), file=file, flush=True)
             torch.cuda.empty_cache()
     print(table(done, wanted))
