@@ -262,10 +262,10 @@ def page_tables() -> dict[str, Iterator[str]]:
     }
 
 
-def update_page() -> None:
+def update_page(tables: dict[str, Iterator[str]]) -> None:
     """Each table of docs/cuda-kernels.md stands between two comments that name it."""
     text = PAGE.read_text()
-    for name, lines in page_tables().items():
+    for name, lines in tables.items():
         begin, end = (f"<!-- {word}: {name} -->\n" for word in ("begin", "end"))
         text = text[: text.index(begin) + len(begin)] + "".join(f"{line}\n" for line in lines) + text[text.index(end) :]
     PAGE.write_text(text)
@@ -284,7 +284,7 @@ def main() -> None:
     action.add_argument("--write", action="store_true", help="update the tables of docs/cuda-kernels.md")
     options = parser.parse_args()
     if options.write:
-        return update_page()
+        return update_page(page_tables())
     causal = (True,) if options.causal else (False, True)
     shapes = [(options.batch, options.num_heads, seqlen, one) for seqlen in options.seqlen for one in causal]
     if options.deviations:
