@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # libgomp reads this when torch loads it: short spinning at barriers, so that two busy processes do not stall each other.
 export GOMP_SPINCOUNT ?= 2000
+WORKERS = -n auto --dist worksteal # a process for each core
 
-.PHONY: help install build demo test test-oldest bench lint codegen codegen-cuda codegen-cuda-table codegen-triton test-oldest-triton check-tools
+.PHONY: help install build demo test test-oldest bench lint codegen codegen-cuda codegen-cuda-table codegen-triton gpu test-oldest-triton check-tools
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -14,8 +15,8 @@ demo: build ## train a translator for ten minutes and write demo/report.html
 	$(BIN)/python -m fused_attention demo --overwrite
 
 test: build ## run the test suite, then that of the Triton kernels in Triton's interpreter
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/on_triton
+	$(BIN)/python -m pytest $(WORKERS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) tests/on_triton
 
 bench: build ## compare with torch on this machine; prints one table and saves the run
 	$(BIN)/python -m fused_attention bench
@@ -31,6 +32,10 @@ codegen-cuda-table: build ## write docs/cuda-codegen.md, which codegen-cuda comp
 codegen-triton: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (16 minutes)
 	$(BIN)/python tests/triton_codegen_gate.py --report build/triton-codegen.txt
 	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report build/triton-codegen-oldest.txt
+
+GPU_RESULTS ?= docs/results/gpu
+gpu: ## on a machine with a GPU: build in place, check every kernel and measure; no network, no .venv (PYTHON's torch); PART=build|correctness|sanitizer|benchmark runs one part
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/tests $(PYTHON) tests/gpu.py $(GPU_RESULTS) $(if $(PART),--part $(PART))
 
 test-oldest-triton: install .venv-triton-oldest/installed ## run the tests of the Triton kernels with the oldest supported Triton
 	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py tests/test_triton_in_emulator.py

@@ -33,19 +33,42 @@ TOKENS, CHANNELS = 16384, 2048
 LENGTHS = (2048, 4096, 16384, 8192, 1024, 512, 256, 128)  # the order in which they are measured
 LENGTHS_OF_MASKS = (2048, 4096, 1024, 512)  # a dense mask of 16,384 x 16,384 for every head would not fit
 HEAD_DIMS = (64, 128, 256)
-FEATURES = ("full", "causal", "bias gradient", "bias", "bool mask", "key padding", "dropout")
+SHORT_LENGTHS = (64, 128, 32, 256)
+FEATURES = ("full", "causal", "bias gradient", "short, padded", "bias", "bool mask", "key padding", "dropout", "deterministic")
+PADDED = ("key padding", "short, padded")  # keys of every length from half of the longest to all
 PASSES = ("forward", "backward")
 DROPOUT_P = 0.1
 ERROR_LIMIT = 0.05  # of the largest element, between bfloat16 kernels; the tests judge the accuracy
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-OURS = "ours"
-# How many times faster than the best peer each feature is meant to be, at head dims 64 and 128 from 2,048 tokens on.
-BARS = {
-    "forward": {"full": 0.75, "causal": 0.75, "bias": 1.0, "bias gradient": 1.0, "bool mask": 1.0},
-    "backward": {"full": 0.5, "causal": 0.5, "bias gradient": 1.2},
-}
-DROPOUT_BAR = 0.7  # of our own time without dropout
-PROVIDERS = (OURS, *SDPA, "flex")
+OURS = ("cuda", "triton")  # backends of attention()
+PROVIDERS = (*OURS, *SDPA, "flex")
+
+
+class Bar(NamedTuple):
+    """How many times faster than some peers a backend is meant to be, at head dims 64 and 128."""
+
+    ratio: float
+    peers: tuple[str, ...]  # the best of those that ran counts
+    shortest: int  # length from which it holds
+
+
+ANY, FLASH, EFFICIENT = (*SDPA, "flex"), ("flash",), ("efficient",)
+BARS: dict[tuple[str, str], dict[str, Bar]] = {
+    ("triton", "forward"): {
+        "full": Bar(0.75, ANY, 2048), "causal": Bar(0.75, ANY, 2048), "bias": Bar(1.0, ANY, 2048), "bool mask": Bar(1.0, ANY, 2048),
+    },
+    ("triton", "backward"): {"full": Bar(0.5, ANY, 2048), "causal": Bar(0.5, ANY, 2048), "bias gradient": Bar(1.2, ANY, 2048)},
+    ("cuda", "forward"): {
+        "full": Bar(1.0, FLASH, 1024), "causal": Bar(1.0, FLASH, 1024),
+        "bias": Bar(1.5, EFFICIENT, 512), "bool mask": Bar(1.5, EFFICIENT, 512), "short, padded": Bar(1.3, ANY, 32),
+    },
+    ("cuda", "backward"): {
+        "full": Bar(1.0, FLASH, 1024), "causal": Bar(1.0, FLASH, 1024), "bias gradient": Bar(1.5, EFFICIENT, 512),
+        "short, padded": Bar(1.3, ANY, 32),
+    },
+}  # fmt: skip
+# Of our own time in the cell without the feature, for every length.
+OWN_BARS = {"dropout": (0.7, "triton", PASSES), "deterministic": (0.82, "cuda", ("backward",))}
 
 
 class Cell(NamedTuple):
@@ -64,9 +87,15 @@ class Cell(NamedTuple):
 
 
 def cells() -> list[Cell]:
-    grid = [Cell(feature, length, head_dim) for length in LENGTHS for head_dim in HEAD_DIMS for feature in FEATURES]
-    grid = [cell for cell in grid if cell.feature in ("full", "causal", "key padding", "dropout") or cell.length in LENGTHS_OF_MASKS]
-    return sorted(grid, key=lambda cell: (FEATURES.index(cell.feature) > 1, cell.head_dim == 256, LENGTHS.index(cell.length)))
+    lengths = dict.fromkeys(FEATURES, LENGTHS) | dict.fromkeys(("bias gradient", "bias", "bool mask"), LENGTHS_OF_MASKS)
+    lengths["short, padded"] = SHORT_LENGTHS
+    grid = [Cell(feature, length, head_dim) for feature in FEATURES for length in lengths[feature] for head_dim in HEAD_DIMS]
+    grid = [cell for cell in grid if cell.feature != "short, padded" or cell.head_dim == 64]
+    group = {feature: max(0, place - 1) for place, feature in enumerate(FEATURES)}  # full and causal together
+    return sorted(
+        grid,
+        key=lambda cell: (cell.head_dim == 256, group[cell.feature] > 2, group[cell.feature] > 0, lengths[cell.feature].index(cell.length)),
+    )
 
 
 class Call(NamedTuple):
@@ -88,7 +117,7 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
     if cell.feature == "bool mask":
         mask = torch.rand(1, 1, length, length, device=device) < 0.5
         mask[..., 0] = True  # every query attends to something: torch gives NaN otherwise
-    if cell.feature == "key padding":
+    if cell.feature in PADDED:
         lengths = torch.linspace(length // 2, length, batch, device=device).int()
         mask = (torch.arange(length, device=device) < lengths[:, None])[:, None, None, :]
 
@@ -101,9 +130,9 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
     dropout_p = DROPOUT_P if cell.feature == "dropout" else 0.0
     is_causal = cell.feature == "causal"
 
-    def ours() -> Call:
+    def ours(backend: str) -> Call:
         own = leaves()
-        options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p}
+        options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "deterministic": cell.feature == "deterministic"}
         if bias is not None:
             options["attn_mask"] = own[3]
         elif lengths is not None and mask is not None:
@@ -112,7 +141,7 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
             options["attn_mask"] = mask
 
         def run() -> Tensor:
-            out = attention(*own[:3], **options, backend="triton")
+            out = attention(*own[:3], **options, backend=backend)
             assert isinstance(out, Tensor)
             return out
 
@@ -129,8 +158,8 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
         return Call(run, own)
 
     def flex() -> Call:
-        if cell.feature == "dropout":
-            raise NotImplementedError("FlexAttention has no dropout")
+        if cell.feature in ("dropout", "deterministic"):
+            raise NotImplementedError(f"{cell.feature}: not compared")
         own = leaves()
         score_mod = block_mask = None
         if bias is not None:
@@ -149,7 +178,7 @@ def make_calls(cell: Cell, device: str, tokens: int = TOKENS) -> dict[str, Call 
         compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         return Call(lambda: compiled(own[0], own[1], own[2], score_mod=score_mod, block_mask=block_mask), own)
 
-    makers: dict[str, Callable[[], Call]] = {OURS: ours}
+    makers: dict[str, Callable[[], Call]] = {backend: partial(ours, backend) for backend in OURS}
     makers |= {name: partial(sdpa, backend) for name, backend in SDPA.items()}
     makers["flex"] = flex
     calls: dict[str, Call | str] = {}
@@ -238,8 +267,10 @@ def table(results: dict[Cell, dict[str, Any]], wanted: list[Cell]) -> str:
     lines = []
     for measured_pass in PASSES:
         lines += [f"## {measured_pass}, milliseconds", ""]
-        lines.append("| feature | length | head_dim | " + " | ".join(PROVIDERS) + " | ours TFLOP/s | best peer / ours |")
-        lines.append("|---" * (5 + len(PROVIDERS)) + "|")
+        lines.append(
+            "| feature | length | head_dim | " + " | ".join(PROVIDERS) + " | cuda TFLOP/s | best peer / cuda | best peer / triton |"
+        )
+        lines.append("|---" * (6 + len(PROVIDERS)) + "|")
         for cell in wanted:
             lines.append("| " + " | ".join(_row(cell, measured_pass, results)) + " |")
         lines.append("")
@@ -249,21 +280,30 @@ def table(results: dict[Cell, dict[str, Any]], wanted: list[Cell]) -> str:
 def _row(cell: Cell, measured_pass: str, results: dict[Cell, dict[str, Any]]) -> list[str]:
     row = [cell.feature, str(cell.length), str(cell.head_dim)]
     if cell not in results:
-        return [*row, *["not run"] * len(PROVIDERS), "", ""]
+        return [*row, *["not run"] * len(PROVIDERS), "", "", ""]
     times = _times(results[cell], measured_pass)
     row += [f"{times[name]:.4f}" if name in times else "-" for name in PROVIDERS]
-    peers = [milliseconds for name, milliseconds in times.items() if name != OURS]
-    if OURS not in times:
-        return [*row, "", ""]
-    row.append(f"{cell.flops(measured_pass) / times[OURS] / 1e9:.0f}")
-    ratio = f"{min(peers) / times[OURS]:.2f}" if peers else "no peer"
-    judged = cell.length >= 2048 and cell.head_dim in (64, 128)
-    if peers and judged and cell.feature in BARS[measured_pass]:
-        ratio += _against(min(peers) / times[OURS], BARS[measured_pass][cell.feature])
-    own_full = _times(results.get(cell._replace(feature="full"), {}), measured_pass).get(OURS)
-    if cell.feature == "dropout" and own_full:
-        ratio += f"; {own_full / times[OURS]:.2f}{_against(own_full / times[OURS], DROPOUT_BAR)} of its own full"
-    return [*row, ratio]
+    row.append(f"{cell.flops(measured_pass) / times['cuda'] / 1e9:.0f}" if "cuda" in times else "")
+    return row + [_ratios(cell, measured_pass, results, times, backend) for backend in OURS]
+
+
+def _ratios(cell: Cell, measured_pass: str, results: dict[Cell, dict[str, Any]], times: dict[str, float], backend: str) -> str:
+    """Of the best peer's time, and of what a bar speaks of, to the backend's; with the bar."""
+    if backend not in times:
+        return ""
+    peers = [milliseconds for name, milliseconds in times.items() if name not in OURS]
+    words = [f"{min(peers) / times[backend]:.2f}" if peers else "no peer"]
+    bar = BARS[backend, measured_pass].get(cell.feature)
+    if bar is not None and cell.head_dim in (64, 128) and cell.length >= bar.shortest:
+        judged = {name: times[name] for name in bar.peers if name in times}
+        if judged:
+            best = min(judged, key=judged.__getitem__)
+            words.append(f"{judged[best] / times[backend]:.2f} of {best}{_against(judged[best] / times[backend], bar.ratio)}")
+    ratio, judged_backend, passes = OWN_BARS.get(cell.feature, (0.0, "", ()))
+    own_full = _times(results.get(cell._replace(feature="full"), {}), measured_pass).get(backend)
+    if backend == judged_backend and measured_pass in passes and own_full:
+        words.append(f"{own_full / times[backend]:.2f} of its own full{_against(own_full / times[backend], ratio)}")
+    return "; ".join(words)
 
 
 def _times(result: dict[str, Any], measured_pass: str) -> dict[str, float]:
@@ -300,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = cells()
     if options.peers_only:
         wanted = [cell for cell in wanted if cell.feature in ("full", "causal")]
-    providers = PROVIDERS[1:] if options.peers_only else PROVIDERS
+    providers = PROVIDERS[len(OURS) :] if options.peers_only else PROVIDERS
     done = load(options.results)
     end = time.monotonic() + 60 * options.minutes
     with options.results.open("a") as file:

@@ -1,10 +1,12 @@
-"""Microseconds of host time that one eager attention() costs on the GPU paths, with drivers that launch nothing.
+"""Microseconds of host time that one eager attention() costs; on the GPU paths with drivers that launch nothing.
 
-    python benchmarks/host_cost.py [cuda] [triton]        from a checkout; needs no GPU
+    python benchmarks/host_cost.py [cuda] [triton] [cpu]        from a checkout; needs no GPU
+    python benchmarks/host_cost.py gpu                          the CUDA and the Triton kernels on a GPU, with its own driver
 
 Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
 (tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
-launch, a GPU allocator its own time. Beside them torch's attention on CPU tensors, kernel included, to compare machines.
+launch, a GPU allocator its own time. CPU: with the kernel, of tensors so small that it hardly counts. Beside them torch's attention on
+the same CPU tensors, kernel included.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ def microseconds(function: Callable[[], object]) -> tuple[float, float]:
         function()
     rounds = []  # short ones, some of which nothing disturbs
     for _ in range(ROUNDS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a launch waits for nothing while fewer than a thousand are under way
         start = time.thread_time()
         for _ in range(CALLS):
             function()
@@ -42,20 +46,22 @@ def microseconds(function: Callable[[], object]) -> tuple[float, float]:
     return min(rounds), statistics.median(rounds)
 
 
-def cases(backend: str) -> dict[str, Callable[[], object]]:
-    query, newest = torch.randn(2, 4, 128, 32, dtype=torch.bfloat16), torch.randn(2, 4, 1, 32, dtype=torch.bfloat16)
+def cases(backend: str, device: str) -> dict[str, Callable[[], object]]:
+    seqlen, dtype = (1, torch.float32) if backend == "cpu" else (128, torch.bfloat16)
+    query, key, value = (torch.randn(2, 4, seqlen, 32, dtype=dtype, device=device) for _ in range(3))
+    newest = torch.randn(2, 4, 1, 32, dtype=dtype, device=device)
     leaf = query.clone().requires_grad_()
-    key_mask = torch.ones(2, 128, dtype=torch.bool)
-    lengths = torch.tensor([128, 100], dtype=torch.int32)
+    key_mask = torch.ones(2, seqlen, dtype=torch.bool, device=device)
+    lengths = torch.full((2,), seqlen, dtype=torch.int32, device=device)
     calls: dict[str, Callable[[], object]] = {
-        "attention, causal": lambda: attention(query, query, query, is_causal=True, backend=backend),
-        "attention, causal, with grad": lambda: attention(leaf, query, query, is_causal=True, backend=backend),
-        "attention, key_mask": lambda: attention(query, query, query, key_mask=key_mask, backend=backend),
-        "attention_decode": lambda: attention_decode(newest, query, query, lengths, backend=backend),
+        "attention, causal": lambda: attention(query, key, value, is_causal=True, backend=backend),
+        "attention, causal, with grad": lambda: attention(leaf, key, value, is_causal=True, backend=backend),
+        "attention, key_mask": lambda: attention(query, key, value, key_mask=key_mask, backend=backend),
+        "attention_decode": lambda: attention_decode(newest, key, value, lengths, backend=backend),
         "torch, causal, with its kernel": lambda: scaled_dot_product_attention(newest, newest, newest, is_causal=True),
     }
-    if backend == "cuda":  # which has no gradients
-        del calls["attention, causal, with grad"]
+    if backend == "cpu":
+        calls["torch, causal, with grad, with its kernel"] = lambda: scaled_dot_product_attention(leaf, key, value, is_causal=True)
     return calls
 
 
@@ -78,18 +84,21 @@ def stand_in_for_triton() -> AbstractContextManager:
     return triton_offline.offline(arch=90)
 
 
-STAND_INS = {"cuda": stand_in_for_cuda, "triton": stand_in_for_triton}
+STAND_INS = {"cuda": stand_in_for_cuda, "triton": stand_in_for_triton, "cpu": nullcontext}
 
 
 def main() -> None:
-    backends = sys.argv[1:] or list(STAND_INS)
+    on_gpu = sys.argv[1:] == ["gpu"]
+    backends = ["cuda", "triton"] if on_gpu else sys.argv[1:] or list(STAND_INS)
+    if on_gpu and not torch.cuda.is_available():
+        sys.exit("gpu: torch sees no GPU")
     print(f"torch {torch.__version__}, microseconds per call: least, median of {ROUNDS} rounds")
     for backend in backends:
-        with STAND_INS[backend]():
-            for name, function in cases(backend).items():
+        with nullcontext() if on_gpu else STAND_INS[backend]():
+            for name, function in cases(backend, "cuda" if on_gpu else "cpu").items():
                 with torch.set_grad_enabled("grad" in name):
                     least, median = microseconds(function)
-                print(f"{backend + ': ' + name:40s}{least:7.1f}{median:7.1f}")
+                print(f"{backend + ': ' + name:48s}{least:7.1f}{median:7.1f}")
 
 
 if __name__ == "__main__":

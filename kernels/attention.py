@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda_backend
+from . import repeated, repeated_gradients
 from .jagged import is_nested, packed_inputs
 from .ops import run
 from .prepared_mask import PreparedMask
 from .problem import Layout, Problem, check_dense, check_no_padding, make_problem
-from .repeated import kind_of
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_of
 
@@ -79,14 +78,21 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    kind = None
-    masks = attn_mask is not None or query_lengths is not None or window is not None or rng_state is not None
-    terms = softcap is not None or alibi_slopes is not None or sinks is not None or deterministic is not None
-    if not masks and not terms and type(dropout_p) is float and dropout_p == 0.0:
-        kind = kind_of(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-        results = None if kind is None else cuda_backend.repeat(kind, query, key, value, key_mask, key_lengths, return_lse)
-        if results is not None:
-            return results if return_lse else results[0]  # type: ignore[return-value]  # lse is there when asked for
+    repeatable = (
+        attn_mask is query_lengths is window is rng_state is softcap is alibi_slopes is sinks is deterministic is None
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+    )
+    if repeatable:
+        if type(query) is Tensor and query.requires_grad and torch.is_grad_enabled():
+            results = repeated_gradients.run(query, key, value, key_mask, key_lengths, is_causal, scale, backend, return_lse)
+            if results is not None:
+                return results
+        else:
+            repeat = repeated.find(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
+            done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
+            if done is not None:
+                return done if return_lse else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
     if is_nested(query):
         check_no_padding("nested tensors", attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
         queries, keys, values = packed_inputs(query, key, value)
@@ -130,7 +136,12 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
-    return _run(problem, backend, return_lse, kind)
+    chosen = choose(problem, backend)
+    out, lse = run(problem, chosen)
+    if repeatable:
+        repeated.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend)
+        repeated_gradients.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, chosen)
+    return (out, lse) if return_lse else out
 
 
 def attention_qkv_packed(
@@ -258,12 +269,12 @@ def attention_decode(
         RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
     """
     check_dense("key_lengths", key_lengths)
-    kind = None
-    if window is None and softcap is None and alibi_slopes is None and sinks is None:
-        kind = kind_of(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
-        results = None if kind is None else cuda_backend.repeat(kind, query, key_cache, value_cache, key_mask, key_lengths, return_lse)
-        if results is not None:
-            return results if return_lse else results[0]  # type: ignore[return-value]  # lse is there when asked for
+    repeatable = window is softcap is alibi_slopes is sinks is None
+    if repeatable:
+        repeat = repeated.find(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
+        done = None if repeat is None else repeat(query, key_cache, value_cache, key_mask, key_lengths, return_lse)
+        if done is not None:
+            return done if return_lse else done[0]  # type: ignore[return-value]  # lse is there when asked for
     problem = make_problem(
         "separate",
         _autocast(query, key_cache, value_cache),
@@ -280,7 +291,10 @@ def attention_decode(
         raise RuntimeError(
             "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
         )
-    return _run(problem, backend, return_lse, kind)
+    results = _run(problem, backend, return_lse)
+    if repeatable:
+        repeated.remember(problem, query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
+    return results
 
 
 def scaled_dot_product_attention(
@@ -388,9 +402,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     return explain_problem(make_problem(layout, _autocast(query, key, value), **options))
 
 
-def _run(problem: Problem, backend: str | None, return_lse: bool, kind: tuple | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    if problem.inputs_number is not None:  # the inputs are the caller's, none was copied
-        problem.repeated_as = kind
+def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     out, lse = run(problem, choose(problem, backend))
     return (out, lse) if return_lse else out
 

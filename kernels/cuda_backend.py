@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import repeated
 from .dropout import dropout_threshold
 from .problem import Gradients, Problem, empty_lse, empty_output
+from .repeated import Repeat
 
 try:
     from fused_attention import _native
@@ -151,12 +153,10 @@ class _Call:
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
     lse_bytes: int
-    workspace_bytes: int = 0  # known after a launch
 
 
 MAX_REMEMBERED = 4096  # different calls
 _remembered: dict[tuple, _Call] = {}  # by _kind_of
-_repeatable: dict[tuple, _Call] = {}  # by repeated.kind_of
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if call is None:
         if len(_remembered) >= MAX_REMEMBERED:
             _remembered.clear()
-            _repeatable.clear()
         call = _remembered[kind] = _new_call(problem)
     out = query.new_empty_strided(call.out_shape, call.out_strides)
     lse = query.new_empty_strided(call.lse_shape, call.lse_strides, dtype=torch.float32)
@@ -184,41 +183,43 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if wanted:
         workspace = query.new_empty(wanted, dtype=torch.uint8)
         _run(call.problem, device, stream, workspace.data_ptr(), *arguments)
-    if problem.repeated_as is not None:
-        call.workspace_bytes = wanted
-        _repeatable[problem.repeated_as] = call
+    if out.numel() and key.numel():
+        problem.repeat = _repeat(call, query, wanted)
     if problem.dropout_p == 1.0:
         out.zero_()
     return out, lse
 
 
-def repeat(
-    kind: tuple, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None] | None:
-    """`forward` of a call whose kind (repeated.kind_of) ran before; None of one that must be checked first."""
-    call = _repeatable.get(kind)
-    if call is None:
-        return None
-    q, k, v = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    if (q | k | v) % 16 or not (q and k and v):  # 0: torch's zero tensors, which have no memory
-        return None
-    empty = query.new_empty_strided
-    out = empty(call.out_shape, call.out_strides)
-    # A lse that nobody asked for lies behind the workspace: an allocation takes as long as many checks.
-    lse = empty(call.lse_shape, call.lse_strides, dtype=_float32) if return_lse else None
-    workspace = None
-    if lse is None or call.workspace_bytes:
-        num_bytes = call.workspace_bytes if return_lse else call.workspace_bytes + call.lse_bytes
-        workspace = empty((num_bytes // 2,), _ROW)  # of 16 bits, as the query is
-    scratch = 0 if workspace is None else workspace.data_ptr()
-    lse_address = scratch + call.workspace_bytes if lse is None else lse.data_ptr()
-    device, stream = _device_and_stream(query)
-    mask = 0 if key_mask is None else key_mask.data_ptr()
-    lengths = 0 if key_lengths is None else key_lengths.data_ptr()
-    _run(
-        call.problem, device, stream, scratch, q, k, v, out.data_ptr(), lse_address, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0
+def _repeat(call: _Call, query: Tensor, workspace_bytes: int) -> Repeat:
+    """`forward` of calls like this one, of which only query, key, value, key_mask, key_lengths and what is returned differ."""
+    native_problem, out_shape, out_strides, lse_shape, lse_strides = (
+        call.problem, call.out_shape, call.out_strides, call.lse_shape, call.lse_strides,
     )  # fmt: skip
-    return out, lse
+    dtype, float32, empty = query.dtype, torch.float32, repeated.empty_strided(query)
+    with_lse, without_lse = (workspace_bytes // 2,), ((workspace_bytes + call.lse_bytes) // 2,)  # in numbers of 16 bits
+
+    def repeat(
+        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        q, k, v = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        if (q | k | v) % 16:
+            return None
+        out = empty(out_shape, out_strides, dtype)
+        lse = workspace = None
+        if return_lse:
+            lse = empty(lse_shape, lse_strides, float32)
+        if workspace_bytes or not return_lse:
+            workspace = empty(with_lse if return_lse else without_lse, (1,), dtype)
+        scratch = 0 if workspace is None else workspace.data_ptr()
+        # A lse that nobody asked for lies behind the workspace: an allocation takes as long as many checks.
+        lse_address = scratch + workspace_bytes if lse is None else lse.data_ptr()
+        device, stream = _device_and_stream(query)
+        mask = 0 if key_mask is None else key_mask.data_ptr()
+        lengths = 0 if key_lengths is None else key_lengths.data_ptr()
+        _run(native_problem, device, stream, scratch, q, k, v, out.data_ptr(), lse_address, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0)
+        return out, lse
+
+    return repeat
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
@@ -323,7 +324,6 @@ def _run_backward(problem: bytes, device: int, stream: int, workspace: int, addr
 # Launches the kernels, or returns how many bytes of workspace they want: (problem, device, stream, workspace, *addresses) -> int.
 # Tests replace it by one that runs _native.cuda_plan.
 _run: Callable[..., int] = getattr(_native, "cuda_forward", None)  # type: ignore[assignment]
-_float32, _ROW = torch.float32, (1,)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import repeated
 from .dropout import dropout_threshold
 from .problem import Gradients, Problem, empty_lse, empty_output, with_contiguous_last_dim
+from .repeated import Repeat
 
 try:
     from fused_attention import _native
@@ -61,7 +63,41 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     arguments, _keep_alive = _native_arguments(problem, out, lse)
     _native.cpu_forward(torch.get_num_threads(), arguments)
+    problem.repeat = _repeat(arguments, out, lse)
     return out, lse
+
+
+def _repeat(arguments: tuple, out: Tensor, lse: Tensor) -> Repeat:
+    """`forward` of calls like this one, of which only query, key, value, key_mask and key_lengths differ."""
+    sizes, options, (_, *q_strides), (_, *k_strides), (_, *v_strides), (_, *out_strides), _, rng_state, side_arguments = arguments
+    bias, (_, *mask_strides), (_, *other_lengths), *others = side_arguments or (None, (0,), (0,))
+    out_shape, out_stride, lse_shape, lse_stride = tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride()
+    dtype, float32, empty, run = out.dtype, torch.float32, repeated.empty_strided(out), _native.cpu_forward
+
+    def repeat(
+        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = empty(out_shape, out_stride, dtype), empty(lse_shape, lse_stride, float32)
+        side = None
+        if side_arguments is not None:
+            side = bias, (_address(key_mask), *mask_strides), (_address(key_lengths), *other_lengths), *others
+        run(
+            torch.get_num_threads(),
+            (
+                sizes,
+                options,
+                (query.data_ptr(), *q_strides),
+                (key.data_ptr(), *k_strides),
+                (value.data_ptr(), *v_strides),
+                (out.data_ptr(), *out_strides),
+                lse.data_ptr(),
+                rng_state,
+                side,
+            ),
+        )
+        return out, lse
+
+    return repeat
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:

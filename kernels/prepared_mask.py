@@ -194,8 +194,8 @@ def pack_bits(allowed: Tensor) -> Tensor:
     """(..., L) bool -> (..., ceil(L / 32)) int32: bit i % 32 of word i // 32; bits past L are 0."""
     length = allowed.shape[-1]
     num_words = -(-length // 32)
-    if num_words == 0:  # torch does not let bytes without an extent be seen as words
-        return allowed.new_empty(allowed.shape, dtype=torch.int32)
+    if allowed.numel() == 0:  # torch does not let bytes without an extent be seen as words
+        return allowed.new_empty((*allowed.shape[:-1], num_words), dtype=torch.int32)
     # In this order: padding by nothing would keep the strides of what is padded.
     allowed = F.pad(allowed.contiguous(), (0, 32 * num_words - length))
     eight_bools = allowed.view(torch.int64)  # little-endian, as every platform of torch is

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from .prepared_mask import PreparedMask
+    from .repeated import Repeat
 
 Causal = Literal["none", "top_left", "bottom_right"]
 Layout = Literal["separate", "qkv", "kv", "varlen"]
@@ -58,7 +59,7 @@ class Problem:
     max_seqlen_k: int
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
-    repeated_as: tuple | None = field(default=None, init=False)  # repeated.kind_of the call, where calls like it may skip the checks
+    repeat: Repeat | None = field(default=None, init=False)  # left by a backend that ran: the call again, on other tensors like these
 
     def as_native_kernels_take_them(self, mask_dtypes: Collection[torch.dtype]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """attn_mask, alibi_slopes and sinks: a mask of any other dtype and the two others become float32."""

@@ -1,22 +1,52 @@
 """Eager calls without gradients that are like one before: what its checks depend on is the same, so that only the launch is left.
 
-On a GPU the checks of a small call take longer than its kernel. Only the CUDA backend remembers calls (cuda_backend.repeat).
+The checks of a small call take longer than its kernel. A backend that has run a call may leave a function in `Problem.repeat` that runs
+it again on other tensors; `remember` keeps it beside a guard, and `find` gives it to a call that the guard lets pass. The guard is
+torch.compile's own: it compares the tensors' types, dtypes, devices, sizes, strides and dispatch keys, and through these whether
+functorch, autocast, inference mode, a lazily negated view or tracing has a say. It lets no tensor pass for two of them.
 """
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+if TYPE_CHECKING:
+    from .problem import Problem
+
+# (query, key, value, key_mask, key_lengths, return_lse) -> out and lse, or None: this call must be checked first
+Repeat = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor | None] | None]
+
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+try:
+    _guards.TensorGuards(torch.empty(0), dynamic_dims_sizes=None, dynamic_dims_strides=None)
+except (AttributeError, TypeError):  # a torch whose guards are others: no call is remembered
+    _guards = None
+
 # Looking names up through three modules takes longer than the calls.
-_strided, _int32, _is_grad_enabled = torch.strided, torch.int32, torch.is_grad_enabled
-_dispatch_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
-_any_autocast = torch._C._is_any_autocast_enabled
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes, _is_dynamo_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_dynamo_compiling
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_allocators = {kind: getattr(_guards, f"_empty_strided_{kind}") for kind in ("cpu", "cuda") if hasattr(_guards, f"_empty_strided_{kind}")}
+
+MAX_REMEMBERED = 4096  # different calls
+MAX_ALIKE = 4  # of the same sizes and options, with other strides or dtypes
 
 
-def kind_of(
+class _Remembered(NamedTuple):
+    guard: Callable[..., bool]  # takes the call's tensors
+    device: int  # must be the current one; -1: the CPU
+    repeat: Repeat
+
+
+_calls: dict[tuple, list[_Remembered]] = {}
+
+
+def find(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -25,37 +55,74 @@ def kind_of(
     is_causal: bool | str,
     scale: float | None,
     backend: str | None,
-) -> tuple | None:
-    """All that decides how such a call is checked, routed and launched, but for the addresses; None where anything else has a say.
+) -> Repeat | None:
+    """What runs a call without its checks; None of a call that no remembered one is like."""
+    if _is_dynamo_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0:
+        return None
+    if type(query) is not Tensor or type(key) is not Tensor or not _are_comparable(is_causal, scale, backend):
+        return None
+    alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None))
+    if alike is None:
+        return None
+    for guard, device, repeat in alike:
+        if key_mask is None:
+            passes = guard(query, key, value) if key_lengths is None else guard(query, key, value, key_lengths)
+        else:
+            passes = guard(query, key, value, key_mask) if key_lengths is None else guard(query, key, value, key_mask, key_lengths)
+        if passes:
+            return repeat if device < 0 or device == _current_device() else None  # type: ignore[misc]  # there is a GPU
+    return None
 
-    Types are looked at before values are compared: True is no 1, and what is refused must not pass for what is equal to it.
+
+def remember(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    is_causal: bool | str,
+    scale: float | None,
+    backend: str | None,
+) -> None:
+    """Keeps what runs calls like this one again, if its backend left that, no gradient may be asked of it and none of its tensors was
+    cast or copied.
     """
-    if torch.compiler.is_compiling() or _dispatch_modes() > 0 or _any_autocast():
-        return None
-    if _functorch_level() is not None or forward_ad._current_level >= 0 or _tracing() is not None:
-        return None
-    if not (type(query) is type(key) is type(value) is Tensor) or query.is_neg() or key.is_neg() or value.is_neg():
-        return None
-    if not (query.layout is key.layout is value.layout is _strided):
-        return None
-    if _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return None
-    if not (is_causal is False or is_causal is True or type(is_causal) is str) or not (scale is None or type(scale) is float):
-        return None
-    if not (backend is None or type(backend) is str):
-        return None
-    dtype, device = query.dtype, query.device
-    if key.dtype is not dtype or value.dtype is not dtype or key.device != device or value.device != device:
-        return None
-    mask = lengths = None
-    if key_mask is not None:
-        if type(key_mask) is not Tensor or key_mask.layout is not _strided or key_mask.is_neg():
-            return None
-        mask = (key_mask.dtype, key_mask.device, key_mask.shape, key_mask.stride())
-    if key_lengths is not None:
-        # Others are converted or copied first.
-        if type(key_lengths) is not Tensor or key_lengths.dtype is not _int32 or key_lengths.is_neg() or not key_lengths.is_contiguous():
-            return None
-        lengths = (key_lengths.device, key_lengths.shape)
-    shapes = query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
-    return (dtype, device, shapes, mask, lengths, is_causal, scale, backend)
+    if problem.repeat is None or _guards is None or not _are_comparable(is_causal, scale, backend):
+        return
+    given = query, key, value, key_mask, key_lengths
+    own = problem.query, problem.key, problem.value, problem.key_mask, problem.key_lengths
+    tensors = [tensor for tensor in given if tensor is not None]
+    if not all(map(operator.is_, given, own)) or any([type(tensor) is not Tensor or tensor.requires_grad for tensor in tensors]):
+        return
+    if len(set(map(id, tensors))) < len(tensors):
+        return
+    guard = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if len(_calls) >= MAX_REMEMBERED:
+        _calls.clear()
+    alike = _calls.setdefault((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None), [])
+    del alike[MAX_ALIKE - 1 :]
+    alike.insert(0, _Remembered(guard, query.get_device(), problem.repeat))
+
+
+def forget() -> None:
+    """To be called when what calls follow from has changed."""
+    _calls.clear()
+
+
+def _are_comparable(is_causal: bool | str, scale: float | None, backend: str | None) -> bool:
+    """Whether equal options mean the same: True is no 1, and what is refused must not pass for what is equal to it."""
+    if not (is_causal is False or is_causal is True or type(is_causal) is str):
+        return False
+    return (scale is None or type(scale) is float) and (backend is None or type(backend) is str)
+
+
+def empty_strided(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """torch.empty_strided(shape, strides, dtype) where `like` is, in half the time if torch has what torch.compile's code calls; of a GPU
+    only while it is the current one.
+    """
+    fast = _allocators.get(like.device.type)
+    if fast is not None:
+        return fast
+    there = like.new_empty(0)
+    return lambda shape, strides, dtype: there.new_empty_strided(shape, strides, dtype=dtype)

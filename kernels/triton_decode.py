@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import repeated
 from .problem import Problem, empty_lse, empty_output
+from .repeated import Repeat
 from .triton_arguments import (
     common_arguments,
     common_tensors,
@@ -75,7 +77,36 @@ def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     calls.decode((query, key, value, split_out, split_lse, sinks, *common_tensors(problem, None, None)))
     if calls.combine is not None:
         calls.combine((split_out, split_lse, out, lse, problem.sinks))
+    problem.repeat = _repeat(calls, out, lse)
     return out, lse
+
+
+def _repeat(calls: DecodeCalls, out: Tensor, lse: Tensor) -> Repeat | None:
+    """`decode_forward` of calls like this one, of which only query, key, value, key_mask and key_lengths differ; None where a setting of
+    torch counts.
+    """
+    if out.dtype == torch.float32:  # input_precision
+        return None
+    decode, combine = calls.decode, calls.combine
+    out_shape, out_strides, lse_shape, lse_strides = tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride()
+    dtype, float32, empty = out.dtype, torch.float32, repeated.empty_strided(out)
+    split_out_shape, split_lse_shape = (calls.splits * out.numel(),), (calls.splits * lse.numel(),)
+
+    def repeat(
+        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
+        mask = None if key_mask is None else key_mask.view(torch.uint8)
+        sides = None, None, mask, key_lengths, None, None, None, None, None, None, None  # sinks, then those of common_tensors
+        if combine is None:
+            decode((query, key, value, out, lse, *sides))
+        else:
+            split_out, split_lse = empty(split_out_shape, (1,), float32), empty(split_lse_shape, (1,), float32)
+            decode((query, key, value, split_out, split_lse, *sides))
+            combine((split_out, split_lse, out, lse, None))
+        return out, lse
+
+    return repeat
 
 
 class DecodeCalls(NamedTuple):

@@ -18,6 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
+from . import repeated
+
 Prepared = TypeVar("Prepared")
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -133,6 +135,7 @@ def remembered_call(name: str, sizes: tuple, make: Callable[[], Prepared]) -> Pr
 def forget_launches() -> None:
     """To be called when the tile table has changed."""
     _remembered.clear()
+    repeated.forget()
 
 
 def launch(

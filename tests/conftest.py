@@ -8,16 +8,17 @@ import formula_kernels
 import pytest
 import torch
 
-from fused_attention.kernels import native, ops, routing
+from fused_attention.kernels import native, ops, repeated, routing
 
-collect_ignore = ["on_triton"]  # a run of its own: its conftest says how
+collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
 
 ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _as_at_first() -> None:
     torch.manual_seed(0)
+    repeated.forget()
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", poisoned(torch.Tensor.new_empty_strided))
+    monkeypatch.setattr(repeated, "_allocators", {})
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from emulator import Module, Schedule, why_not_buildable
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels import cuda_backend, repeated
 from fused_attention.kernels.attention import attention
 from fused_attention.kernels.problem import Problem, empty_output
 from fused_attention.kernels.reference import present
@@ -85,7 +85,8 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
         self._patches.setattr(cuda_backend, "backward", functools.partial(self._backward, cuda_backend.backward))
         self._patches.setattr(cuda_backend, "_remembered", {})  # by what this GPU is
-        self._patches.setattr(cuda_backend, "_repeatable", {})
+        self._patches.setattr(repeated, "_calls", {})
+        self._patches.setattr(repeated, "_allocators", {})
         super().__enter__()
         return self
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 from attention_calls import build, options_of
 from torch import Tensor
 
 from fused_attention import attention_decode, attention_varlen
+from fused_attention.kernels import ops, repeated
 from fused_attention.kernels.attention import attention
 from fused_attention.kernels.problem import Problem
 from fused_attention.kernels.weights import weights_by_formula
@@ -193,3 +196,32 @@ def check_weights(backend: Any, options: dict[str, Any], average_heads: bool, dt
     assert weights.dtype == dtype
     assert_accurate("weights", "out", weights, weights_by_formula(problem, lse, average_heads), expected)
     assert torch.equal(weights == 0, expected.to(dtype) == 0)
+
+
+REPEATED = {
+    "full": lambda device: {},
+    "causal, scale": lambda device: {"is_causal": True, "scale": 0.5},
+    "key_mask": lambda device: {"key_mask": torch.arange(70, device=device) < torch.tensor([[70], [3]], device=device)},
+    "key_lengths": lambda device: {
+        "key_lengths": torch.tensor([70, 3], dtype=torch.int32, device=device),
+        "is_causal": "bottom_right",
+    },
+}
+
+
+def check_repeated_call(backend: str, options: Callable, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call like an earlier one skips what leads to the kernels, and gives what it gave when it did not."""
+    arguments = options(device)
+    for seqlen_q in (5, 70):
+        inputs, others = ([torch.randn(2, 4, n, 32, device=device).to(dtype) for n in (seqlen_q, 70, 70)] for _ in range(2))
+        expected = attention(*others, **arguments, return_lse=True, backend=backend)
+        repeated.forget()
+        attention(*inputs, **arguments, return_lse=True, backend=backend)
+        with monkeypatch.context() as patches:
+            patches.setitem(ops.KERNEL_BACKENDS, backend, None)  # what goes all the way fails
+            results = attention(*others, **arguments, return_lse=True, backend=backend)
+            out = attention(*others, **arguments, backend=backend)
+        assert torch.equal(out, expected[0])
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result, wanted)
+            assert (result.shape, result.stride(), result.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)

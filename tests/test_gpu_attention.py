@@ -33,23 +33,24 @@ def test_flops() -> None:
 
 @pytest.mark.parametrize("feature", gpu_attention.FEATURES)
 def test_calls_of_every_feature_agree_with_the_formula(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours on the reference stands in for Triton; torch's flash attention is the only peer that a CPU has."""
+    """The formula stands in for our kernels; torch's flash attention is the only peer that a CPU has."""
     attention = gpu_attention.attention
     monkeypatch.setattr(gpu_attention, "attention", lambda *inputs, **options: attention(*inputs, **options | {"backend": "reference"}))
-    results = measure(Cell(feature, 64, 64), ("ours", "flash", "efficient"), "cpu", 0.0, tokens=TINY)
-    assert set(results) == {"ours", "flash", "efficient"}
-    assert results["ours"]["forward"] > 0
-    assert results["ours"]["backward"] > 0
+    results = measure(Cell(feature, 64, 64), ("cuda", "triton", "flash", "efficient"), "cpu", 0.0, tokens=TINY)
+    assert set(results) == {"cuda", "triton", "flash", "efficient"}
+    for ours in ("cuda", "triton"):
+        assert results[ours]["forward"] > 0
+        assert results[ours]["backward"] > 0
     assert isinstance(results["efficient"], str)
-    if feature in ("full", "causal", "bool mask", "key padding"):
+    if feature in ("full", "causal", "bool mask", "key padding", "short, padded"):
         assert results["flash"]["backward"] > 0, results["flash"]
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_attention, "attention", lambda query, key, value, **options: value + 0.0 * (query + key))
-    results = measure(Cell("full", 64, 64), ("ours", "flash"), "cpu", 0.0, tokens=TINY)
-    assert results["ours"] != results["flash"]
-    assert "differs from ours" in results["flash"]
+    results = measure(Cell("full", 64, 64), ("cuda", "flash"), "cpu", 0.0, tokens=TINY)
+    assert results["cuda"] != results["flash"]
+    assert "differs from cuda" in results["flash"]
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -77,7 +78,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert measured[2:] == [Cell("bias", 512, 64)]
     assert len(gpu_attention.load(file)) == 2
     printed = capsys.readouterr().out
-    assert "| full | 128 | 64 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | - |" in printed
+    assert "| full | 128 | 64 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | - |" in printed
     assert "not run" not in printed
 
 
@@ -90,9 +91,10 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture)
 
 def test_the_ratio_is_to_the_best_peer() -> None:
     cell = Cell("causal", 2048, 128)
-    times = {"ours": 2.0, "flash": 3.0, "efficient": 9.0, "cudnn": 1.0}
+    times = {"cuda": 2.0, "triton": 2.5, "flash": 3.0, "efficient": 9.0, "cudnn": 1.0}
     text = table({cell: {name: {"forward": time, "backward": time} for name, time in times.items()} | {"flex": "-"}}, [cell])
-    assert "| 0.50 (below 0.75) |" in text
+    assert "| 0.50; 1.50 of flash (>= 1) | 0.40; 0.40 of cudnn (below 0.75) |" in text
+    assert "| 0.50; 1.50 of flash (>= 1) | 0.40; 0.40 of cudnn (below 0.5) |" in text
 
 
 def test_a_baseline_of_the_peers_does_not_stand_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,13 +112,21 @@ def test_a_baseline_of_the_peers_does_not_stand_for_ours(tmp_path: Path, monkeyp
     gpu_attention.main([file, "--peers-only"])
     gpu_attention.main([file])
     gpu_attention.main([file, "--peers-only"])
-    assert measured == [gpu_attention.PROVIDERS[1:], gpu_attention.PROVIDERS]
+    assert measured == [gpu_attention.PROVIDERS[2:], gpu_attention.PROVIDERS]
 
 
 def test_bars() -> None:
-    full, dropout = Cell("full", 2048, 64), Cell("dropout", 2048, 64)
-    ours, peer = {"forward": 2.0, "backward": 2.0}, {"forward": 1.0, "backward": 1.0}
-    slow = {"forward": 4.0, "backward": 2.5}
-    text = table({full: {"ours": ours, "flash": peer}, dropout: {"ours": slow, "flash": peer}}, [full, dropout])
-    for expected in ("0.50 (below 0.75) |", "0.50 (>= 0.5) |", "0.50 (below 0.7) of its own full |", "0.80 (>= 0.7) of its own full |"):
-        assert expected in text
+    full, dropout, deterministic = (Cell(feature, 2048, 64) for feature in ("full", "dropout", "deterministic"))
+    fast, slow = {"forward": 1.0, "backward": 2.0}, {"forward": 2.0, "backward": 2.0}
+    results = {
+        full: {"triton": slow, "cuda": fast, "flash": {"forward": 1.0, "backward": 1.0}},
+        dropout: {"triton": {"forward": 4.0, "backward": 2.5}},
+        deterministic: {"cuda": {"forward": 9.0, "backward": 2.4}},
+    }
+    forward, backward = table(results, list(results)).split("## backward")
+    assert "1.00; 1.00 of flash (>= 1) | 0.50; 0.50 of flash (below 0.75) |" in forward
+    assert "0.50; 0.50 of flash (below 1) | 0.50; 0.50 of flash (>= 0.5) |" in backward
+    assert "no peer; 0.50 of its own full (below 0.7) |" in forward
+    assert "no peer; 0.80 of its own full (>= 0.7) |" in backward
+    assert "own full" not in forward.split("deterministic")[1]
+    assert "no peer; 0.83 of its own full (>= 0.82) |" in backward

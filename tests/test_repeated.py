@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from function_calls import REPEATED, check_repeated_call
 from torch import Tensor
 
 from fused_attention import attention, attention_decode
-from fused_attention.kernels import cuda_backend
-from fused_attention.kernels.repeated import kind_of
+from fused_attention.kernels import cuda_backend, native, repeated
 
-pytestmark = pytest.mark.skipif(cuda_backend._native is None, reason="the compiled extension is not there")
+pytestmark = [
+    pytest.mark.skipif(cuda_backend._native is None, reason="the compiled extension is not there"),
+    pytest.mark.skipif(repeated._guards is None, reason="this torch has other guards"),
+]
 
 WANTED = 512  # bytes of workspace that a call with a key_mask asks for
 
@@ -34,7 +37,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
     monkeypatch.setattr(cuda_backend, "_run", run)
     monkeypatch.setattr(cuda_backend, "_remembered", {})
-    monkeypatch.setattr(cuda_backend, "_repeatable", {})
     return launched
 
 
@@ -120,48 +122,124 @@ def test_bad_input_is_refused_after_good_calls(case: str, launches: list[tuple])
     assert launches == []
 
 
-def test_a_gradient_is_not_forgotten(launches: list[tuple]) -> None:
+def test_a_gradient_is_not_forgotten(launches: list[tuple], checks: list[str]) -> None:
     query, key, value = tensors()
     for call in CALLS.values():
         call(query, key, value)
     with pytest.raises(RuntimeError, match="attention_decode has no gradient"):
         attention_decode(query.clone().requires_grad_(), key, value, LENGTHS, backend="cuda")
-    assert kind_of(query, key.clone().requires_grad_(), value, None, None, True, None, "cuda") is None
-    with torch.no_grad():
-        assert kind_of(query, key.clone().requires_grad_(), value, None, None, True, None, "cuda") is not None
+    checks.clear()
+    for leaf in (0, 1, 2):
+        inputs = [tensor.clone().requires_grad_(place == leaf) for place, tensor in enumerate((query, key, value))]
+        assert attention(*inputs, is_causal=True, backend="cuda").requires_grad
+        with torch.no_grad():
+            attention(*inputs, is_causal=True, backend="cuda")
+        assert attention(*inputs, is_causal=True, backend="cuda").requires_grad
+    assert len(checks) == 9
 
 
 class Subclass(torch.Tensor):
     pass
 
 
-def autocast() -> Any:
-    return torch.autocast("cpu", torch.bfloat16)
+class SeesEverything(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return function(*args, **(kwargs or {}))
 
 
-def vmapped(function: Callable[[Tensor], Any], tensor: Tensor) -> None:
-    torch.func.vmap(lambda one: function(one) or one)(tensor[None])
+def found_by(query: Tensor, context: Any = None) -> Any:
+    _, key, value = tensors()
+    with context or nullcontext():
+        return repeated.find(query, key, value, None, None, True, None, "cuda")
 
 
-def test_what_anything_else_has_a_say_in_is_no_kind() -> None:
-    query, key, value = tensors()
-    found: list[object] = []
+def inference_tensor() -> Tensor:
+    with torch.inference_mode():
+        return tensors()[0]
 
-    def look(query: Tensor, context: Any = None) -> None:
-        with context or nullcontext():
-            found.append(kind_of(query, key, value, None, None, True, None, "cuda"))
 
-    look(query)
-    assert found.pop() is not None
-    look(query, autocast())
-    look(query, torch._subclasses.fake_tensor.FakeTensorMode())
-    look(query, torch.autograd.forward_ad.dual_level())
-    look(query.as_subclass(Subclass))
-    look(torch._neg_view(query))
-    look(query[..., ::2])  # the same as any description; the checks copy it
-    vmapped(look, query)
-    assert found[:5] == [None] * 5
-    assert found[6] is None
+def found_by_vmapped() -> Any:
+    found = []
+    torch.func.vmap(lambda query: found.append(found_by(query)) or query)(tensors()[0][None])
+    return found[0]
+
+
+def found_beside_functorch() -> Any:
+    found = []
+    torch.func.vmap(lambda number: found.append(found_by(tensors()[0])) or number)(torch.zeros(1))
+    return found[0]
+
+
+def found_by_traced() -> Any:
+    found = []
+    torch.jit.trace(lambda number: found.append(found_by(tensors()[0])) or number + 1, torch.zeros(1), check_trace=False)
+    return found[0]
+
+
+OTHERS_WITH_A_SAY: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: found_by(tensors()[0], torch.autocast("cpu", torch.bfloat16)),
+    "fake tensors": lambda: found_by(tensors()[0], torch._subclasses.fake_tensor.FakeTensorMode()),
+    "a dispatch mode": lambda: found_by(tensors()[0], SeesEverything()),
+    "forward-mode differentiation": lambda: found_by(tensors()[0], torch.autograd.forward_ad.dual_level()),
+    "inference mode": lambda: found_by(tensors()[0], torch.inference_mode()),
+    "a tensor of inference mode": lambda: found_by(inference_tensor()),
+    "a subclass": lambda: found_by(tensors()[0].as_subclass(Subclass)),
+    "a parameter": lambda: found_by(torch.nn.Parameter(tensors()[0])),
+    "a negated view": lambda: found_by(torch._neg_view(tensors()[0])),
+    "a zero tensor without memory": lambda: found_by(torch._efficientzerotensor((2, 4, 5, 32), dtype=torch.bfloat16)),
+    "a tensor elsewhere": lambda: found_by(tensors()[0].to("meta")),
+    "another memory order": lambda: found_by(tensors()[0].transpose(1, 2).contiguous().transpose(1, 2)),
+    "a batched tensor": found_by_vmapped,
+    "vmap around": found_beside_functorch,
+    "torch.jit.trace": found_by_traced,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS_WITH_A_SAY)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_call_in_which_anything_else_has_a_say_goes_all_the_way(other: str, launches: list[tuple]) -> None:
+    attention(*tensors(), is_causal=True, backend="cuda")
+    assert found_by(tensors()[0]) is not None
+    assert OTHERS_WITH_A_SAY[other]() is None
+
+
+def test_what_was_cast_is_not_remembered(launches: list[tuple]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(*tensors(torch.float32), backend="cuda")
+    assert repeated._calls == {}
+
+
+def test_a_tensor_that_is_two_inputs_goes_all_the_way(launches: list[tuple], checks: list[str]) -> None:
+    query, key, _ = tensors()
+    for _ in range(2):
+        attention(query, key, key, backend="cuda")
+    attention(*tensors(), backend="cuda")
+    attention(query, key, key, backend="cuda")
+    assert len(checks) == 4
+
+
+def test_another_gpu_than_the_current_one_goes_all_the_way(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    attention(*tensors(), is_causal=True, backend="cuda")
+    (alike,) = repeated._calls.values()
+    alike[0] = alike[0]._replace(device=1)
+    for current, is_found in ((0, False), (1, True)):
+        monkeypatch.setattr(repeated, "_current_device", lambda current=current: current)
+        assert (found_by(tensors()[0]) is not None) == is_found
+
+
+def test_a_torch_with_other_guards_remembers_nothing(launches: list[tuple], checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeated, "_guards", None)
+    monkeypatch.setattr(repeated, "_allocators", {})
+    for _ in range(2):
+        attention(*tensors(), backend="cuda")
+    assert len(checks) == 2
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", REPEATED)
+def test_the_cpu_kernels_repeat_calls_too(call: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_repeated_call("cpu", REPEATED[call], dtype, "cpu", monkeypatch)
 
 
 def test_int64_lengths_go_all_the_way(launches: list[tuple], checks: list[str]) -> None:
@@ -178,16 +256,11 @@ def test_rows_that_are_copied_go_all_the_way(launches: list[tuple], checks: list
     assert len(checks) == 2
 
 
-def test_zero_tensors_have_no_memory(launches: list[tuple], checks: list[str]) -> None:
-    inputs = tensors()
-    attention(*inputs, backend="cuda")
-    zeros = torch._efficientzerotensor(inputs[0].shape, dtype=inputs[0].dtype)
-    kind = kind_of(zeros, *inputs[1:], None, None, False, None, "cuda")
-    assert kind is None or cuda_backend.repeat(kind, zeros, *inputs[1:], None, None, True) is None
-
-
 def test_what_is_remembered_is_bounded(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_backend, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(repeated, "MAX_REMEMBERED", 3)
     for length in range(60, 70):
         attention(*tensors(seqlen_k=length), backend="cuda")
-    assert len(cuda_backend._repeatable) <= 3
+        attention(*tensors(seqlen_k=60)[:2], torch.zeros(2, 4, 60, 8 * (length - 59), dtype=torch.bfloat16), backend="cuda")
+    assert len(repeated._calls) <= 3
+    assert max(map(len, repeated._calls.values())) <= repeated.MAX_ALIKE

@@ -8,6 +8,7 @@ from attention_calls import DTYPES, build, guarded, options_of
 from function_calls import (
     DECODE,
     EVERYTHING,
+    REPEATED,
     STARTS,
     VARLEN,
     WEIGHTS,
@@ -16,6 +17,7 @@ from function_calls import (
     check_only_the_gradients_that_are_asked_for,
     check_packed_sequences,
     check_packed_sequences_with_everything,
+    check_repeated_call,
     check_starts,
     check_weights,
     leaves_of,
@@ -31,6 +33,12 @@ from fused_attention.kernels.problem import make_problem
 @pytest.mark.parametrize("options", [{"is_causal": "top_left"}, EVERYTHING], ids=["causal", "everything"])
 def test_autograd(options: dict, dtype: torch.dtype, device: str) -> None:
     check_autograd("triton", options, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", sorted(set(REPEATED) - {"key_mask"}))
+def test_repeated_calls(call: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_repeated_call("triton", REPEATED[call], dtype, device, monkeypatch)
 
 
 def test_only_the_gradients_that_are_asked_for(device: str) -> None:

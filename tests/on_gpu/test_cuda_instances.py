@@ -1,0 +1,50 @@
+"""Every compiled CUDA instance runs on this GPU, under the accuracy rule; the planned kernels are those that the profiler saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attention_calls
+import pytest
+import test_cuda_backward
+import test_cuda_forward
+import torch
+from attention_calls import CALL, build
+
+from csrc.cuda.instances.manifest import INSTANCES, Instance
+from fused_attention.kernels import cuda_backend
+
+TILED = [row for row in INSTANCES if row.pass_name != "helper"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OF_OTHER_TILES = (140, 150)  # queries and keys: some blocks, and a rest of both
+
+
+def call_of(row: Instance) -> dict[str, Any]:
+    call = CALL | {
+        "dtype": DTYPES[row.dtype],
+        "head_dims": (row.head_dim_qk, row.head_dim_v),
+        "sizes": (2, 2, 1),
+        "seqlens": OF_OTHER_TILES,
+    }
+    if row.pass_name == "decode":
+        return call | {"seqlens": (1, 300), "is_causal": "bottom_right", "key_lengths": (300, 70)}
+    classes = test_cuda_backward.CLASSES if row.pass_name.startswith("backward") else test_cuda_forward.CLASSES
+    call |= classes[row.feature_class, row.dropout]
+    return call | {"sizes": (2, 2, 2)} if row.feature_class == "bias" else call
+
+
+def launched(row: Instance) -> set[str]:
+    """Runs the row's call, checks it, and returns the names of the kernels."""
+    call = call_of(row)
+    problem, dout, dlse = build(call, "cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        attention_calls.check(cuda_backend, problem, dout, dlse, call["memory"])
+        torch.cuda.synchronize()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("row", TILED, ids=lambda row: row.name)
+def test_instance(row: Instance) -> None:
+    names = launched(row)
+    if not any(row.name in name for name in names):
+        pytest.skip(f"this GPU's plan takes other kernels: {sorted(name for name in names if 'sm80_' in name)}")
