@@ -297,7 +297,8 @@ def _register_flop_formulas() -> None:
 
 def _register_sharding() -> None:
     for layout in NUM_INPUTS:
-        sharding.register(layout, _REGISTERED[layout], _REGISTERED_BACKWARD[layout])
+        names = (f"attention_{layout}", f"attention_{layout}_backward")
+        sharding.register(layout, *[getattr(torch.ops.fused_attention, name).default for name in names])
 
 
 when_imported("torch.utils.flop_counter", _register_flop_formulas)
