@@ -4,7 +4,9 @@
 
     python -m pytest benchmarks --benchmark-quiet -k multi_head
 
---benchmark-max-time is the time given to each comparison, both sides together; --benchmark-storage says where runs are saved.
+--benchmark-max-time is the time given to each comparison, both sides together; --benchmark-storage says where runs are saved. --grid full
+runs what is marked `full` too. --results FILE.jsonl keeps every comparison as it ends, and takes those that it holds from there: a run that
+was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fused_attention.benchmarks.report import Comparison, machine_line, table
+from fused_attention.benchmarks.report import Comparison, append, begin, machine_line, read, report
 
-COMPARISONS = pytest.StashKey[list[Comparison]]()
+COMPARISONS = pytest.StashKey[dict[str, Comparison]]()  # by the test's node id
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
@@ -31,6 +35,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., flo
     runs. `check` runs first and raises if ours is wrong: wrong results are not timed. `group`, `case` and `measure` place the
     comparison in the table (see report.Comparison), `bar` is the ratio it is meant to reach. `ceiling` is ours with the part under
     test removed, timed in the same rounds: the ratio that nothing could exceed, printed at the end of the line.
+    `threads`: of torch, during the comparison; by default as many as it has. `geomean_bar`: what the ratios of all comparisons of the
+    group, measure and dtype are meant to reach together.
     `warmup_rounds`: calls of each before timing; the first call with every new shape allocates, and torch may compile for it.
 
     pytest-benchmark records our rounds; the peer's median, the ratio and the labels are saved with them as extra_info.
@@ -49,7 +55,12 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., flo
         ceiling: Callable[[], Any] | None = None,
         warmup_rounds: int = 1,
         min_rounds: int = MIN_ROUNDS,
+        threads: int | None = None,
+        geomean_bar: float | None = None,
     ) -> float:
+        all_threads = torch.get_num_threads()
+        request.addfinalizer(lambda: torch.set_num_threads(all_threads))
+        torch.set_num_threads(threads or all_threads)
         check()
         if benchmark.disabled:
             benchmark.pedantic(ours)
@@ -81,9 +92,12 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., flo
             rounds=rounds,
             bar=bar,
             note=f"ceiling {peer_ms / ceiling_ms[0]:.2f}" if ceiling_ms else "",
+            geomean_bar=geomean_bar,
         )
         benchmark.extra_info |= vars(comparison) | {"ratio": comparison.ratio}
-        request.config.stash[COMPARISONS].append(comparison)
+        request.config.stash[COMPARISONS][request.node.nodeid] = comparison
+        if (results := request.config.getoption("--results")) is not None:
+            append(results, request.node.nodeid, comparison)
         return comparison.ratio
 
     return run
@@ -95,14 +109,30 @@ def _seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--grid", choices=("quick", "full"), default="quick", help="which benchmarks to run")
+    parser.addoption("--results", type=Path, help="a .jsonl file; comparisons that it holds are not run again")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[COMPARISONS] = []
+    config.addinivalue_line("markers", "full: a benchmark that --grid quick leaves out")
+    results = config.getoption("--results")
+    config.stash[COMPARISONS] = {} if results is None else read(results)
+    if results is not None:
+        begin(results)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    quick = config.getoption("--grid") == "quick"
+    left_out = [item for item in items if (quick and item.get_closest_marker("full")) or item.nodeid in config.stash[COMPARISONS]]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    comparisons = config.stash[COMPARISONS]
+    comparisons = list(config.stash[COMPARISONS].values())
     if comparisons:
         terminalreporter.section("medians of interleaved rounds; ratio = peer / ours")
         terminalreporter.write_line(machine_line())
         terminalreporter.write_line("")
-        terminalreporter.write_line(table(comparisons))
+        terminalreporter.write_line(report(comparisons))

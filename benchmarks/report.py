@@ -1,9 +1,20 @@
-"""One comparison of our time with a peer's, and the table of all comparisons that a benchmark run ends with."""
+"""One comparison of our time with a peer's, files of them, and the tables that a benchmark run ends with.
+
+    python -m fused_attention.benchmarks.report RESULTS.jsonl [--readme README.md]
+
+prints the tables of a file that `fused-attention bench --results RESULTS.jsonl` wrote; --readme puts the geometric means into that file.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
+import statistics
+import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +35,7 @@ class Comparison:
     rounds: int
     bar: float | None  # the ratio that this comparison is meant to reach
     note: str
+    geomean_bar: float | None = None  # that the comparisons of the same group, measure and dtype are meant to reach together
 
     @property
     def ratio(self) -> float:
@@ -36,6 +48,53 @@ def machine_line() -> str:
     missing = native.status()
     kernels = f"native kernels: {native.instruction_sets()[0]}" if missing is None else f"no native kernels ({missing})"
     return f"{processor_name()}, {torch.get_num_threads()} threads; torch {torch.__version__} ({capability}); {kernels}"
+
+
+def begin(path: Path) -> None:
+    """Starts a file of comparisons with what they were measured on."""
+    if not path.exists():
+        here = Path(__file__).resolve().parent
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        path.write_text(json.dumps({"machine": machine_line(), "commit": git.stdout.strip() or "not from a checkout"}) + "\n")
+
+
+def append(path: Path, name: str, comparison: Comparison) -> None:
+    with path.open("a") as file:
+        print(json.dumps({"name": name, "comparison": asdict(comparison)}), file=file)
+
+
+def read(path: Path) -> dict[str, Comparison]:
+    """By the name of the benchmark; nothing where there is no such file."""
+    records = _records(path) if path.exists() else []
+    return {record["name"]: Comparison(**record["comparison"]) for record in records if "name" in record}
+
+
+def _records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def report(comparisons: list[Comparison]) -> str:
+    return "\n\n".join(part for part in (table(comparisons), means(comparisons)) if part)
+
+
+def means(comparisons: Iterable[Comparison]) -> str:
+    """A line for each group, measure, dtype and number of threads that has a bar together: geometric mean, least ratio and its case."""
+    parts: dict[tuple[str, ...], list[Comparison]] = {}
+    for comparison in comparisons:
+        if comparison.geomean_bar is not None:
+            for threads in (comparison.case["threads"], "all"):
+                parts.setdefault((comparison.group, comparison.measure, comparison.case["dtype"], threads), []).append(comparison)
+    lines: list[str] = []
+    for (group, measure, dtype, threads), members in sorted(parts.items()):
+        if not any(line == group for line in lines):
+            lines += [group, f"{'':10}{'dtype':6}{'threads':>8}{'cells':>7}{'geometric mean':>20}{'below 1':>9}  least"]
+        mean, bar = statistics.geometric_mean(member.ratio for member in members), members[0].geomean_bar
+        least = min(members, key=lambda member: member.ratio)
+        below = sum(member.ratio < 1 for member in members)
+        judged = f"{mean:.2f} ({'>=' if mean >= bar else 'below'} {bar:g})" if threads == "all" else f"{mean:.2f}"  # type: ignore[operator]
+        where = "; ".join(value for title, value in least.case.items() if title not in ("dtype", "threads"))
+        lines.append(f"{measure:10}{dtype:6}{threads:>8}{len(members):>7}{judged:>20}{below:>9}  {least.ratio:.2f}: {where}")
+    return "\n".join(lines)
 
 
 def table(comparisons: Iterable[Comparison]) -> str:
@@ -86,3 +145,24 @@ def _cells(comparison: Comparison | None) -> list[str]:
     if comparison.bar is not None:
         ratio += f" ({'>=' if comparison.ratio >= comparison.bar else 'below'} {comparison.bar:g})"
     return [f"{comparison.ours_ms:.3f}", f"{comparison.peer_ms:.3f}", ratio]
+
+
+README_BLOCK = re.compile(r"(?<=```results\n).*?(?=```)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a .jsonl file of comparisons")
+    parser.add_argument("--readme", type=Path, help="the file whose ```results block to replace by this run's geometric means and bars")
+    options = parser.parse_args()
+    comparisons, (first, *_) = list(read(options.results).values()), _records(options.results)
+    heading = f"{first['machine']}; commit {first['commit']}"
+    print(f"{heading}\n\nmedians of interleaved rounds; ratio = peer / ours\n\n{report(comparisons)}")
+    if options.readme is not None:
+        judged = table(comparison for comparison in comparisons if comparison.bar is not None)
+        block = "\n\n".join(part for part in (heading, means(comparisons), judged) if part)
+        options.readme.write_text(README_BLOCK.sub(lambda _: f"{block}\n", options.readme.read_text(), count=1))
+
+
+if __name__ == "__main__":
+    main()
