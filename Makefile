@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export GOMP_SPINCOUNT ?= 2000
 WORKERS = -n auto --dist worksteal # a process for each core
 
-.PHONY: help install build demo test test-oldest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton gpu test-oldest-triton check-tools
+.PHONY: help install build demo test test-all test-oldest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton gpu test-oldest-triton check-tools
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -17,6 +17,9 @@ demo: build ## train a translator for ten minutes and write demo/report.html
 test: build ## run the test suite, then that of the Triton kernels in Triton's interpreter
 	$(BIN)/python -m pytest $(WORKERS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) tests/on_triton
+
+test-all: ## `make test` with ten times as many calls at random (30 minutes)
+	FUSED_ATTENTION_PROPERTY_CASES=2000 $(MAKE) test
 
 bench: build ## compare with torch on this machine: one table, in ten minutes; saves the run
 	$(BIN)/python -m fused_attention bench

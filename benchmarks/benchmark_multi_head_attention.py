@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,4 +63,36 @@ def test_multi_head_attention(compare, batch, length, dtype, kind):
         case={"batch, length": f"{batch}, {length}", "dtype": dtype, "attention": kind},
         measure="forward + backward",
         bar=BARS.get((dtype, kind)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["self", "self, key padding", "cross"])
+@pytest.mark.parametrize(("batch", "length"), SIZES)
+def test_compiled(compare, batch, length, kind):
+    """Through torch.compile, which must find one graph, against the same module without it."""
+    torch.manual_seed(0)
+    eager = MultiHeadAttention(EMBED_DIM, NUM_HEADS, batch_first=True)
+    compiled = torch.compile(eager, fullgraph=True)
+    query, memory, dout = (torch.randn(batch, length, EMBED_DIM).requires_grad_() for _ in range(3))
+    inputs = (query, memory, memory) if kind == "cross" else (query, query, query)
+    lengths = torch.linspace(length // 2, length, batch).int()
+    masks = {"key_padding_mask": torch.arange(length) >= lengths[:, None]} if "padding" in kind else {}
+
+    def run(module: Callable[..., Any]) -> list[Tensor]:
+        output, _ = module(*inputs, need_weights=False, **masks)
+        return [output, *torch.autograd.grad(output, [*dict.fromkeys(inputs), *eager.parameters()], dout)]
+
+    def check() -> None:
+        for ours, expected in zip(run(compiled), run(eager), strict=True):
+            assert (ours - expected).abs().max() <= ERROR_LIMITS[torch.float32] * expected.abs().max()
+
+    compare(
+        lambda: run(compiled),
+        lambda: run(eager),
+        check=check,
+        group=f"MultiHeadAttention compiled by torch.compile against itself in eager mode, {EMBED_DIM} wide, {NUM_HEADS} heads",
+        case={"batch, length": f"{batch}, {length}", "attention": kind},
+        measure="forward + backward",
+        peer_name="eager",
+        bar=1.0,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import repeated
+from . import repeated, repeated_gradients
 from .jagged import is_nested, packed_inputs
 from .ops import run
 from .prepared_mask import PreparedMask
@@ -84,10 +84,15 @@ def attention(
         and dropout_p == 0.0
     )
     if repeatable:
-        repeat = repeated.find(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-        done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
-        if done is not None:
-            return done if return_lse else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
+        if type(query) is Tensor and query.requires_grad and torch.is_grad_enabled():
+            results = repeated_gradients.run(query, key, value, key_mask, key_lengths, is_causal, scale, backend, return_lse)
+            if results is not None:
+                return results
+        else:
+            repeat = repeated.find(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
+            done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
+            if done is not None:
+                return done if return_lse else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
     if is_nested(query):
         check_no_padding("nested tensors", attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
         queries, keys, values = packed_inputs(query, key, value)
@@ -131,10 +136,12 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
-    results = _run(problem, backend, return_lse)
+    chosen = choose(problem, backend)
+    out, lse = run(problem, chosen)
     if repeatable:
         repeated.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-    return results
+        repeated_gradients.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, chosen)
+    return (out, lse) if return_lse else out
 
 
 def attention_qkv_packed(

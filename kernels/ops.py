@@ -110,10 +110,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
-        readable = all(gradient is None or torch._C._has_storage(gradient) for gradient in (dout, dlse))
-        kernel_gradients = _kernel_gradients if readable else _registered_gradients
-        return (None, None, *_gradients(ctx, dout, dlse, kernel_gradients, ctx.needs_input_grad[-len(DIFFERENTIABLE_SIDE_TENSORS) :]))
+        out, lse, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[-len(DIFFERENTIABLE_SIDE_TENSORS) :]
+        return (None, None, *eager_gradients(ctx.layout, dout, dlse, out, lse, (*tensors, *ctx.options), wanted))
+
+
+def eager_gradients(
+    layout: Layout, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """`_gradients` in the backward pass of an eager call."""
+    # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
+    readable = all(gradient is None or torch._C._has_storage(gradient) for gradient in (dout, dlse))
+    kernel_gradients = _kernel_gradients if readable else _registered_gradients
+    return _gradients(layout, dout, dlse, out, lse, arguments, wanted, kernel_gradients)
 
 
 def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
@@ -125,20 +134,25 @@ def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, 
 
 
 def _gradients(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, kernel_gradients: Any, wanted: tuple[bool, ...]
+    layout: Layout,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    arguments: tuple,
+    wanted: tuple[bool, ...],
+    kernel_gradients: Any,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a layout's inputs, then those of attn_mask, alibi_slopes and sinks, None where not wanted.
 
-    By the kernel, or by the formula when they will be differentiated again, are batched or have tangents.
+    By the kernel, or by the formula when they will be differentiated again, are batched or have tangents. arguments: the operator's.
     """
-    out, lse, *tensors = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * (NUM_INPUTS[ctx.layout] + len(wanted))
-    arguments = (*tensors, *ctx.options)
+        return (None,) * (NUM_INPUTS[layout] + len(wanted))
     if torch.is_grad_enabled() or _differentiates_otherwise():
-        return _recomputed_gradients(ctx.layout, dout, dlse, arguments)
+        return _recomputed_gradients(layout, dout, dlse, arguments)
     dout = torch.zeros_like(out) if dout is None else _in_memory(dout)
-    return kernel_gradients(ctx.layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, wanted)
+    return kernel_gradients(layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, wanted)
 
 
 def _in_memory(gradient: Tensor) -> Tensor:
@@ -242,7 +256,8 @@ def _register(layout: Layout) -> None:
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE_SIDE_TENSORS)
-        gradients = _gradients(ctx, dout, dlse, _registered_gradients, wanted)
+        out, lse, *tensors = ctx.saved_tensors
+        gradients = _gradients(layout, dout, dlse, out, lse, (*tensors, *ctx.options), wanted, _registered_gradients)
         by_place = dict(zip(DIFFERENTIABLE_SIDE_TENSORS, gradients[num_inputs:], strict=True))
         side_tensors = (by_place.get(place) for place in range(NUM_SIDE_TENSORS))
         return (*gradients[:num_inputs], *side_tensors, *[None] * len(ctx.options))
@@ -282,7 +297,8 @@ def _register_flop_formulas() -> None:
 
 def _register_sharding() -> None:
     for layout in NUM_INPUTS:
-        sharding.register(layout, _REGISTERED[layout], _REGISTERED_BACKWARD[layout])
+        names = (f"attention_{layout}", f"attention_{layout}_backward")
+        sharding.register(layout, *[getattr(torch.ops.fused_attention, name).default for name in names])
 
 
 when_imported("torch.utils.flop_counter", _register_flop_formulas)

@@ -192,13 +192,13 @@ def _seqlen(name: str, seqlen: int | None, *sources: tuple[Tensor | None, int]) 
 
 def pack_bits(allowed: Tensor) -> Tensor:
     """(..., L) bool -> (..., ceil(L / 32)) int32: bit i % 32 of word i // 32; bits past L are 0."""
-    length = allowed.shape[-1]
+    *lines, length = allowed.shape
     num_words = -(-length // 32)
-    if num_words == 0:  # torch does not let bytes without an extent be seen as words
+    if num_words == 0:
         return allowed.new_empty(allowed.shape, dtype=torch.int32)
-    # In this order: padding by nothing would keep the strides of what is padded.
-    allowed = F.pad(allowed.contiguous(), (0, 32 * num_words - length))
-    eight_bools = allowed.view(torch.int64)  # little-endian, as every platform of torch is
+    padded = allowed.new_zeros((*lines, 32 * num_words))  # not F.pad, which may keep strides that bytes cannot be seen as words with
+    padded[..., :length] = allowed
+    eight_bools = padded.view(torch.int64)  # little-endian, as every platform of torch is
     return ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8).view(torch.int32)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # (query, key, value, key_mask, key_lengths, return_lse) -> out and lse, or None: this call must be checked first
 Repeat = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor | None] | None]
 
+Entry = TypeVar("Entry")
+
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 try:
     _guards.TensorGuards(torch.empty(0), dynamic_dims_sizes=None, dynamic_dims_strides=None)
@@ -30,7 +32,7 @@ except (AttributeError, TypeError):  # a torch whose guards are others: no call 
 
 # Looking names up through three modules takes longer than the calls.
 _dispatch_modes, _is_dynamo_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_dynamo_compiling
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_device = getattr(torch._C, "_cuda_getDevice", None)
 _allocators = {kind: getattr(_guards, f"_empty_strided_{kind}") for kind in ("cpu", "cuda") if hasattr(_guards, f"_empty_strided_{kind}")}
 
 MAX_REMEMBERED = 4096  # different calls
@@ -43,7 +45,16 @@ class _Remembered(NamedTuple):
     repeat: Repeat
 
 
-_calls: dict[tuple, list[_Remembered]] = {}
+_memories: list[dict[tuple, list]] = []  # all that `forget` clears
+
+
+def new_memory() -> dict[tuple, list]:
+    """For `store`: calls by all that they have in common but the strides and dtypes of their tensors."""
+    _memories.append({})
+    return _memories[-1]
+
+
+_calls: dict[tuple, list[_Remembered]] = new_memory()
 
 
 def find(
@@ -59,7 +70,7 @@ def find(
     """What runs a call without its checks; None of a call that no remembered one is like."""
     if _is_dynamo_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0:
         return None
-    if type(query) is not Tensor or type(key) is not Tensor or not _are_comparable(is_causal, scale, backend):
+    if type(query) is not Tensor or type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
     alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None))
     if alike is None:
@@ -70,7 +81,7 @@ def find(
         else:
             passes = guard(query, key, value, key_mask) if key_lengths is None else guard(query, key, value, key_mask, key_lengths)
         if passes:
-            return repeat if device < 0 or device == _current_device() else None  # type: ignore[misc]  # there is a GPU
+            return repeat if device < 0 or device == current_device() else None  # type: ignore[misc]  # there is a GPU
     return None
 
 
@@ -88,29 +99,46 @@ def remember(
     """Keeps what runs calls like this one again, if its backend left that, no gradient may be asked of it and none of its tensors was
     cast or copied.
     """
-    if problem.repeat is None or _guards is None or not _are_comparable(is_causal, scale, backend):
-        return
     given = query, key, value, key_mask, key_lengths
+    guard = guard_of(problem, given) if are_comparable(is_causal, scale, backend) else None
+    if guard is None or any([tensor is not None and tensor.requires_grad for tensor in given]):
+        return
+    kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None
+    store(_calls, kind, _Remembered(guard, query.get_device(), problem.repeat))  # type: ignore[arg-type]  # it is there
+
+
+def guard_of(problem: Problem, given: tuple[Tensor | None, ...]) -> Callable[..., bool] | None:
+    """Lets calls pass whose tensors are like these; None where the backend left no repetition, or a tensor was cast or copied.
+
+    given: query, key, value, key_mask and key_lengths of the call that the problem was made for.
+    """
+    if problem.repeat is None or _guards is None:
+        return None
     own = problem.query, problem.key, problem.value, problem.key_mask, problem.key_lengths
     tensors = [tensor for tensor in given if tensor is not None]
-    if not all(map(operator.is_, given, own)) or any([type(tensor) is not Tensor or tensor.requires_grad for tensor in tensors]):
-        return
+    if not all(map(operator.is_, given, own)) or any([type(tensor) is not Tensor for tensor in tensors]):
+        return None
     if len(set(map(id, tensors))) < len(tensors):
-        return
-    guard = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    if len(_calls) >= MAX_REMEMBERED:
-        _calls.clear()
-    alike = _calls.setdefault((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None), [])
+        return None
+    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def store(calls: dict[tuple, list[Entry]], kind: tuple, entry: Entry) -> None:
+    """Puts an entry before those of the same kind, the oldest of which are forgotten."""
+    if len(calls) >= MAX_REMEMBERED:
+        calls.clear()
+    alike = calls.setdefault(kind, [])
     del alike[MAX_ALIKE - 1 :]
-    alike.insert(0, _Remembered(guard, query.get_device(), problem.repeat))
+    alike.insert(0, entry)
 
 
 def forget() -> None:
     """To be called when what calls follow from has changed."""
-    _calls.clear()
+    for memory in _memories:
+        memory.clear()
 
 
-def _are_comparable(is_causal: bool | str, scale: float | None, backend: str | None) -> bool:
+def are_comparable(is_causal: bool | str, scale: float | None, backend: str | None) -> bool:
     """Whether equal options mean the same: True is no 1, and what is refused must not pass for what is equal to it."""
     if not (is_causal is False or is_causal is True or type(is_causal) is str):
         return False

@@ -1,4 +1,4 @@
-"""The table of features and backends, asked of the backends themselves: `python -m fused_attention.kernels.support` prints it."""
+"""The tables of features and backends, asked of the backends themselves, and of transforms: `python -m fused_attention.kernels.support`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,32 @@ FEATURES: dict[str, Callable[[], Problem]] = {
 }
 
 
+KERNEL, OPERATOR, FORMULA = "the kernel", "the kernel, as one operator", "the reference formula"
+TRANSFORMS = {  # what torch may do with a call, and what then runs, on every backend
+    "no gradient, inference mode": KERNEL,
+    "gradients": KERNEL,
+    "derivatives of derivatives, of any order": FORMULA,
+    "forward-mode AD": FORMULA,
+    "torch.func: vmap, grad, vjp, jvp, jacrev, jacfwd, hessian": FORMULA,
+    "torch.autograd.grad with is_grads_batched": KERNEL,
+    "torch.compile(fullgraph=True), sizes may change": OPERATOR,
+    "torch.func inside torch.compile": FORMULA,
+    "torch.export, AOTInductor": OPERATOR,
+    "checkpointing, reentrant or not": KERNEL,
+    "selective checkpointing": OPERATOR,
+    "autocast": KERNEL,
+    "FLOP counter": OPERATOR,
+    "fake tensors": OPERATOR,
+    "meta tensors": FORMULA,
+    "nested tensors, layout torch.jagged": KERNEL,
+    "DTensor, sharded over batch or heads": OPERATOR,
+}
+
+
+def transforms_table() -> str:
+    return "\n".join(["| what torch does | what runs |", "|---|---|", *[f"| {name} | {runs} |" for name, runs in TRANSFORMS.items()]])
+
+
 def support_table() -> str:
     """A Markdown table: yes where a backend's kernels run the feature, forward and backward, forward where only without gradients."""
     lines = ["| feature | " + " | ".join(UNCOVERED) + " |", "|---|" + "---|" * len(UNCOVERED)]
@@ -79,4 +105,4 @@ def _answer(uncovered: Callable[[Problem], list[str]], problem: Problem) -> str:
 
 
 if __name__ == "__main__":
-    print(support_table())
+    print(support_table(), transforms_table(), sep="\n\n")

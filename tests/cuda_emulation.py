@@ -107,7 +107,7 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
         self._patches.setattr(cuda_backend, "backward", functools.partial(self._backward, cuda_backend.backward))
         self._patches.setattr(cuda_backend, "_remembered", {})  # by what this GPU is
-        self._patches.setattr(repeated, "_calls", {})
+        repeated.forget()
         self._patches.setattr(repeated, "_allocators", {})
         super().__enter__()
         return self
@@ -115,6 +115,7 @@ class EmulatedGpu(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._patches.undo()
+        repeated.forget()
         if exception[0] is None:
             for tensor, buffer in self._allocated:
                 guards = torch.cat((buffer[:GUARD_ELEMENTS], buffer[-GUARD_ELEMENTS:]))

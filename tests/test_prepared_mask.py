@@ -91,6 +91,13 @@ def test_packing_and_unpacking(length: int) -> None:
     assert torch.equal(unpack_bits(bits, length), allowed)
 
 
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64), (64, 64), (33, 1)])
+def test_packing_whatever_the_strides_of_dims_of_size_1(shape: tuple[int, int]) -> None:
+    allowed = (torch.arange(shape[0] * shape[1]) % 3 > 0).view(1, 1, *shape)
+    for mask in (allowed, allowed.transpose(2, 3), allowed.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(unpack_bits(pack_bits(mask), mask.shape[3]), mask)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tile_lists(kind: str) -> None:
     prepared = prepare_mask(**masks(kind), **SIZES)

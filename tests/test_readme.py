@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_translation import write_corpus
 
 from fused_attention.kernels import native
-from fused_attention.kernels.support import support_table
+from fused_attention.kernels.support import support_table, transforms_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,8 +40,9 @@ def test_shell_example(example: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
-def test_the_support_table_is_what_routing_says() -> None:
-    assert support_table() in README, "run `python -m fused_attention.kernels.support` and paste its table into README.md"
+@pytest.mark.parametrize("table", [support_table, transforms_table])
+def test_the_support_tables_are_what_the_code_says(table: Callable[[], str]) -> None:
+    assert table() in README, "run `python -m fused_attention.kernels.support` and paste its tables into README.md"
 
 
 def test_the_layout_map_is_true() -> None:

@@ -223,7 +223,7 @@ def test_another_gpu_than_the_current_one_goes_all_the_way(launches: list[tuple]
     (alike,) = repeated._calls.values()
     alike[0] = alike[0]._replace(device=1)
     for current, is_found in ((0, False), (1, True)):
-        monkeypatch.setattr(repeated, "_current_device", lambda current=current: current)
+        monkeypatch.setattr(repeated, "current_device", lambda current=current: current)
         assert (found_by(tensors()[0]) is not None) == is_found
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
-from fused_attention.kernels import cuda_backend, native, triton_backend
+from fused_attention import attention
+from fused_attention.kernels import cuda_backend, native, ops, triton_backend
 from fused_attention.kernels.problem import Problem, make_problem
-from fused_attention.kernels.support import UNCOVERED
+from fused_attention.kernels.support import FORMULA, KERNEL, OPERATOR, TRANSFORMS, UNCOVERED
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/support.md").read_text()
 
@@ -89,3 +96,121 @@ def test_the_reference_takes_everything() -> None:
     for calls in CALLS.values():
         for call in calls.values():
             assert UNCOVERED["reference"](call()) == []
+
+
+def plain_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(2, 2, 6, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+
+
+def jagged_inputs() -> tuple[Tensor, ...]:
+    leaf = torch.randn(6, 2, 8, requires_grad=True)
+    return (torch.nested.nested_tensor_from_jagged(leaf, torch.tensor([0, 2, 6])).transpose(1, 2),) * 3
+
+
+def one_process_mesh(inputs: tuple[Tensor, ...], folder: Path) -> Tensor:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        return attention(*(distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in inputs)).full_tensor()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def without_gradients(inputs: tuple[Tensor, ...]) -> None:
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            attention(*inputs)
+
+
+def second_derivatives(inputs: tuple[Tensor, ...]) -> None:
+    torch.autograd.grad(attention(*inputs).sum(), inputs, create_graph=True)
+
+
+def dual_numbers(inputs: tuple[Tensor, ...]) -> None:
+    with forward_ad.dual_level():
+        attention(forward_ad.make_dual(inputs[0].detach(), inputs[1].detach()), *inputs[1:])
+
+
+def batched_gradients(inputs: tuple[Tensor, ...]) -> None:
+    out = attention(*inputs)
+    torch.autograd.grad(out, inputs, torch.ones(3, *out.shape), is_grads_batched=True)
+
+
+def checkpointed(inputs: tuple[Tensor, ...], **options: Any) -> None:
+    for use_reentrant in (False,) if options else (False, True):
+        checkpoint(attention, *inputs, use_reentrant=use_reentrant, **options).sum().backward()
+
+
+def under(context: Any, inputs: tuple[Tensor, ...]) -> None:
+    with context:
+        attention(*inputs).float().sum().backward()
+
+
+def functorch(inputs: tuple[Tensor, ...]) -> None:
+    torch.func.grad(lambda query: attention(query, *inputs[1:]).sum())(inputs[0])
+    torch.vmap(lambda query: attention(query, *inputs[1:]))(inputs[0][None])
+    torch.func.jvp(lambda query: attention(query, *inputs[1:]), inputs[:1], inputs[1:2])
+
+
+class Attend(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value)
+
+
+def fake(inputs: tuple[Tensor, ...]) -> None:
+    with FakeTensorMode() as mode:
+        attention(*map(mode.from_tensor, inputs))
+
+
+compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+SELECTIVE = {"context_fn": partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)}
+TRANSFORMED: dict[str, Callable[[tuple[Tensor, ...], Path], Any]] = {
+    "no gradient, inference mode": lambda inputs, _: without_gradients(inputs),
+    "gradients": lambda inputs, _: attention(*inputs).sum().backward(),
+    "derivatives of derivatives, of any order": lambda inputs, _: second_derivatives(inputs),
+    "forward-mode AD": lambda inputs, _: dual_numbers(inputs),
+    "torch.func: vmap, grad, vjp, jvp, jacrev, jacfwd, hessian": lambda inputs, _: functorch(inputs),
+    "torch.autograd.grad with is_grads_batched": lambda inputs, _: batched_gradients(inputs),
+    "torch.compile(fullgraph=True), sizes may change": lambda inputs, _: compiled(attention)(*inputs).sum().backward(),
+    "torch.func inside torch.compile": lambda inputs, _: compiled(functorch)(inputs),
+    "torch.export, AOTInductor": lambda inputs, _: torch.export.export(Attend(), inputs).module()(*inputs),
+    "checkpointing, reentrant or not": lambda inputs, _: checkpointed(inputs),
+    "selective checkpointing": lambda inputs, _: checkpointed(inputs, **SELECTIVE),
+    "autocast": lambda inputs, _: under(torch.autocast("cpu", torch.bfloat16), inputs),
+    "FLOP counter": lambda inputs, _: under(FlopCounterMode(display=False), inputs),
+    "fake tensors": lambda inputs, _: fake(inputs),
+    "meta tensors": lambda inputs, _: attention(*[tensor.to("meta") for tensor in inputs]),
+    "nested tensors, layout torch.jagged": lambda inputs, _: attention(*jagged_inputs()),
+    "DTensor, sharded over batch or heads": one_process_mesh,
+}
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_runs_is_what_the_table_of_transforms_says(transform: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+
+    def noted(what: str, function: Callable) -> Callable:
+        return lambda *arguments: seen.append(what) or function(*arguments)
+
+    if transform.startswith("DTensor") and not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    if "compile" not in transform and "export" not in transform:  # of these the operators in the graph tell, and the formula is none
+        for name in ops._REGISTERED:
+            monkeypatch.setitem(ops._REGISTERED, name, noted(OPERATOR, ops._REGISTERED[name]))
+        monkeypatch.setattr(ops, "attention_reference", noted(FORMULA, ops.attention_reference))
+    run = types.SimpleNamespace(forward=noted(KERNEL, native.forward), backward=noted(KERNEL, native.backward))
+    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", run)
+    TRANSFORMED[transform](plain_inputs(), tmp_path)
+    if "inside torch.compile" in transform:
+        assert KERNEL not in seen
+    elif "compile" in transform or "export" in transform:
+        assert KERNEL in seen
+    elif TRANSFORMS[transform] == FORMULA:
+        assert FORMULA in seen
+    elif TRANSFORMS[transform] == OPERATOR:
+        assert seen[0] == OPERATOR
+    else:
+        assert set(seen) == {KERNEL}
