@@ -135,7 +135,7 @@ def test_a_gradient_is_not_forgotten(launches: list[tuple], checks: list[str]) -
         with torch.no_grad():
             attention(*inputs, is_causal=True, backend="cuda")
         assert attention(*inputs, is_causal=True, backend="cuda").requires_grad
-    assert len(checks) == 9
+    assert len(checks) == 8  # all but the third with a gradient of query, which repeats the first with that gradient
 
 
 class Subclass(torch.Tensor):
