@@ -44,7 +44,9 @@ def test_instances_keep_to_the_limits() -> None:
     assert max(Counter(row.name for row in INSTANCES).values()) == 1
     assert max(Counter((row.family, row.pass_name) for row in INSTANCES).values()) <= 60
     for row in INSTANCES:
-        assert row.shared_bytes <= manifest.SMALL_SHARED_BYTES, row.name
+        # Where the backward in one pass does not fit, there are two passes.
+        most = manifest.LARGE_SHARED_BYTES if row.pass_name == "backward" else manifest.SMALL_SHARED_BYTES
+        assert row.shared_bytes <= most, row.name
         assert row.shared_bytes % 16 == 0, row.name
         assert row.num_threads <= 1024, row.name
         if row.pass_name == "forward":  # the tiles of masks are lists for blocks of so many rows, of 64 keys: whole or in halves

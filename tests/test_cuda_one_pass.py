@@ -126,6 +126,12 @@ ORDERS: dict[str, dict[str, Any]] = {
     "window, causal, lengths": {"window": (70, 9), "is_causal": "bottom_right", "key_lengths": (217,), "query_lengths": (290,)},
     "key_mask": {"key_mask": "holes", "window": (100, 30)},
     "bool mask and causal": {"attn_mask": ("bool", "1HQK"), "is_causal": "top_left"},
+    "bool mask, fewer rows than a tile of the lists": {
+        "attn_mask": ("bool", "1HQK"),
+        "head_dims": (96, 96),  # in steps of 32 rows
+        "seqlens": (20, 200),
+        "sizes": (2, 2, 1),
+    },
     "prepared window": {"window": (30, 20), "prepare": True},
     "prepared bool mask and causal": {"attn_mask": ("bool", "11QK"), "is_causal": "top_left", "prepare": True},
 }

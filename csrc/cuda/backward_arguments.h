@@ -23,10 +23,10 @@ struct BackwardArguments : ForwardArguments {  // tiles: of 64 rows
 struct OnePassArguments : BackwardArguments {  // of backward.cuh and of what runs before and after it
   float* dquery_sums = nullptr;                // (B, Hq, Lq, Dqk) contiguous, over all keys and not yet scaled; backward_delta clears it
 
-  // Null where blocks of keys may add in any order. A ticket counter, then (B, Hq, ceil(Lq / BLOCK_M)): how many blocks of keys have
-  // added to these rows. backward_delta clears them.
+  // Null where blocks of keys may add in any order. A ticket counter, then (B, Hq, turns_per_head), a number for each BLOCK_M rows: how
+  // many blocks of keys have added to them. backward_delta clears them.
   uint32_t* turns = nullptr;
-  int64_t num_turns = 0;  // the ticket counter included
+  int64_t turns_per_head = 0, num_turns = 0;  // the latter with the ticket counter
 };
 
 }  // namespace fused_attention::cuda

@@ -380,7 +380,9 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   if (one_pass != nullptr) {
     arguments.dquery_sums = workspace.take<float>(lines * length * problem.head_dim_qk * 4);
     if (side.deterministic) {
-      arguments.num_turns = 1 + problem.batch * problem.num_heads * ceil_div(problem.seqlen_q, one_pass->block_m);
+      // Of all the rows of a last tile that lists name, some of which may not be there.
+      arguments.turns_per_head = ceil_div(ceil_div(problem.seqlen_q, kKeysPerTile) * kKeysPerTile, one_pass->block_m);
+      arguments.num_turns = 1 + problem.batch * problem.num_heads * arguments.turns_per_head;
       arguments.turns = workspace.take<uint32_t>(arguments.num_turns * 4);
     }
   }

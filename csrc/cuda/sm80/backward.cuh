@@ -126,6 +126,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
     const int head = key_head * arguments.heads_per_group + group_head;
     const Visits visits = kPlain ? of_all_heads : visits_of(head);
     const ScoreMask mask{sequence, problem, batch, head};
+
     // Loads: every call is one group of cp.async, an empty one past the last visit.
     typename Visits::Cursor loaded, computed;
     const auto load = [&] {
@@ -235,8 +236,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>::by_rows(do_tile, 0, 0, later));
       uint32_t* turn = nullptr;
       if (in_order) {
-        const int64_t row_tiles = (problem.seqlen_q + kBlockM - 1) / kBlockM;
-        turn = arguments.turns + 1 + (batch * problem.num_heads + head) * row_tiles + start_m / kBlockM;
+        turn = arguments.turns + 1 + (batch * problem.num_heads + head) * arguments.turns_per_head + start_m / kBlockM;
         if (warp == 0) {
           const int before = turn_at<kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, batch, head, start_m, start_n, descending);
           while (lane == 0 && ptx::load_acquire(turn) != static_cast<uint32_t>(before)) continue;
