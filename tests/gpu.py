@@ -174,11 +174,17 @@ def host_cost(run: Run) -> Outcome:
     return Outcome(NOT_RUN if status is None else PASSED if status == 0 else FAILED, "host-cost.txt")
 
 
+@on_gpu
+def ways_of_the_backward(run: Run) -> Outcome:
+    status = run.command("cuda-backward.txt", sys.executable, "-m", "fused_attention.benchmarks.cuda_backward")
+    return Outcome(NOT_RUN if status is None else PASSED if status == 0 else FAILED, "cuda-backward.txt")
+
+
 PARTS: dict[str, dict[str, Callable[[Run], Outcome]]] = {
     "build": {"build in place": build, "conformance file": conformance, "every CUDA instance": smoke},
     "correctness": {"CUDA kernels": cuda_kernels, "Triton kernels": triton_kernels},
     "sanitizer": {"memcheck": sanitizer("memcheck"), "racecheck": sanitizer("racecheck")},
-    "benchmark": {"host's share": host_cost, "grid": grid},
+    "benchmark": {"host's share": host_cost, "ways of the CUDA backward": ways_of_the_backward, "grid": grid},
 }
 
 

@@ -17,6 +17,8 @@ import torch
 from attention_calls import FEATURES
 from gpu import FAILED, NOT_RUN, PASSED, Outcome, Run
 
+from fused_attention.kernels import cuda_backend
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -25,8 +27,8 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--part", "correctness", "--part", "sanitizer", "--part", "benchmark"])
     assert gpu.main() == 0
     table = (tmp_path / "summary.md").read_text()
-    assert table.count("| not run | torch sees no GPU |") == 6
-    assert table.count("| not run |") == 9
+    assert table.count("| not run | torch sees no GPU |") == 7
+    assert table.count("| not run |") == 10
     assert table.strip() in capsys.readouterr().out
 
 
@@ -87,6 +89,20 @@ def test_the_calls_for_the_sanitizer_run_in_the_emulator(tmp_path: Path, monkeyp
         with cuda_emulation.EmulatedGpu():
             small_calls.main()
     assert (tmp_path / "done").read_text().splitlines() == ["cuda, head_dim 64: window", "cuda, head_dim 64: dropout"]
+
+
+@pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
+def test_the_smoke_run_reaches_every_instance() -> None:
+    instances = importlib.import_module("on_gpu.test_cuda_instances")
+    h100 = cuda_emulation.Gpu(90, 132, 227 * 1024)
+    missed = []
+    for row in instances.TILED:
+        problem, dout, dlse = attention_calls.build(instances.call_of(row), "cpu")
+        with cuda_emulation.EmulatedGpu(0, h100, kernels="none of them", backward=instances.backward_of(row)) as emulated:
+            attention_calls.run(cuda_backend, problem, dout, dlse)
+        if row.name not in [name for name, _ in emulated.planned]:
+            missed.append(row.name)
+    assert missed == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import attention_calls
@@ -21,6 +23,7 @@ from function_calls import (
     check_repeated_call,
 )
 from hypothesis import HealthCheck, given, settings
+from test_cuda_one_pass import why_two_passes
 
 from fused_attention.kernels import cuda_backend, triton_backend
 from fused_attention.kernels.attention import attention, attention_qkv_packed
@@ -35,8 +38,25 @@ def is_covered(problem: Problem) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_features(feature: str, dtype: torch.dtype) -> None:
+def test_features_of_short_sequences(feature: str, dtype: torch.dtype) -> None:
     attention_calls.check_call(cuda_backend, FEATURES[feature] | {"dtype": dtype}, "cuda")
+
+
+@pytest.mark.parametrize("kernels", ["one pass", "two passes"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "one order"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(feature: str, deterministic: bool, kernels: str) -> None:
+    if kernels == "one pass" and why_two_passes(FEATURES[feature]):
+        pytest.skip("not computed in one pass")
+    call = CALL | FEATURES[feature] | {"dtype": torch.bfloat16, "head_dims": (64, 64), "deterministic": deterministic}
+    problem, dout, dlse = build(call, "cuda")
+    backend = SimpleNamespace(
+        forward=cuda_backend.forward,
+        backward=partial(cuda_backend.backward, kernels=kernels),
+        unsupported_reasons=cuda_backend.unsupported_reasons,
+    )
+    with cuda_backend.short_kernels(False):
+        attention_calls.check(backend, problem, dout, dlse, call["memory"], prepare=call["prepare"])
 
 
 @pytest.mark.parametrize("head_dims", [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)], ids=str)

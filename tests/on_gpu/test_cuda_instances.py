@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import attention_calls
 import pytest
 import test_cuda_backward
 import test_cuda_forward
+import test_cuda_one_pass
+import test_cuda_short
 import torch
 from attention_calls import CALL, build
 
@@ -20,25 +24,43 @@ OF_OTHER_TILES = (140, 150)  # queries and keys: some blocks, and a rest of both
 
 
 def call_of(row: Instance) -> dict[str, Any]:
+    """A call that the row's kernel computes, with as much of what its class can do as fits together."""
     call = CALL | {
         "dtype": DTYPES[row.dtype],
-        "head_dims": (row.head_dim_qk, row.head_dim_v),
-        "sizes": (2, 2, 1),
+        "head_dims": (min(row.head_dim_qk, 128), min(row.head_dim_v, 128))
+        if row.pass_name == "mask_gradient"
+        else (row.head_dim_qk, row.head_dim_v),
+        "sizes": (2, 2, 2 if row.feature_class == "bias" else 1),
         "seqlens": OF_OTHER_TILES,
     }
     if row.pass_name == "decode":
         return call | {"seqlens": (1, 300), "is_causal": "bottom_right", "key_lengths": (300, 70)}
+    if row.pass_name.startswith("short"):
+        return call | test_cuda_short.CLASSES[row.feature_class] | {"seqlens": (70, 127)}
+    if row.pass_name == "mask_gradient":
+        return call | {"attn_mask": ("bfloat16", "11QK"), "key_lengths": (300, 60)}
+    if row.pass_name == "backward":
+        return call | test_cuda_one_pass.CLASSES[row.feature_class, row.dropout]
     classes = test_cuda_backward.CLASSES if row.pass_name.startswith("backward") else test_cuda_forward.CLASSES
-    call |= classes[row.feature_class, row.dropout]
-    return call | {"sizes": (2, 2, 2)} if row.feature_class == "bias" else call
+    return call | classes[row.feature_class, row.dropout]
+
+
+def backward_of(row: Instance) -> str:
+    """Of cuda_backend.BACKWARD_KERNELS."""
+    return {"backward": "one pass", "short_backward": "chosen"}.get(row.pass_name, "two passes")
 
 
 def launched(row: Instance) -> set[str]:
     """Runs the row's call, checks it, and returns the names of the kernels."""
     call = call_of(row)
     problem, dout, dlse = build(call, "cuda")
+    backend = SimpleNamespace(
+        forward=cuda_backend.forward,
+        backward=partial(cuda_backend.backward, kernels=backward_of(row)),
+        unsupported_reasons=cuda_backend.unsupported_reasons,
+    )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        attention_calls.check(cuda_backend, problem, dout, dlse, call["memory"])
+        attention_calls.check(backend, problem, dout, dlse, call["memory"])
         torch.cuda.synchronize()
     return {event.key for event in profile.key_averages()}
 
