@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_compiled(compare, batch, length, kind):
     lengths = torch.linspace(length // 2, length, batch).int()
     masks = {"key_padding_mask": torch.arange(length) >= lengths[:, None]} if "padding" in kind else {}
 
-    def run(module: torch.nn.Module) -> list[Tensor]:
+    def run(module: Callable[..., tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         output, _ = module(*inputs, need_weights=False, **masks)
         return [output, *torch.autograd.grad(output, [*dict.fromkeys(inputs), *eager.parameters()], dout)]
 
