@@ -135,7 +135,7 @@ def test_a_gradient_is_not_forgotten(launches: list[tuple], checks: list[str]) -
         with torch.no_grad():
             attention(*inputs, is_causal=True, backend="cuda")
         assert attention(*inputs, is_causal=True, backend="cuda").requires_grad
-    assert len(checks) == 9
+    assert len(checks) == 8  # of the query's gradient kernels/repeated_gradients.py remembers the first call
 
 
 class Subclass(torch.Tensor):
