@@ -92,13 +92,15 @@ def work(row: Instance) -> Work:
     """In the loop without masks. In its other loop a tile adds a select to each score, and a few words of bits."""
     matrices, keys, dqk, dv = row.block_m // row.num_warps // 16, row.block_n, row.head_dim_qk, row.head_dim_v
     scores, rows, outputs = matrices * keys // 2, 2 * matrices, matrices * dv // 2  # of a lane
+    short = row.pass_name == "short_forward"  # all keys are one tile: nothing is rescaled
+    rescaled = 0 if short else rows
     every: Counter[str] = Counter({
         "HMMA": matrices * (keys // 8 * (dqk // 16) + dv // 8 * (keys // 16)),
         "LDSM": keys // 16 * (dqk // 16) + keys // 16 * (dv // 16),
         "LDGSTS": keys * (dqk + dv) // 8 // row.num_threads,
-        "EX2": scores + rows,  # weights; what the sums so far are multiplied by
-        "FFMA": scores + rows,  # score * scale - row_max; row_sum * rescale + sum
-        "FADD": scores + rows,  # row_sum; old row_max - new
+        "EX2": scores + rescaled,  # weights; what the sums so far are multiplied by
+        "FFMA": scores + rescaled,  # score * scale - row_max; row_sum * rescale + sum
+        "FADD": scores + rescaled,  # row_sum; old row_max - new
         "FMUL": rows,  # row_max * scale
         "FMNMX": scores + 2 * rows,  # and across the four lanes of a row, and with the old one
         "FSEL, FSETP": rows,  # has a maximum risen?
@@ -107,9 +109,9 @@ def work(row: Instance) -> Work:
         "integer": addressing(row),
         "waits, branches, votes": 2 * 3 + 1 + 2,  # wait, barrier and commit for K and for V; vote; two branches
     })  # fmt: skip
-    seldom = Counter({"FMUL": outputs})
+    seldom = Counter({"FMUL": 0 if short else outputs})
     q_loads = Counter({"LDSM": matrices * (dqk // 16)})
-    if matrices * dqk <= 128:  # Q stays in registers
+    if matrices * dqk <= 128 and not short:  # Q stays in registers
         seldom += q_loads
     else:
         every += q_loads
@@ -206,7 +208,7 @@ def deviations(row: Instance, loop: Counter[str], tolerance: float = 0.15) -> li
 
 
 def forward_rows(pattern: str) -> Iterator[Instance]:  # bfloat16 only: float16 has the same tiles
-    return (row for row in INSTANCES if row.pass_name == "forward" and row.dtype == "bf16" and re.search(pattern, row.name))
+    return (row for row in INSTANCES if row.pass_name.endswith("forward") and row.dtype == "bf16" and re.search(pattern, row.name))
 
 
 def deviation_lines(pattern: str) -> Iterator[str]:
@@ -218,7 +220,7 @@ def deviation_lines(pattern: str) -> Iterator[str]:
     yield "| instance | instructions | model: always, seldom | more or fewer: in the loop, in the model |"
     yield "|---|---:|---:|---|"
     for row in forward_rows(pattern):
-        if row.feature_class == "plain":
+        if row.feature_class == "plain" and row.pass_name == "forward":
             (line,) = check(row.image, ())
             loop, counts = line.code.loops[0], work(row)
             found = "<br>".join(map(str, deviations(row, loop)))
@@ -244,13 +246,15 @@ def cell_lines(pattern: str, shapes: list[tuple[int, int, int, bool]]) -> Iterat
     yield f"|---|---|{'---|' * len(GPUS)}"
     for row in forward_rows(pattern):
         for batch, num_heads, seqlen, causal in shapes:
+            if row.pass_name == "short_forward" and seqlen > row.block_n:
+                continue
             cells = [predict(row, gpu, batch, num_heads, seqlen, causal) for gpu in GPUS.values()]
             texts = [f"{cell.microseconds:.0f} us, {cell.tflops:.0f} TFLOP/s, {cell.limit}" for cell in cells]
             yield f"| {short(row)} | {batch}, {num_heads}, {seqlen}{' causal' if causal else ''} | {' | '.join(texts)} |"
 
 
 def short(row: Instance) -> str:
-    return row.name.removeprefix("sm80_forward_").replace("_bf16", "")
+    return row.name.removeprefix("sm80_").removeprefix("forward_").replace("_bf16", "")
 
 
 def page_tables() -> dict[str, Iterator[str]]:
@@ -258,6 +262,7 @@ def page_tables() -> dict[str, Iterator[str]]:
     return {
         "tile": tile_lines("_bf16_plain$"),
         "cells": cell_lines(shown, [(4, 16, 1024, True), (4, 16, 4096, False)]),
+        "short cells": cell_lines("forward_(64x64|128x128)_bf16_(plain|masked)$", [(128, 8, 128, False), (128, 8, 64, False)]),
         "deviations": deviation_lines("(64x64|128x128)_bf16_plain"),
     }
 

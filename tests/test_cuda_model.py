@@ -104,7 +104,7 @@ def test_what_does_the_arithmetic_deviates_nowhere(head_dim: int) -> None:
 def test_the_page_shows_what_the_model_says() -> None:
     page = model.PAGE.read_text()
     tables = model.page_tables()
-    for name in ("tile", "cells"):
+    for name in ("tile", "cells", "short cells"):
         assert "\n".join(tables[name]) in page, "docs/cuda-kernels.md is out of date: python docs/model.py --write"
 
 
@@ -115,3 +115,14 @@ def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert heading == "| instance | batch, heads, seqlen | A100 | RTX 4090 | H200 |"
     assert line.startswith("| 128x128_plain | 4, 16, 2048 causal | ")
     assert line.count("TFLOP/s, ") == 3
+
+
+def test_the_kernel_for_short_sequences_reads_no_row_twice_and_rescales_nothing() -> None:
+    (row,) = [row for row in INSTANCES if row.name == "sm80_short_forward_64x64_bf16_masked"]
+    every, seldom = model.work(row)
+    counted = expected(row)
+    assert every["HMMA"] == counted["HMMA.16816.F32"][0]
+    assert every["EX2"] == every["FFMA"] == 64  # scores of a lane: 16 rows, 128 keys
+    assert seldom["FMUL"] == 0
+    long = model.predict(PLAIN[64], model.GPUS["A100"], 128, 8, 128, False)
+    assert model.predict(row, model.GPUS["A100"], 128, 8, 128, False).microseconds <= long.microseconds
