@@ -99,6 +99,44 @@ void cpu_forward(int num_threads, const CpuArguments& arguments) {
   cpu::forward(problem, num_threads);
 }
 
+// An AttentionProblem as bytes, for cpu_repeat.
+py::bytes cpu_problem_bytes(const CpuArguments& arguments) {
+  const AttentionProblem problem = cpu_problem(arguments);
+  return py::bytes(reinterpret_cast<const char*>(&problem), sizeof(problem));
+}
+
+// cpu_repeat(problem, num_threads, query, key, value, out, lse, key_mask, key_lengths): cpu_forward with other addresses. Without
+// pybind11's conversions, which take longer than a small kernel.
+PyObject* cpu_repeat(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
+  AttentionProblem problem;
+  if (num_arguments != 9 || !PyBytes_Check(arguments[0]) || PyBytes_GET_SIZE(arguments[0]) != sizeof(problem)) {
+    PyErr_SetString(PyExc_TypeError, "cpu_repeat takes a problem, a number of threads and 7 addresses");
+    return nullptr;
+  }
+  std::memcpy(static_cast<void*>(&problem), PyBytes_AS_STRING(arguments[0]), sizeof(problem));
+  const long num_threads = PyLong_AsLong(arguments[1]);
+  const auto address = [&](int number) { return PyLong_AsVoidPtr(arguments[2 + number]); };
+  problem.query.data = address(0);
+  problem.key.data = address(1);
+  problem.value.data = address(2);
+  problem.out.data = address(3);
+  problem.lse = static_cast<float*>(address(4));
+  problem.key_mask = static_cast<const uint8_t*>(address(5));
+  problem.key_lengths = static_cast<const int32_t*>(address(6));
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    const py::gil_scoped_release released;
+    cpu::forward(problem, static_cast<int>(num_threads));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef cpu_repeat_definition = {"cpu_repeat", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cpu_repeat)), METH_FASTCALL,
+                                     "Writes out and lse of a problem of cpu_problem with other addresses."};
+
 void cpu_weights(int num_threads, const CpuArguments& arguments, bool average_heads) {
   AttentionProblem problem = cpu_problem(arguments);
   problem.average_heads = average_heads;
@@ -317,6 +355,8 @@ PyMethodDef cuda_forward_definition = {"cuda_forward", reinterpret_cast<PyCFunct
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native attention kernels. Import torch first, so that both share one OpenMP runtime.";
   module.def("cpu_forward", &cpu_forward, "Writes out and lse; see kernels/native.py for the arguments.");
+  module.def("cpu_problem", &cpu_problem_bytes, "A problem for cpu_repeat, from the arguments of cpu_forward.");
+  module.attr("cpu_repeat") = py::reinterpret_steal<py::object>(PyCFunction_New(&cpu_repeat_definition, nullptr));
   module.def("cpu_weights", &cpu_weights, "Writes the weights to `out`; the arguments of cpu_forward, then whether to average heads.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient; see kernels/native.py for the arguments.");
   module.def(

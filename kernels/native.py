@@ -69,32 +69,18 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _repeat(arguments: tuple, out: Tensor, lse: Tensor) -> Repeat:
     """`forward` of calls like this one, of which only query, key, value, key_mask and key_lengths differ."""
-    sizes, options, (_, *q_strides), (_, *k_strides), (_, *v_strides), (_, *out_strides), _, rng_state, side_arguments = arguments
-    bias, (_, *mask_strides), (_, *other_lengths), *others = side_arguments or (None, (0,), (0,))
+    native_problem, run, num_threads = _native.cpu_problem(arguments), _native.cpu_repeat, torch.get_num_threads
     out_shape, out_stride, lse_shape, lse_stride = tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride()
-    dtype, float32, empty, run = out.dtype, torch.float32, repeated.empty_strided(out), _native.cpu_forward
+    dtype, float32, empty = out.dtype, torch.float32, repeated.empty_strided(out)
 
     def repeat(
         query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
     ) -> tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_stride, dtype), empty(lse_shape, lse_stride, float32)
-        side = None
-        if side_arguments is not None:
-            side = bias, (_address(key_mask), *mask_strides), (_address(key_lengths), *other_lengths), *others
-        run(
-            torch.get_num_threads(),
-            (
-                sizes,
-                options,
-                (query.data_ptr(), *q_strides),
-                (key.data_ptr(), *k_strides),
-                (value.data_ptr(), *v_strides),
-                (out.data_ptr(), *out_strides),
-                lse.data_ptr(),
-                rng_state,
-                side,
-            ),
-        )
+        mask = 0 if key_mask is None else key_mask.data_ptr()
+        lengths = 0 if key_lengths is None else key_lengths.data_ptr()
+        outputs = out.data_ptr(), lse.data_ptr()
+        run(native_problem, num_threads(), query.data_ptr(), key.data_ptr(), value.data_ptr(), *outputs, mask, lengths)
         return out, lse
 
     return repeat

@@ -8,6 +8,10 @@ Strided = tuple[int, int, int, int]  # address, stride of batch, head, row; the 
 CpuArguments = tuple[Any, ...]
 
 def cpu_forward(num_threads: int, arguments: CpuArguments, /) -> None: ...
+def cpu_problem(arguments: CpuArguments, /) -> bytes: ...
+def cpu_repeat(
+    problem: bytes, num_threads: int, query: int, key: int, value: int, out: int, lse: int, key_mask: int, key_lengths: int, /
+) -> None: ...
 def cpu_backward(
     num_threads: int,
     arguments: CpuArguments,
