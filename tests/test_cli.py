@@ -191,7 +191,8 @@ class TestBench:
         monkeypatch.setitem(sys.modules, missing, None)
         assert message in error_line(capsys, "bench")
 
-    def test_further_arguments_go_to_pytest(self) -> None:
+    def test_further_arguments_go_to_pytest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # a run of its own, whoever runs this one
         finished = run_command("bench", "--collect-only", "-k", "no_such_benchmark")
         assert "deselected" in finished.stdout, finished.stdout + finished.stderr
 
