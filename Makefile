@@ -28,9 +28,9 @@ BENCH_RESULTS ?= build/bench-full.jsonl
 bench-full: build ## the same with every cell, in an hour or two; a run that was stopped goes on where it was
 	$(BIN)/python -m fused_attention bench --grid full --results $(BENCH_RESULTS)
 
-codegen: codegen-cuda codegen-triton ## inspect the machine code of every kernel (20 minutes)
+codegen: codegen-cuda codegen-triton ## inspect the machine code of every kernel (25 minutes)
 
-codegen-cuda: build ## inspect every CUDA kernel, for every GPU (3 minutes)
+codegen-cuda: build ## inspect every CUDA kernel, for every GPU (6 minutes)
 	$(BIN)/python tests/cuda_codegen_gate.py
 
 codegen-cuda-table: build ## write docs/cuda-codegen.md, which codegen-cuda compares with
