@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -349,6 +350,19 @@ def test_second_derivatives_under_autocast() -> None:
 
     for ours, expected in zip(second("cpu"), second("reference"), strict=True):
         assert_close(ours, expected, rtol=0.1, atol=0.05 * expected.abs().max().item())
+
+
+def test_autocast_changes_no_bit_of_the_formula() -> None:
+    """It would compute float32 scores in bfloat16."""
+    inputs = tuple(tensor.detach().bfloat16().requires_grad_() for tensor in tensors())
+
+    def results(context: Any) -> tuple[Tensor, ...]:
+        with context:
+            out, lse = attention(*inputs, return_lse=True, backend="reference")
+        return out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs)
+
+    for ours, expected in zip(results(torch.autocast("cpu", torch.bfloat16)), results(nullcontext()), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_scaled_dot_product_attention_through_functorch() -> None:
