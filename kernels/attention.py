@@ -136,6 +136,7 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
+    problem.repeatable = repeatable
     chosen = choose(problem, backend)
     out, lse = run(problem, chosen)
     if repeatable:
@@ -291,6 +292,7 @@ def attention_decode(
         raise RuntimeError(
             "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
         )
+    problem.repeatable = repeatable
     results = _run(problem, backend, return_lse)
     if repeatable:
         repeated.remember(problem, query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)

@@ -189,7 +189,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if wanted:
         workspace = query.new_empty(wanted, dtype=torch.uint8)
         _run(call.problem, device, stream, workspace.data_ptr(), *arguments)
-    if out.numel() and key.numel():
+    if problem.repeatable and out.numel() and key.numel():
         problem.repeat = _repeat(call, query, wanted)
     if problem.dropout_p == 1.0:
         out.zero_()

@@ -63,7 +63,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     arguments, _keep_alive = _native_arguments(problem, out, lse)
     _native.cpu_forward(torch.get_num_threads(), arguments)
-    problem.repeat = _repeat(arguments, out, lse)
+    if problem.repeatable:
+        problem.repeat = _repeat(arguments, out, lse)
     return out, lse
 
 

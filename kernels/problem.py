@@ -59,6 +59,7 @@ class Problem:
     max_seqlen_k: int
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
+    repeatable: bool = field(default=False, init=False)  # a backend that runs it shall leave `repeat`
     repeat: Repeat | None = field(default=None, init=False)  # left by a backend that ran: the call again, on other tensors like these
 
     def as_native_kernels_take_them(self, mask_dtypes: Collection[torch.dtype]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -77,7 +77,8 @@ def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     calls.decode((query, key, value, split_out, split_lse, sinks, *common_tensors(problem, None, None)))
     if calls.combine is not None:
         calls.combine((split_out, split_lse, out, lse, problem.sinks))
-    problem.repeat = _repeat(calls, out, lse)
+    if problem.repeatable:
+        problem.repeat = _repeat(calls, out, lse)
     return out, lse
 
 

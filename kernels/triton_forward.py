@@ -60,7 +60,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if out.numel():
         run = remembered_call("forward", sizes_and_options(problem, row_tiles), lambda: _launch_for(problem, out, lse, row_tiles))
         run((query, problem.key, value, out, lse, problem.sinks, *common_tensors(problem, row_tiles, problem.mask_bits)))
-        if row_tiles is None:
+        if problem.repeatable and row_tiles is None:
             problem.repeat = _repeat(run, out, lse)
     if problem.dropout_p == 1.0:
         out.zero_()
