@@ -29,6 +29,7 @@ class BackwardPass {
         group_(problem.num_heads / max_of(problem.num_heads_kv, int64_t{1})),
         query_columns_(round_up(problem.head_dim_qk, 16)),
         value_columns_(round_up(problem.head_dim_v, 16)),
+        few_rows_(problem.seqlen_q <= kFewRows),
         row_blocks_((problem.seqlen_q + kBackwardRows - 1) / kBackwardRows),
         held_keys_(group_ > 1 ? tasks_.most_keys() : kBackwardKeys),
         log2_scale_(problem.softmax_scale * kLog2e),
@@ -42,7 +43,7 @@ class BackwardPass {
     row_factor_ = arena.take<float>(problem.seqlen_q);
     delta_ = arena.take<float>(problem.seqlen_q);
     keys_t_ = arena.take<float>(problem.head_dim_qk * kBackwardKeys);
-    values_t_ = arena.take<float>(problem.head_dim_v * kBackwardKeys);
+    values_t_ = arena.take<float>(value_columns_ * kBackwardKeys);
     keys_ = arena.take<float>(kBackwardKeys * query_columns_);
     dkeys_ = arena.take<float>(held_keys_ * query_columns_);
     dvalues_ = arena.take<float>(held_keys_ * value_columns_);
@@ -151,9 +152,14 @@ class BackwardPass {
   void load_keys(int64_t key0, int64_t keys) {
     const float* absent = holes_ ? key_bias_ + key0 : nullptr;
     const T* key = key_row(problem_.key, key0);
+    const T* value = key_row(problem_.value, key0);
     pack_rows(key, problem_.key.row, keys, problem_.head_dim_qk, keys_, query_columns_, absent);
-    pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
-    pack_transposed<T>(key_row(problem_.value, key0), problem_.value.row, keys, problem_.head_dim_v, values_t_, absent);
+    if (few_rows_) {
+      pack_rows(value, problem_.value.row, keys, problem_.head_dim_v, values_t_, value_columns_, absent);
+    } else {
+      pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
+      pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, values_t_, absent);
+    }
   }
 
   // What the products of this head fetch ahead: the gradients' lines, then the next head's inputs.
@@ -201,9 +207,14 @@ class BackwardPass {
   void accumulate(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
     const float *q = queries_ + row0 * query_columns_, *dout = douts_ + row0 * value_columns_;
     const int64_t columns = round_up(keys, kLanes);
-    matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t_, kBackwardKeys, weights_, kScoresRow, false, &prefetcher_);
-    matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t_, kBackwardKeys, dscores_, kScoresRow, false,
-           &prefetcher_);
+    if (few_rows_) {
+      matmul_few_rows(rows, keys, query_columns_, q, query_columns_, keys_, query_columns_, weights_, kScoresRow);
+      matmul_few_rows(rows, keys, value_columns_, dout, value_columns_, values_t_, value_columns_, dscores_, kScoresRow);
+    } else {
+      matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t_, kBackwardKeys, weights_, kScoresRow, false, &prefetcher_);
+      matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t_, kBackwardKeys, dscores_, kScoresRow, false,
+             &prefetcher_);
+    }
     if (problem_.dropout_threshold) {
       dropout_keep_bits(problem_, batch_head_, row0, rows, key0, kKeepWords, keep_, kKeepWords);
       softmax_gradient<true>(row0, rows, key0, keys, mixed);
@@ -347,7 +358,9 @@ class BackwardPass {
   const AttentionProblem& problem_;
   const BackwardTasks tasks_;
   const int64_t group_;  // query heads to a key head
-  const int64_t query_columns_, value_columns_, row_blocks_;
+  const int64_t query_columns_, value_columns_;
+  const bool few_rows_;
+  const int64_t row_blocks_;
   const int64_t held_keys_;  // whose dK and dV are held at a time: a block, or all of the task for several query heads
   const float log2_scale_;
   const Softcap softcap_;
@@ -357,7 +370,7 @@ class BackwardPass {
   float *queries_, *dqueries_;               // (seqlen_q, query_columns)
   float* douts_;                             // (seqlen_q, value_columns)
   float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *keys_t_, *values_t_;                // (head_dim, kBackwardKeys), the key block transposed
+  float *keys_t_, *values_t_;                // (head_dim, kBackwardKeys), the key block transposed; V as it is for a few rows
   float* keys_;                              // (kBackwardKeys, query_columns)
   float* dkeys_;                             // (held_keys, query_columns)
   float* dvalues_;                           // (held_keys, value_columns)

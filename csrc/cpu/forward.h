@@ -260,16 +260,6 @@ class ForwardPass {
     }
   }
 
-  static void dot_products(const float* query, const T* const keys[4], int64_t head_dim, float products[4]) {
-    Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
-    int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes)
-      for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(query + d), load(keys[n] + d), sums[n]);
-    if (d < head_dim)
-      for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(query + d), load_first(keys[n] + d, head_dim - d), sums[n]);
-    reduce_add4(sums, products);
-  }
-
   static void add_weighted(float* out, const float weights[4], const T* const values[4], int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       Vec sum = load(out + d);

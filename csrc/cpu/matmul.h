@@ -139,6 +139,28 @@ static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a,
   }
 }
 
+// products[n] = a . b[n] for four rows of b at a time: one load of a for the four, and independent sums.
+template <class T>
+static void dot_products(const float* a, const T* const b[4], int64_t depth, float products[4]) {
+  Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
+  int64_t d = 0;
+  for (; d + kLanes <= depth; d += kLanes)
+    for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(a + d), load(b[n] + d), sums[n]);
+  if (d < depth)
+    for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(a + d), load_first(b[n] + d, depth - d), sums[n]);
+  reduce_add4(sums, products);
+}
+
+// c[rows][columns] = a[rows][depth] * b[columns][depth]^T for a few rows, which are not worth a packed transpose of b. Rows of b up to
+// the next multiple of 4 are read, and their products written.
+static void matmul_few_rows(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row,
+                            float* c, int64_t c_row) {
+  for (int64_t j = 0; j < columns; j += 4) {
+    const float* b_rows[4] = {b + j * b_row, b + (j + 1) * b_row, b + (j + 2) * b_row, b + (j + 3) * b_row};
+    for (int64_t i = 0; i < rows; ++i) dot_products(a + i * a_row, b_rows, depth, c + i * c_row + j);
+  }
+}
+
 // Absent rows are packed as zeros, so that nothing stored in them (NaN included) reaches a product.
 FA_INLINE bool is_absent(const float* key_bias, int64_t row) { return key_bias && key_bias[row] != 0.0f; }
 
