@@ -21,7 +21,7 @@ class AmxForward {
     while (rows > 2 * kRows && heads * divide_up(problem.seqlen_q, rows) < wanted_tasks) rows = round_up(rows / 2, step);
     Plan plan{};
     plan.num_tasks = heads * divide_up(problem.seqlen_q, rows);
-    plan.rows_per_task = rows;
+    plan.task_size = rows;
     AmxForward forward(problem, plan);
     plan.scratch_bytes = forward.carve(nullptr);
     return plan;
@@ -42,13 +42,13 @@ class AmxForward {
 
   AmxForward(const AttentionProblem& problem, const Plan& plan)
       : problem_(problem),
-        rows_per_task_(plan.rows_per_task),
-        tasks_per_head_(max_of(divide_up(problem.seqlen_q, plan.rows_per_task), int64_t{1})),
+        rows_per_task_(plan.task_size),
+        tasks_per_head_(max_of(divide_up(problem.seqlen_q, plan.task_size), int64_t{1})),
         dim_qk_(round_up(problem.head_dim_qk, 32)),
         dim_v_(round_up(problem.head_dim_v, 32)),
         block_keys_(min_of(kMaxKeys, round_up(max_of(problem.seqlen_k, int64_t{1}), 32))),
         single_block_(problem.seqlen_k <= block_keys_),
-        held_rows_(single_block_ ? kRows : plan.rows_per_task),
+        held_rows_(single_block_ ? kRows : plan.task_size),
         score_stride_(block_keys_ + 16),
         weight_stride_(block_keys_ + 32),
         dropping_(problem.dropout_threshold > 0 && problem.dropout_threshold < 65536),

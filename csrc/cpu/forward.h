@@ -4,20 +4,18 @@
 // A task covers some query rows of one head and walks over the keys that they see in blocks of kBlockKeys:
 //   1. pack K^T and V of the key block to float32 (kept for the head's next task when one block holds all keys)
 //   2. for each block of query rows:  S = Q K^T                                 (rows, keys)
-//   3.   row by row, soft cap, bias and online softmax:  P = exp2(c S - row_max), c = scale log2 e (scores in units of log2: one
-//   multiply-add, exp2)
+//   3.   row by row, soft cap, bias and online softmax:  P = exp2(c S - row_max), c = scale log2 e
 //   4.   O = O * exp2(old row_max - row_max) + dropout(P) V                     (rows, head_dim_v)
 //   5. out = O * dropout_scale / row_sum,  lse = (row_max + log2 row_sum) ln 2
-// With at most kFewRows query rows (decoding) packing a key would cost more than using it: 2 and 4 read K and V where they lie.
+// With at most kFewRows query rows (decoding) packing a key would cost more than using it: see few_rows_forward.h.
 // A sink counts as a key without a value: row_max starts from it and row_sum from 1. Empty tiles of a PreparedMask are skipped, and
 // each run of full or mixed ones takes steps 2 to 4 on its own.
-// The recurrence is the online softmax of Milakov and Gimelshein (2018), as in FlashAttention (Dao et al., 2022).
+// The blocks and their recurrence are those of FlashAttention (Dao et al., 2022).
 #pragma once
 
-namespace fused_attention::cpu::FA_ISA {
+#include "few_rows_forward.h"
 
-constexpr int64_t kBlockKeys = 512;
-constexpr int64_t kFewRows = 2;
+namespace fused_attention::cpu::FA_ISA {
 
 // Query rows in one block of scores, a multiple of 16. Small blocks waste less under a causal mask.
 static int64_t forward_block_rows(const AttentionProblem& problem) {
@@ -51,32 +49,26 @@ class ForwardPass {
         query_columns_(round_up(problem.head_dim_qk, 16)),
         value_columns_(round_up(problem.head_dim_v, 16)),
         scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
-        log2_scale_(problem.softmax_scale * kLog2e),
-        softcap_(problem),
-        score_bias_(problem) {
-    Arena arena(scratch);
+        arena_(scratch),
+        softmax_(problem, arena_, scores_row_) {
     const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
-    keys_t_ = arena.take<float>(block_keys * problem.head_dim_qk);
-    values_ = arena.take<float>(block_keys * value_columns_);
-    queries_ = arena.take<float>(rows_per_task * query_columns_);
-    out_ = arena.take<float>(rows_per_task * value_columns_);
-    scores_ = arena.take<float>(block_rows_ * scores_row_);  // NOTE: a row stride that is a multiple of 2 KiB would thrash L1
-    row_max_ = arena.take<float>(rows_per_task);
-    row_sum_ = arena.take<float>(rows_per_task);
-    key_bias_ = arena.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
-    zero_row_ = arena.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
-    keep_ = arena.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
-    bias_ = arena.take<float>(scores_row_);
-    started_ = arena.take<uint8_t>((rows_per_task + block_rows_ - 1) / block_rows_);
-    if (problem.row_tiles.data) tile_kinds_ = arena.take<uint8_t>((rows_per_task + 63) / 64 * problem.row_tiles.num_tiles);
-    scratch_bytes_ = arena.used();
+    keys_t_ = arena_.take<float>(block_keys * problem.head_dim_qk);
+    values_ = arena_.take<float>(block_keys * value_columns_);
+    queries_ = arena_.take<float>(rows_per_task * query_columns_);
+    out_ = arena_.take<float>(rows_per_task * value_columns_);
+    scores_ = arena_.take<float>(block_rows_ * scores_row_);  // NOTE: a row stride that is a multiple of 2 KiB would thrash L1
+    row_max_ = arena_.take<float>(rows_per_task);
+    row_sum_ = arena_.take<float>(rows_per_task);
+    key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
+    keep_ = arena_.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
+    started_ = arena_.take<uint8_t>((rows_per_task + block_rows_ - 1) / block_rows_);
+    if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>((rows_per_task + 63) / 64 * problem.row_tiles.num_tiles);
   }
 
-  size_t scratch_bytes() const { return scratch_bytes_; }
+  size_t scratch_bytes() const { return arena_.used(); }
   int64_t tasks_per_head() const { return tasks_per_head_; }
 
   void run(int64_t first_task, int64_t last_task) {
-    __builtin_memset(zero_row_, 0, static_cast<size_t>(max_of(problem_.head_dim_qk, problem_.head_dim_v)) * sizeof(T));
     for (int64_t task = first_task; task < last_task; ++task) {
       enter(task);
       const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
@@ -85,12 +77,6 @@ class ForwardPass {
                   query_columns_);
         const int64_t first_key = first_visible_key(bounds_, row0_), keys_end = visible_keys(bounds_, row0_ + rows_present - 1);
         for (int64_t key0 = first_key / kBlockKeys * kBlockKeys; key0 < keys_end; key0 += kBlockKeys) {
-          if (problem_.seqlen_q <= kFewRows) {
-            for_each_run(
-                tile_kinds(0, key0), max_of(first_key - key0, int64_t{0}) / 64 * 64, min_of(kBlockKeys, keys_end - key0),
-                [&](int64_t first, int64_t last, bool mixed) { attend_in_place(rows_present, key0 + first, last - first, mixed); });
-            continue;
-          }
           if (!sees_any(rows_present, key0, min_of(kBlockKeys, keys_end - key0))) continue;
           load_keys(key0);
           plan_prefetch(task, last_task, key0, keys_end, rows_present);
@@ -131,7 +117,7 @@ class ForwardPass {
     }
     row0_ = task % tasks_per_head_ * rows_per_task_;
     rows_ = min_of(rows_per_task_, bounds_.rows - row0_);
-    score_bias_.enter(bounds_, b_, h_, holes_ ? key_bias_ : nullptr);
+    softmax_.enter(bounds_, b_, h_, holes_ ? key_bias_ : nullptr);
     const float sink = problem_.sinks ? problem_.sinks[h_] * kLog2e : -kInfinity;
     for (int64_t i = 0; i < rows_per_task_; i += kLanes) {
       const LaneMask present = first_lanes(sink == -kInfinity ? 0 : bounds_.seqlen_q - row0_ - i);
@@ -198,7 +184,7 @@ class ForwardPass {
     for (int64_t j = 0; j < keys; j += kKeyTile)
       matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * query_columns_, query_columns_, 1,
              keys_t + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
-    softmax_rows(row, rows, scores_row_, key0 + first, keys, mixed);
+    softmax_rows(row, rows, key0 + first, keys, mixed);
     uint8_t& started = started_[row / block_rows_];
     matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_ + first * value_columns_, value_columns_,
            out_ + row * value_columns_, value_columns_, started != 0, &prefetcher_);
@@ -206,192 +192,33 @@ class ForwardPass {
   }
 
   // scores_ of rows [row, row + rows) and `keys` keys from key0 on become weights.
-  void softmax_rows(int64_t row, int64_t rows, int64_t scores_row, int64_t key0, int64_t keys, bool mixed) {
+  void softmax_rows(int64_t row, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
     if (problem_.dropout_threshold) dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
-    if (softcap_ || score_bias_.needed(mixed)) {
-      const bool same = score_bias_.same_for_all_rows(mixed);
-      if (same) score_bias_.fill(row0_ + row, key0, keys, mixed, bias_);
-      for (int64_t i = 0; i < rows; ++i)
-        biased_softmax_row(row + i, scores_ + i * scores_row, key0, keys, mixed, !same, keep_ + i * kKeepWords);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) softmax_row(row + i, scores_ + i * scores_row, key0, keys, keep_ + i * kKeepWords);
+    softmax_.enter_block(row0_ + row, key0, keys, mixed);
+    const bool started = started_[row / block_rows_] != 0;
+    for (int64_t i = row; i < row + rows; ++i) {
+      const int64_t line = i - row;
+      const float rescale = softmax_.weights(row0_ + i, scores_ + line * scores_row_, row_max_[i], row_sum_[i], keep_ + line * kKeepWords);
+      if (started && rescale != 1.0f) scale_row(out_ + i * value_columns_, rescale, value_columns_);
     }
-  }
-
-  // All rows against the keys [key0, key0 + keys), which are not packed. Four keys at a time: one load of the query or of out for
-  // the four, and independent sums.
-  void attend_in_place(int64_t rows, int64_t key0, int64_t keys, bool mixed) {
-    const int64_t next_head = min_of(batch_head_ + 1, problem_.batch * problem_.num_heads - 1), next_b = next_head / problem_.num_heads;
-    const T* value0 = key_row(problem_.value, key0);
-    const T* next_key0 =
-        row_ptr<const T>(problem_.key, next_b, key_head(problem_, next_head % problem_.num_heads), first_key_of(problem_, next_b));
-    const T* sources[4];
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < keys; j += 4) {
-        locate_rows(problem_.key, key0, j, keys, value0, problem_.value.row, sources);
-        dot_products(queries_ + i * query_columns_, sources, problem_.head_dim_qk, scores_ + i * scores_row_ + j);
-      }
-    softmax_rows(0, rows, scores_row_, key0, keys, mixed);
-    for (int64_t i = 0; i < rows; ++i) {
-      float *scores = scores_ + i * scores_row_, *out = out_ + i * value_columns_;
-      for (int64_t j = keys; j < round_up(keys, 4); ++j) scores[j] = 0.0f;
-      if (!started_[0])
-        for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, broadcast(0.0f));
-      for (int64_t j = 0; j < keys; j += 4) {
-        locate_rows(problem_.value, key0, j, keys, next_key0, problem_.key.row, sources);
-        add_weighted(out, scores + j, sources, problem_.head_dim_v);
-      }
-    }
-    started_[0] = 1;
-  }
-
-  // The rows of K or V of keys j to j + 3, zeros for absent ones and past the last. Fetches the four rows that are needed a little
-  // later: of the same tensor, or past its end of the one that is read next.
-  void locate_rows(const StridedTensor& tensor, int64_t key0, int64_t j, int64_t keys, const T* next, int64_t next_row,
-                   const T* sources[4]) const {
-    constexpr int64_t kRowsAhead = 32;
-    const T* first = key_row(tensor, key0);
-    for (int n = 0; n < 4; ++n) {
-      const int64_t ahead = j + n + kRowsAhead;
-      const char* line =
-          reinterpret_cast<const char*>(ahead < keys ? first + ahead * tensor.row : next + min_of(ahead - keys, keys - 1) * next_row);
-      for (int64_t offset = 0; offset < problem_.head_dim_qk * kSize; offset += 64) __builtin_prefetch(line + offset, 0, 2);
-      sources[n] = j + n >= keys || (holes_ && is_absent(key_bias_, key0 + j + n)) ? zero_row_ : first + (j + n) * tensor.row;
-    }
-  }
-
-  static void add_weighted(float* out, const float weights[4], const T* const values[4], int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-      Vec sum = load(out + d);
-      for (int n = 0; n < 4; ++n) {
-        const Vec value = d + kLanes <= head_dim ? load(values[n] + d) : load_first(values[n] + d, head_dim - d);
-        sum = fmadd(broadcast(weights[n]), value, sum);
-      }
-      store(out + d, sum);
-    }
-  }
-
-  // scores: (keys,) of one row that sees the leading ones, replaced by the weights that multiply V.
-  void softmax_row(int64_t row, float* scores, int64_t key0, int64_t keys, const uint16_t* keep) {
-    const int64_t visible = min_of(visible_keys(bounds_, row0_ + row) - key0, keys);
-    float scale = log2_scale_, block_max = leading_max(scores, visible) * log2_scale_;
-    if (__builtin_fabsf(block_max) > kScaleFirstAbove) {
-      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(log2_scale_)));
-      scale = 1.0f, block_max = leading_max(scores, visible);
-    }
-    update_row(row, scores, visible, keys, block_max, scale, keep);
-  }
-
-  // The same with a soft cap or a bias, which bias_ holds already unless `fill`.
-  void biased_softmax_row(int64_t row, float* scores, int64_t key0, int64_t keys, bool mixed, bool fill, const uint16_t* keep) {
-    const int64_t unseen = min_of(max_of(first_visible_key(bounds_, row0_ + row) - key0, int64_t{0}), keys) / 16 * 16;
-    for (int64_t j = 0; j < unseen; j += kLanes) store(scores + j, broadcast(0.0f));
-    scores += unseen, key0 += unseen, keys -= unseen, keep += unseen / 16;
-    const int64_t visible = max_of(min_of(visible_keys(bounds_, row0_ + row) - key0, keys), int64_t{0});
-    const float* mask = score_bias_.plain_mask_row(row0_ + row, key0, mixed);
-    if (fill && !mask) score_bias_.fill(row0_ + row, key0, visible, mixed, bias_);
-    Vec max = broadcast(-kInfinity);
-    for (int64_t j = 0; j < visible; j += kLanes) {
-      const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, mask ? mask_values(mask + j, visible - j) : load(bias_ + j));
-      store(scores + j, x);
-      max = max_of(max, select(first_lanes(visible - j), x, max));
-    }
-    update_row(row, scores, visible, keys, reduce_max(max), 1.0f, keep);
-  }
-
-  // Exponentials of scale * score; O of earlier keys is rescaled to the new row_max.
-  FA_MEMBER_INLINE void update_row(int64_t row, float* scores, int64_t visible, int64_t keys, float block_max, float scale,
-                                   const uint16_t* keep) {
-    const float old_max = row_max_[row], new_max = max_of(old_max, block_max);
-    const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
-    const float sum = problem_.dropout_threshold ? exponentials<true>(scores, visible, keys, scale, shift, keep)
-                                                 : exponentials<false>(scores, visible, keys, scale, shift, keep);
-    row_max_[row] = new_max;
-    if (row_sum_[row] == 0.0f) {
-      row_sum_[row] = sum;
-    } else if (new_max == old_max) {
-      row_sum_[row] += sum;
-    } else {
-      const float rescale = __builtin_exp2f(old_max - shift);
-      row_sum_[row] = row_sum_[row] * rescale + sum;
-      if (!started_[row / block_rows_]) return;
-      float* out = out_ + row * value_columns_;
-      for (int64_t d = 0; d < value_columns_; d += kLanes) store(out + d, mul(load(out + d), broadcast(rescale)));
-    }
-  }
-
-  static float leading_max(const float* scores, int64_t visible) {
-    Vec even = broadcast(-kInfinity), odd = even;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= visible; j += 2 * kLanes) {
-      even = max_of(even, load(scores + j));
-      odd = max_of(odd, load(scores + j + kLanes));
-    }
-    for (; j < visible; j += kLanes) even = max_of(even, select(first_lanes(visible - j), load(scores + j), even));
-    return reduce_max(max_of(even, odd));
-  }
-
-  // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before
-  // dropout.
-  template <bool kDropout>
-  static float exponentials(float* scores, int64_t visible, int64_t keys, float scale, float shift, const uint16_t* keep) {
-    const Vec vscale = broadcast(scale), minus_shift = broadcast(-shift);
-    const auto weights = [&](int64_t j) __attribute__((always_inline)) { return exp2(fmadd(load(scores + j), vscale, minus_shift)); };
-    const auto put = [&](int64_t j, Vec weight) __attribute__((always_inline)) {
-      if constexpr (kDropout) weight = keep_where(lanes_of_bits(keep[j / 16], static_cast<int>(j % 16)), weight);
-      store(scores + j, weight);
-    };
-    Vec even = broadcast(0.0f), odd = even;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= visible; j += 2 * kLanes) {
-      const Vec weight0 = weights(j), weight1 = weights(j + kLanes);
-      even = add(even, weight0), odd = add(odd, weight1);
-      put(j, weight0), put(j + kLanes, weight1);
-    }
-    for (; j < visible; j += kLanes) {
-      const Vec weight = keep_where(first_lanes(visible - j), weights(j));
-      even = add(even, weight);
-      put(j, weight);
-    }
-    for (; j < keys; j += kLanes) store(scores + j, broadcast(0.0f));
-    return reduce_add(add(even, odd));
   }
 
   // out and lse of all rows of the task; rows that see nothing, absent ones included, get 0 and -inf.
   void write_rows() {
     for (int64_t i = 0; i < rows_; ++i) {
-      T* to = query_row<T>(problem_.out, row0_ + i);
-      const float* from = out_ + i * value_columns_;
-      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // then `from` may never have been written
-      const Vec factor = broadcast(empty ? 0.0f : problem_.dropout_scale() / row_sum_[i]);
-      for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
-        const Vec value = empty ? broadcast(0.0f) : mul(load(from + d), factor);
-        if (d + kLanes <= problem_.head_dim_v)
-          store(to + d, value);
-        else
-          store_first(to + d, value, problem_.head_dim_v - d);
-      }
+      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // then out_ may never have been written
+      write_row(query_row<T>(problem_.out, row0_ + i), empty ? nullptr : out_ + i * value_columns_, problem_.dropout_scale() / row_sum_[i],
+                problem_.head_dim_v);
     }
     float* lse = problem_.lse + lse_offset(problem_, bounds_, b_, h_) + row0_;
-    for (int64_t i = 0; i < rows_; i += kLanes) {
-      const Vec sum = load(row_sum_ + i), natural = natural_lse(load(row_max_ + i), log2(sum));
-      store_first(lse + i, select(less_than(sum, broadcast(1e-30f)), broadcast(-kInfinity), natural), rows_ - i);
-    }
-  }
-
-  // (row_max + log2_sum) ln 2, rounded once: the backward recomputes every weight of the row from this number.
-  static Vec natural_lse(Vec row_max, Vec log2_sum) {
-    const Vec total = add(row_max, log2_sum), rest = add(sub(row_max, total), log2_sum);
-    return fmadd(total, broadcast(kLn2), fmadd(total, broadcast(kLn2Rest), mul(rest, broadcast(kLn2))));
+    for (int64_t i = 0; i < rows_; i += kLanes) store_first(lse + i, natural_lse(load(row_max_ + i), load(row_sum_ + i)), rows_ - i);
   }
 
   static constexpr int64_t kSize = sizeof(T);
   const AttentionProblem& problem_;
   const int64_t block_rows_, rows_per_task_, tasks_per_head_, query_columns_, value_columns_, scores_row_;
-  const float log2_scale_;
-  const Softcap softcap_;
-  ScoreBias score_bias_;
-  size_t scratch_bytes_;
+  Arena arena_;
+  OnlineSoftmax softmax_;
 
   float* keys_t_;                  // (tiles, head_dim_qk, kKeyTile), the key block transposed
   float* values_;                  // (keys, value_columns)
@@ -401,9 +228,7 @@ class ForwardPass {
   float* row_max_;                 // (rows_per_task,) in units of log2
   float* row_sum_;                 // (rows_per_task,)
   float* key_bias_;                // (seqlen_k,) 0 or -inf
-  T* zero_row_;                    // (head_dim,)
   uint16_t* keep_;                 // (block_rows, kKeepWords) dropout bits
-  float* bias_;                    // (scores_row,) of one row, or of all
   uint8_t* started_;               // per block of rows: out_ holds something
   uint8_t* tile_kinds_ = nullptr;  // (rows_per_task / 64, tiles)
 
@@ -416,6 +241,7 @@ class ForwardPass {
 
 template <class T>
 static Plan plan_forward(const AttentionProblem& problem, int num_threads) {
+  if (problem.seqlen_q <= kFewRows) return FewRowsForward<T>::plan(problem, num_threads);
   const int64_t rows_per_task = forward_rows_per_task(problem, num_threads);
   const ForwardPass<T> pass(problem, rows_per_task, nullptr);
   return {problem.batch * problem.num_heads * pass.tasks_per_head(), rows_per_task, pass.scratch_bytes()};
@@ -423,7 +249,10 @@ static Plan plan_forward(const AttentionProblem& problem, int num_threads) {
 
 template <class T>
 static void run_forward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-  ForwardPass<T>(problem, plan.rows_per_task, scratch).run(first_task, last_task);
+  if (problem.seqlen_q <= kFewRows)
+    FewRowsForward<T>(problem, plan.task_size, scratch).run(first_task, last_task);
+  else
+    ForwardPass<T>(problem, plan.task_size, scratch).run(first_task, last_task);
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

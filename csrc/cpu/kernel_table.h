@@ -11,8 +11,8 @@ namespace fused_attention::cpu {
 // A kernel splits its problem into independent tasks; a thread runs a contiguous range of them with its own scratch memory.
 struct Plan {
   int64_t num_tasks;
-  int64_t rows_per_task;  // query rows that one forward task covers; the backward's tasks are whole (batch, head) pairs
-  size_t scratch_bytes;   // per thread, 64-byte aligned
+  int64_t task_size;     // what one forward task covers: query rows of a head, or key heads with few rows
+  size_t scratch_bytes;  // per thread, 64-byte aligned
 };
 
 struct Kernel {

@@ -123,19 +123,27 @@ FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64
   }
 }
 
+// Steps in depth at a time, so that the part of b that every register tile of a panel reads stays in a level-1 cache: 32 KiB.
+constexpr int64_t kDepthBlock = 8192 / (kTileVecs * kLanes);
+
 // c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; columns must be a multiple of kLanes.
 static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
                    int64_t b_row, float* c, int64_t c_row, bool accumulate, RowPrefetcher* prefetcher = nullptr) {
-  int64_t j = 0;
-  for (; j + kTileVecs * kLanes <= columns; j += kTileVecs * kLanes)
-    matmul_panel<kTileVecs>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
-  switch ((columns - j) / kLanes) {
-    case 3:
-      return matmul_panel<kTileVecs == 4 ? 3 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
-    case 2:
-      return matmul_panel<kTileVecs == 4 ? 2 : 1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
-    case 1:
-      return matmul_panel<1>(rows, depth, a, a_row, a_col, b + j, b_row, c + j, c_row, accumulate, prefetcher);
+  for (int64_t j = 0; j < columns; j += kTileVecs * kLanes) {
+    const int64_t vecs = min_of((columns - j) / kLanes, int64_t{kTileVecs});
+    for (int64_t k = 0; k == 0 || k < depth; k += kDepthBlock) {
+      const int64_t steps = min_of(depth - k, kDepthBlock);
+      const float *a_k = a + k * a_col, *b_k = b + k * b_row + j;
+      const bool add = accumulate || k > 0;
+      if (vecs == kTileVecs)
+        matmul_panel<kTileVecs>(rows, steps, a_k, a_row, a_col, b_k, b_row, c + j, c_row, add, prefetcher);
+      else if (kTileVecs > 2 && vecs == 3)
+        matmul_panel<kTileVecs == 4 ? 3 : 1>(rows, steps, a_k, a_row, a_col, b_k, b_row, c + j, c_row, add, prefetcher);
+      else if (kTileVecs > 2 && vecs == 2)
+        matmul_panel<kTileVecs == 4 ? 2 : 1>(rows, steps, a_k, a_row, a_col, b_k, b_row, c + j, c_row, add, prefetcher);
+      else
+        matmul_panel<1>(rows, steps, a_k, a_row, a_col, b_k, b_row, c + j, c_row, add, prefetcher);
+    }
   }
 }
 

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// From raw products of one query row to the weights that multiply V: scale, soft cap, bias, dropout and the online softmax of
+// Milakov and Gimelshein (2018). Scores are in units of log2: one multiply-add, exp2. Included by forward.h.
+#pragma once
+
+namespace fused_attention::cpu::FA_ISA {
+
+class OnlineSoftmax {
+ public:
+  OnlineSoftmax(const AttentionProblem& problem, Arena& arena, int64_t scores_row)
+      : dropout_(problem.dropout_threshold != 0),
+        log2_scale_(problem.softmax_scale * kLog2e),
+        softcap_(problem),
+        score_bias_(problem),
+        bias_(arena.take<float>(scores_row)) {}
+
+  // key_bias: of fill_key_bias, null when all keys below seqlen_k are present.
+  void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias) {
+    bounds_ = &bounds;
+    score_bias_.enter(bounds, b, h, key_bias);
+  }
+
+  // The next rows, from `row` on, have scores of keys [key0, key0 + keys).
+  void enter_block(int64_t row, int64_t key0, int64_t keys, bool mixed) {
+    key0_ = key0, keys_ = keys, mixed_ = mixed;
+    biased_ = softcap_ || score_bias_.needed(mixed);
+    same_bias_ = biased_ && score_bias_.same_for_all_rows(mixed);
+    if (same_bias_) score_bias_.fill(row, key0, keys, mixed, bias_);
+  }
+
+  // scores: (keys,) of a row -> exp2(score - row_max), 0 where the row does not see the key or drops it. Returns the factor by which the
+  // row's sums of earlier keys shrink. keep: the row's bits with dropout.
+  FA_NOINLINE_MEMBER float weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) {
+    return biased_ ? biased_weights(row, scores, row_max, row_sum, keep) : plain_weights(row, scores, row_max, row_sum, keep);
+  }
+
+ private:
+  FA_MEMBER_INLINE float plain_weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) const {
+    const int64_t visible = min_of(visible_keys(*bounds_, row) - key0_, keys_);
+    float scale = log2_scale_, block_max = leading_max(scores, visible) * log2_scale_;
+    if (__builtin_fabsf(block_max) > kScaleFirstAbove) {
+      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(log2_scale_)));
+      scale = 1.0f, block_max = leading_max(scores, visible);
+    }
+    return update(scores, visible, keys_, block_max, scale, row_max, row_sum, keep);
+  }
+
+  FA_MEMBER_INLINE float biased_weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) {
+    const int64_t unseen = min_of(max_of(first_visible_key(*bounds_, row) - key0_, int64_t{0}), keys_) / 16 * 16;
+    for (int64_t j = 0; j < unseen; j += kLanes) store(scores + j, broadcast(0.0f));
+    const int64_t key0 = key0_ + unseen, keys = keys_ - unseen;
+    scores += unseen, keep += unseen / 16;
+    const int64_t visible = max_of(min_of(visible_keys(*bounds_, row) - key0, keys), int64_t{0});
+    const float* mask = score_bias_.plain_mask_row(row, key0, mixed_);
+    if (!same_bias_ && !mask) score_bias_.fill(row, key0, visible, mixed_, bias_);
+    const float* bias = same_bias_ ? bias_ + unseen : bias_;
+    Vec max = broadcast(-kInfinity);
+    for (int64_t j = 0; j < visible; j += kLanes) {
+      const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, mask ? mask_values(mask + j, visible - j) : load(bias + j));
+      store(scores + j, x);
+      max = max_of(max, select(first_lanes(visible - j), x, max));
+    }
+    return update(scores, visible, keys, reduce_max(max), 1.0f, row_max, row_sum, keep);
+  }
+
+  FA_MEMBER_INLINE float update(float* scores, int64_t visible, int64_t keys, float block_max, float scale, float& row_max, float& row_sum,
+                                const uint16_t* keep) const {
+    const float old_max = row_max, new_max = max_of(old_max, block_max);
+    const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
+    const float sum = dropout_ ? exponentials<true>(scores, visible, keys, scale, shift, keep)
+                               : exponentials<false>(scores, visible, keys, scale, shift, keep);
+    const float rescale = row_sum == 0.0f || new_max == old_max ? 1.0f : __builtin_exp2f(old_max - shift);
+    row_max = new_max;
+    row_sum = row_sum * rescale + sum;
+    return rescale;
+  }
+
+  static float leading_max(const float* scores, int64_t visible) {
+    Vec even = broadcast(-kInfinity), odd = even;
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= visible; j += 2 * kLanes) {
+      even = max_of(even, load(scores + j));
+      odd = max_of(odd, load(scores + j + kLanes));
+    }
+    for (; j < visible; j += kLanes) even = max_of(even, select(first_lanes(visible - j), load(scores + j), even));
+    return reduce_max(max_of(even, odd));
+  }
+
+  // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before
+  // dropout.
+  template <bool kDropout>
+  static float exponentials(float* scores, int64_t visible, int64_t keys, float scale, float shift, const uint16_t* keep) {
+    const Vec vscale = broadcast(scale), minus_shift = broadcast(-shift);
+    const auto weights = [&](int64_t j) __attribute__((always_inline)) { return exp2(fmadd(load(scores + j), vscale, minus_shift)); };
+    const auto put = [&](int64_t j, Vec weight) __attribute__((always_inline)) {
+      if constexpr (kDropout) weight = keep_where(lanes_of_bits(keep[j / 16], static_cast<int>(j % 16)), weight);
+      store(scores + j, weight);
+    };
+    Vec even = broadcast(0.0f), odd = even;
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= visible; j += 2 * kLanes) {
+      const Vec weight0 = weights(j), weight1 = weights(j + kLanes);
+      even = add(even, weight0), odd = add(odd, weight1);
+      put(j, weight0), put(j + kLanes, weight1);
+    }
+    for (; j < visible; j += kLanes) {
+      const Vec weight = keep_where(first_lanes(visible - j), weights(j));
+      even = add(even, weight);
+      put(j, weight);
+    }
+    for (; j < keys; j += kLanes) store(scores + j, broadcast(0.0f));
+    return reduce_add(add(even, odd));
+  }
+
+  const bool dropout_;
+  const float log2_scale_;
+  const Softcap softcap_;
+  ScoreBias score_bias_;
+  float* bias_;  // (scores_row,) of one row, or of all
+  const SequenceBounds* bounds_ = nullptr;
+  int64_t key0_ = 0, keys_ = 0;
+  bool mixed_ = false, biased_ = false, same_bias_ = false;
+};
+
+// (row_max + log2 row_sum) ln 2, rounded once: the backward recomputes every weight of the row from this number. -inf where row_sum is 0.
+FA_INLINE Vec natural_lse(Vec row_max, Vec row_sum) {
+  const Vec log2_sum = log2(row_sum), total = add(row_max, log2_sum), rest = add(sub(row_max, total), log2_sum);
+  const Vec lse = fmadd(total, broadcast(kLn2), fmadd(total, broadcast(kLn2Rest), mul(rest, broadcast(kLn2))));
+  return select(less_than(row_sum, broadcast(1e-30f)), broadcast(-kInfinity), lse);
+}
+
+// to: (head_dim,) = factor * from, or 0 without `from`. from is padded to whole vectors.
+template <class T>
+static void write_row(T* to, const float* from, float factor, int64_t head_dim) {
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const Vec value = from ? mul(load(from + d), broadcast(factor)) : broadcast(0.0f);
+    if (d + kLanes <= head_dim)
+      store(to + d, value);
+    else
+      store_first(to + d, value, head_dim - d);
+  }
+}
+
+FA_INLINE void scale_row(float* row, float factor, int64_t columns) {
+  for (int64_t d = 0; d < columns; d += kLanes) store(row + d, mul(load(row + d), broadcast(factor)));
+}
+
+}  // namespace fused_attention::cpu::FA_ISA
