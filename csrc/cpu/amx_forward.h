@@ -273,7 +273,7 @@ class AmxForward {
       filled = same;
       maxima[i] = broadcast(-kInfinity);
       for (int64_t j = 0; j < group.visible[i]; j += 16) {
-        Vec bias = mask ? mask_values(mask + j, group.visible[i] - j) : load(bias_ + j);
+        Vec bias = mask ? score_bias_.mask_values(mask + j, group.visible[i] - j, 1) : load(bias_ + j);
         if (mask) bias = select(first_lanes(group.visible[i] - j), bias, broadcast(-kInfinity));
         const Vec x = biased_scores(load(row + j), score_scale_, softcap_, bias);
         store(row + j, x);

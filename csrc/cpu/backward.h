@@ -19,6 +19,7 @@
 namespace fused_attention::cpu::FA_ISA {
 
 constexpr int64_t kBackwardRows = 64, kBackwardKeys = kKeyTile;
+constexpr int64_t kMaskRowsAhead = 8;  // a row of a block takes less time than memory
 
 template <class T>
 class BackwardPass {
@@ -282,7 +283,9 @@ class BackwardPass {
     const int64_t visible = empty ? 0 : min_of(visible_keys(bounds_, row) - key0, keys);
     Vec row_sum = zero;
     for (int64_t j = 0; j < keys; j += kLanes) {
-      const Vec bias = select(first_lanes(visible - j), mask ? mask_values(mask + j, visible - j) : load(bias_ + j), broadcast(-kInfinity));
+      const Vec bias =
+          select(first_lanes(visible - j), mask ? score_bias_.mask_values(mask + j, visible - j, kMaskRowsAhead) : load(bias_ + j),
+                 broadcast(-kInfinity));
       const LaneMask masked = less_than(bias, broadcast(kMaskedBelow));
       Vec tanh_of_score = zero;
       const Vec score = biased_scores(load(weights + j), log2_scale_, softcap_, bias, &tanh_of_score);

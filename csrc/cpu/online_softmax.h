@@ -56,7 +56,8 @@ class OnlineSoftmax {
     const float* bias = same_bias_ ? bias_ + unseen : bias_;
     Vec max = broadcast(-kInfinity);
     for (int64_t j = 0; j < visible; j += kLanes) {
-      const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, mask ? mask_values(mask + j, visible - j) : load(bias + j));
+      const Vec x =
+          biased_scores(load(scores + j), log2_scale_, softcap_, mask ? score_bias_.mask_values(mask + j, visible - j, 1) : load(bias + j));
       store(scores + j, x);
       max = max_of(max, select(first_lanes(visible - j), x, max));
     }

@@ -42,6 +42,13 @@ class ScoreBias {
     return plain ? mask_row<float>(row, key0) : nullptr;
   }
 
+  // kLanes values of such a row, of which `remaining` exist, in units of log2. Fetches those of a later row: rows lie too far from each
+  // other for the hardware prefetcher.
+  FA_MEMBER_INLINE Vec mask_values(const float* mask, int64_t remaining, int64_t rows_ahead) const {
+    __builtin_prefetch(mask + rows_ahead * problem_.attn_mask.row);
+    return mul(remaining >= kLanes ? load(mask) : load_first(mask, max_of(remaining, int64_t{0})), broadcast(kLog2e));
+  }
+
   // bias[0, keys) of the keys from key0 on, and -inf up to the next multiple of 16.
   FA_NOINLINE_MEMBER void fill(int64_t row, int64_t key0, int64_t keys, bool mixed, float* bias) const {
     const int64_t padded = round_up(keys, 16);
@@ -96,6 +103,7 @@ class ScoreBias {
     for (int64_t j = 0; j < round_up(keys, 16); j += kLanes) {
       const int64_t remaining = keys - j;
       const T* from = mask + j;
+      __builtin_prefetch(from + problem_.attn_mask.row);
       if (stride != 1) {
         for (int64_t n = 0; n < min_of(remaining, int64_t{kLanes}); ++n) gathered[n] = mask[(j + n) * stride];
         from = gathered;
@@ -110,6 +118,7 @@ class ScoreBias {
     const int64_t stride = problem_.attn_mask_key;
     for (int64_t j = 0; j < round_up(keys, 16); j += 16) {
       const int64_t count = min_of(keys - j, int64_t{16});
+      __builtin_prefetch(mask + j * stride + problem_.attn_mask.row);
       const uint16_t bits = stride == 1 && count == 16 ? nonzero_bytes(mask + j) : nonzero_bytes(mask + j * stride, stride, count);
       for (int lane0 = 0; lane0 < 16; lane0 += kLanes)
         store(bias + j + lane0, select(lanes_of_bits(bits, lane0), broadcast(0.0f), broadcast(-kInfinity)));
@@ -148,11 +157,6 @@ class ScoreBias {
   const float* key_bias_ = nullptr;
   float slope_ = 0.0f;
 };
-
-// kLanes values of a row of attn_mask, of which `remaining` exist, in units of log2.
-FA_INLINE Vec mask_values(const float* mask, int64_t remaining) {
-  return mul(remaining >= kLanes ? load(mask) : load_first(mask, max_of(remaining, int64_t{0})), broadcast(kLog2e));
-}
 
 // kLanes scores in units of log2 from products, -inf where the bias is; tanh: what the soft cap's slope is computed from.
 FA_INLINE Vec biased_scores(Vec product, float log2_scale, const Softcap& softcap, Vec bias, Vec* tanh_of_score = nullptr) {
