@@ -21,7 +21,7 @@ namespace fused_attention::cpu::FA_ISA {
 static int64_t forward_block_rows(const AttentionProblem& problem) {
   if (problem.row_tiles.data) return 64;
   const bool causal = problem.causal != Causal::none;
-  if (problem.seqlen_q <= 64) return causal ? 32 : round_up(max_of(problem.seqlen_q, int64_t{1}), 16);
+  if (problem.seqlen_q <= 64) return causal || problem.dtype == Dtype::float32 ? 32 : round_up(problem.seqlen_q, 16);
   return causal && problem.seqlen_q <= 1024 ? 48 : 96;
 }
 
@@ -54,7 +54,7 @@ class ForwardPass {
     const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
     keys_t_ = arena_.take<float>(block_keys * problem.head_dim_qk);
     values_ = arena_.take<float>(block_keys * value_columns_);
-    queries_ = arena_.take<float>(rows_per_task * query_columns_);
+    packed_queries_ = arena_.take<float>(rows_per_task * query_columns_);
     out_ = arena_.take<float>(rows_per_task * value_columns_);
     scores_ = arena_.take<float>(block_rows_ * scores_row_);  // NOTE: a row stride that is a multiple of 2 KiB would thrash L1
     row_max_ = arena_.take<float>(rows_per_task);
@@ -73,8 +73,7 @@ class ForwardPass {
       enter(task);
       const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
       if (rows_present > 0) {
-        pack_rows(query_row<const T>(problem_.query, row0_), problem_.query.row, rows_present, problem_.head_dim_qk, queries_,
-                  query_columns_);
+        load_queries(rows_present);
         const int64_t first_key = first_visible_key(bounds_, row0_), keys_end = visible_keys(bounds_, row0_ + rows_present - 1);
         for (int64_t key0 = first_key / kBlockKeys * kBlockKeys; key0 < keys_end; key0 += kBlockKeys) {
           if (!sees_any(rows_present, key0, min_of(kBlockKeys, keys_end - key0))) continue;
@@ -127,6 +126,19 @@ class ForwardPass {
     for (int64_t row = 0; row < rows_; row += block_rows_) started_[row / block_rows_] = 0;
     for (int64_t row = 0; tile_kinds_ && row < rows_; row += 64)
       expand_tiles(problem_.row_tiles, b_, h_, (row0_ + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
+  }
+
+  // With one block of keys each query is read once or twice: float32 ones where they lie.
+  void load_queries(int64_t rows) {
+    const T* source = query_row<const T>(problem_.query, row0_);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (problem_.seqlen_k <= kBlockKeys) {
+        queries_ = source, queries_row_ = problem_.query.row;
+        return;
+      }
+    }
+    pack_rows(source, problem_.query.row, rows, problem_.head_dim_qk, packed_queries_, query_columns_);
+    queries_ = packed_queries_, queries_row_ = query_columns_;
   }
 
   void load_keys(int64_t key0) {
@@ -182,7 +194,7 @@ class ForwardPass {
   void attend_run(int64_t row, int64_t rows, int64_t key0, int64_t first, int64_t keys, bool mixed) {
     const float* keys_t = keys_t_ + first * problem_.head_dim_qk;
     for (int64_t j = 0; j < keys; j += kKeyTile)
-      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * query_columns_, query_columns_, 1,
+      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * queries_row_, queries_row_, 1,
              keys_t + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
     softmax_rows(row, rows, key0 + first, keys, mixed);
     uint8_t& started = started_[row / block_rows_];
@@ -222,7 +234,7 @@ class ForwardPass {
 
   float* keys_t_;                  // (tiles, head_dim_qk, kKeyTile), the key block transposed
   float* values_;                  // (keys, value_columns)
-  float* queries_;                 // (rows_per_task, query_columns)
+  float* packed_queries_;          // (rows_per_task, query_columns)
   float* out_;                     // (rows_per_task, value_columns), not yet normalised
   float* scores_;                  // (block_rows, scores_row)
   float* row_max_;                 // (rows_per_task,) in units of log2
@@ -234,6 +246,8 @@ class ForwardPass {
 
   int64_t b_ = -1, h_ = 0, h_kv_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
   int64_t packed_head_ = -1, packed_key0_ = -1;
+  const float* queries_ = nullptr;  // of the task, packed or not
+  int64_t queries_row_ = 0;
   SequenceBounds bounds_{};
   bool holes_ = false;
   RowPrefetcher prefetcher_;
