@@ -174,7 +174,7 @@ class ForwardPass {
       }
     }
     const int64_t keys = min_of(kBlockKeys, keys_end - key0);
-    prefetcher_.spread_over(rows / kTileRows * ((keys + kKeyTile - 1) / kKeyTile + (value_columns_ + 63) / 64));
+    prefetcher_.spread_over(matmul_ticks(rows, keys, problem_.head_dim_qk) + matmul_ticks(rows, value_columns_, keys));
   }
 
   void prefetch_keys(int64_t b, int64_t h_kv, int64_t key0, int64_t keys) {

@@ -24,38 +24,37 @@ class Arena {
 };
 
 // Spreads software prefetches of strided rows - the next task's inputs, the current task's outputs - over the matrix products
-// of the current task. Rows of a (B, L, H, D) tensor are short pieces far apart, which the hardware prefetcher does not follow.
+// of the current task. Rows of a (B, L, H, D) tensor are short pieces far apart, which the hardware prefetcher does not follow. A few
+// lines at a time: a core waits when it asks for more lines than it can have on their way.
 class RowPrefetcher {
  public:
-  void clear() {
-    num_regions_ = current_ = 0;
-    row_ = total_rows_ = 0;
-    rows_per_tick_ = 0;
-  }
+  void clear() { num_regions_ = current_ = offset_ = total_lines_ = lines_per_tick_ = 0; }
   void add_reads(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
     add(first_row, stride_bytes, rows, row_bytes, false);
   }
   void add_writes(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes) {
     add(first_row, stride_bytes, rows, row_bytes, true);
   }
-  void spread_over(int64_t ticks) { rows_per_tick_ = ticks > 0 ? (total_rows_ + ticks - 1) / ticks : 0; }
+  void spread_over(int64_t ticks) { lines_per_tick_ = ticks > 0 ? (total_lines_ + ticks - 1) / ticks : 0; }
 
-  void tick() {
-    for (int64_t n = rows_per_tick_; n > 0 && current_ < num_regions_; --n) {
-      const Region& region = regions_[current_];
-      const char* row = region.first_row + row_ * region.stride_bytes;
-      if (region.for_writing) {
-        for (int64_t offset = 0; offset < region.row_bytes; offset += 64) __builtin_prefetch(row + offset, 1, 2);
-      } else {
-        for (int64_t offset = 0; offset < region.row_bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
-      }
-      if (++row_ == region.rows) row_ = 0, ++current_;
+  FA_MEMBER_INLINE void tick() {
+    for (int64_t n = lines_per_tick_; n > 0 && current_ < num_regions_; --n) {
+      Region& region = regions_[current_];
+      if (region.for_writing)
+        __builtin_prefetch(region.row + offset_, 1, 2);
+      else
+        __builtin_prefetch(region.row + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ < region.row_bytes) continue;
+      offset_ = 0;
+      region.row += region.stride_bytes;
+      if (--region.rows == 0) ++current_;
     }
   }
 
  private:
   struct Region {
-    const char* first_row;
+    const char* row;
     int64_t stride_bytes, rows, row_bytes;
     bool for_writing;
   };
@@ -63,37 +62,48 @@ class RowPrefetcher {
   void add(const void* first_row, int64_t stride_bytes, int64_t rows, int64_t row_bytes, bool for_writing) {
     if (rows <= 0 || num_regions_ == kMaxRegions) return;
     regions_[num_regions_++] = {static_cast<const char*>(first_row), stride_bytes, rows, row_bytes, for_writing};
-    total_rows_ += rows;
+    total_lines_ += rows * ((row_bytes + 63) / 64);
   }
 
   static constexpr int kMaxRegions = 8;
   Region regions_[kMaxRegions];
-  int num_regions_ = 0, current_ = 0;
-  int64_t row_ = 0, total_rows_ = 0, rows_per_tick_ = 0;
+  int64_t num_regions_ = 0, current_ = 0;
+  int64_t offset_ = 0;  // bytes, within the row
+  int64_t total_lines_ = 0, lines_per_tick_ = 0;
 };
 
 // A register tile is 6 x 4 vectors with AVX-512 (24 of 32 registers accumulate), 6 x 2 with 16 registers.
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
+constexpr int64_t kTickSteps = 32;  // steps in depth of a register tile between two prefetches
+
+// The prefetches of a product.
+static int64_t matmul_ticks(int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t kTileColumns = kTileVecs * kLanes;
+  return (rows + kTileRows - 1) / kTileRows * ((columns + kTileColumns - 1) / kTileColumns) * ((depth + kTickSteps - 1) / kTickSteps);
+}
 
 // c[kRows][kVecs * kLanes] (+)= a[kRows][depth] * b[depth][kVecs * kLanes], where a[i][k] = a[i * a_row + k * a_col].
 template <int kRows, int kVecs>
 FA_INLINE void matmul_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, float* c,
-                           int64_t c_row, bool accumulate) {
+                           int64_t c_row, bool accumulate, RowPrefetcher* prefetcher) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) sum[i][j] = accumulate ? load(c + i * c_row + j * kLanes) : broadcast(0.0f);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec b_k[kVecs];
+  for (int64_t k = 0; k < depth;) {
+    if (prefetcher) prefetcher->tick();
+    for (const int64_t end = min_of(k + kTickSteps, depth); k < end; ++k) {
+      Vec b_k[kVecs];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) b_k[j] = load(b + k * b_row + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) b_k[j] = load(b + k * b_row + j * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec a_ik = broadcast(a[i * a_row + k * a_col]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec a_ik = broadcast(a[i * a_row + k * a_col]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sum[i][j] = fmadd(a_ik, b_k[j], sum[i][j]);
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = fmadd(a_ik, b_k[j], sum[i][j]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -106,20 +116,19 @@ template <int kVecs>
 FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row,
                               float* c, int64_t c_row, bool accumulate, RowPrefetcher* prefetcher) {
   for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * a_row, c += kTileRows * c_row) {
-    if (prefetcher) prefetcher->tick();
-    matmul_tile<kTileRows, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+    matmul_tile<kTileRows, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate, prefetcher);
   }
   switch (rows) {
     case 5:
-      return matmul_tile<5, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      return matmul_tile<5, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate, prefetcher);
     case 4:
-      return matmul_tile<4, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      return matmul_tile<4, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate, prefetcher);
     case 3:
-      return matmul_tile<3, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      return matmul_tile<3, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate, prefetcher);
     case 2:
-      return matmul_tile<2, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      return matmul_tile<2, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate, prefetcher);
     case 1:
-      return matmul_tile<1, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate);
+      return matmul_tile<1, kVecs>(depth, a, a_row, a_col, b, b_row, c, c_row, accumulate, prefetcher);
   }
 }
 

@@ -74,7 +74,7 @@ class WeightsPass {
     const StridedTensor &query = problem_.query, &key = problem_.key;
     prefetcher_.add_reads(row_ptr<const T>(query, b_, next_head, row0), query.row * size, rows, row_bytes);
     prefetcher_.add_reads(row_ptr<const T>(key, b_, key_head(problem_, next_head), key0), key.row * size, keys, row_bytes);
-    prefetcher_.spread_over(max_of(rows / kTileRows, int64_t{1}) * ((keys + kKeyTile - 1) / kKeyTile));
+    prefetcher_.spread_over(matmul_ticks(rows, keys, problem_.head_dim_qk));
   }
 
   void add_to_mean(int64_t h, int64_t rows, int64_t keys) {
