@@ -213,10 +213,15 @@ static void pack_transposed(const T* source, int64_t source_row, int64_t rows, i
       const int64_t columns = min_of(head_dim - d0, int64_t{16});
 #if defined(FA_AVX512)
       __m512i r[16];
+      if (present == 16 && columns == 16 && !key_bias) {
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        r[i] = i < present && !is_absent(key_bias, row0 + i) ? _mm512_castps_si512(load_first(from + i * source_row, columns).x)
-                                                             : _mm512_setzero_si512();
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(load(from + i * source_row).x);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          r[i] = i < present && !is_absent(key_bias, row0 + i) ? _mm512_castps_si512(load_first(from + i * source_row, columns).x)
+                                                               : _mm512_setzero_si512();
+      }
       transpose16(r);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j)
