@@ -18,3 +18,12 @@ pytestmark = [
 @pytest.mark.parametrize("feature", FEATURES)
 def test_feature(feature: str, dtype: torch.dtype, instruction_set: str) -> None:
     check_call(native, FEATURES[feature] | {"dtype": dtype}, "cpu")
+
+
+@pytest.mark.parametrize(("seqlens", "heads"), [((1, 600), (4, 4)), ((2, 75), (6, 2))], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature_with_few_rows(feature: str, seqlens: tuple[int, int], heads: tuple[int, int], instruction_set: str) -> None:
+    """Several heads share a task then; 600 keys are more than one block."""
+    batch = FEATURES[feature].get("sizes", (2,))[0]
+    dtype = DTYPES[(batch + heads[0] + len(feature)) % len(DTYPES)]
+    check_call(native, FEATURES[feature] | {"dtype": dtype, "seqlens": seqlens, "sizes": (batch, *heads)}, "cpu")
