@@ -134,24 +134,38 @@ def test_the_gate_covers_the_tile_table() -> None:
     assert gated == {key for key in tile_table() if key[1] != "other"}
 
 
-def test_a_class_with_the_same_tiles_and_more_features_is_checked_in_a_classs_place() -> None:
-    for task in gate.tasks(""):
-        other = gate.stands_for(task)
-        assert [tile_table()[row] for row in other.rows().values()] == [tile_table()[row] for row in task.rows().values()]
+def test_a_row_with_the_same_tile_and_more_to_do_is_checked_in_a_rows_place() -> None:
+    for row in (row for task in gate.tasks("") for row in task.rows().values()):
+        other = gate.stands_for(row)
+        assert tile_table()[other] == tile_table()[row]
         assert gate.stands_for(other) == other
-        if task.feature_class == "plain":
-            assert other == task
-        assert other[:4] == task[:4]
-        assert tune.FEATURE_CLASSES.index(other.feature_class) >= tune.FEATURE_CLASSES.index(task.feature_class)
+        assert other[:3] == row[:3]
+        assert other.head_dim >= row.head_dim
+        assert (other.feature_class == "plain") == (row.feature_class == "plain")
+        assert tune.FEATURE_CLASSES.index(other.feature_class) >= tune.FEATURE_CLASSES.index(row.feature_class)
+
+
+def test_only_kernels_that_nothing_stands_for_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = gate.Task("backward", "sm80", "16-bit", 64, "plain")
+    monkeypatch.setattr(gate, "checked_names", lambda task, form: {"dq"} if form == "separate" else set())
+    names = [line.kernel_name for line in gate.check(task, every=False, count=False)]
+    assert "dq" in names
+    assert "dkdv" not in names
+
+
+def test_without_counting_the_same_kernels_fail() -> None:
+    for arch, head_dim, tile in ((80, 128, Tile(128, 128, 1, 1)), (90, 64, Tile(32, 64, 4, 1)), (90, 64, Tile(64, 64, 4, 2))):
+        binary, found = product(arch, head_dim, tile)
+        assert failures(resources(binary, arch, count=False), arch, warpgroups=True) == failures(found, arch, warpgroups=True)
 
 
 def test_prepared_masks_and_packed_sequences_are_checked_in_every_pass_that_takes_them() -> None:
-    """By rows that are checked themselves, not in another class's place."""
+    """Whatever stands for their rows."""
     checked = [task for task in gate.tasks("") if len(task.forms()) > 1]
     for form, passes in gate.PASSES_OF_FORM.items():
         assert {task.measured_pass for task in checked if form in task.forms()} == set(passes)
     assert {task.family for task in checked} == set(gate.ARCHITECTURES)
-    assert [task for task in checked if gate.stands_for(task) != task] == []
+    assert all(gate.checked_names(task, form) == set(task.rows()) for task in checked for form in task.forms() if form != "separate")
     lines = gate.check(gate.Task("weights", "sm80", "16-bit", 64, "masked"))
     assert [line.form for line in lines if line.kernel_name == "weights"] == ["separate", "prepared"]
 
@@ -179,7 +193,7 @@ def test_a_tile_is_chosen_that_passes_with_two_tritons(monkeypatch: pytest.Monke
         tile_table()[row] = shipped
 
 
-# One of each pass; `make codegen` takes a quarter of an hour.
+# One of each pass; `make codegen` checks every row.
 SAMPLE = (
     ("forward", "16-bit", 64, "plain"),
     ("forward", "16-bit", 128, "dropout"),

@@ -8,8 +8,8 @@
 The real host code runs on CPU tensors (triton_offline.py), one representative problem for each row of the table, with everything that
 its feature class may hold (benchmarks/tune.py); for a few rows also one with a PreparedMask or with packed sequences. What fails: spills,
 local memory in a hot loop, more shared memory than there is, and on sm_90 16-bit products that are not warpgroup products or that wait
-for one another. float16 compiles like bfloat16 and is not repeated; nor is a class whose tiles are those of a class with more features
-(stands_for).
+for one another. float16 compiles like bfloat16 and is not repeated; nor is a row with the tile of one that has a larger head_dim and more
+features (stands_for).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles faster, to the same ins
 
 import triton
 from triton_offline import Binary, offline
-from triton_resources import Resources, failures, resources
+from triton_resources import OPCODES, Resources, failures, resources
 
 from fused_attention.benchmarks import tune
 from fused_attention.benchmarks.tune import Row, Size
@@ -90,52 +90,62 @@ def tasks(pattern: str) -> Iterator[Task]:
                             yield task
 
 
-def stands_for(task: Task) -> Task:
-    """The task whose kernels are checked in a task's place: that of the class with the most features among those with the same tiles.
+def stands_for(row: Row) -> Row:
+    """The row whose kernel is checked in a row's place: that with the largest head_dim, then the most features, among those with its tile.
 
-    Its kernels do all that the task's do and more, so they need at least its registers and shared memory. Not so for plain: tile lists
-    take the place of loop bounds. Nor for a class that is checked in several forms.
+    The kernel does all that the row's does and more, and holds longer rows: it has at least as many numbers to keep in registers and in
+    shared memory. (What it spills is what does not fit; how many registers the assembler uses of those there are goes up and down.)
+    Plain kernels stand for plain ones only: tile lists take the place of loop bounds.
     """
-    irreplaceable = task.feature_class == "plain" or len(task.forms()) > 1
-    richer = () if irreplaceable else tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(task.feature_class) + 1 :]
-    for feature_class in reversed(richer):
-        other = task._replace(feature_class=feature_class)
-        if other.rows().keys() == task.rows().keys() and all(
-            tile_table()[row] == tile_table()[other.rows()[name]] for name, row in task.rows().items()
-        ):
-            return other
-    return task
+    plain = row.feature_class == "plain"
+    classes = ["plain"] if plain else tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(row.feature_class) :]
+    for head_dim in sorted(tune.HEAD_DIMS, reverse=True):
+        for feature_class in reversed(classes):
+            other = row._replace(head_dim=head_dim, feature_class=feature_class)
+            has_class = tune.has_class(row.kernel_name, feature_class)
+            if head_dim >= row.head_dim and has_class and tile_table()[other] == tile_table()[row]:
+                return other
+    raise AssertionError("a row stands for itself")
 
 
-def kernel_of(binary: Binary) -> str:
+def checked_names(task: Task, form: str) -> set[str]:
+    """Kernels of a task that are checked in a form: those that nothing stands for, and in other forms than the usual all of them."""
+    return {name for name, row in task.rows().items() if form != "separate" or stands_for(row) == row}
+
+
+def kernel_of(function_name: str) -> str:
     """The table's name of a kernel function."""
-    return next((name for name in ("decode", "dkdv", "dq", "dbias", "weights", "forward") if name in binary.name), binary.name)
+    return next((name for name in ("decode", "dkdv", "dq", "dbias", "weights", "forward") if name in function_name), function_name)
 
 
-def compile_task(task: Task, form: str) -> list[Binary]:
-    """The kernels that a task's problem launches, with the table's tiles."""
+def compile_task(task: Task, form: str, names: set[str]) -> list[Binary]:
+    """The kernels that a task's problem launches, with the table's tiles; of those that have one, the named ones."""
     row = next(iter(task.rows().values()))
     run = tune.runner(row, tune.representative(row, Size(), "cpu", form))
-    with offline(ARCHITECTURES[task.family], inspect=True) as launches:
+    left_out = {*tune.KERNELS} - names
+    with offline(ARCHITECTURES[task.family], inspect=True, wanted=lambda name: kernel_of(name) not in left_out) as launches:
         run()
         if form == "prepared":  # by the kernels, as on a GPU
             triton_backend.prepared_tiles(tune.representative(row, Size(), "cpu"), gradients=True)
     return list({id(launched.binary): launched.binary for launched in launches}.values())
 
 
-def check(task: Task) -> list[Line]:
-    """Every kernel of the task, those first that have a row of their own in the table."""
+def check(task: Task, *, every: bool = True, count: bool = True) -> list[Line]:
+    """Every kernel of the task, or those that nothing stands for; those first that have a row of their own in the table."""
     arch = ARCHITECTURES[task.family]
     task_rows = task.rows()
     lines = []
     for form in task.forms():
-        for binary in compile_task(task, form):
-            name = kernel_of(binary)
-            found = resources(binary, arch)
+        names = set(task_rows) if every else checked_names(task, form)
+        if not names:
+            continue
+        for binary in compile_task(task, form, names):
+            name = kernel_of(binary.name)
+            found = resources(binary, arch, count=count)
             warpgroups = name in task_rows and task.dtype == "16-bit" and not is_narrow(task_rows[name])
             tile = tile_table()[task_rows[name]] if name in task_rows else None
             lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups), form))
-        missing = set(task_rows) - {line.kernel_name for line in lines if line.form == form}
+        missing = names - {line.kernel_name for line in lines if line.form == form}
         if missing:
             raise RuntimeError(f"{task}: no kernel ran for {missing}, {form}")
     return sorted(lines, key=lambda line: line.tile is None)
@@ -257,7 +267,7 @@ def record(lines: list[Line]) -> None:
     tune.write_table(tile_table())
 
 
-def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None) -> tuple[list[Line], list[str]]:
+def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None, count: bool) -> tuple[list[Line], list[str]]:
     """In a worker process: the lines of tasks, easy ones first, and the texts of errors."""
     lines: list[Line] = []
     errors = []
@@ -266,7 +276,7 @@ def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None) ->
     for task in tasks:
         start = time.monotonic()
         try:
-            added = choose(task, keep, failed, others) if choosing else check(task)
+            added = choose(task, keep, failed, others) if choosing else check(task, every=False, count=count)
         except Exception:
             added = []
             errors.append(f"{' '.join(map(str, task))}: {traceback.format_exc()}")
@@ -281,20 +291,20 @@ def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None) ->
 
 HEADING = (
     "kernel     arch    dtype   D  class   BLOCK_M x BLOCK_N, warps, stages   regs spillB  shared  blocks/SM          "
-    "HGMMA    HMMA     TC5      FFMA       LDGSTS   EX2      local  instructions"
+    "wgmma    HGMMA     HMMA      TC5     FFMA   LDGSTS      EX2   local  instructions"
 )
 
 
 def text(line: Line) -> str:
     task, found, tile = line.task, line.found, line.tile
-    counts = {name: f"{total}/{hot}" for name, (total, hot) in found.counts.items()}
-    local = "/".join(str(a + b) for a, b in zip(found.counts["LDL"], found.counts["STL"], strict=True))
+    counts = {name: "/".join(map(str, found.counts.get(name, ()))) for name in OPCODES}
+    local = "/".join(str(a + b) for a, b in zip(found.counts.get("LDL", ()), found.counts.get("STL", ()), strict=True))
     size = f"{tile.BLOCK_M:3d} x {tile.BLOCK_N:3d}, {tile.num_warps}, {tile.num_stages}" if tile else ""
+    columns = "".join(f"{counts[name]:>9s}" for name in ("HGMMA", "HMMA", "TC5", "FFMA", "LDGSTS", "EX2"))
     return (
         f"{line.kernel_name:10s} sm_{ARCHITECTURES[task.family]:<4d} {task.dtype:6s} {task.head_dim:3d} {task.feature_class:8s} {size:34s} "
         f"{found.registers:4d} {found.spills:6d} {found.shared_memory:7d}  {found.blocks_per_sm:2d} {found.limited_by:14s} "
-        f"{counts['HGMMA']:>8s} {counts['HMMA']:>8s} {counts['TC5']:>8s} {counts['FFMA']:>10s} {counts['LDGSTS']:>8s} {counts['EX2']:>8s} "
-        f"{local:>7s}  {found.instructions[0]}/{found.instructions[1]}"
+        f"{found.warpgroup_products:5d}{columns} {local:>7s}  {'/'.join(map(str, found.instructions)) if found.counts else ''}"
         + (f"  {line.form}" if line.form != "separate" else "")
         + ("  FAILS: " + ", ".join(line.failures) if line.failures else "")
     )
@@ -320,6 +330,7 @@ def main() -> None:
     parser.add_argument("--also", type=Path, metavar="PYTHON", help="with --choose: interpreter whose Triton must pass a tile too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--count", action="store_true", help="count the instructions of every kernel")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the lines there too")
     options = parser.parse_args()
     if options.serve:
@@ -330,12 +341,14 @@ def main() -> None:
     for task in tasks(options.only):
         if options.choose:
             groups.setdefault(task[:3], []).append(task)
-        else:
-            groups[stands_for(task)] = [stands_for(task)]
+        elif any(checked_names(task, form) for form in task.forms()):
+            groups[task] = [task]
     results: dict[tuple, list[Line]] = {}
     errors = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(attempt, group, options.choose, options.keep, options.also): key for key, group in groups.items()}
+        pending = {
+            pool.submit(attempt, group, options.choose, options.keep, options.also, options.count): key for key, group in groups.items()
+        }
         for future in as_completed(pending):
             results[pending[future]], its_errors = future.result()
             errors += its_errors
@@ -345,7 +358,8 @@ def main() -> None:
     failed = sum(bool(line.failures) for line in lines) + len(errors)
     heading = [
         f"triton {triton.__version__}: {len(lines)} kernels, {failed} fail; {time.monotonic() - start:.0f} s",
-        "Numbers a/b: in the whole kernel / in its hot loops. A line without a tile is a kernel that needs none of the table.",
+        "A line without a tile is a kernel that needs none of the table. wgmma: in the PTX. Numbers a/b: instructions in the whole kernel",
+        "/ in its hot loops, with --count and where there is a stack frame; a kernel without one has no local memory.",
         "",
         HEADING,
     ]

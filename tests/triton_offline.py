@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from fused_attention.kernels import triton_launch
 from fused_attention.kernels.triton_launch import forget_launches
 
 KB = 1024
@@ -139,11 +140,18 @@ _binaries: dict[int, Binary] = {}  # by handle, as long as Triton keeps a compil
 
 
 @contextlib.contextmanager
-def offline(arch: int = 90, *, inspect: bool = False, execute: Callable[[Launch], None] = do_nothing) -> Iterator[list[Launch]]:
+def offline(
+    arch: int = 90,
+    *,
+    inspect: bool = False,
+    execute: Callable[[Launch], None] = do_nothing,
+    wanted: Callable[[str], bool] | None = None,
+) -> Iterator[list[Launch]]:
     """Replaces Triton's driver; gives the list that launches are added to.
 
     With inspect, binaries have a ptxas log (so nothing comes from Triton's cache on disk), and a kernel that needs more shared memory
-    than there is is recorded like any other; without it Triton raises OutOfResources, as it does on a GPU.
+    than there is is recorded like any other; without it Triton raises OutOfResources, as it does on a GPU. Kernel functions whose names
+    are not `wanted` are left out.
     """
     knobs = triton.knobs
     log = io.StringIO()
@@ -165,6 +173,12 @@ def offline(arch: int = 90, *, inspect: bool = False, execute: Callable[[Launch]
             knobs.compilation.always_compile = True
             knobs.nvidia.dump_ptxas_log = True
             stack.enter_context(contextlib.redirect_stdout(log))
+        if wanted is not None:
+            compile_and_launch = triton_launch._launch_through_triton
+            stack.callback(setattr, triton_launch, "_launch_through_triton", compile_and_launch)
+            triton_launch._launch_through_triton = lambda kernel, *others: (
+                compile_and_launch(kernel, *others) if wanted(kernel.__name__) else None
+            )
         triton.runtime.driver.set_active(driver)
         forget_launches()  # their tiles are for another GPU
         try:

@@ -31,24 +31,27 @@ class Resources:
     threads: int
     blocks_per_sm: int
     limited_by: str
-    counts: dict[str, tuple[int, int]]  # {name in OPCODES: (in the kernel, in its hot loops)}
-    instructions: tuple[int, int]
+    warpgroup_products: int  # in the PTX, which the assembler does not replace
+    local_in_hot_loops: int  # accesses to local memory
     serialised: int  # warnings that warpgroup products wait for one another
+    counts: dict[str, tuple[int, int]]  # {name in OPCODES: (in the kernel, in its hot loops)}; empty when they were not counted
+    instructions: tuple[int, int] = (0, 0)  # the same of all instructions
 
 
 @functools.cache
-def resources(binary: Binary, arch: int) -> Resources:
-    """Of a binary from offline(arch, inspect=True)."""
-    instructions, labels = sass.parse(sass.disassemble(binary.cubin))
-    hot = [instruction for loop in sass.hot_loops(instructions, labels) for instruction in loop]
-    patterns = {name: re.compile(rf"({pattern})(\.|$)") for name, pattern in OPCODES.items()}
-    counts = {
-        name: (
-            sum(bool(pattern.match(instruction.opcode)) for instruction in instructions),
-            sum(bool(pattern.match(instruction.opcode)) for instruction in hot),
-        )
-        for name, pattern in patterns.items()
-    }
+def resources(binary: Binary, arch: int, *, count: bool = True) -> Resources:
+    """Of a binary from offline(arch, inspect=True). Without `count` only a kernel that has local memory is disassembled."""
+    stack = number(r"(\d+) bytes stack frame", binary.log)
+    counts: dict[str, tuple[int, int]] = {}
+    sizes = (0, 0)
+    if count or stack:
+        instructions, labels = sass.parse(sass.disassemble(binary.cubin))
+        hot = [instruction for loop in sass.hot_loops(instructions, labels) for instruction in loop]
+        sizes = len(instructions), len(hot)
+        for name, pattern in OPCODES.items():
+            compiled = re.compile(rf"({pattern})(\.|$)")
+            everywhere, in_hot = (sum(bool(compiled.match(found.opcode)) for found in part) for part in (instructions, hot))
+            counts[name] = everywhere, in_hot
     metadata = binary.metadata
     threads = threads_of(binary)
     registers = number(r"Used (\d+) registers", binary.log)
@@ -57,15 +60,17 @@ def resources(binary: Binary, arch: int) -> Resources:
     limited_by = min(blocks, key=lambda name: blocks[name])
     return Resources(
         registers=registers,
-        stack=number(r"(\d+) bytes stack frame", binary.log),
+        stack=stack,
         spills=number(r"(\d+) bytes spill stores", binary.log),
         shared_memory=shared_memory,
         threads=threads,
         blocks_per_sm=blocks[limited_by],
         limited_by=limited_by,
-        counts=counts,
-        instructions=(len(instructions), len(hot)),
+        warpgroup_products=binary.ptx.count("wgmma.mma_async"),
+        local_in_hot_loops=sum(counts[name][1] for name in ("LDL", "STL")) if counts else 0,
         serialised=len(re.findall(r"wgmma.*serializ", binary.log)),
+        counts=counts,
+        instructions=sizes,
     )
 
 
@@ -91,15 +96,14 @@ def failures(found: Resources, arch: int, *, warpgroups: bool, shared_memory: in
         shared_memory: bytes it may take, if not all that the architecture has.
     """
     limit = SHARED_MEMORY[arch] if shared_memory is None else shared_memory
-    local = found.counts["LDL"][1] + found.counts["STL"][1]
     reasons = []
     if found.spills:
         reasons.append(f"{found.spills} bytes spilled")
-    if local:
-        reasons.append(f"{local} local memory accesses in the hot loop")
+    if found.local_in_hot_loops:
+        reasons.append(f"{found.local_in_hot_loops} local memory accesses in the hot loop")
     if found.shared_memory > limit:
         reasons.append(f"{found.shared_memory} bytes of shared memory, {limit} at most")
-    if warpgroups and arch == 90 and not found.counts["HGMMA"][0]:
+    if warpgroups and arch == 90 and not found.warpgroup_products:
         reasons.append("no warpgroup matrix products")
     if found.serialised:
         reasons.append("warpgroup matrix products wait for one another")
