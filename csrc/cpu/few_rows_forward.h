@@ -35,7 +35,7 @@ class FewRowsForward {
     row_sum_ = arena_.take<float>(lines + kLanes);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
     zero_row_ = arena_.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
-    keep_ = arena_.take<uint16_t>(problem.dropout_threshold ? problem.seqlen_q * kKeepWords : 0);
+    keep_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits come for 16 rows at a time
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(heads_per_task * group_ * problem.row_tiles.num_tiles);
   }
 
@@ -167,8 +167,8 @@ class FewRowsForward {
         write_row(row_ptr<T>(problem_.out, b_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : out_ + (line0 + i) * value_columns_,
                   problem_.dropout_scale() / sum, problem_.head_dim_v);
       }
-      store_first(problem_.lse + lse_offset(problem_, bounds_, b_, h), natural_lse(load(row_max_ + line0), load(row_sum_ + line0)),
-                  bounds_.rows);
+      const Vec sums = select(first_lanes(bounds_.rows), load(row_sum_ + line0), broadcast(1.0f));  // those past the last line are unset
+      store_first(problem_.lse + lse_offset(problem_, bounds_, b_, h), natural_lse(load(row_max_ + line0), sums), bounds_.rows);
     }
   }
 
@@ -185,7 +185,7 @@ class FewRowsForward {
   float *row_max_, *row_sum_;      // (lines,) the maxima in units of log2
   float* key_bias_;                // (seqlen_k,) 0 or -inf
   T* zero_row_;                    // (head_dim,)
-  uint16_t* keep_;                 // (rows, kKeepWords) dropout bits of one head
+  uint16_t* keep_;                 // (16, kKeepWords) dropout bits of one head
   uint8_t* tile_kinds_ = nullptr;  // (query heads, tiles)
 
   int64_t b_ = -1, head0_ = 0, heads_ = 0, rows_ = 0;
