@@ -13,7 +13,7 @@ namespace fused_attention::cpu::FA_ISA {
 class AmxForward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
-    if (problem.seqlen_q <= kFewRows) return plan_forward<bfloat16_t>(problem, num_threads);  // packing would cost more than it saves
+    if (problem.seqlen_q <= kFewRows) return in_place().plan(problem, num_threads);  // packing would cost more than it saves
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
     const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start where tiles do
@@ -28,7 +28,7 @@ class AmxForward {
   }
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-    if (problem.seqlen_q <= kFewRows) return run_forward<bfloat16_t>(problem, plan, first_task, last_task, scratch);
+    if (problem.seqlen_q <= kFewRows) return in_place().run(problem, plan, first_task, last_task, scratch);
     if (first_task >= last_task) return;
     AmxForward forward(problem, plan);
     forward.carve(scratch);
@@ -37,6 +37,8 @@ class AmxForward {
   }
 
  private:
+  static const Kernel& in_place() { return kAvx512Kernels.forward[static_cast<int>(Dtype::bfloat16)]; }
+
   static constexpr int64_t kRows = 32;      // query rows per block of scores
   static constexpr int64_t kMaxKeys = 512;  // keys per packed block: long enough that the online softmax rarely rescales
 

@@ -26,6 +26,19 @@ constexpr int64_t kRangesPerThread = 4;
 // Multiply-adds below which waking other threads costs more than it saves.
 constexpr double kSerialWork = 1 << 18;
 
+#if defined(__x86_64__)
+const KernelTable& amx_kernels() {
+  static const KernelTable table = [] {
+    KernelTable kernels = kAvx512Kernels;
+    kernels.name = "amx";
+    kernels.forward[static_cast<int>(Dtype::bfloat16)] = kAmxForward;
+    kernels.backward[static_cast<int>(Dtype::bfloat16)] = kAmxBackward;
+    return kernels;
+  }();
+  return table;
+}
+#endif
+
 std::vector<const KernelTable*> find_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(__x86_64__)
@@ -33,7 +46,7 @@ std::vector<const KernelTable*> find_tables() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && amx_available()) tables.push_back(&kAmxKernels);
+  if (avx512 && amx_available()) tables.push_back(&amx_kernels());
   if (avx512) tables.push_back(&kAvx512Kernels);
   if (avx2) tables.push_back(&kAvx2Kernels);
 #endif

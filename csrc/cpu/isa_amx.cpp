@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX: bfloat16 on tiles; float32 and float16 on the fp32-compute kernels, compiled for AVX-512. x86-64 Linux only.
+// AMX: bfloat16 on tiles, forward and backward. x86-64 Linux only.
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -33,8 +33,6 @@ bool amx_available() {
 #include "matmul.h"
 #include "forward.h"
 #include "backward.h"
-#include "weights.h"
-#include "fp32_compute_table.h"
 #include "amx_tiles.h"
 #include "amx_forward.h"
 #include "amx_bias.h"
@@ -42,13 +40,7 @@ bool amx_available() {
 
 namespace fused_attention::cpu {
 
-constexpr KernelTable amx_table() {
-  KernelTable table = amx::fp32_compute_table("amx");
-  table.forward[static_cast<int>(Dtype::bfloat16)] = {amx::AmxForward::plan, amx::AmxForward::run};
-  table.backward[static_cast<int>(Dtype::bfloat16)] = {amx::AmxBackward::plan, amx::AmxBackward::run};
-  return table;
-}
-
-const KernelTable kAmxKernels = amx_table();
+const Kernel kAmxForward = {amx::AmxForward::plan, amx::AmxForward::run};
+const Kernel kAmxBackward = {amx::AmxBackward::plan, amx::AmxBackward::run};
 
 }  // namespace fused_attention::cpu

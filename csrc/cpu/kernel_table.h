@@ -25,7 +25,8 @@ struct KernelTable {
   Kernel forward[3], backward[3], weights[3];  // indexed by Dtype
 };
 
-extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels, kAmxKernels;  // x86-64 has all of them, other machines kBaseKernels
+extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels;  // x86-64 has all of them, other machines kBaseKernels
+extern const Kernel kAmxForward, kAmxBackward;                        // of bfloat16; all else on AMX machines is kAvx512Kernels'
 
 bool amx_available();  // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; asks once
 
