@@ -346,17 +346,9 @@ class BackwardPass {
   template <class U>
   static void write_rows(U* gradient, int64_t stride, int64_t begin, int64_t end, int64_t head_dim, const float* source, int64_t source_row,
                          float factor, const float* absent = nullptr) {
-    const Vec vfactor = broadcast(factor);
     for (int64_t row = begin; row < end; ++row) {
-      U* to = gradient + row * stride;
-      const float* from = source && !is_absent(absent, row - begin) ? source + (row - begin) * source_row : nullptr;
-      for (int64_t d = 0; d < head_dim; d += kLanes) {
-        const Vec value = from ? mul(load(from + d), vfactor) : broadcast(0.0f);
-        if (d + kLanes <= head_dim)
-          store(to + d, value);
-        else
-          store_first(to + d, value, head_dim - d);
-      }
+      const bool zero = !source || is_absent(absent, row - begin);
+      write_row(gradient + row * stride, zero ? nullptr : source + (row - begin) * source_row, factor, head_dim);
     }
   }
 
