@@ -28,7 +28,7 @@ BENCH_RESULTS ?= build/bench-full.jsonl
 bench-full: build ## the same with every cell, in an hour or two; a run that was stopped goes on where it was
 	$(BIN)/python -m fused_attention bench --grid full --results $(BENCH_RESULTS)
 
-codegen: codegen-cuda codegen-triton ## inspect the machine code of every kernel (over half an hour on 2 cores)
+codegen: codegen-cuda codegen-triton ## inspect the machine code of every kernel (over 40 minutes on 2 cores)
 
 codegen-cuda: build ## inspect every CUDA kernel, for every GPU (6 minutes)
 	$(BIN)/python tests/cuda_codegen_gate.py
@@ -36,7 +36,7 @@ codegen-cuda: build ## inspect every CUDA kernel, for every GPU (6 minutes)
 codegen-cuda-table: build ## write docs/cuda-codegen.md, which codegen-cuda compares with
 	$(BIN)/python tests/cuda_codegen_gate.py --write
 
-codegen-triton: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (a quarter of an hour each on 2 cores)
+codegen-triton: install .venv-triton-oldest/installed ## compile and inspect every Triton kernel for every GPU, with the newest and oldest Triton (over half an hour on 2 cores)
 	$(BIN)/python tests/triton_codegen_gate.py --report build/triton-codegen.txt
 	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report build/triton-codegen-oldest.txt
 

@@ -8,8 +8,8 @@
 The real host code runs on CPU tensors (triton_offline.py), one representative problem for each row of the table, with everything that
 its feature class may hold (benchmarks/tune.py); for a few rows also one with a PreparedMask or with packed sequences. What fails: spills,
 local memory in a hot loop, more shared memory than there is, and on sm_90 16-bit products that are not warpgroup products or that wait
-for one another. float16 compiles like bfloat16 and is not repeated; nor is a row with the tile of one that has a larger head_dim and more
-features (stands_for).
+for one another. float16 compiles like bfloat16 and is not repeated; nor is a row with the tile of one that differs by more features
+(stands_for).
 """
 
 from __future__ import annotations
@@ -91,21 +91,17 @@ def tasks(pattern: str) -> Iterator[Task]:
 
 
 def stands_for(row: Row) -> Row:
-    """The row whose kernel is checked in a row's place: that with the largest head_dim, then the most features, among those with its tile.
+    """The row whose kernel is checked in a row's place: that of the class with the most features among those with the same tile.
 
-    The kernel does all that the row's does and more, and holds longer rows: it has at least as many numbers to keep in registers and in
-    shared memory. (What it spills is what does not fit; how many registers the assembler uses of those there are goes up and down.)
-    Plain kernels stand for plain ones only: tile lists take the place of loop bounds.
+    The kernel does all that the row's does and more, so it needs at least its registers and shared memory. Not so for plain: tile lists
+    take the place of loop bounds.
     """
-    plain = row.feature_class == "plain"
-    classes = ["plain"] if plain else tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(row.feature_class) :]
-    for head_dim in sorted(tune.HEAD_DIMS, reverse=True):
-        for feature_class in reversed(classes):
-            other = row._replace(head_dim=head_dim, feature_class=feature_class)
-            has_class = tune.has_class(row.kernel_name, feature_class)
-            if head_dim >= row.head_dim and has_class and tile_table()[other] == tile_table()[row]:
-                return other
-    raise AssertionError("a row stands for itself")
+    richer = () if row.feature_class == "plain" else tune.FEATURE_CLASSES[tune.FEATURE_CLASSES.index(row.feature_class) + 1 :]
+    for feature_class in reversed(richer):
+        other = row._replace(feature_class=feature_class)
+        if tune.has_class(row.kernel_name, feature_class) and tile_table()[other] == tile_table()[row]:
+            return other
+    return row
 
 
 def checked_names(task: Task, form: str) -> set[str]:
