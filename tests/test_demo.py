@@ -75,6 +75,11 @@ class TestOutput:
         shown = subprocess.run([browser, *options, probed.as_uri()], capture_output=True, text=True, timeout=120)
         assert re.search("<title>([^<]*)</title>", shown.stdout)[1] == "images 5 of 5, errors 0", shown.stderr[-500:]
 
+    def test_attention_of_sentences_that_do_not_fit(self, demo_folder: Path) -> None:
+        translator = Translator.load(demo_folder)
+        endless = "red cat " * translator.model.max_len
+        assert len(demo.attention_pictures(translator, demo.Example(endless, endless, "cat"))) == 3
+
     def test_earlier_results_are_kept(self, demo_folder: Path) -> None:
         before = {path: path.read_bytes() for path in demo_folder.iterdir()}
         assert {path.name for path in before} == {demo.REPORT_NAME, CHECKPOINT_NAME}

@@ -205,16 +205,17 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
 
 
 def attention_pictures(translator: Translator, example: Example) -> list[report.Picture]:
-    """Attention maps of all layers and heads for a sentence and its translation by the model."""
+    """Attention maps of all layers and heads for a sentence and its translation by the model, each cut at the model's max_len."""
     (source,), (target,) = (
         translator.source_tokenizer.encode([example.source]),
         translator.target_tokenizer.encode([example.translation]),
     )
-    src, tgt = [*source, EOS_ID], [BOS_ID, *target]
+    max_len = translator.model.max_len
+    src, tgt = [*source[: max_len - 1], EOS_ID], [BOS_ID, *target][:max_len]
     maps = translator.model.attention_maps(torch.tensor([src], device=translator.device), torch.tensor([tgt], device=translator.device))
     source_labels = readable_pieces(translator.source_tokenizer.pieces(src))
     read_labels = readable_pieces(translator.target_tokenizer.pieces(tgt))
-    written_labels = readable_pieces(translator.target_tokenizer.pieces([*target, EOS_ID]))
+    written_labels = readable_pieces(translator.target_tokenizer.pieces([*target, EOS_ID][: len(tgt)]))
     kinds = {
         "encoder": ("Encoder: each source token looks at the source", source_labels, source_labels),
         "decoder_self": ("Decoder: each token of the translation looks at itself and those before it", read_labels, read_labels),
