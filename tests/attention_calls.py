@@ -74,8 +74,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "float mask and key_mask": {"attn_mask": ("float32", "1HQK"), "key_mask": "holes"},
     "float mask and causal": {"attn_mask": ("float32", "11QK"), "is_causal": "bottom_right"},
     "bfloat16 mask": {"attn_mask": ("bfloat16", "1HQK"), "sizes": (1, 2, 2)},
+    "float16 mask and key_mask": {"attn_mask": ("float16", "1HQK"), "key_mask": "holes"},
+    "bool mask, the same for all keys": {"attn_mask": ("bool", "1HQ1"), "sizes": (1, 2, 2)},
     "prepared causal": {"is_causal": "top_left", "prepare": True},
     "prepared bool mask": {"attn_mask": ("bool", "1HQK"), "sizes": (2, 2, 1), "prepare": True},
+    "prepared bfloat16 mask and key_mask": {"attn_mask": ("bfloat16", "11QK"), "key_mask": "holes", "prepare": True},
     "prepared float mask, key_mask, window, bottom-right": {
         "attn_mask": ("float32", "BHQK"), "key_mask": "holes", "window": (30, 5), "is_causal": "bottom_right", "prepare": True,
     },

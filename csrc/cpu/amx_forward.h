@@ -270,12 +270,12 @@ class AmxForward {
     Vec maxima[16];
     for (int64_t i = 0; i < 16; ++i) {
       float* row = scores_ + (group.first + i) * score_stride_;
-      const float* mask = score_bias_.plain_mask_row(group.row(i), group.key0, mixed);
+      const MaskRow mask = same ? MaskRow{} : score_bias_.mask_row(group.row(i), group.key0, mixed);
       if (!filled && !mask) score_bias_.fill(group.row(i), group.key0, group.visible[i], mixed, bias_);
       filled = same;
       maxima[i] = broadcast(-kInfinity);
       for (int64_t j = 0; j < group.visible[i]; j += 16) {
-        Vec bias = mask ? score_bias_.mask_values(mask + j, group.visible[i] - j, 1) : load(bias_ + j);
+        Vec bias = mask ? score_bias_.mask_values(mask, j, group.visible[i] - j, 1) : load(bias_ + j);
         if (mask) bias = select(first_lanes(group.visible[i] - j), bias, broadcast(-kInfinity));
         const Vec x = biased_scores(load(row + j), score_scale_, softcap_, bias);
         store(row + j, x);

@@ -244,9 +244,10 @@ class BackwardPass {
     if (same) score_bias_.fill(row0, key0, keys, mixed, bias_);
     Vec slope_sum = broadcast(0.0f);
     for (int64_t i = 0; i < rows; ++i) {
-      const float* mask = score_bias_.plain_mask_row(row0 + i, key0, mixed);
+      const MaskRow mask = same ? MaskRow{} : score_bias_.mask_row(row0 + i, key0, mixed);
       if (!same && !mask) score_bias_.fill(row0 + i, key0, keys, mixed, bias_);
-      biased_weights_row<kDropout>(i, row0 + i, key0, keys, mask, slope_sum);
+      with_bias(score_bias_, mask, bias_, visible_keys(bounds_, row0 + i) - key0, kMaskRowsAhead,
+                [&](auto added) FA_LAMBDA_INLINE { biased_weights_row<kDropout>(i, row0 + i, key0, keys, added, slope_sum); });
     }
     slope_sum_ += reduce_add(slope_sum);
   }
@@ -274,9 +275,9 @@ class BackwardPass {
     }
   }
 
-  // The same with a soft cap or with what `mask` or bias_ holds for the row, whose gradients are added up on the way.
-  template <bool kDropout>
-  void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const float* mask, Vec& slope_sum) {
+  // The same with a soft cap or with something added to the scores, whose gradients are added up on the way.
+  template <bool kDropout, class Added>
+  void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const Added& added, Vec& slope_sum) {
     float *weights = weights_ + i * kScoresRow, *dscores = dscores_ + i * kScoresRow;
     const bool empty = row_shift_[row] == kInfinity;
     const Vec shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]), delta = broadcast(delta_[row]),
@@ -285,9 +286,7 @@ class BackwardPass {
     const int64_t visible = empty ? 0 : min_of(visible_keys(bounds_, row) - key0, keys);
     Vec row_sum = zero;
     for (int64_t j = 0; j < keys; j += kLanes) {
-      const Vec bias =
-          select(first_lanes(visible - j), mask ? score_bias_.mask_values(mask + j, visible - j, kMaskRowsAhead) : load(bias_ + j),
-                 broadcast(-kInfinity));
+      const Vec bias = select(first_lanes(visible - j), added(j), broadcast(-kInfinity));
       const LaneMask masked = less_than(bias, broadcast(kMaskedBelow));
       Vec tanh_of_score = zero;
       const Vec score = biased_scores(load(weights + j), log2_scale_, softcap_, bias, &tanh_of_score);

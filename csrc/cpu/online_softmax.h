@@ -51,16 +51,18 @@ class OnlineSoftmax {
     const int64_t key0 = key0_ + unseen, keys = keys_ - unseen;
     scores += unseen, keep += unseen / 16;
     const int64_t visible = max_of(min_of(visible_keys(*bounds_, row) - key0, keys), int64_t{0});
-    const float* mask = score_bias_.plain_mask_row(row, key0, mixed_);
+    const MaskRow mask = same_bias_ ? MaskRow{} : score_bias_.mask_row(row, key0, mixed_);
     if (!same_bias_ && !mask) score_bias_.fill(row, key0, visible, mixed_, bias_);
     const float* bias = same_bias_ ? bias_ + unseen : bias_;
-    Vec max = broadcast(-kInfinity);
-    for (int64_t j = 0; j < visible; j += kLanes) {
-      const Vec x =
-          biased_scores(load(scores + j), log2_scale_, softcap_, mask ? score_bias_.mask_values(mask + j, visible - j, 1) : load(bias + j));
-      store(scores + j, x);
-      max = max_of(max, select(first_lanes(visible - j), x, max));
-    }
+    const Vec max = with_bias(score_bias_, mask, bias, visible, 1, [&](auto added) FA_LAMBDA_INLINE {
+      Vec highest = broadcast(-kInfinity);
+      for (int64_t j = 0; j < visible; j += kLanes) {
+        const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, added(j));
+        store(scores + j, x);
+        highest = max_of(highest, select(first_lanes(visible - j), x, highest));
+      }
+      return highest;
+    });
     return update(scores, visible, keys, reduce_max(max), 1.0f, row_max, row_sum, keep);
   }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is added to the scores of one row, as a row of float32 in units of log2: attn_mask of any dtype and stride, ALiBi, and -inf
-// wherever the row may not attend - masked or absent keys, bits of a PreparedMask, keys outside the diagonal's bounds. The kernels
-// read that row instead of the masks, whatever they are. Included by mask.h.
+// What is added to the scores of one row, in units of log2: attn_mask of any dtype and stride, ALiBi, and -inf wherever the row may not
+// attend - masked or absent keys, bits of a PreparedMask, keys outside the diagonal's bounds. Masks alone are read where they lie, in
+// their own dtype (MaskRow); everything together comes as a row of float32 (fill), which the kernels read instead. Included by mask.h.
 #pragma once
 
 namespace fused_attention::cpu::FA_ISA {
@@ -16,9 +16,23 @@ struct Softcap {
   explicit operator bool() const { return outer != 0.0f; }
 };
 
+// The masks of one row from some key on.
+struct MaskRow {
+  const char* attn_mask;  // in its dtype; or null
+  const float* key_bias;  // of fill_key_bias; or null
+  const uint32_t* bits;   // of a PreparedMask; or null
+  int64_t bit0;           // the key's place in the first word, 0 or 16
+  const float* plain;     // attn_mask, if it is of float32 and all there is; or null
+  explicit operator bool() const { return attn_mask || bits; }
+};
+
 class ScoreBias {
  public:
-  explicit ScoreBias(const AttentionProblem& problem) : problem_(problem) {}
+  explicit ScoreBias(const AttentionProblem& problem)
+      : problem_(problem),
+        mask_element_(problem.attn_mask_dtype == MaskDtype::float32   ? 4
+                      : problem.attn_mask_dtype == MaskDtype::boolean ? 1
+                                                                      : 2) {}
 
   // key_bias: of fill_key_bias, null when all keys below seqlen_k are present.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias) {
@@ -35,35 +49,38 @@ class ScoreBias {
     return !(mixed || problem_.alibi_slopes || has_diagonal(problem_) || (problem_.attn_mask.data && problem_.attn_mask.row != 0));
   }
 
-  // A float32 attn_mask that is all there is to add lies in memory ready to be read: its row from key0 on, in natural units; else null.
-  const float* plain_mask_row(int64_t row, int64_t key0, bool mixed) const {
-    const bool plain = problem_.attn_mask.data && problem_.attn_mask_dtype == MaskDtype::float32 && problem_.attn_mask_key == 1 &&
-                       !key_bias_ && !problem_.alibi_slopes && problem_.window_left >= kUnlimited && !mixed;
-    return plain ? mask_row<float>(row, key0) : nullptr;
+  // The row's masks, if they are all there is to add and the elements of attn_mask follow each other; else null. key0: a multiple of 16.
+  FA_MEMBER_INLINE MaskRow mask_row(int64_t row, int64_t key0, bool mixed) const {
+    const bool alone = !problem_.alibi_slopes && problem_.window_left >= kUnlimited && !mask_elements_lie_apart();
+    return alone ? masks_from(row, key0, mixed) : MaskRow{};
   }
 
-  // kLanes values of such a row, of which `remaining` exist, in units of log2. Fetches those of a later row: rows lie too far from each
-  // other for the hardware prefetcher.
-  FA_MEMBER_INLINE Vec mask_values(const float* mask, int64_t remaining, int64_t rows_ahead) const {
-    __builtin_prefetch(mask + rows_ahead * problem_.attn_mask.row);
-    return mul(remaining >= kLanes ? load(mask) : load_first(mask, max_of(remaining, int64_t{0})), broadcast(kLog2e));
+  // The kLanes values of such a row from j on, of which `remaining` exist. Fetches those of a later row: rows lie too far from each other
+  // for the hardware prefetcher.
+  FA_MEMBER_INLINE Vec mask_values(const MaskRow& row, int64_t j, int64_t remaining, int64_t rows_ahead) const {
+    if (!row.attn_mask) return without_hidden(row, j, broadcast(0.0f));
+    const char* elements = row.attn_mask + j * mask_element_;
+    __builtin_prefetch(elements + rows_ahead * problem_.attn_mask.row * mask_element_);
+    return without_hidden(row, j, attn_mask_values(elements, remaining));
+  }
+
+  // The same of a row of float32 that is all there is.
+  FA_MEMBER_INLINE Vec mask_values(const float* plain, int64_t remaining, int64_t rows_ahead) const {
+    __builtin_prefetch(plain + rows_ahead * problem_.attn_mask.row);
+    return float_values(plain, remaining);
   }
 
   // bias[0, keys) of the keys from key0 on, and -inf up to the next multiple of 16.
   FA_NOINLINE_MEMBER void fill(int64_t row, int64_t key0, int64_t keys, bool mixed, float* bias) const {
     const int64_t padded = round_up(keys, 16);
-    if (problem_.attn_mask.data) {
-      fill_mask(row, key0, keys, bias);
-    } else {
-      for (int64_t j = 0; j < padded; j += kLanes) store(bias + j, broadcast(0.0f));
-    }
-    if (key_bias_)
-      for (int64_t j = 0; j < padded; j += kLanes) store(bias + j, add(load(bias + j), load(key_bias_ + key0 + j)));
+    const MaskRow masks = masks_from(row, key0, mixed);
+    for (int64_t j = 0; j < padded; j += kLanes)
+      store(bias + j, mask_elements_lie_apart() ? without_hidden(masks, j, gathered_values(attn_mask(row, key0 + j), keys - j))
+                                                : mask_values(masks, j, keys - j, 1));
     if (problem_.alibi_slopes) {
       const Vec slope = broadcast(-slope_ * kLog2e);
       for (int64_t j = 0; j < padded; j += kLanes) store(bias + j, fmadd(distances(row, key0 + j), slope, load(bias + j)));
     }
-    if (mixed) apply_bits(row, key0, keys, bias);
     const int64_t first = first_visible_key(*bounds_, row) - key0, last = min_of(visible_keys(*bounds_, row) - key0, keys);
     for (int64_t j = 0; j < min_of(first, padded); j += kLanes)
       store(bias + j, select(first_lanes(first - j), broadcast(-kInfinity), load(bias + j)));
@@ -77,86 +94,89 @@ class ScoreBias {
   }
 
  private:
-  void fill_mask(int64_t row, int64_t key0, int64_t keys, float* bias) const {
+  const char* attn_mask(int64_t row, int64_t key) const {
+    return static_cast<const char*>(problem_.attn_mask.data) +
+           (b_ * problem_.attn_mask.batch + h_ * problem_.attn_mask.head + row * problem_.attn_mask.row + key * problem_.attn_mask_key) *
+               mask_element_;
+  }
+  bool mask_elements_lie_apart() const { return problem_.attn_mask.data && problem_.attn_mask_key != 1; }
+
+  MaskRow masks_from(int64_t row, int64_t key0, bool mixed) const {
+    const BitMask& bits = problem_.mask_bits;
+    const char* mask = problem_.attn_mask.data ? attn_mask(row, key0) : nullptr;
+    const bool plain = problem_.attn_mask_dtype == MaskDtype::float32 && !key_bias_ && !mixed;
+    return {mask, key_bias_ ? key_bias_ + key0 : nullptr,
+            mixed ? bits.data + b_ * bits.batch + h_ * bits.head + row * bits.line + key0 / 32 : nullptr, key0 % 32,
+            plain ? reinterpret_cast<const float*>(mask) : nullptr};
+  }
+
+  // -inf for absent keys and those whose bit is not set.
+  FA_MEMBER_INLINE static Vec without_hidden(const MaskRow& row, int64_t j, Vec values) {
+    if (row.key_bias) values = select(less_than(load(row.key_bias + j), broadcast(0.0f)), broadcast(-kInfinity), values);
+    if (row.bits) {
+      const int64_t bit = row.bit0 + j;
+      const uint16_t bits = static_cast<uint16_t>(row.bits[bit / 32] >> (bit % 32 / 16 * 16));
+      values = select(lanes_of_bits(bits, static_cast<int>(bit % 16)), values, broadcast(-kInfinity));
+    }
+    return values;
+  }
+
+  // kLanes elements of attn_mask that follow each other, of which `remaining` exist.
+  FA_MEMBER_INLINE Vec attn_mask_values(const char* elements, int64_t remaining) const {
     switch (problem_.attn_mask_dtype) {
       case MaskDtype::float32:
-        return fill_float_mask<float>(row, key0, keys, bias);
+        return float_values(reinterpret_cast<const float*>(elements), remaining);
       case MaskDtype::bfloat16:
-        return fill_float_mask<bfloat16_t>(row, key0, keys, bias);
+        return float_values(reinterpret_cast<const bfloat16_t*>(elements), remaining);
       case MaskDtype::float16:
-        return fill_float_mask<float16_t>(row, key0, keys, bias);
+        return float_values(reinterpret_cast<const float16_t*>(elements), remaining);
       case MaskDtype::boolean:
-        return fill_bool_mask(row, key0, keys, bias);
+        break;
     }
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(elements);
+    return select(remaining >= kLanes ? nonzero_lanes(bytes) : nonzero_lanes(bytes, remaining), broadcast(0.0f), broadcast(-kInfinity));
   }
-
   template <class T>
-  const T* mask_row(int64_t row, int64_t key0) const {
-    return row_ptr<const T>(problem_.attn_mask, b_, h_, row) + key0 * problem_.attn_mask_key;
+  FA_MEMBER_INLINE static Vec float_values(const T* values, int64_t remaining) {
+    return mul(remaining >= kLanes ? load(values) : load_first(values, max_of(remaining, int64_t{0})), broadcast(kLog2e));
   }
 
-  template <class T>
-  void fill_float_mask(int64_t row, int64_t key0, int64_t keys, float* bias) const {
-    const T* mask = mask_row<T>(row, key0);
-    const int64_t stride = problem_.attn_mask_key;
-    T gathered[kLanes];
-    for (int64_t j = 0; j < round_up(keys, 16); j += kLanes) {
-      const int64_t remaining = keys - j;
-      const T* from = mask + j;
-      __builtin_prefetch(from + problem_.attn_mask.row);
-      if (stride != 1) {
-        for (int64_t n = 0; n < min_of(remaining, int64_t{kLanes}); ++n) gathered[n] = mask[(j + n) * stride];
-        from = gathered;
-      }
-      const Vec value = remaining >= kLanes ? load(from) : remaining > 0 ? load_first(from, remaining) : broadcast(0.0f);
-      store(bias + j, mul(value, broadcast(kLog2e)));
+  // The same of elements that lie apart.
+  Vec gathered_values(const char* elements, int64_t remaining) const {
+    const int64_t count = max_of(min_of(remaining, int64_t{kLanes}), int64_t{0});
+    switch (mask_element_) {
+      case 1:
+        return gathered_values(reinterpret_cast<const uint8_t*>(elements), count);
+      case 2:
+        return gathered_values(reinterpret_cast<const uint16_t*>(elements), count);
+      default:
+        return gathered_values(reinterpret_cast<const uint32_t*>(elements), count);
     }
   }
-
-  void fill_bool_mask(int64_t row, int64_t key0, int64_t keys, float* bias) const {
-    const uint8_t* mask = mask_row<uint8_t>(row, key0);
-    const int64_t stride = problem_.attn_mask_key;
-    for (int64_t j = 0; j < round_up(keys, 16); j += 16) {
-      const int64_t count = min_of(keys - j, int64_t{16});
-      __builtin_prefetch(mask + j * stride + problem_.attn_mask.row);
-      const uint16_t bits = stride == 1 && count == 16 ? nonzero_bytes(mask + j) : nonzero_bytes(mask + j * stride, stride, count);
-      for (int lane0 = 0; lane0 < 16; lane0 += kLanes)
-        store(bias + j + lane0, select(lanes_of_bits(bits, lane0), broadcast(0.0f), broadcast(-kInfinity)));
-    }
-  }
-
-  static uint16_t nonzero_bytes(const uint8_t* bytes, int64_t stride, int64_t count) {
-    uint32_t bits = 0;
-    for (int64_t n = 0; n < count; ++n) bits |= static_cast<uint32_t>(bytes[n * stride] != 0) << n;
-    return static_cast<uint16_t>(bits);
-  }
-  static uint16_t nonzero_bytes(const uint8_t* bytes) {  // 16 of them; eight at a time, as multiples of 2^7 that a product gathers
-    uint32_t bits = 0;
-    for (int half = 0; half < 2; ++half) {
-      uint64_t word;
-      __builtin_memcpy(&word, bytes + 8 * half, 8);
-      bits |= static_cast<uint32_t>((word & 0x0101010101010101ull) * 0x0102040810204080ull >> 56) << (8 * half);
-    }
-    return static_cast<uint16_t>(bits);
-  }
-
-  // key0 is a multiple of 16.
-  void apply_bits(int64_t row, int64_t key0, int64_t keys, float* bias) const {
-    const BitMask& mask = problem_.mask_bits;
-    const uint32_t* words = mask.data + b_ * mask.batch + h_ * mask.head + row * mask.line;
-    for (int64_t j = 0; j < keys; j += 16) {
-      const uint16_t bits = static_cast<uint16_t>(words[(key0 + j) / 32] >> ((key0 + j) % 32));
-      for (int lane0 = 0; lane0 < 16; lane0 += kLanes)
-        store(bias + j + lane0, select(lanes_of_bits(bits, lane0), load(bias + j + lane0), broadcast(-kInfinity)));
-    }
+  template <class Bits>
+  Vec gathered_values(const Bits* elements, int64_t count) const {
+    char gathered[kLanes * sizeof(float)] = {};
+    for (int64_t n = 0; n < count; ++n) __builtin_memcpy(gathered + n * sizeof(Bits), elements + n * problem_.attn_mask_key, sizeof(Bits));
+    return attn_mask_values(gathered, count);
   }
 
   const AttentionProblem& problem_;
+  const int64_t mask_element_;  // bytes of an element of attn_mask
   const SequenceBounds* bounds_ = nullptr;
   int64_t b_ = 0, h_ = 0;
   const float* key_bias_ = nullptr;
   float slope_ = 0.0f;
 };
+
+// visit(values), where values(j) is what is added to the scores of kLanes keys from j on: of `mask`, or of `bias` where it is null. Each
+// way to read it has a loop of its own.
+template <class Visit>
+FA_INLINE auto with_bias(const ScoreBias& score_bias, const MaskRow& mask, const float* bias, int64_t visible, int64_t rows_ahead,
+                         Visit&& visit) {
+  if (mask.plain) return visit([&](int64_t j) FA_LAMBDA_INLINE { return score_bias.mask_values(mask.plain + j, visible - j, rows_ahead); });
+  if (mask) return visit([&](int64_t j) FA_LAMBDA_INLINE { return score_bias.mask_values(mask, j, visible - j, rows_ahead); });
+  return visit([&](int64_t j) FA_LAMBDA_INLINE { return load(bias + j); });
+}
 
 // kLanes scores in units of log2 from products, -inf where the bias is; tanh: what the soft cap's slope is computed from.
 FA_INLINE Vec biased_scores(Vec product, float log2_scale, const Softcap& softcap, Vec bias, Vec* tanh_of_score = nullptr) {

@@ -10,6 +10,7 @@
 
 #define FA_INLINE static inline __attribute__((always_inline))
 #define FA_MEMBER_INLINE inline __attribute__((always_inline))
+#define FA_LAMBDA_INLINE __attribute__((always_inline))
 #define FA_NOINLINE static __attribute__((noinline))
 #define FA_NOINLINE_MEMBER __attribute__((noinline))
 
@@ -60,6 +61,15 @@ using LaneMask = __mmask16;
 FA_INLINE LaneMask first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<LaneMask>((1u << n) - 1); }
 // Lanes whose bit is set in 16 consecutive bits; `lane0` is a multiple of kLanes below 16 (always 0 here).
 FA_INLINE LaneMask lanes_of_bits(uint16_t bits, int /*lane0*/) { return bits; }
+// Lanes whose byte is not 0; the second one reads `n` bytes, fewer than kLanes.
+FA_INLINE LaneMask nonzero_lanes(const uint8_t* bytes) {
+  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return _mm_test_epi8_mask(all, all);
+}
+FA_INLINE LaneMask nonzero_lanes(const uint8_t* bytes, int64_t n) {
+  const __m128i present = _mm_maskz_loadu_epi8(first_lanes(n), bytes);
+  return _mm_test_epi8_mask(present, present);
+}
 FA_INLINE Vec select(LaneMask mask, Vec a, Vec b) { return {_mm512_mask_blend_ps(mask, b.x, a.x)}; }
 FA_INLINE Vec keep_where(LaneMask mask, Vec a) { return {_mm512_maskz_mov_ps(mask, a.x)}; }
 FA_INLINE LaneMask less_than(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ); }
@@ -170,6 +180,7 @@ typedef float FloatVector __attribute__((vector_size(FA_LANES * 4)));
 typedef float UnalignedFloatVector __attribute__((vector_size(FA_LANES * 4), aligned(4), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(FA_LANES * 4)));
 typedef uint32_t WordVector __attribute__((vector_size(FA_LANES * 4)));
+typedef uint8_t ByteVector __attribute__((vector_size(FA_LANES), aligned(1), may_alias));
 typedef uint16_t HalfVector __attribute__((vector_size(FA_LANES * 2), aligned(2), may_alias));
 struct Vec {
   FloatVector x;
@@ -187,6 +198,15 @@ constexpr IntVector kLaneIndex = FA_LANE_INDICES;
 FA_INLINE LaneMask first_lanes(int64_t n) { return kLaneIndex < static_cast<int32_t>(min_of(max_of(n, int64_t{0}), int64_t{kLanes})); }
 // Lanes whose bit, from `lane0` on (a multiple of kLanes below 16), is set.
 FA_INLINE LaneMask lanes_of_bits(uint16_t bits, int lane0) { return (((bits >> lane0) - IntVector{}) >> kLaneIndex & 1) != 0; }
+FA_INLINE LaneMask nonzero_lanes(const uint8_t* bytes) {
+  return __builtin_convertvector(*reinterpret_cast<const ByteVector*>(bytes), IntVector) != 0;
+}
+FA_INLINE LaneMask nonzero_lanes(const uint8_t* bytes, int64_t n) {
+  ByteVector present = {};
+  for (int i = 0; i < kLanes; ++i)
+    if (i < n) present[i] = bytes[i];
+  return __builtin_convertvector(present, IntVector) != 0;
+}
 FA_INLINE Vec select(LaneMask mask, Vec a, Vec b) { return {mask ? a.x : b.x}; }
 FA_INLINE Vec keep_where(LaneMask mask, Vec a) { return {(FloatVector)((IntVector)a.x & mask)}; }
 FA_INLINE LaneMask less_than(Vec a, Vec b) { return a.x < b.x; }
