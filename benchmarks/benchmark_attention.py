@@ -37,6 +37,7 @@ GEOMEAN_BARS = {
     ("forward", "fp32"): 1.6, ("forward", "bf16"): 2.0, ("forward", "fp16"): 1.5,
     ("backward", "fp32"): 1.6, ("backward", "bf16"): 5.0, ("backward", "fp16"): 2.5,
 }  # fmt: skip
+PADDED_SHAPES = [(max(1, 2048 // length), 8, length, length, 64) for length in (16, 32, 64, 128, 256, 512, 1024, 2048)]
 UNFUSED_BAR, PADDING_BAR, MATMUL_BAR = 3.0, 1.6, 0.85
 # Largest error relative to the largest element. It catches a wrong kernel; the tests judge the accuracy.
 ERROR_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -160,11 +161,11 @@ def _compare(compare, measure, shape, dtype, feature, threads, group, **bars):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", [(4, 8, 512, 512, 64), (1, 8, 2048, 2048, 64)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", PADDED_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("measure", PASSES)
 def test_half_of_the_keys_padded(compare, measure, shape, dtype):
-    """Against our own call without padding."""
+    """Against our own call without padding: never slower, and from 512 keys on half the work shows."""
     whole, padded = Case(shape, DTYPES[dtype], "none"), Case(shape, DTYPES[dtype], "none")
     padded.ours = {"key_mask": (torch.arange(shape[3]) < shape[3] // 2).expand(shape[0], -1)}
     compare(
@@ -175,7 +176,7 @@ def test_half_of_the_keys_padded(compare, measure, shape, dtype):
         case={"batch, heads, Lq, Lk, D": ", ".join(map(str, shape)), "dtype": dtype},
         measure=measure,
         peer_name="unpadded",
-        bar=PADDING_BAR,
+        bar=PADDING_BAR if shape[3] >= 512 else 1.0,
     )
 
 

@@ -1,8 +1,10 @@
 """One comparison of our time with a peer's, files of them, and the tables that a benchmark run ends with.
 
-    python -m fused_attention.benchmarks.report RESULTS.jsonl [--readme README.md]
+    python -m fused_attention.benchmarks.report RUN1.jsonl [RUN2.jsonl ...] [--readme README.md]
 
-prints the tables of a file that `fused-attention bench --results RESULTS.jsonl` wrote; --readme puts the geometric means into that file.
+prints the tables of files that `fused-attention bench --results RUN1.jsonl` wrote: of several, the run with the median ratio for each
+comparison. --readme puts the geometric means into that file. `--leave 1.3 RUN2.jsonl` starts another run's file with the comparisons whose
+ratio is at least that, so that only the others are run again.
 """
 
 from __future__ import annotations
@@ -71,6 +73,11 @@ def read(path: Path) -> dict[str, Comparison]:
 
 def _records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def median_run(comparisons: list[Comparison]) -> Comparison:
+    """Of several runs of one comparison; the slower of two."""
+    return sorted(comparisons, key=lambda comparison: comparison.ratio)[(len(comparisons) - 1) // 2]
 
 
 def report(comparisons: list[Comparison]) -> str:
@@ -152,10 +159,23 @@ README_BLOCK = re.compile(r"(?<=```results\n).*?(?=```)", re.DOTALL)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a .jsonl file of comparisons")
+    parser.add_argument("results", type=Path, nargs="+", help=".jsonl files of comparisons")
     parser.add_argument("--readme", type=Path, help="the file whose ```results block to replace by this run's geometric means and bars")
+    parser.add_argument("--leave", nargs=2, metavar=("RATIO", "FILE"), help="write FILE with the comparisons that need not be run again")
     options = parser.parse_args()
-    comparisons, (first, *_) = list(read(options.results).values()), _records(options.results)
+    runs: dict[str, list[Comparison]] = {}
+    for path in options.results:
+        for name, comparison in read(path).items():
+            runs.setdefault(name, []).append(comparison)
+    comparisons = [median_run(found) for found in runs.values()]
+    if options.leave is not None:
+        least, file = float(options.leave[0]), Path(options.leave[1])
+        begin(file)
+        for name, comparison in zip(runs, comparisons, strict=True):
+            if comparison.ratio >= least:
+                append(file, name, comparison)
+        return
+    first, *_ = _records(options.results[0])
     heading = f"{first['machine']}; commit {first['commit']}"
     print(f"{heading}\n\nmedians of interleaved rounds; ratio = peer / ours\n\n{report(comparisons)}")
     if options.readme is not None:

@@ -58,6 +58,24 @@ def test_the_readme_gets_the_means_and_what_has_a_bar_of_its_own(
     assert table([CELL]) in capsys.readouterr().out
 
 
+def test_several_runs_give_the_median(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """And what is far from its bar is not run again."""
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl", "three.jsonl")]
+    near, far = replace(CELL, case=CELL.case | {"feature": "causal"}), replace(CELL, peer_ms=100.0)
+    begin(files[0])
+    append(files[0], "near", near)
+    append(files[0], "far", far)
+    for file, ours_ms in zip(files[1:], (8.0, 4.0), strict=True):
+        monkeypatch.setattr(sys, "argv", ["report", str(files[0]), "--leave", "3", str(file)])
+        report.main()
+        assert read(file) == {"far": far}
+        append(file, "near", replace(near, ours_ms=ours_ms))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, files)])
+    report.main()
+    assert table([replace(near, ours_ms=4.0), far]) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("feature", [*FEATURES, *UNFUSED])
 @pytest.mark.parametrize("shape", [(2, 2, 9, 12, 64), (2, 2, 1, 12, 64)], ids=str)
 def test_both_sides_of_a_benchmark_compute_the_same(feature: str, shape: tuple[int, ...]) -> None:
