@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sass
@@ -15,6 +19,7 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl  # noqa: E402
 import triton_codegen_gate as gate  # noqa: E402
+import triton_codegen_record  # noqa: E402
 from triton_offline import Binary, offline  # noqa: E402
 from triton_resources import Resources, failures, resources  # noqa: E402
 
@@ -148,7 +153,7 @@ def test_a_row_with_the_same_tile_and_more_to_do_is_checked_in_a_rows_place() ->
 def test_only_kernels_that_nothing_stands_for_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     task = gate.Task("backward", "sm80", "16-bit", 64, "plain")
     monkeypatch.setattr(gate, "checked_names", lambda task, form: {"dq"} if form == "separate" else set())
-    names = [line.kernel_name for line in gate.check(task, every=False, count=False)]
+    names = [line.kernel_name for line in gate.check(task, every=False)]
     assert "dq" in names
     assert "dkdv" not in names
 
@@ -157,6 +162,50 @@ def test_without_counting_the_same_kernels_fail() -> None:
     for arch, head_dim, tile in ((80, 128, Tile(128, 128, 1, 1)), (90, 64, Tile(32, 64, 4, 1)), (90, 64, Tile(64, 64, 4, 2))):
         binary, found = product(arch, head_dim, tile)
         assert failures(resources(binary, arch, count=False), arch, warpgroups=True) == failures(found, arch, warpgroups=True)
+
+
+def run_gate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """Exit status and report of `triton_codegen_gate.py` for one kernel."""
+    monkeypatch.setattr(sys, "argv", ["triton_codegen_gate.py", "--only", "weights sm80 16-bit 64 plain", *options])
+    with pytest.raises(SystemExit) as end:
+        gate.main()
+    return end.value.code, capsys.readouterr().out
+
+
+def test_what_is_on_record_is_compiled_only_in_a_sample(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(triton_codegen_record, "FOLDER", tmp_path)
+    status, report = run_gate(monkeypatch, capsys, "--write-record")
+    assert (status, "0 did not change and are on record, 1 were compiled" in report) == (0, True)
+    ((key, found),) = triton_codegen_record.read().items()
+    triton_codegen_record.write({key: dataclasses.replace(found, shared_memory=7)})
+    status, report = run_gate(monkeypatch, capsys, "--sample", "0")
+    assert (status, "1 did not change and are on record, 0 were compiled" in report) == (0, True)
+    status, report = run_gate(monkeypatch, capsys, "--sample", "1")
+    assert (status, "on record is" in report) == (1, True)
+    triton_codegen_record.write({key: dataclasses.replace(found, spills=4)})
+    status, report = run_gate(monkeypatch, capsys, "--sample", "0")
+    assert (status, "FAILS: 4 bytes spilled" in report) == (1, True)
+
+
+def test_the_key_of_a_kernel_is_that_of_all_that_is_compiled() -> None:
+    options = {"num_warps": 4, "extern_libs": [["libdevice", "/somewhere"]]}
+    data = {"signature": {"x": "*bf16"}, "attrs_keys": [[0], [1]], "attrs_vals": [["aligned"], []], "options": options, "key": "x"}
+
+    def key(arch: int = 80, source: str = "source", **changed: Any) -> str:
+        return triton_codegen_record.key(SimpleNamespace(cache_key=source), json.dumps(data | changed), arch)
+
+    elsewhere = options | {"extern_libs": [["libdevice", "/elsewhere"]]}
+    assert key() == key(options=elsewhere) == key(attrs_keys=[[0]], attrs_vals=[["aligned"]]) == key(key="y")
+    others = [
+        key(90),
+        key(source="changed"),
+        key(signature={"x": "*fp16"}),
+        key(attrs_vals=[[], []]),
+        key(options=options | {"num_warps": 8}),
+    ]
+    assert len({key(), *others}) == 6
 
 
 def test_prepared_masks_and_packed_sequences_are_checked_in_every_pass_that_takes_them() -> None:

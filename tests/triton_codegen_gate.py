@@ -1,6 +1,8 @@
 """The codegen gate: compiles every tile of kernels/triton_tile_table.json for every architecture, without a GPU, and inspects the code.
 
     python tests/triton_codegen_gate.py                 check; one line for each kernel; exit status 1 if one may not be shipped
+    python tests/triton_codegen_gate.py --sample 1      the same, and compile also what did not change since the record was written
+    python tests/triton_codegen_gate.py --write-record  check what changed, and keep what was found (triton_codegen_record.py)
     python tests/triton_codegen_gate.py --choose        take the first candidate of each row that passes, and write the table
     python tests/triton_codegen_gate.py --choose --keep the same, from the table's tiles on: they stay unless they fail
     ... --choose --also PYTHON                          candidates must also pass with that interpreter's Triton
@@ -26,12 +28,13 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles faster, to the same instructions
 
 import triton
-from triton_offline import Binary, offline
+import triton_codegen_record
+from triton_offline import Binary, Launch, offline
 from triton_resources import OPCODES, Resources, failures, resources
 
 from fused_attention.benchmarks import tune
@@ -77,6 +80,7 @@ class Line(NamedTuple):
     found: Resources
     failures: list[str]
     form: str = "separate"
+    key: str = ""  # in the record
 
 
 def tasks(pattern: str) -> Iterator[Task]:
@@ -114,20 +118,51 @@ def kernel_of(function_name: str) -> str:
     return next((name for name in ("decode", "dkdv", "dq", "dbias", "weights", "forward") if name in function_name), function_name)
 
 
-def compile_task(task: Task, form: str, names: set[str]) -> list[Binary]:
-    """The kernels that a task's problem launches, with the table's tiles; of those that have one, the named ones."""
-    row = next(iter(task.rows().values()))
-    run = tune.runner(row, tune.representative(row, Size(), "cpu", form))
-    left_out = {*tune.KERNELS} - names
-    with offline(ARCHITECTURES[task.family], inspect=True, wanted=lambda name: kernel_of(name) not in left_out) as launches:
-        run()
-        if form == "prepared":  # by the kernels, as on a GPU
-            triton_backend.prepared_tiles(tune.representative(row, Size(), "cpu"), gradients=True)
-    return list({id(launched.binary): launched.binary for launched in launches}.values())
+_keys: dict[Binary, str] = {}  # of all that was compiled: Triton keeps it as long
 
 
-def check(task: Task, *, every: bool = True, count: bool = True) -> list[Line]:
+class Compiler:
+    """Finds what kernels take: of those on record without compiling them."""
+
+    def __init__(self, known: dict[str, Resources] | None = None, *, count: bool = True) -> None:
+        self.known = known or {}
+        self.count = count
+
+    def of_task(self, task: Task, form: str, names: set[str]) -> dict[str, tuple[str, Resources]]:
+        """{key: (kernel, what it takes)} of the kernels that a task's problem launches, with the table's tiles; of those that have a
+        tile, the named ones."""
+        arch = ARCHITECTURES[task.family]
+        row = next(iter(task.rows().values()))
+        run = tune.runner(row, tune.representative(row, Size(), "cpu", form))
+        left_out = {*tune.KERNELS} - names
+        found: dict[str, tuple[str, Resources]] = {}
+        compiled_now = []
+
+        def is_known(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
+            key = triton_codegen_record.key(fn.jit_function, compile["specialization_data"], arch)
+            if key not in self.known:
+                compiled_now.append(key)
+                return False
+            found[key] = kernel_of(fn.name), self.known[key]
+            return True
+
+        def add(launched: Launch) -> None:
+            binary = launched.binary
+            if binary not in _keys:
+                _keys[binary] = compiled_now.pop()
+            found[_keys[binary]] = kernel_of(binary.name), resources(binary, arch, count=self.count)
+
+        with offline(arch, inspect=True, execute=add, wanted=lambda name: kernel_of(name) not in left_out):
+            triton.knobs.runtime.jit_cache_hook = is_known
+            run()
+            if form == "prepared":  # by the kernels, as on a GPU
+                triton_backend.prepared_tiles(tune.representative(row, Size(), "cpu"), gradients=True)
+        return found
+
+
+def check(task: Task, compiler: Compiler | None = None, *, every: bool = True) -> list[Line]:
     """Every kernel of the task, or those that nothing stands for; those first that have a row of their own in the table."""
+    compiler = compiler or Compiler()
     arch = ARCHITECTURES[task.family]
     task_rows = task.rows()
     lines = []
@@ -135,12 +170,10 @@ def check(task: Task, *, every: bool = True, count: bool = True) -> list[Line]:
         names = set(task_rows) if every else checked_names(task, form)
         if not names:
             continue
-        for binary in compile_task(task, form, names):
-            name = kernel_of(binary.name)
-            found = resources(binary, arch, count=count)
+        for key, (name, found) in compiler.of_task(task, form, names).items():
             warpgroups = name in task_rows and task.dtype == "16-bit" and not is_narrow(task_rows[name])
             tile = tile_table()[task_rows[name]] if name in task_rows else None
-            lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups), form))
+            lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups), form, key))
         missing = names - {line.kernel_name for line in lines if line.form == form}
         if missing:
             raise RuntimeError(f"{task}: no kernel ran for {missing}, {form}")
@@ -251,7 +284,7 @@ def choose(task: Task, keep: bool, failed: set[Failed], others: list[OtherTriton
             return [*(line for choice in best.values() for line in choice.lines), *(line for line in lines if line.kernel_name not in rows)]
 
 
-def record(lines: list[Line]) -> None:
+def write_tiles(lines: list[Line]) -> None:
     """Writes the chosen tiles, and what follows from them for devices of no known family."""
     tile_table.cache_clear()  # another process may have written rows
     for line in lines:
@@ -263,16 +296,17 @@ def record(lines: list[Line]) -> None:
     tune.write_table(tile_table())
 
 
-def attempt(tasks: list[Task], choosing: bool, keep: bool, also: Path | None, count: bool) -> tuple[list[Line], list[str]]:
+def attempt(tasks: list[Task], options: argparse.Namespace, known: dict[str, Resources]) -> tuple[list[Line], list[str]]:
     """In a worker process: the lines of tasks, easy ones first, and the texts of errors."""
     lines: list[Line] = []
     errors = []
     failed: set[Failed] = set()
-    others = [OtherTriton(also)] if also else []
+    others = [OtherTriton(options.also)] if options.also else []
+    compiler = Compiler(known, count=options.count)
     for task in tasks:
         start = time.monotonic()
         try:
-            added = choose(task, keep, failed, others) if choosing else check(task, every=False, count=count)
+            added = choose(task, options.keep, failed, others) if options.choose else check(task, compiler, every=False)
         except Exception:
             added = []
             errors.append(f"{' '.join(map(str, task))}: {traceback.format_exc()}")
@@ -326,7 +360,10 @@ def main() -> None:
     parser.add_argument("--also", type=Path, metavar="PYTHON", help="with --choose: interpreter whose Triton must pass a tile too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--count", action="store_true", help="count the instructions of every kernel")
+    parser.add_argument("--sample", type=float, default=0.1, metavar="SHARE", help="of the kernels on record, to compile all the same")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the sample, to repeat it")
+    parser.add_argument("--write-record", action="store_true", help="keep what was found, without a sample")
+    parser.add_argument("--count", action="store_true", help="compile everything and count its instructions")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the lines there too")
     options = parser.parse_args()
     if options.serve:
@@ -339,21 +376,32 @@ def main() -> None:
             groups.setdefault(task[:3], []).append(task)
         elif any(checked_names(task, form) for form in task.forms()):
             groups[task] = [task]
+    record = triton_codegen_record.read()
+    repeated = set(record) if options.count or options.choose else triton_codegen_record.sample(list(record), options.sample, options.seed)
+    if options.write_record:
+        repeated = set()
+    known = {key: found for key, found in record.items() if key not in repeated}
     results: dict[tuple, list[Line]] = {}
     errors = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        pending = {
-            pool.submit(attempt, group, options.choose, options.keep, options.also, options.count): key for key, group in groups.items()
-        }
+        pending = {pool.submit(attempt, group, options, known): key for key, group in groups.items()}
         for future in as_completed(pending):
             results[pending[future]], its_errors = future.result()
             errors += its_errors
             if options.choose:
-                record(results[pending[future]])
-    lines = distinct([line for key in groups for line in results[key]])
+                write_tiles(results[pending[future]])
+    all_lines = [line for key in groups for line in results[key]]
+    found = {line.key: line.found for line in all_lines}
+    if not options.count:
+        errors += [f"{line}: on record is {record[line.key]}" for line in all_lines if record.get(line.key, line.found) != line.found]
+    if options.write_record and not errors:
+        triton_codegen_record.write({**record, **found} if options.only else found)
+    lines = distinct(all_lines)
     failed = sum(bool(line.failures) for line in lines) + len(errors)
+    on_record = len(found.keys() & known.keys())
     heading = [
         f"triton {triton.__version__}: {len(lines)} kernels, {failed} fail; {time.monotonic() - start:.0f} s",
+        f"{on_record} did not change and are on record, {len(found) - on_record} were compiled (--seed {options.seed}).",
         "A line without a tile is a kernel that needs none of the table. wgmma: in the PTX. Numbers a/b: instructions in the whole kernel",
         "/ in its hot loops, with --count and where there is a stack frame; a kernel without one has no local memory.",
         "",

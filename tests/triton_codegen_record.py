@@ -1,0 +1,60 @@
+"""What the codegen gate found in every kernel, kept so that the next check compiles only what changed and a sample of the rest.
+
+A kernel's key is a hash of everything that Triton compiles: the source of the kernel and of the functions that it calls, the types and
+constants of its arguments, the options and the architecture. tests/triton_codegen_record holds one file for each version of Triton. The
+sample says whether that version still makes the same of them, and whether this module still reads the same out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton_resources import Resources
+
+FOLDER = Path(__file__).with_name("triton_codegen_record")
+
+
+def path() -> Path:
+    return FOLDER / f"{triton.__version__}.json"
+
+
+def key(function: Any, specialization_data: str, arch: int) -> str:
+    """Of what Triton's jit_cache_hook is told of a kernel before it is compiled."""
+    data = json.loads(specialization_data)
+    del data["key"]  # says the same in other words
+    attributes = zip(data.pop("attrs_keys"), data.pop("attrs_vals"), strict=True)
+    data["attributes"] = [(place, attribute) for place, attribute in attributes if attribute]  # an empty one changes nothing
+    data["options"].pop("extern_libs", None)  # paths of this machine
+    everything = json.dumps([function.cache_key, arch, data], sort_keys=True)
+    return hashlib.sha256(everything.encode()).hexdigest()[:24]
+
+
+def read() -> dict[str, Resources]:
+    """{key: what was found}; empty where no record of this Triton is kept."""
+    if not path().exists():
+        return {}
+    return {name: _resources(entry) for name, entry in json.loads(path().read_text()).items()}
+
+
+def write(found: dict[str, Resources]) -> None:
+    """One line for each kernel, so that a change shows as lines."""
+    lines = [f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(found[name]))}" for name in sorted(found)]
+    FOLDER.mkdir(exist_ok=True)
+    path().write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def sample(keys: list[str], share: float, seed: int) -> set[str]:
+    """The kernels that are compiled although they are on record."""
+    return set(random.Random(seed).sample(sorted(keys), round(share * len(keys))))
+
+
+def _resources(entry: dict[str, Any]) -> Resources:
+    entry["counts"] = {name: tuple(counts) for name, counts in entry["counts"].items()}
+    entry["instructions"] = tuple(entry["instructions"])
+    return Resources(**entry)
