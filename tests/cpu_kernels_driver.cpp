@@ -127,6 +127,7 @@ struct Case {
   int32_t key_splits = 1;
   bool prepared = false;  // what masks, as bits and lists of tiles
   bool packed = false;    // the batch as packed sequences; layout must be rows_first
+  MaskDtype mask_dtype = MaskDtype::float32;
 };
 
 constexpr Causal kNone = Causal::none, kTopLeft = Causal::top_left, kBottomRight = Causal::bottom_right;
@@ -157,6 +158,17 @@ const Case kCases[] = {
     {1, 2, 150, 200, 40, 40, kTopLeft, true, true, false, true, true, gaps, 1, 60, kUnlimited, 0, true, false, 1, 1, true},
     {3, 2, 37, 53, 24, 24, kBottomRight, false, true, false, true, true, rows_first, 2, 9, 3, 0, true, true, 1, 1, false, true},
     {2, 2, 2, 45, 40, 24, kBottomRight, true, false, true, true, false, rows_first, 2, 20, kUnlimited, 2.0f, true, true, 3},
+    {1,          2, 70,         150,        40, 24,    kTopLeft, false, false, true,  false, true,
+     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,     1,     false, false, MaskDtype::boolean},
+    {2,    1, 33,         77,         24, 24,    kNone, true, false, true,  true,  false,
+     gaps, 1, kUnlimited, kUnlimited, 0,  false, false, 1,    1,     false, false, MaskDtype::bfloat16},
+    {1,          2, 2,          531,        24, 24,    kNone, true, false, true,  false, true,
+     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false, 1,    1,     false, false, MaskDtype::float16},
+    {1,      1, 40, 90,         16, 16,    kBottomRight, false, true, true,  false, true,
+     packed, 1, 15, kUnlimited, 0,  false, false,        3,     1,    false, false, MaskDtype::boolean},
+    {2,          1, 70,         100,        16, 24,    kTopLeft, true, false, true, false, true,
+     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,    1,     true, false, MaskDtype::bfloat16},
+    {1, 1, 2200, 130, 160, 160, kNone, true, false, true, false, true, gaps},  // blocks of rows meet several blocks of keys
 };
 
 // Owns what a problem points to.
@@ -165,6 +177,7 @@ struct Inputs {
   Tensor query, key, value, out, dout, dquery, dkey, dvalue;
   std::vector<float> lse, dlse, attn_mask, slopes, sinks;
   std::vector<float> dattn_mask, dslopes, dsinks, dquery_parts;
+  std::vector<unsigned char> mask_elements;  // attn_mask in its dtype
   std::vector<uint32_t> bits;
   std::vector<int32_t> tiles, starts_q, starts_k;
   std::vector<uint8_t> key_mask;
@@ -207,6 +220,7 @@ struct Inputs {
     if (c.attn_mask)  // (H, Lq, Lk), broadcast over the batch
       for (int64_t i = 0; i < c.heads * c.seqlen_q * c.seqlen_k * c.mask_key_stride; ++i)
         attn_mask.push_back(i % c.mask_key_stride ? NAN : i % 7 == 3 ? -INFINITY : i % 11 == 4 ? -2e38f : normal(generator));
+    encode_mask();
     for (int64_t i = 0; c.alibi && i < c.batch * c.heads; ++i) slopes.push_back(0.02f * static_cast<float>(i + 1));
     for (int64_t h = 0; c.sinks && h < c.heads; ++h) sinks.push_back(normal(generator));
 
@@ -222,7 +236,8 @@ struct Inputs {
     problem.lse = lse.data();
     if (c.dlse) problem.dlse = dlse.data();
     const int64_t line = c.seqlen_k * c.mask_key_stride;
-    if (c.attn_mask) problem.attn_mask = {attn_mask.data(), 0, c.seqlen_q * line, line}, problem.attn_mask_key = c.mask_key_stride;
+    if (c.attn_mask) problem.attn_mask = {mask_elements.data(), 0, c.seqlen_q * line, line}, problem.attn_mask_key = c.mask_key_stride;
+    problem.attn_mask_dtype = c.mask_dtype;
     if (c.alibi) problem.alibi_slopes = slopes.data(), problem.alibi_slopes_batch = c.heads, problem.alibi_slopes_head = 1;
     if (c.sinks) problem.sinks = sinks.data();
     if (c.prepared) prepare();
@@ -251,6 +266,28 @@ struct Inputs {
                    Present present) {
     for (int64_t r = 0; r < tensor.rows; ++r)
       for (int64_t d = 0; d < tensor.columns; ++d) tensor.set(b, h, r, d, present(r) ? normal(generator) : NAN);
+  }
+
+  // attn_mask -> mask_elements, and back what its dtype holds of the values.
+  void encode_mask() {
+    const Dtype half = c.mask_dtype == MaskDtype::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
+    const size_t size = c.mask_dtype == MaskDtype::float32 ? 4 : c.mask_dtype == MaskDtype::boolean ? 1 : 2;
+    mask_elements.resize(attn_mask.size() * size);
+    for (size_t i = 0; i < attn_mask.size(); ++i) {
+      float& value = attn_mask[i];
+      const bool hidden = value < -1e30f;
+      unsigned char* element = mask_elements.data() + i * size;
+      if (c.mask_dtype == MaskDtype::float32) {
+        std::memcpy(element, &value, 4);
+      } else if (c.mask_dtype == MaskDtype::boolean) {
+        *element = !hidden;
+        value = hidden ? -INFINITY : 0.0f;
+      } else {
+        const uint16_t infinity = half == Dtype::bfloat16 ? 0xff80 : 0xfc00, bits_of_value = hidden ? infinity : narrow(value, half);
+        std::memcpy(element, &bits_of_value, 2);
+        value = widen(bits_of_value, half);
+      }
+    }
   }
 
   int64_t keys(int64_t b) const { return c.lengths ? std::clamp<int64_t>(key_lengths[static_cast<size_t>(b)], 0, c.seqlen_k) : c.seqlen_k; }
@@ -523,6 +560,7 @@ void check_weights(const cpu::KernelTable& table, const Inputs& in, const Expect
 int main() {
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
     for (const Case& spec : kCases) {
+      if (spec.seqlen_q > 1000 && dtype != Dtype::float32) continue;  // takes long here
       Inputs in(spec, dtype);
       const Expected want = expect(in);
       for (const cpu::KernelTable* table : cpu::available_tables()) {
@@ -539,7 +577,6 @@ int main() {
       }
     }
   }
-  for (const cpu::KernelTable* table : cpu::available_tables())
-    std::printf("%s ok: %zu problems in 3 dtypes\n", table->name, std::size(kCases));
+  for (const cpu::KernelTable* table : cpu::available_tables()) std::printf("%s ok: %zu problems\n", table->name, std::size(kCases));
   return 0;
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from attention_calls import DTYPES, FEATURES, check_call
 
 from fused_attention.kernels import native
@@ -27,3 +26,13 @@ def test_feature_with_few_rows(feature: str, seqlens: tuple[int, int], heads: tu
     batch = FEATURES[feature].get("sizes", (2,))[0]
     dtype = DTYPES[(batch + heads[0] + len(feature)) % len(DTYPES)]
     check_call(native, FEATURES[feature] | {"dtype": dtype, "seqlens": seqlens, "sizes": (batch, *heads)}, "cpu")
+
+
+@pytest.mark.parametrize(
+    "feature", ["full", "key_mask holes", "float mask", "prepared bool mask", "dropout and a float mask", "alibi", "softcap", "grouped heads"]
+)
+def test_backward_of_many_rows(feature: str, instruction_set: str) -> None:
+    """Q, dout and dQ take more than a level-2 cache then, and blocks of rows meet three blocks of keys in turn; 230 keys are four."""
+    call = FEATURES[feature] | {"is_causal": False, "sizes": (1, 2, 1) if feature == "grouped heads" else (1, 1, 1)}
+    dtype = DTYPES[len(feature) % len(DTYPES)]
+    check_call(native, call | {"dtype": dtype, "seqlens": (2900, 230), "head_dims": (128, 112)}, "cpu")

@@ -10,8 +10,8 @@
 //     dV += dropout(P)^T dout,   dK += dS^T Q,   dQ += dS K                       dQ is kept for the whole head
 //
 // Q, dout and dQ of the head live in float32 scratch (3 copies of seqlen_q x head_dim), everything else in blocks of 64 x 64; dK and dV
-// of several query heads that share one key head add up in scratch. As in FlashAttention (Dao et al., 2022), with the lse gradient
-// folded into delta: d lse / d S = P.
+// of several query heads that share one key head add up in scratch. Where the three copies do not fit a level-2 cache, a block of rows
+// meets several blocks of keys in turn. As in FlashAttention (Dao et al., 2022), with the lse gradient folded into delta: d lse / d S = P.
 #pragma once
 
 #include "backward_tasks.h"
@@ -20,6 +20,17 @@ namespace fused_attention::cpu::FA_ISA {
 
 constexpr int64_t kBackwardRows = 64, kBackwardKeys = kKeyTile;
 constexpr int64_t kMaskRowsAhead = 8;  // a row of a block takes less time than memory
+
+// Blocks of keys that each block of rows meets in turn. One where Q, dout and dQ of a head, which every block of keys reads, stay in a
+// level-2 cache for the most part, or where a diagonal keeps rows and keys apart; else as many as fit a part of that cache, packed and
+// with their gradients.
+static int64_t key_blocks_together(const AttentionProblem& problem) {
+  constexpr int64_t kRowsBytes = 4 << 20, kKeysBytes = 512 << 10, kSize = sizeof(float);
+  const int64_t query_columns = round_up(problem.head_dim_qk, 16), value_columns = round_up(problem.head_dim_v, 16);
+  if (has_diagonal(problem) || problem.seqlen_q * (2 * query_columns + value_columns) * kSize <= kRowsBytes) return 1;
+  const int64_t block_bytes = kBackwardKeys * (3 * query_columns + 2 * value_columns) * kSize;
+  return max_of(min_of(kKeysBytes / block_bytes, (problem.seqlen_k + kBackwardKeys - 1) / kBackwardKeys), int64_t{1});
+}
 
 template <class T>
 class BackwardPass {
@@ -32,7 +43,8 @@ class BackwardPass {
         value_columns_(round_up(problem.head_dim_v, 16)),
         few_rows_(problem.seqlen_q <= kFewRows),
         row_blocks_((problem.seqlen_q + kBackwardRows - 1) / kBackwardRows),
-        held_keys_(group_ > 1 ? tasks_.most_keys() : kBackwardKeys),
+        blocks_together_(key_blocks_together(problem)),
+        held_keys_(group_ > 1 ? tasks_.most_keys() : blocks_together_ * kBackwardKeys),
         log2_scale_(problem.softmax_scale * kLog2e),
         softcap_(problem),
         score_bias_(problem) {
@@ -43,9 +55,9 @@ class BackwardPass {
     row_shift_ = arena.take<float>(problem.seqlen_q);
     row_factor_ = arena.take<float>(problem.seqlen_q);
     delta_ = arena.take<float>(problem.seqlen_q);
-    keys_t_ = arena.take<float>(problem.head_dim_qk * kBackwardKeys);
-    values_t_ = arena.take<float>(value_columns_ * kBackwardKeys);
-    keys_ = arena.take<float>(kBackwardKeys * query_columns_);
+    keys_t_ = arena.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
+    values_t_ = arena.take<float>(blocks_together_ * kBackwardKeys * value_columns_);
+    keys_ = arena.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
     dkeys_ = arena.take<float>(held_keys_ * query_columns_);
     dvalues_ = arena.take<float>(held_keys_ * value_columns_);
     weights_ = arena.take<float>(kBackwardRows * kScoresRow);
@@ -80,12 +92,12 @@ class BackwardPass {
       if (problem_.dsinks && tasks_.split(task) == 0)
         store_sink_gradient(problem_, b_, h_, problem_.lse + lse_offset(problem_, bounds_, b_, h_), delta_, bounds_.seqlen_q);
       plan_prefetch(more && last_head);
-      for (int64_t key0 = range.first; key0 < range.last; key0 += kBackwardKeys) {
-        const int64_t keys = min_of(kBackwardKeys, range.last - key0);
+      for (int64_t key0 = range.first; key0 < range.last; key0 += blocks_together_ * kBackwardKeys) {
+        const int64_t keys = min_of(blocks_together_ * kBackwardKeys, range.last - key0);
         held_ = group_ > 1 ? key0 - range.first : 0;
-        if (group_ == 1) keys_started_[0] = 0;
+        for (int64_t n = 0; group_ == 1 && n < blocks_together_; ++n) keys_started_[n] = 0;
         attend(key0, keys);
-        if (last_head) write_keys(key0, keys);
+        for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys) write_keys(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
       }
       if (problem_.dalibi_slopes)
         problem_.dalibi_slopes[batch_head_ * problem_.num_key_splits + tasks_.split(task)] = static_cast<float>(-slope_sum_);
@@ -150,16 +162,16 @@ class BackwardPass {
     }
   }
 
-  void load_keys(int64_t key0, int64_t keys) {
+  // Packs a block of keys as the one at `place`, in keys, of those that are together.
+  void load_keys(int64_t key0, int64_t keys, int64_t place) {
     const float* absent = holes_ ? key_bias_ + key0 : nullptr;
-    const T* key = key_row(problem_.key, key0);
-    const T* value = key_row(problem_.value, key0);
-    pack_rows(key, problem_.key.row, keys, problem_.head_dim_qk, keys_, query_columns_, absent);
+    const T *key = key_row(problem_.key, key0), *value = key_row(problem_.value, key0);
+    pack_rows(key, problem_.key.row, keys, problem_.head_dim_qk, keys_ + place * query_columns_, query_columns_, absent);
     if (few_rows_) {
-      pack_rows(value, problem_.value.row, keys, problem_.head_dim_v, values_t_, value_columns_, absent);
+      pack_rows(value, problem_.value.row, keys, problem_.head_dim_v, values_t_ + place * value_columns_, value_columns_, absent);
     } else {
-      pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
-      pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, values_t_, absent);
+      pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, keys_t_ + place * query_columns_, absent);
+      pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, values_t_ + place * value_columns_, absent);
     }
   }
 
@@ -192,30 +204,35 @@ class BackwardPass {
                                       matmul_ticks(kBackwardRows, query_columns_, kBackwardKeys)));
   }
 
-  // All rows that see keys of the block.
+  // All rows that see some of the keys, which are blocks_together_ blocks or fewer.
   void attend(int64_t key0, int64_t keys) {
     const int64_t first_row = first_row_seeing(bounds_, key0) / kBackwardRows * kBackwardRows,
                   rows_end = rows_seeing(bounds_, key0 + keys - 1);
-    bool loaded = false;
-    for (int64_t row0 = first_row; row0 < rows_end; row0 += kBackwardRows) {
-      const uint8_t kind =
-          tile_kinds_ ? tile_kinds_[row0 / kBackwardRows * problem_.row_tiles.num_tiles + key0 / 64] : static_cast<uint8_t>(kFullTile);
-      if (kind == kEmptyTile) continue;
-      if (!loaded) load_keys(key0, keys), loaded = true;
-      accumulate(row0, min_of(kBackwardRows, bounds_.seqlen_q - row0), key0, keys, kind == kMixedTile);
-    }
+    uint32_t loaded = 0;  // a bit for each block of keys
+    for (int64_t row0 = first_row; row0 < rows_end; row0 += kBackwardRows)
+      for (int64_t place = 0; place < keys; place += kBackwardKeys) {
+        const uint8_t kind = tile_kinds_ ? tile_kinds_[row0 / kBackwardRows * problem_.row_tiles.num_tiles + (key0 + place) / 64]
+                                         : static_cast<uint8_t>(kFullTile);
+        if (kind == kEmptyTile) continue;
+        const int64_t block_keys = min_of(kBackwardKeys, keys - place);
+        const uint32_t bit = uint32_t{1} << (place / kBackwardKeys);
+        if (!(loaded & bit)) load_keys(key0 + place, block_keys, place), loaded |= bit;
+        accumulate(row0, min_of(kBackwardRows, bounds_.seqlen_q - row0), key0 + place, block_keys, place, kind == kMixedTile);
+      }
   }
 
   // One block of P and dS, and its share of dV, dK and dQ.
-  void accumulate(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
-    const float *q = queries_ + row0 * query_columns_, *dout = douts_ + row0 * value_columns_;
-    const int64_t columns = round_up(keys, kLanes);
+  void accumulate(int64_t row0, int64_t rows, int64_t key0, int64_t keys, int64_t place, bool mixed) {
+    const float *q = queries_ + row0 * query_columns_, *dout = douts_ + row0 * value_columns_,
+                *packed_keys = keys_ + place * query_columns_, *keys_t = keys_t_ + place * query_columns_,
+                *values_t = values_t_ + place * value_columns_;
+    const int64_t columns = round_up(keys, kLanes), held = held_ + place;
     if (few_rows_) {
-      matmul_few_rows(rows, keys, query_columns_, q, query_columns_, keys_, query_columns_, weights_, kScoresRow);
-      matmul_few_rows(rows, keys, value_columns_, dout, value_columns_, values_t_, value_columns_, dscores_, kScoresRow);
+      matmul_few_rows(rows, keys, query_columns_, q, query_columns_, packed_keys, query_columns_, weights_, kScoresRow);
+      matmul_few_rows(rows, keys, value_columns_, dout, value_columns_, values_t, value_columns_, dscores_, kScoresRow);
     } else {
-      matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t_, kBackwardKeys, weights_, kScoresRow, false, &prefetcher_);
-      matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t_, kBackwardKeys, dscores_, kScoresRow, false,
+      matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t, kBackwardKeys, weights_, kScoresRow, false, &prefetcher_);
+      matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t, kBackwardKeys, dscores_, kScoresRow, false,
              &prefetcher_);
     }
     if (problem_.dropout_threshold) {
@@ -224,13 +241,13 @@ class BackwardPass {
     } else {
       softmax_gradient<false>(row0, rows, key0, keys, mixed);
     }
-    uint8_t &keys_started = keys_started_[held_ / kBackwardKeys], &rows_started = rows_started_[row0 / kBackwardRows];
-    matmul(keys, value_columns_, rows, weights_, 1, kScoresRow, dout, value_columns_, dvalues_ + held_ * value_columns_, value_columns_,
+    uint8_t &keys_started = keys_started_[held / kBackwardKeys], &rows_started = rows_started_[row0 / kBackwardRows];
+    matmul(keys, value_columns_, rows, weights_, 1, kScoresRow, dout, value_columns_, dvalues_ + held * value_columns_, value_columns_,
            keys_started != 0, &prefetcher_);
-    matmul(keys, query_columns_, rows, dscores_, 1, kScoresRow, q, query_columns_, dkeys_ + held_ * query_columns_, query_columns_,
+    matmul(keys, query_columns_, rows, dscores_, 1, kScoresRow, q, query_columns_, dkeys_ + held * query_columns_, query_columns_,
            keys_started != 0, &prefetcher_);
-    matmul(rows, query_columns_, keys, dscores_, kScoresRow, 1, keys_, query_columns_, dqueries_ + row0 * query_columns_, query_columns_,
-           rows_started != 0, &prefetcher_);
+    matmul(rows, query_columns_, keys, dscores_, kScoresRow, 1, packed_keys, query_columns_, dqueries_ + row0 * query_columns_,
+           query_columns_, rows_started != 0, &prefetcher_);
     keys_started = rows_started = 1;
   }
 
@@ -314,13 +331,13 @@ class BackwardPass {
     return lanes_of_bits(keep_[i * kKeepWords + j / 16], static_cast<int>(j % 16));
   }
 
-  void write_keys(int64_t key0, int64_t keys) {
+  void write_keys(int64_t key0, int64_t keys, int64_t held) {
     const float* absent = holes_ ? key_bias_ + key0 : nullptr;
-    const bool seen = keys_started_[held_ / kBackwardKeys] != 0;
+    const bool seen = keys_started_[held / kBackwardKeys] != 0;
     write_rows(key_row(problem_.dkey, 0), problem_.dkey.row, key0, key0 + keys, problem_.head_dim_qk,
-               seen ? dkeys_ + held_ * query_columns_ : nullptr, query_columns_, problem_.softmax_scale, absent);
+               seen ? dkeys_ + held * query_columns_ : nullptr, query_columns_, problem_.softmax_scale, absent);
     write_rows(key_row(problem_.dvalue, 0), problem_.dvalue.row, key0, key0 + keys, problem_.head_dim_v,
-               seen ? dvalues_ + held_ * value_columns_ : nullptr, value_columns_, problem_.dropout_scale(), absent);
+               seen ? dvalues_ + held * value_columns_ : nullptr, value_columns_, problem_.dropout_scale(), absent);
   }
 
   // dQ of the head, or its share by this task's keys.
@@ -357,7 +374,8 @@ class BackwardPass {
   const int64_t query_columns_, value_columns_;
   const bool few_rows_;
   const int64_t row_blocks_;
-  const int64_t held_keys_;  // whose dK and dV are held at a time: a block, or all of the task for several query heads
+  const int64_t blocks_together_;  // of keys
+  const int64_t held_keys_;        // whose dK and dV are held at a time: those blocks, or all of the task for several query heads
   const float log2_scale_;
   const Softcap softcap_;
   ScoreBias score_bias_;
@@ -366,8 +384,8 @@ class BackwardPass {
   float *queries_, *dqueries_;               // (seqlen_q, query_columns)
   float* douts_;                             // (seqlen_q, value_columns)
   float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *keys_t_, *values_t_;                // (head_dim, kBackwardKeys), the key block transposed; V as it is for a few rows
-  float* keys_;                              // (kBackwardKeys, query_columns)
+  float *keys_t_, *values_t_;                // (blocks_together, head_dim, kBackwardKeys), keys transposed; V as it is for a few rows
+  float* keys_;                              // (blocks_together, kBackwardKeys, query_columns)
   float* dkeys_;                             // (held_keys, query_columns)
   float* dvalues_;                           // (held_keys, value_columns)
   float *weights_, *dscores_;                // (kBackwardRows, kScoresRow)
