@@ -273,14 +273,17 @@ class AmxForward {
       const MaskRow mask = same ? MaskRow{} : score_bias_.mask_row(group.row(i), group.key0, mixed);
       if (!filled && !mask) score_bias_.fill(group.row(i), group.key0, group.visible[i], mixed, bias_);
       filled = same;
-      maxima[i] = broadcast(-kInfinity);
-      for (int64_t j = 0; j < group.visible[i]; j += 16) {
-        Vec bias = mask ? score_bias_.mask_values(mask, j, group.visible[i] - j, 1) : load(bias_ + j);
-        if (mask) bias = select(first_lanes(group.visible[i] - j), bias, broadcast(-kInfinity));
-        const Vec x = biased_scores(load(row + j), score_scale_, softcap_, bias);
-        store(row + j, x);
-        maxima[i] = max_of(maxima[i], x);
-      }
+      const int64_t visible = group.visible[i];
+      maxima[i] = with_bias(score_bias_, mask, bias_, visible, 1, [&](auto added) FA_LAMBDA_INLINE {
+        Vec highest = broadcast(-kInfinity);
+        for (int64_t j = 0; j < visible; j += 16) {
+          const Vec bias = select(first_lanes(visible - j), added(j), broadcast(-kInfinity));
+          const Vec x = biased_scores(load(row + j), score_scale_, softcap_, bias);
+          store(row + j, x);
+          highest = max_of(highest, x);
+        }
+        return highest;
+      });
     }
     return reduce_16_vectors(&maxima[0].x, Max{});
   }
