@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from attention_calls import DTYPES, FEATURES, check_call
 
 from fused_attention.kernels import native
@@ -29,7 +30,8 @@ def test_feature_with_few_rows(feature: str, seqlens: tuple[int, int], heads: tu
 
 
 @pytest.mark.parametrize(
-    "feature", ["full", "key_mask holes", "float mask", "prepared bool mask", "dropout and a float mask", "alibi", "softcap", "grouped heads"]
+    "feature",
+    ["full", "key_mask holes", "float mask", "prepared bool mask", "dropout and a float mask", "alibi", "softcap", "grouped heads"],
 )
 def test_backward_of_many_rows(feature: str, instruction_set: str) -> None:
     """Q, dout and dQ take more than a level-2 cache then, and blocks of rows meet three blocks of keys in turn; 230 keys are four."""
