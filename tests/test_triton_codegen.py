@@ -184,6 +184,8 @@ def test_what_is_on_record_is_compiled_only_in_a_sample(
     assert (status, "1 did not change and are on record, 0 were compiled" in report) == (0, True)
     status, report = run_gate(monkeypatch, capsys, "--sample", "1")
     assert (status, "on record is" in report) == (1, True)
+    assert run_gate(monkeypatch, capsys, "--count")[0] == 0, "what counting finds is not compared"
+    assert run_gate(monkeypatch, capsys, "--count", "--write-record")[0] == 2
     triton_codegen_record.write({key: dataclasses.replace(found, spills=4)})
     status, report = run_gate(monkeypatch, capsys, "--sample", "0")
     assert (status, "FAILS: 4 bytes spilled" in report) == (1, True)

@@ -369,6 +369,8 @@ def main() -> None:
     if options.serve:
         serve()
         return
+    if options.write_record and (options.count or options.choose):
+        parser.error("--write-record: the record holds no numbers of instructions, which --count and --choose find")
     start = time.monotonic()
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(options.only):
@@ -377,9 +379,9 @@ def main() -> None:
         elif any(checked_names(task, form) for form in task.forms()):
             groups[task] = [task]
     record = triton_codegen_record.read()
-    repeated = set(record) if options.count or options.choose else triton_codegen_record.sample(list(record), options.sample, options.seed)
-    if options.write_record:
-        repeated = set()
+    counting = options.count or options.choose  # what is found then holds numbers of instructions, which the record does not
+    share = 1 if counting else 0 if options.write_record else options.sample
+    repeated = triton_codegen_record.sample(list(record), share, options.seed)
     known = {key: found for key, found in record.items() if key not in repeated}
     results: dict[tuple, list[Line]] = {}
     errors = []
@@ -392,7 +394,7 @@ def main() -> None:
                 write_tiles(results[pending[future]])
     all_lines = [line for key in groups for line in results[key]]
     found = {line.key: line.found for line in all_lines}
-    if not options.count:
+    if not counting:
         errors += [f"{line}: on record is {record[line.key]}" for line in all_lines if record.get(line.key, line.found) != line.found]
     if options.write_record and not errors:
         triton_codegen_record.write({**record, **found} if options.only else found)

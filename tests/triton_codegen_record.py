@@ -2,7 +2,7 @@
 
 A kernel's key is a hash of everything that Triton compiles: the source of the kernel and of the functions that it calls, the types and
 constants of its arguments, the options and the architecture. tests/triton_codegen_record holds one file for each version of Triton. The
-sample says whether that version still makes the same of them, and whether this module still reads the same out of it.
+sample says whether that version still makes the same of them, and whether triton_resources still reads the same out of it.
 """
 
 from __future__ import annotations
