@@ -210,8 +210,7 @@ def attention_pictures(translator: Translator, example: Example) -> list[report.
         translator.source_tokenizer.encode([example.source]),
         translator.target_tokenizer.encode([example.translation]),
     )
-    max_len = translator.model.max_len
-    src, tgt = [*source[: max_len - 1], EOS_ID], [BOS_ID, *target][:max_len]
+    src, tgt = translator.source_tokens(source), [BOS_ID, *target][: translator.model.max_len]
     maps = translator.model.attention_maps(torch.tensor([src], device=translator.device), torch.tensor([tgt], device=translator.device))
     source_labels = readable_pieces(translator.source_tokenizer.pieces(src))
     read_labels = readable_pieces(translator.target_tokenizer.pieces(tgt))

@@ -65,12 +65,15 @@ class Translator:
         """Indices of the lines that do not fit the model and would be cut."""
         return [i for i, ids in enumerate(self.source_tokenizer.encode(lines)) if len(ids) >= self.model.max_len]
 
+    def source_tokens(self, ids: list[int]) -> list[int]:
+        """An encoded sentence as the model reads it: cut at max_len - 1 tokens, with its end."""
+        return [*ids[: self.model.max_len - 1], EOS_ID]
+
     def _translate_batch(self, rows: list[list[int]]) -> list[str]:
-        max_len = self.model.max_len
-        src = pad([[*ids[: max_len - 1], EOS_ID] for ids in rows]).to(self.device)
+        src = pad([self.source_tokens(ids) for ids in rows]).to(self.device)
         factor, constant = LENGTH_LIMIT
         with autocast(self.device):
-            output = self.model.generate(src, max_new_tokens=min(factor * src.size(1) + constant, max_len))
+            output = self.model.generate(src, max_new_tokens=min(factor * src.size(1) + constant, self.model.max_len))
         return self.target_tokenizer.decode(output.tolist())
 
     def score(self, text: ParallelText) -> tuple[Scores, list[str]]:
