@@ -5,8 +5,8 @@
 
 Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
 (tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
-launch, a GPU allocator its own time. CPU: with the kernel, of tensors so small that it hardly counts. Beside them torch's attention on
-the same CPU tensors, kernel included.
+launch, a GPU allocator its own time. CPU: with the kernel, which takes half a microsecond for one head and one token. Beside them torch's
+attention on the same CPU tensors, kernel included.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def microseconds(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def cases(backend: str, device: str) -> dict[str, Callable[[], object]]:
-    seqlen, dtype = (1, torch.float32) if backend == "cpu" else (128, torch.bfloat16)
-    query, key, value = (torch.randn(2, 4, seqlen, 32, dtype=dtype, device=device) for _ in range(3))
-    newest = torch.randn(2, 4, 1, 32, dtype=dtype, device=device)
+    batch, num_heads, seqlen, dtype = (1, 1, 1, torch.float32) if backend == "cpu" else (2, 4, 128, torch.bfloat16)
+    query, key, value = (torch.randn(batch, num_heads, seqlen, 32, dtype=dtype, device=device) for _ in range(3))
+    newest = torch.randn(batch, num_heads, 1, 32, dtype=dtype, device=device)
     leaf = query.clone().requires_grad_()
-    key_mask = torch.ones(2, seqlen, dtype=torch.bool, device=device)
-    lengths = torch.full((2,), seqlen, dtype=torch.int32, device=device)
+    key_mask = torch.ones(batch, seqlen, dtype=torch.bool, device=device)
+    lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=device)
     calls: dict[str, Callable[[], object]] = {
         "attention, causal": lambda: attention(query, key, value, is_causal=True, backend=backend),
         "attention, causal, with grad": lambda: attention(leaf, key, value, is_causal=True, backend=backend),

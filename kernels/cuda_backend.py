@@ -5,29 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import repeated
+from . import native_problem, repeated
 from .dropout import dropout_threshold
-from .problem import Gradients, Problem, empty_lse, empty_output
+from .native_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, strides
+from .problem import Gradients, Problem
 from .repeated import Repeat
-
-try:
-    from fused_attention import _native
-except ImportError as error:  # installed without a compiler, or on a platform that has no native kernels
-    _native = None  # type: ignore[assignment]
-    NOT_BUILT = f"the compiled extension is not available ({error})"
 
 MAX_HEAD_DIM = 256
 ROWS_PER_BLOCK = 64  # of the backward kernel for query
-DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
+DTYPES = (torch.bfloat16, torch.float16)
 BACKWARD_KERNELS = {"chosen": 0, "two passes": 1, "one pass": 2}
-UNLIMITED = 2**30  # a window side that no sequence reaches
 
 
 def status() -> str | None:
@@ -136,73 +127,46 @@ def _address_if_known(tensor: Tensor) -> int:
 def short_kernels(used: bool) -> Iterator[None]:
     """Whether kernels for short sequences run where they can: to compare them with the others."""
     before = _native.cuda_set_short_kernels(used)
-    _forget_calls()
+    repeated.forget()
     try:
         yield
     finally:
         _native.cuda_set_short_kernels(before)
-        _forget_calls()
-
-
-def _forget_calls() -> None:
-    _remembered.clear()
-    repeated.forget()
-
-
-@dataclass(slots=True)
-class _Call:
-    """What calls share that differ in their tensors' memory alone."""
-
-    problem: bytes  # an AttentionProblem (csrc/problem.h) without its addresses
-    out_shape: tuple[int, ...]
-    out_strides: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-    lse_strides: tuple[int, ...]
-    lse_bytes: int
-
-
-MAX_REMEMBERED = 4096  # different calls
-_remembered: dict[tuple, _Call] = {}  # by _kind_of
+        repeated.forget()
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
     query, key, value = problem.query, problem.key, problem.value
-    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    if (addresses[0] | addresses[1] | addresses[2]) % 16:  # seen too late to choose another backend: in a compiled graph
+    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16:  # seen too late to choose another backend: in a compiled graph
         return forward(_with_aligned_inputs(problem))
-    kind = _kind_of(problem)
-    call = _remembered.get(kind)
-    if call is None:
-        if len(_remembered) >= MAX_REMEMBERED:
-            _remembered.clear()
-        call = _remembered[kind] = _new_call(problem)
-    out = query.new_empty_strided(call.out_shape, call.out_strides)
-    lse = query.new_empty_strided(call.lse_shape, call.lse_strides, dtype=torch.float32)
+    plain = _plain(problem)
+    out = query.new_empty_strided(plain.out_shape, plain.out_strides)
+    lse = query.new_empty_strided(plain.lse_shape, plain.lse_strides, dtype=torch.float32)
     if problem.cu_seqlens_q is not None:
         out.zero_()
         lse.fill_(-torch.inf)
-    side_tensors = problem.as_native_kernels_take_them(MASK_DTYPES)
+    side_tensors = native_problem.side_tensors(problem)
     device, stream = _device_and_stream(query)
-    arguments = _addresses(problem, side_tensors, addresses, out, lse)
-    wanted = _run(call.problem, device, stream, 0, *arguments)
+    addresses = native_problem.addresses(problem, side_tensors, out, lse)
+    wanted = _run(plain.numbers, device, stream, 0, *addresses)
     if wanted:
         workspace = query.new_empty(wanted, dtype=torch.uint8)
-        _run(call.problem, device, stream, workspace.data_ptr(), *arguments)
+        _run(plain.numbers, device, stream, workspace.data_ptr(), *addresses)
     if problem.repeatable and out.numel() and key.numel():
-        problem.repeat = _repeat(call, query, wanted)
+        problem.repeat = _repeat(plain, query, lse, wanted)
     if problem.dropout_p == 1.0:
         out.zero_()
     return out, lse
 
 
-def _repeat(call: _Call, query: Tensor, workspace_bytes: int) -> Repeat:
+def _repeat(plain: Plain, query: Tensor, lse: Tensor, workspace_bytes: int) -> Repeat:
     """`forward` of calls like this one, of which only query, key, value, key_mask, key_lengths and what is returned differ."""
-    native_problem, out_shape, out_strides, lse_shape, lse_strides = (
-        call.problem, call.out_shape, call.out_strides, call.lse_shape, call.lse_strides,
+    numbers, out_shape, out_strides, lse_shape, lse_strides = (
+        plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
     )  # fmt: skip
     dtype, float32, empty = query.dtype, torch.float32, repeated.empty_strided(query)
-    with_lse, without_lse = (workspace_bytes // 2,), ((workspace_bytes + call.lse_bytes) // 2,)  # in numbers of 16 bits
+    with_lse, without_lse = (workspace_bytes // 2,), ((workspace_bytes + lse.nbytes) // 2,)  # in numbers of 16 bits
 
     def repeat(
         query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
@@ -222,7 +186,7 @@ def _repeat(call: _Call, query: Tensor, workspace_bytes: int) -> Repeat:
         device, stream = _device_and_stream(query)
         mask = 0 if key_mask is None else key_mask.data_ptr()
         lengths = 0 if key_lengths is None else key_lengths.data_ptr()
-        _run(native_problem, device, stream, scratch, q, k, v, out.data_ptr(), lse_address, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0)
+        _run(numbers, device, stream, scratch, q, k, v, out.data_ptr(), lse_address, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0)
         return out, lse
 
     return repeat
@@ -248,8 +212,7 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    if (addresses[0] | addresses[1] | addresses[2]) % 16:
+    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16:
         backward(_with_aligned_inputs(problem), out, lse, dout, dlse, gradients, kernels)
         return
     if not _has_aligned_strides(dout) or dout.stride(3) != 1 or dout.data_ptr() % 16:
@@ -275,40 +238,40 @@ def backward(
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
-    side_tensors = problem.as_native_kernels_take_them(MASK_DTYPES)
+    side_tensors = native_problem.side_tensors(problem)
     device, stream = _device_and_stream(query)
-    arguments = _addresses(problem, side_tensors, addresses, out, lse)
+    addresses = native_problem.addresses(problem, side_tensors, out, lse)
     gradient_addresses = (
         dout.data_ptr(),
-        _address(dlse),
+        address(dlse),
         gradients.query.data_ptr(),
         gradients.key.data_ptr(),
         gradients.value.data_ptr(),
-        _address(stored),
-        _address(row_sums),
-        _address(column_sums),
-        _address(slope_sums),
-        _address(problem.column_tiles),
+        address(stored),
+        address(row_sums),
+        address(column_sums),
+        address(slope_sums),
+        address(problem.column_tiles),
     )
     call = _native.cuda_backward_problem(
-        _new_call(problem).problem,
-        _strides(dout, 3),
-        _strides(gradients.query, 3),
-        _strides(gradients.key, 3),
-        _strides(gradients.value, 3),
-        _strides(stored, 3),
+        _plain(problem).numbers,
+        strides(dout, 3),
+        strides(gradients.query, 3),
+        strides(gradients.key, 3),
+        strides(gradients.value, 3),
+        strides(stored, 3),
         (1, 1) if stored is None else (stored.shape[0], stored.shape[1]),
-        _strides(problem.column_tiles, 3),
+        strides(problem.column_tiles, 3),
         0 if problem.column_tiles is None else problem.column_tiles.shape[3] - 2,
         problem.deterministic,
         BACKWARD_KERNELS[kernels],
     )
-    wanted = _run_backward(call, device, stream, 0, arguments, gradient_addresses)
+    wanted = _run_backward(call, device, stream, 0, addresses, gradient_addresses)
     if wanted:  # else a kernel ran that writes every element
         if stored is not None and kind == "stored":
             stored.zero_()  # tiles that nothing visits
         workspace = query.new_empty(wanted, dtype=torch.uint8)
-        _run_backward(call, device, stream, workspace.data_ptr(), arguments, gradient_addresses)
+        _run_backward(call, device, stream, workspace.data_ptr(), addresses, gradient_addresses)
 
     if mask_gradient is not None:
         if row_sums is not None:
@@ -348,89 +311,8 @@ def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
     return device, _current_stream(device)  # type: ignore[misc]  # None without GPUs
 
 
-def _addresses(
-    problem: Problem, side_tensors: tuple[Tensor | None, ...], inputs: tuple[int, int, int], out: Tensor, lse: Tensor
-) -> tuple[int, ...]:
-    """What the native functions take: 16 of them, in the order of csrc/module.cpp."""
-    attn_mask, alibi_slopes, sinks = side_tensors
-    return (
-        *inputs,
-        out.data_ptr(),
-        lse.data_ptr(),
-        _address(attn_mask),
-        _address(problem.key_mask),
-        _address(problem.key_lengths),
-        _address(problem.query_lengths),
-        _address(alibi_slopes),
-        _address(sinks),
-        _address(problem.rng_state),
-        _address(problem.cu_seqlens_q),
-        _address(problem.cu_seqlens_k),
-        _address(problem.mask_bits),
-        _address(problem.row_tiles),
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _kind_of(problem: Problem) -> tuple:
-    """Everything that a _Call follows from."""
-    inputs = problem.inputs_number or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in problem.inputs])
-    side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in problem.side_tensors()]
-    return (problem.layout, inputs, *side_tensors, *problem.options())
-
-
-def _new_call(problem: Problem) -> _Call:
-    query, key, value = problem.query, problem.key, problem.value
-    attn_mask, alibi_slopes, _ = problem.as_native_kernels_take_them(MASK_DTYPES)
-    out, lse = empty_output(query, value.shape[3]), empty_lse(query)
-    packed = problem.cu_seqlens_q is not None
-    mask_strides = _strides(attn_mask, 4)
-    slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
-    plain = _native.cuda_problem(
-        dtype=DTYPES[query.dtype],
-        sizes=(
-            problem.batch,
-            query.shape[1],
-            key.shape[1],
-            problem.max_seqlen_q,
-            problem.max_seqlen_k,
-            query.shape[3],
-            value.shape[3],
-        ),
-        num_tokens=(query.shape[2], key.shape[2]) if packed else (0, 0),
-        scale=problem.scale,
-        causal=CAUSAL[problem.causal],
-        window=(_window_side(problem.window_left), _window_side(problem.window_right)),
-        softcap=problem.softcap or 0.0,
-        dropout_threshold=0 if problem.rng_state is None else dropout_threshold(problem.dropout_p),
-        query=_strides(query, 3),
-        key=_strides(key, 3),
-        value=_strides(value, 3),
-        out=_strides(out, 3),
-        attn_mask=mask_strides[:3],
-        attn_mask_key=mask_strides[3],
-        attn_mask_dtype=0 if attn_mask is None else MASK_DTYPES[attn_mask.dtype],
-        key_mask=_strides(problem.key_mask, 2),
-        alibi_slopes=_strides(slopes, 2),
-        mask_bits=_strides(problem.mask_bits, 3),
-        row_tiles=_strides(problem.row_tiles, 3),
-        num_tiles=0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
-    )
-    return _Call(plain, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride(), 4 * lse.numel())
-
-
-def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
-    if tensor is None:
-        return (0,) * dims
-    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True)])
-
-
-def _window_side(side: int | None) -> int:
-    return UNLIMITED if side is None else min(side, UNLIMITED)
+def _plain(problem: Problem) -> Plain:
+    return native_problem.plain(problem, 0 if problem.rng_state is None else dropout_threshold(problem.dropout_p))
 
 
 def _with_aligned_inputs(problem: Problem) -> Problem:

@@ -118,6 +118,12 @@ class Problem:
             self.max_seqlen_k,
         )
 
+    def kind(self) -> tuple:
+        """What problems have in common that differ in their tensors' memory alone."""
+        inputs = self.inputs_number or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in self.inputs])
+        side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in self.side_tensors()]
+        return (self.layout, inputs, *side_tensors, *self.options())
+
     @classmethod
     def from_op_arguments(cls, layout: Layout, arguments: tuple) -> Problem:
         """The inverse of `op_arguments`; the arguments were checked when the problem was first made."""

@@ -59,7 +59,7 @@ def run(
         if call.guard(*tensors):
             if call.device >= 0 and call.device != current_device():  # type: ignore[misc]  # there is a GPU
                 return None
-            return _apply(call, return_lse, key_mask, key_lengths, query, key, value)
+            return _apply((call, key_mask, key_lengths, return_lse), query, key, value)  # every argument costs time
     return None
 
 
@@ -88,16 +88,8 @@ def remember(
 
 class _Repeated(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: _Call,
-        return_lse: bool,
-        key_mask: Tensor | None,
-        key_lengths: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-    ) -> Any:
+    def forward(ctx: Any, given: tuple[_Call, Tensor | None, Tensor | None, bool], query: Tensor, key: Tensor, value: Tensor) -> Any:
+        call, key_mask, key_lengths, return_lse = given
         done = call.repeat(query, key, value, key_mask, key_lengths, True)
         if done is None:  # the backend wants to look at it again
             arguments = _operator_arguments(call, query, key, value, key_mask, key_lengths)
@@ -117,7 +109,7 @@ class _Repeated(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
         arguments = _operator_arguments(ctx.call, *tensors)
-        return (None, None, None, None, *eager_gradients("separate", dout, dlse, out, lse, arguments, (False, False, False))[:3])
+        return (None, *eager_gradients("separate", dout, dlse, out, lse, arguments, (False, False, False))[:3])
 
 
 # torch.autograd.Function.apply without what it does for functorch, whose tensors the guard keeps out.

@@ -41,16 +41,7 @@ class Arguments(NamedTuple):
 
 def sizes_and_options(problem: Problem, tiles: Tensor | None) -> tuple:
     """Everything that a kernel's numbers and constexprs follow from: two problems that agree in it differ in their tensors alone."""
-    inputs = problem.inputs_number or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in problem.inputs])
-    side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in problem.side_tensors()]
-    return (
-        problem.layout,
-        inputs,
-        *side_tensors,
-        None if tiles is None else (tiles.shape, tiles.stride()),
-        problem.options(),
-        input_precision(problem.query.dtype),
-    )
+    return problem.kind(), None if tiles is None else (tiles.shape, tiles.stride()), input_precision(problem.query.dtype)
 
 
 def common_tensors(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -106,7 +106,6 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_run", self._run)
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
         self._patches.setattr(cuda_backend, "backward", functools.partial(self._backward, cuda_backend.backward))
-        self._patches.setattr(cuda_backend, "_remembered", {})  # by what this GPU is
         repeated.forget()
         self._patches.setattr(repeated, "_allocators", {})
         super().__enter__()

@@ -12,7 +12,7 @@ from function_calls import REPEATED, check_repeated_call
 from torch import Tensor
 
 from fused_attention import attention, attention_decode
-from fused_attention.kernels import cuda_backend, native, repeated
+from fused_attention.kernels import cuda_backend, native, native_problem, repeated
 
 pytestmark = [
     pytest.mark.skipif(cuda_backend._native is None, reason="the compiled extension is not there"),
@@ -36,7 +36,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     monkeypatch.setattr(cuda_backend, "_cached_machine_reason", lambda device: None)
     monkeypatch.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
     monkeypatch.setattr(cuda_backend, "_run", run)
-    monkeypatch.setattr(cuda_backend, "_remembered", {})
     return launched
 
 
@@ -257,7 +256,7 @@ def test_rows_that_are_copied_go_all_the_way(launches: list[tuple], checks: list
 
 
 def test_what_is_remembered_is_bounded(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_backend, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(native_problem, "MAX_REMEMBERED", 3)
     monkeypatch.setattr(repeated, "MAX_REMEMBERED", 3)
     for length in range(60, 70):
         attention(*tensors(seqlen_k=length), backend="cuda")

@@ -1,36 +1,8 @@
 """The compiled extension (csrc/module.cpp). Addresses are integers, 0 = not given; strides are in elements."""
 
-from typing import Any
+Strides = tuple[int, ...]  # of batch, head and row
 
-Strided = tuple[int, int, int, int]  # address, stride of batch, head, row; the last dim is contiguous
-
-# What the CPU kernels share: sizes, options, query, key, value, out, lse, rng_state and side tensors, grouped as kernels/native.py does.
-CpuArguments = tuple[Any, ...]
-
-def cpu_forward(num_threads: int, arguments: CpuArguments, /) -> None: ...
-def cpu_problem(arguments: CpuArguments, /) -> bytes: ...
-def cpu_repeat(
-    problem: bytes, num_threads: int, query: int, key: int, value: int, out: int, lse: int, key_mask: int, key_lengths: int, /
-) -> None: ...
-def cpu_backward(
-    num_threads: int,
-    arguments: CpuArguments,
-    dout: Strided,
-    dlse: int,
-    dquery: Strided,
-    dkey: Strided,
-    dvalue: Strided,
-    num_key_splits: int,
-    dquery_parts: int,
-    dattn_mask: tuple[int, ...],  # address, number of parts, strides of part, batch, head, row and key
-    dalibi_slopes: int,
-    dsinks: int,
-    /,
-) -> None: ...
-def cpu_weights(num_threads: int, arguments: CpuArguments, average_heads: bool, /) -> None: ...
-def cpu_isa() -> str: ...
-def cpu_isas() -> list[str]: ...
-def cuda_problem(
+def problem(
     *,
     dtype: int,
     sizes: tuple[int, int, int, int, int, int, int],  # batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim_qk, head_dim_v
@@ -40,40 +12,67 @@ def cuda_problem(
     window: tuple[int, int],
     softcap: float,
     dropout_threshold: int,
-    query: tuple[int, ...],  # strides of batch, head and row, as of all four-dimensional tensors
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    out: tuple[int, ...],
-    attn_mask: tuple[int, ...],
+    query: Strides,
+    key: Strides,
+    value: Strides,
+    out: Strides,
+    attn_mask: Strides,
     attn_mask_key: int,
     attn_mask_dtype: int,
     key_mask: tuple[int, ...],
     alibi_slopes: tuple[int, ...],
-    mask_bits: tuple[int, ...],
-    row_tiles: tuple[int, ...],
+    mask_bits: Strides,
+    row_tiles: Strides,
     num_tiles: int,
 ) -> bytes:
     """All of a problem but its 16 addresses, which are, in this order: query, key, value, out, lse, attn_mask, key_mask, key_lengths,
     query_lengths, alibi_slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, row_tiles."""
 
+def cpu_forward(problem: bytes, num_threads: int, /, *addresses: int) -> None:
+    """Writes out and lse."""
+
+def cpu_weights(problem: bytes, num_threads: int, addresses: tuple[int, ...], average_heads: bool, /) -> None:
+    """Writes the weights after dropout, or their mean over heads, to `out`."""
+
+def cpu_backward(
+    problem: bytes,
+    num_threads: int,
+    addresses: tuple[int, ...],
+    gradients: tuple[int, ...],
+    dout: Strides,
+    dquery: Strides,
+    dkey: Strides,
+    dvalue: Strides,
+    dattn_mask: tuple[int, ...],  # strides of part, batch, head, row and key
+    num_mask_parts: int,
+    num_key_splits: int,
+    /,
+) -> None:
+    """Writes every gradient.
+
+    gradients: addresses of dout, dlse, dquery, dkey, dvalue, dquery_parts, dattn_mask, dalibi_slopes and dsinks (csrc/problem.h), 0 = none.
+    """
+
+def cpu_isa() -> str: ...
+def cpu_isas() -> list[str]: ...
 def cuda_forward(problem: bytes, device: int, stream: int, workspace: int, /, *addresses: int) -> int:
     """Launches the kernels and returns 0, or launches nothing and returns how many bytes of workspace they want."""
 
 def cuda_backward_problem(
     problem: bytes,
-    dout: tuple[int, ...],
-    dquery: tuple[int, ...],
-    dkey: tuple[int, ...],
-    dvalue: tuple[int, ...],
-    dattn_mask: tuple[int, ...],
+    dout: Strides,
+    dquery: Strides,
+    dkey: Strides,
+    dvalue: Strides,
+    dattn_mask: Strides,
     mask_sizes: tuple[int, int],  # batch elements and heads that dattn_mask has
-    column_tiles: tuple[int, ...],
+    column_tiles: Strides,
     num_tiles: int,
     deterministic: bool,
     kernels: int,
     /,
 ) -> bytes:
-    """A problem of cuda_problem with the strides of gradients (batch, head, row in elements), for cuda_backward."""
+    """A problem with the strides of gradients (batch, head, row in elements), for cuda_backward."""
 
 def cuda_backward(
     problem: bytes, device: int, stream: int, workspace: int, addresses: tuple[int, ...], gradients: tuple[int, ...], /

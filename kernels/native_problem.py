@@ -1,0 +1,140 @@
+"""A Problem as the compiled extension (csrc/module.cpp) takes it: plain numbers, and the addresses of its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, empty_lse, empty_output
+
+try:
+    from fused_attention import _native
+except ImportError as error:  # installed without a compiler, or on a platform that has no native kernels
+    _native = None  # type: ignore[assignment]
+    NOT_BUILT = f"the compiled extension is not available ({error})"
+else:
+    NOT_BUILT = ""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
+UNLIMITED = 2**30  # a window side that no sequence reaches
+
+SideTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(slots=True)
+class Plain:
+    """What problems share that differ in their tensors' memory alone."""
+
+    numbers: bytes  # an AttentionProblem (csrc/problem.h) without its addresses
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+
+
+MAX_REMEMBERED = 4096  # different problems
+_remembered: dict[tuple, Plain] = {}
+
+
+def plain(problem: Problem, dropout_threshold: int) -> Plain:
+    kind = dropout_threshold, problem.kind()
+    found = _remembered.get(kind)
+    if found is None:
+        if len(_remembered) >= MAX_REMEMBERED:
+            _remembered.clear()
+        found = _remembered[kind] = _new_plain(problem, dropout_threshold)
+    return found
+
+
+def _new_plain(problem: Problem, dropout_threshold: int) -> Plain:
+    out, lse = empty_output(problem.query, problem.value.shape[3]), empty_lse(problem.query)
+    numbers = plain_numbers(problem, out, dropout_threshold)
+    return Plain(numbers, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride())
+
+
+def side_tensors(problem: Problem) -> SideTensors:
+    """attn_mask, alibi_slopes and sinks in dtypes that the kernels read; to be kept until they have run."""
+    return problem.as_native_kernels_take_them(MASK_DTYPES)
+
+
+def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> bytes:
+    """An AttentionProblem without its addresses, whose results go to a tensor like `out`."""
+    query, key, value = problem.query, problem.key, problem.value
+    attn_mask, alibi_slopes, _ = side_tensors(problem)
+    mask_strides = strides(attn_mask, 4)
+    slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
+    # The bits of a prepared mask know the window already.
+    window = (None, None) if problem.mask_bits is not None else (problem.window_left, problem.window_right)
+    return _native.problem(
+        dtype=DTYPES[query.dtype],
+        sizes=(
+            problem.batch,
+            query.shape[1],
+            key.shape[1],
+            problem.max_seqlen_q,
+            problem.max_seqlen_k,
+            query.shape[3],
+            value.shape[3],
+        ),
+        num_tokens=(0, 0) if problem.cu_seqlens_q is None else (query.shape[2], key.shape[2]),
+        scale=problem.scale,
+        causal=CAUSAL[problem.causal],
+        window=(_window_side(window[0]), _window_side(window[1])),
+        softcap=problem.softcap or 0.0,
+        dropout_threshold=dropout_threshold,
+        query=strides(query, 3),
+        key=strides(key, 3),
+        value=strides(value, 3),
+        out=strides(out, 3),
+        attn_mask=mask_strides[:3],
+        attn_mask_key=mask_strides[3],
+        attn_mask_dtype=0 if attn_mask is None else MASK_DTYPES[attn_mask.dtype],
+        key_mask=strides(problem.key_mask, 2),
+        alibi_slopes=strides(slopes, 2),
+        mask_bits=strides(problem.mask_bits, 3),
+        row_tiles=strides(problem.row_tiles, 3),
+        num_tiles=0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
+    )
+
+
+def addresses(problem: Problem, side_tensors: SideTensors, out: Tensor, lse: Tensor) -> tuple[int, ...]:
+    """The 16 of a problem, in the order of csrc/module.cpp."""
+    attn_mask, alibi_slopes, sinks = side_tensors
+    return (
+        problem.query.data_ptr(),
+        problem.key.data_ptr(),
+        problem.value.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        address(attn_mask),
+        address(problem.key_mask),
+        address(problem.key_lengths),
+        address(problem.query_lengths),
+        address(alibi_slopes),
+        address(sinks),
+        address(problem.rng_state),
+        address(problem.cu_seqlens_q),
+        address(problem.cu_seqlens_k),
+        address(problem.mask_bits),
+        address(problem.row_tiles),
+    )
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 of none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
+    if tensor is None:
+        return (0,) * dims
+    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True)])
+
+
+def _window_side(side: int | None) -> int:
+    return UNLIMITED if side is None else min(side, UNLIMITED)
