@@ -42,9 +42,9 @@ py::bytes as_bytes(const Data& data) {
 template <class Data>
 Data from_bytes(PyObject* bytes, const char* made_by) {
   Data data;
-  if (!PyBytes_Check(bytes) || PyBytes_GET_SIZE(bytes) != sizeof(data)) {
-    throw std::invalid_argument(std::string("the problem must be what ") + made_by + " returned");
-  }
+  const auto message = [&] { return std::string("the problem must be what ") + made_by + " returned"; };
+  if (!PyBytes_Check(bytes)) throw py::type_error(message());
+  if (PyBytes_GET_SIZE(bytes) != sizeof(data)) throw std::invalid_argument(message());
   std::memcpy(static_cast<void*>(&data), PyBytes_AS_STRING(bytes), sizeof(data));
   return data;
 }

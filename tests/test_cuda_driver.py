@@ -31,7 +31,7 @@ def problem(head_dim=64, seqlen_q=70, seqlen_k=70, dtype=1, **changed):
         window=(2**30, 2**30), softcap=0.0, dropout_threshold=0, query=strides, key=strides, value=strides, out=strides,
         attn_mask=(0, 0, 0), attn_mask_key=0, attn_mask_dtype=0, key_mask=(0, 0), alibi_slopes=(0, 0), mask_bits=(0, 0, 0),
         row_tiles=(0, 0, 0), num_tiles=0)
-    return native.cuda_problem(**fields | changed)
+    return native.problem(**fields | changed)
 
 def forward(plain, *, device=0, workspace=0, query=4096, key=4096, value=4096, out=4096, lse=4096, key_mask=0, rng_state=0):
     return native.cuda_forward(plain, device, 0, workspace, query, key, value, out, lse, 0, key_mask, *[0] * 4, rng_state, *[0] * 4)
@@ -222,7 +222,7 @@ def test_not_enough_shared_memory(driver: Path) -> None:
         ("forward(problem(sizes=(1, 3, 2, 70, 70, 64, 64)))", "the heads of query must be a multiple of those of key"),
         ("forward(problem(sizes=(1, 1, 1, 2**30 + 1, 70, 64, 64)))", "sequences may have 2^30 queries and keys at most"),
         ("forward(problem(sizes=(2**20, 2**10, 1, 1024, 70, 64, 64)))", "blocks, a grid has 2^31 - 1 at most: split the batch"),
-        ("forward(b'short')", "the problem must be what cuda_problem returned"),
+        ("forward(b'short')", "the problem must be what problem returned"),
     ],
 )
 def test_nothing_is_launched_on_unchecked_arguments(driver: Path, call: str, message: str) -> None:

@@ -3,10 +3,7 @@
 //
 //   delta = rowsum(dout * out) - dlse                                             (rows,)
 //   for each block of keys, for each block of query rows that sees it:
-//     S  = Q K^T,  P = exp2(c S + bias - lse log2 e),  c = scale log2 e           (rows, keys), recomputed from lse
-//     dP = dout V^T, dropped entries 0, kept ones times dropout_scale
-//     dB = P * (dP - delta)                                                       the gradient of what is added to the scores
-//     dS = dB, times 1 - tanh^2 under a soft cap
+//     S  = Q K^T,  dP = dout V^T                                                  (rows, keys), which become P and dS: softmax_gradient.h
 //     dV += dropout(P)^T dout,   dK += dS^T Q,   dQ += dS K                       dQ is kept for the whole head
 //
 // Q, dout and dQ of the head live in float32 scratch (3 copies of seqlen_q x head_dim), everything else in blocks of 64 x 64; dK and dV
@@ -15,11 +12,11 @@
 #pragma once
 
 #include "backward_tasks.h"
+#include "softmax_gradient.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr int64_t kBackwardRows = 64, kBackwardKeys = kKeyTile;
-constexpr int64_t kMaskRowsAhead = 8;  // a row of a block takes less time than memory
+constexpr int64_t kBackwardRows = SoftmaxGradient::kRows, kBackwardKeys = kKeyTile;
 
 // Blocks of keys that each block of rows meets in turn. One where Q, dout and dQ of a head, which every block of keys reads, stay in a
 // level-2 cache for the most part, or where a diagonal keeps rows and keys apart; else as many as fit a part of that cache, packed and
@@ -37,6 +34,7 @@ class BackwardPass {
  public:
   BackwardPass(const AttentionProblem& problem, char* scratch)
       : problem_(problem),
+        arena_(scratch),
         tasks_(problem),
         group_(problem.num_heads / max_of(problem.num_heads_kv, int64_t{1})),
         query_columns_(round_up(problem.head_dim_qk, 16)),
@@ -45,33 +43,22 @@ class BackwardPass {
         row_blocks_((problem.seqlen_q + kBackwardRows - 1) / kBackwardRows),
         blocks_together_(key_blocks_together(problem)),
         held_keys_(group_ > 1 ? tasks_.most_keys() : blocks_together_ * kBackwardKeys),
-        log2_scale_(problem.softmax_scale * kLog2e),
-        softcap_(problem),
-        score_bias_(problem) {
-    Arena arena(scratch);
-    queries_ = arena.take<float>(problem.seqlen_q * query_columns_);
-    douts_ = arena.take<float>(problem.seqlen_q * value_columns_);
-    dqueries_ = arena.take<float>(problem.seqlen_q * query_columns_);
-    row_shift_ = arena.take<float>(problem.seqlen_q);
-    row_factor_ = arena.take<float>(problem.seqlen_q);
-    delta_ = arena.take<float>(problem.seqlen_q);
-    keys_t_ = arena.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
-    values_t_ = arena.take<float>(blocks_together_ * kBackwardKeys * value_columns_);
-    keys_ = arena.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
-    dkeys_ = arena.take<float>(held_keys_ * query_columns_);
-    dvalues_ = arena.take<float>(held_keys_ * value_columns_);
-    weights_ = arena.take<float>(kBackwardRows * kScoresRow);
-    dscores_ = arena.take<float>(kBackwardRows * kScoresRow);
-    bias_ = arena.take<float>(kScoresRow);
-    key_bias_ = arena.take<float>(problem.key_mask ? round_up(problem.seqlen_k, kBackwardKeys) : 0);
-    keep_ = arena.take<uint16_t>(kBackwardRows * kKeepWords);
-    rows_started_ = arena.take<uint8_t>(row_blocks_);
-    keys_started_ = arena.take<uint8_t>(held_keys_ / kBackwardKeys);
-    if (problem.row_tiles.data) tile_kinds_ = arena.take<uint8_t>(row_blocks_ * problem.row_tiles.num_tiles);
-    scratch_bytes_ = arena.used();
+        softmax_(problem, arena_) {
+    queries_ = arena_.take<float>(problem.seqlen_q * query_columns_);
+    douts_ = arena_.take<float>(problem.seqlen_q * value_columns_);
+    dqueries_ = arena_.take<float>(problem.seqlen_q * query_columns_);
+    keys_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
+    values_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * value_columns_);
+    keys_ = arena_.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
+    dkeys_ = arena_.take<float>(held_keys_ * query_columns_);
+    dvalues_ = arena_.take<float>(held_keys_ * value_columns_);
+    key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, kBackwardKeys) : 0);
+    rows_started_ = arena_.take<uint8_t>(row_blocks_);
+    keys_started_ = arena_.take<uint8_t>(held_keys_ / kBackwardKeys);
+    if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(row_blocks_ * problem.row_tiles.num_tiles);
   }
 
-  size_t scratch_bytes() const { return scratch_bytes_; }
+  size_t scratch_bytes() const { return arena_.used(); }
 
   void run(int64_t first_task, int64_t last_task) {
     for (int64_t task = first_task; task < last_task; ++task)
@@ -79,7 +66,7 @@ class BackwardPass {
   }
 
  private:
-  static constexpr int64_t kScoresRow = kBackwardKeys + 16, kKeepWords = kBackwardKeys / 16, kSize = sizeof(T);
+  static constexpr int64_t kScoresRow = SoftmaxGradient::kScoresRow, kSize = sizeof(T);
 
   void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
     enter(b, h_kv);
@@ -90,7 +77,7 @@ class BackwardPass {
       enter_head(task, h);
       load_rows();
       if (problem_.dsinks && tasks_.split(task) == 0)
-        store_sink_gradient(problem_, b_, h_, problem_.lse + lse_offset(problem_, bounds_, b_, h_), delta_, bounds_.seqlen_q);
+        store_sink_gradient(problem_, b_, h_, problem_.lse + lse_offset(problem_, bounds_, b_, h_), softmax_.delta(), bounds_.seqlen_q);
       plan_prefetch(more && last_head);
       for (int64_t key0 = range.first; key0 < range.last; key0 += blocks_together_ * kBackwardKeys) {
         const int64_t keys = min_of(blocks_together_ * kBackwardKeys, range.last - key0);
@@ -99,8 +86,7 @@ class BackwardPass {
         attend(key0, keys);
         for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys) write_keys(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
       }
-      if (problem_.dalibi_slopes)
-        problem_.dalibi_slopes[batch_head_ * problem_.num_key_splits + tasks_.split(task)] = static_cast<float>(-slope_sum_);
+      if (problem_.dalibi_slopes) problem_.dalibi_slopes[batch_head_ * problem_.num_key_splits + tasks_.split(task)] = softmax_.dslope();
       write_queries(task);
     }
     if (tasks_.split(task) + 1 == problem_.num_key_splits) {
@@ -123,17 +109,16 @@ class BackwardPass {
   void enter_head(int64_t task, int64_t h) {
     h_ = h;
     batch_head_ = b_ * problem_.num_heads + h;
-    score_bias_.enter(bounds_, b_, h, holes_ ? key_bias_ : nullptr);
-    slope_sum_ = 0;
-    dmask_ = tasks_.mask_gradient(task);
-    if (dmask_) dmask_ += b_ * problem_.dattn_mask_batch + h * problem_.dattn_mask_head;
+    float* dmask = tasks_.mask_gradient(task);
+    if (dmask) dmask += b_ * problem_.dattn_mask_batch + h * problem_.dattn_mask_head;
+    softmax_.enter(bounds_, b_, h, holes_ ? key_bias_ : nullptr, dmask);
     for (int64_t block = 0; block < row_blocks_; ++block) {
       rows_started_[block] = 0;
       if (tile_kinds_) expand_tiles(problem_.row_tiles, b_, h, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
     }
   }
 
-  // Packs Q and dout, computes delta, and how each row recomputes P: exp2(score - row_shift) * row_factor.
+  // Packs Q and dout, and computes delta.
   void load_rows() {
     const int64_t rows = bounds_.seqlen_q;
     pack_rows<T>(query_row(problem_.query, 0), problem_.query.row, rows, problem_.head_dim_qk, queries_, query_columns_);
@@ -143,7 +128,7 @@ class BackwardPass {
     for (int64_t i = 0; i < rows; ++i) {
       float* dout = douts_ + i * value_columns_;
       if (lse[i] == -kInfinity) {  // the row sees nothing: no gradient, whatever is stored in it
-        row_shift_[i] = kInfinity;
+        softmax_.enter_row_that_sees_nothing(i);
         for (int64_t d = 0; d < value_columns_; d += kLanes) store(dout + d, broadcast(0.0f));
         for (int64_t d = 0; d < query_columns_; d += kLanes) store(queries_ + i * query_columns_ + d, broadcast(0.0f));
         continue;
@@ -154,11 +139,7 @@ class BackwardPass {
         const int64_t remaining = problem_.head_dim_v - d;
         sum = fmadd(remaining >= kLanes ? load(out + d) : load_first(out + d, remaining), load(dout + d), sum);
       }
-      delta_[i] = reduce_add(sum) - (dlse ? dlse[i] : 0.0f);
-      // lse log2 e does not fit a float32; what rounding takes from it is put back as a factor.
-      const float shift = lse[i] * kLog2e, lost = __builtin_fmaf(lse[i], kLog2e, -shift) + lse[i] * kLog2eRest;
-      row_shift_[i] = shift;
-      row_factor_[i] = 1.0f - lost * kLn2;
+      softmax_.enter_row(i, lse[i], reduce_add(sum) - (dlse ? dlse[i] : 0.0f));
     }
   }
 
@@ -226,109 +207,25 @@ class BackwardPass {
     const float *q = queries_ + row0 * query_columns_, *dout = douts_ + row0 * value_columns_,
                 *packed_keys = keys_ + place * query_columns_, *keys_t = keys_t_ + place * query_columns_,
                 *values_t = values_t_ + place * value_columns_;
+    float *weights = softmax_.weights(), *dscores = softmax_.dscores();
     const int64_t columns = round_up(keys, kLanes), held = held_ + place;
     if (few_rows_) {
-      matmul_few_rows(rows, keys, query_columns_, q, query_columns_, packed_keys, query_columns_, weights_, kScoresRow);
-      matmul_few_rows(rows, keys, value_columns_, dout, value_columns_, values_t, value_columns_, dscores_, kScoresRow);
+      matmul_few_rows(rows, keys, query_columns_, q, query_columns_, packed_keys, query_columns_, weights, kScoresRow);
+      matmul_few_rows(rows, keys, value_columns_, dout, value_columns_, values_t, value_columns_, dscores, kScoresRow);
     } else {
-      matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t, kBackwardKeys, weights_, kScoresRow, false, &prefetcher_);
-      matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t, kBackwardKeys, dscores_, kScoresRow, false,
+      matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t, kBackwardKeys, weights, kScoresRow, false, &prefetcher_);
+      matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t, kBackwardKeys, dscores, kScoresRow, false,
              &prefetcher_);
     }
-    if (problem_.dropout_threshold) {
-      dropout_keep_bits(problem_, batch_head_, row0, rows, key0, kKeepWords, keep_, kKeepWords);
-      softmax_gradient<true>(row0, rows, key0, keys, mixed);
-    } else {
-      softmax_gradient<false>(row0, rows, key0, keys, mixed);
-    }
+    softmax_.apply(row0, rows, key0, keys, mixed);
     uint8_t &keys_started = keys_started_[held / kBackwardKeys], &rows_started = rows_started_[row0 / kBackwardRows];
-    matmul(keys, value_columns_, rows, weights_, 1, kScoresRow, dout, value_columns_, dvalues_ + held * value_columns_, value_columns_,
+    matmul(keys, value_columns_, rows, weights, 1, kScoresRow, dout, value_columns_, dvalues_ + held * value_columns_, value_columns_,
            keys_started != 0, &prefetcher_);
-    matmul(keys, query_columns_, rows, dscores_, 1, kScoresRow, q, query_columns_, dkeys_ + held * query_columns_, query_columns_,
+    matmul(keys, query_columns_, rows, dscores, 1, kScoresRow, q, query_columns_, dkeys_ + held * query_columns_, query_columns_,
            keys_started != 0, &prefetcher_);
-    matmul(rows, query_columns_, keys, dscores_, kScoresRow, 1, packed_keys, query_columns_, dqueries_ + row0 * query_columns_,
+    matmul(rows, query_columns_, keys, dscores, kScoresRow, 1, packed_keys, query_columns_, dqueries_ + row0 * query_columns_,
            query_columns_, rows_started != 0, &prefetcher_);
     keys_started = rows_started = 1;
-  }
-
-  template <bool kDropout>
-  void softmax_gradient(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
-    if (!softcap_ && !score_bias_.needed(mixed)) {
-      for (int64_t i = 0; i < rows; ++i) weights_row<kDropout>(i, row0 + i, key0, keys);
-      return;
-    }
-    const bool same = score_bias_.same_for_all_rows(mixed);
-    if (same) score_bias_.fill(row0, key0, keys, mixed, bias_);
-    Vec slope_sum = broadcast(0.0f);
-    for (int64_t i = 0; i < rows; ++i) {
-      const MaskRow mask = same ? MaskRow{} : score_bias_.mask_row(row0 + i, key0, mixed);
-      if (!same && !mask) score_bias_.fill(row0 + i, key0, keys, mixed, bias_);
-      with_bias(score_bias_, mask, bias_, visible_keys(bounds_, row0 + i) - key0, kMaskRowsAhead,
-                [&](auto added) FA_LAMBDA_INLINE { biased_weights_row<kDropout>(i, row0 + i, key0, keys, added, slope_sum); });
-    }
-    slope_sum_ += reduce_add(slope_sum);
-  }
-
-  // Row i of the block: scores -> dropout(P) / dropout_scale in weights_, dP -> dS in dscores_; both 0 where the row does not see the key.
-  template <bool kDropout>
-  FA_MEMBER_INLINE void weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys) {
-    float *weights = weights_ + i * kScoresRow, *dscores = dscores_ + i * kScoresRow;
-    const bool empty = row_shift_[row] == kInfinity;
-    const int64_t visible = empty ? 0 : min_of(visible_keys(bounds_, row) - key0, keys);
-    const Vec scale = broadcast(log2_scale_), shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]),
-              delta = broadcast(delta_[row]), dropout_scale = broadcast(problem_.dropout_scale());
-    int64_t j = 0;
-    for (; j < visible; j += kLanes) {
-      const LaneMask seen = first_lanes(visible - j);
-      Vec weight = keep_where(seen, mul(exp2(fmsub(load(weights + j), scale, shift)), factor)), dweight = load(dscores + j);
-      if constexpr (kDropout) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
-      store(dscores + j, keep_where(seen, mul(weight, sub(dweight, delta))));
-      if constexpr (kDropout) weight = keep_where(kept(i, j), weight);
-      store(weights + j, weight);
-    }
-    for (; j < keys; j += kLanes) {
-      store(weights + j, broadcast(0.0f));
-      store(dscores + j, broadcast(0.0f));
-    }
-  }
-
-  // The same with a soft cap or with something added to the scores, whose gradients are added up on the way.
-  template <bool kDropout, class Added>
-  void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const Added& added, Vec& slope_sum) {
-    float *weights = weights_ + i * kScoresRow, *dscores = dscores_ + i * kScoresRow;
-    const bool empty = row_shift_[row] == kInfinity;
-    const Vec shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]), delta = broadcast(delta_[row]),
-              dropout_scale = broadcast(problem_.dropout_scale()), zero = broadcast(0.0f);
-    float* dmask = dmask_ ? dmask_ + row * problem_.dattn_mask_row + key0 * problem_.dattn_mask_key : nullptr;
-    const int64_t visible = empty ? 0 : min_of(visible_keys(bounds_, row) - key0, keys);
-    Vec row_sum = zero;
-    for (int64_t j = 0; j < keys; j += kLanes) {
-      const Vec bias = select(first_lanes(visible - j), added(j), broadcast(-kInfinity));
-      const LaneMask masked = less_than(bias, broadcast(kMaskedBelow));
-      Vec tanh_of_score = zero;
-      const Vec score = biased_scores(load(weights + j), log2_scale_, softcap_, bias, &tanh_of_score);
-      Vec weight = select(masked, zero, mul(exp2(sub(score, shift)), factor)), dweight = load(dscores + j);
-      if constexpr (kDropout) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
-      const Vec dbias = select(masked, zero, mul(weight, sub(dweight, delta)));
-      store(dscores + j, softcap_ ? mul(dbias, sub(broadcast(1.0f), mul(tanh_of_score, tanh_of_score))) : dbias);
-      if constexpr (kDropout) weight = keep_where(kept(i, j), weight);
-      store(weights + j, weight);
-      if (dmask && problem_.dattn_mask_key == 0) row_sum = add(row_sum, dbias);
-      if (dmask && problem_.dattn_mask_key != 0) add_to(dmask + j, dbias, keys - j);
-      if (problem_.dalibi_slopes) slope_sum = fmadd(dbias, score_bias_.distances(row, key0 + j), slope_sum);
-    }
-    if (dmask && problem_.dattn_mask_key == 0) dmask[0] += reduce_add(row_sum);
-  }
-
-  static FA_MEMBER_INLINE void add_to(float* to, Vec value, int64_t remaining) {
-    if (remaining >= kLanes)
-      store(to, add(load(to), value));
-    else
-      store_first(to, add(load_first(to, remaining), value), remaining);
-  }
-
-  FA_MEMBER_INLINE LaneMask kept(int64_t i, int64_t j) const {
-    return lanes_of_bits(keep_[i * kKeepWords + j / 16], static_cast<int>(j % 16));
   }
 
   void write_keys(int64_t key0, int64_t keys, int64_t held) {
@@ -369,6 +266,7 @@ class BackwardPass {
   }
 
   const AttentionProblem& problem_;
+  Arena arena_;
   const BackwardTasks tasks_;
   const int64_t group_;  // query heads to a key head
   const int64_t query_columns_, value_columns_;
@@ -376,30 +274,21 @@ class BackwardPass {
   const int64_t row_blocks_;
   const int64_t blocks_together_;  // of keys
   const int64_t held_keys_;        // whose dK and dV are held at a time: those blocks, or all of the task for several query heads
-  const float log2_scale_;
-  const Softcap softcap_;
-  ScoreBias score_bias_;
-  size_t scratch_bytes_;
+  SoftmaxGradient softmax_;
 
-  float *queries_, *dqueries_;               // (seqlen_q, query_columns)
-  float* douts_;                             // (seqlen_q, value_columns)
-  float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *keys_t_, *values_t_;                // (blocks_together, head_dim, kBackwardKeys), keys transposed; V as it is for a few rows
-  float* keys_;                              // (blocks_together, kBackwardKeys, query_columns)
-  float* dkeys_;                             // (held_keys, query_columns)
-  float* dvalues_;                           // (held_keys, value_columns)
-  float *weights_, *dscores_;                // (kBackwardRows, kScoresRow)
-  float* bias_;                              // (kBackwardKeys,) of one row, or of all
-  float* key_bias_;                          // (seqlen_k,) 0 or -inf
-  uint16_t* keep_;                           // (kBackwardRows, kKeepWords) dropout bits
-  uint8_t *rows_started_, *keys_started_;    // per block: dqueries_, dkeys_ and dvalues_ hold something
-  uint8_t* tile_kinds_ = nullptr;            // (row_blocks, tiles) of the head
+  float *queries_, *dqueries_;             // (seqlen_q, query_columns)
+  float* douts_;                           // (seqlen_q, value_columns)
+  float *keys_t_, *values_t_;              // (blocks_together, head_dim, kBackwardKeys), keys transposed; V as it is for a few rows
+  float* keys_;                            // (blocks_together, kBackwardKeys, query_columns)
+  float* dkeys_;                           // (held_keys, query_columns)
+  float* dvalues_;                         // (held_keys, value_columns)
+  float* key_bias_;                        // (seqlen_k,) 0 or -inf
+  uint8_t *rows_started_, *keys_started_;  // per block: dqueries_, dkeys_ and dvalues_ hold something
+  uint8_t* tile_kinds_ = nullptr;          // (row_blocks, tiles) of the head
 
   int64_t b_ = -1, h_ = 0, h_kv_ = 0, batch_head_ = 0, held_ = 0;
   SequenceBounds bounds_{};
   bool holes_ = false;
-  float* dmask_ = nullptr;  // of this head in this task's part
-  double slope_sum_ = 0;
   RowPrefetcher prefetcher_;
 };
 
