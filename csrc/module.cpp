@@ -106,8 +106,8 @@ struct RawArguments {
   std::array<Address, kNumIntegers> integers;
   AttentionProblem problem;
 
-  RawArguments(PyObject* const* arguments, Py_ssize_t num_arguments) {
-    if (num_arguments != 1 + kNumIntegers + kNumAddresses) throw py::type_error("a problem, integers and 16 addresses are needed");
+  RawArguments(PyObject* const* arguments, Py_ssize_t num_arguments, const char* expected) {
+    if (num_arguments != 1 + kNumIntegers + kNumAddresses) throw py::type_error(expected);
     const auto integer = [](PyObject* object) { return reinterpret_cast<Address>(PyLong_AsVoidPtr(object)); };
     Addresses addresses;
     for (int i = 0; i < kNumIntegers; ++i) integers[i] = integer(arguments[1 + i]);
@@ -142,7 +142,7 @@ PyMethodDef raw_definition(const char* name, RawFunction function, const char* d
 // cpu_forward(problem, num_threads, *addresses)
 PyObject* cpu_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
-    const RawArguments<1> given(arguments, num_arguments);
+    const RawArguments<1> given(arguments, num_arguments, "cpu_forward takes a problem, a number of threads and 16 addresses");
     const py::gil_scoped_release released;
     cpu::forward(given.problem, static_cast<int>(given.integers[0]));
     return Py_NewRef(Py_None);
@@ -241,7 +241,7 @@ py::tuple cuda_backward_plan(const py::bytes& problem, int compute_capability, i
 // cuda_forward(problem, device, stream, workspace, *addresses) -> bytes of workspace wanted; 0 = launched.
 PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
-    const RawArguments<3> given(arguments, num_arguments);
+    const RawArguments<3> given(arguments, num_arguments, "cuda_forward takes a problem, device, stream, workspace and 16 addresses");
     const int device = static_cast<int>(given.integers[0]);
     const auto stream = reinterpret_cast<void*>(given.integers[1]), workspace = reinterpret_cast<void*>(given.integers[2]);
     size_t wanted = 0;
