@@ -242,11 +242,7 @@ def backward(
     device, stream = _device_and_stream(query)
     addresses = native_problem.addresses(problem, side_tensors, out, lse)
     gradient_addresses = (
-        dout.data_ptr(),
-        address(dlse),
-        gradients.query.data_ptr(),
-        gradients.key.data_ptr(),
-        gradients.value.data_ptr(),
+        *native_problem.gradient_addresses(dout, dlse, gradients),
         address(stored),
         address(row_sums),
         address(column_sums),

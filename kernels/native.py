@@ -96,11 +96,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     dsinks = None if gradients.sinks is None else _zeros(*side_shape)
     side_tensors = native_problem.side_tensors(problem)
     gradient_addresses = (
-        dout.data_ptr(),
-        address(dlse),
-        gradients.query.data_ptr(),
-        gradients.key.data_ptr(),
-        gradients.value.data_ptr(),
+        *native_problem.gradient_addresses(dout, dlse, gradients),
         address(dquery_parts),
         address(dattn_mask),
         address(dalibi_slopes),

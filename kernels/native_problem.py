@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import Problem, empty_lse, empty_output
+from .problem import Gradients, Problem, empty_lse, empty_output
 
 try:
     from fused_attention import _native
@@ -122,6 +122,11 @@ def addresses(problem: Problem, side_tensors: SideTensors, out: Tensor, lse: Ten
         address(problem.mask_bits),
         address(problem.row_tiles),
     )
+
+
+def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> tuple[int, ...]:
+    """The first five that a backward pass of any device takes."""
+    return dout.data_ptr(), address(dlse), gradients.query.data_ptr(), gradients.key.data_ptr(), gradients.value.data_ptr()
 
 
 def address(tensor: Tensor | None) -> int:
