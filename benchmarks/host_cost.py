@@ -61,6 +61,8 @@ def cases(backend: str, device: str) -> dict[str, Callable[[], object]]:
         "torch, causal, with its kernel": lambda: scaled_dot_product_attention(newest, newest, newest, is_causal=True),
     }
     if backend == "cpu":
+        mask = torch.zeros(seqlen, seqlen)
+        calls["attention, float mask, all checks"] = lambda: attention(query, key, value, attn_mask=mask, backend=backend)
         calls["torch, causal, with grad, with its kernel"] = lambda: scaled_dot_product_attention(leaf, key, value, is_causal=True)
     return calls
 
