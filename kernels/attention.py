@@ -102,8 +102,8 @@ def attention(
             values.values,
             queries.offsets,
             keys.offsets,
-            queries.longest(),
-            keys.longest(),
+            queries.max_seqlen,
+            keys.max_seqlen,
             query_lengths=query_lengths,
             is_causal=is_causal,
             window=window,
@@ -172,8 +172,8 @@ def attention_varlen(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     query_lengths: Tensor | None = None,
     is_causal: bool | str = False,
@@ -199,7 +199,9 @@ def attention_varlen(
         cu_seqlens_q: (B + 1,) int32 or int64, ascending: where each sequence starts in `query`, and where the last one ends. Tokens
             before the first start or past the last end belong to no sequence: output 0, lse -inf and zero gradients.
         cu_seqlens_k: (B + 1,) likewise for `key` and `value`.
-        max_seqlen_q: at least the length of the longest sequence; tokens past it within a sequence do not count.
+        max_seqlen_q: at least the length of the longest sequence; tokens past it within a sequence do not count. Costs follow the tokens
+            where it is generous; a GPU launches the least for a close one. A 0-dim tensor is read, for which Python waits for its GPU.
+            None: no bound is known.
         max_seqlen_k: likewise for the keys.
         query_lengths: (B,): rows of a sequence at or past its length give output 0, lse -inf and zero gradients.
         alibi_slopes: (Hq,) or (B, Hq).

@@ -17,12 +17,8 @@ class Packed(NamedTuple):
 
     values: Tensor  # (T, H, D)
     offsets: Tensor  # (B + 1,)
-    min_seqlen: int | None  # None where it is not known yet
+    min_seqlen: int | None  # None where only the offsets would tell, which a compiled graph does not read
     max_seqlen: int | None
-
-    def longest(self) -> int:
-        """No sequence is longer: all tokens together where only the offsets would tell, which a compiled graph does not read."""
-        return self.values.shape[0] if self.max_seqlen is None else self.max_seqlen
 
     def nested(self, values: Tensor) -> Tensor:
         """(T, H, ...) values with these offsets -> (B, H, j, ...)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Problem:
     softcap: float | None
     dropout_p: float
     deterministic: bool
-    max_seqlen_q: int  # Lq; of varlen the caller's: no sequence is longer
+    max_seqlen_q: int  # Lq; of varlen a bound: no sequence is longer
     max_seqlen_k: int
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
@@ -193,7 +194,17 @@ def with_memory_of(query: Tensor, out: Tensor) -> Tensor:
 
 
 def is_sequence_first(query: Tensor) -> bool:
-    return query.shape[0] > 1 and 0 < query.stride(0) < query.stride(2)
+    strides = query.stride()
+    return holds(strides[0] < strides[2]) and strides[0] > 0 and query.shape[0] > 1
+
+
+def holds(condition: bool) -> bool:
+    """A condition on sizes; false where torch.compile traces and only the values of tensors will tell."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # torch.compile has imported it, and nothing else may have
+
+    return guard_or_false(condition)
 
 
 def make_problem(
@@ -215,8 +226,8 @@ def make_problem(
     deterministic: bool | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
 ) -> Problem:
     """Checks every argument of `attention()` or, with the last four, of `attention_varlen()`, and returns the normalised problem.
 
@@ -237,8 +248,8 @@ def make_problem(
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device, cu_seqlens_q.shape[0])
         batch = cu_seqlens_q.shape[0] - 1
-        max_seqlen_q = checked_seqlen("max_seqlen_q", max_seqlen_q)
-        max_seqlen_k = checked_seqlen("max_seqlen_k", max_seqlen_k)
+        max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, seqlen_q)
+        max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, seqlen_k)
     else:
         if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
             raise TypeError("cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k are arguments of attention_varlen only")
@@ -453,12 +464,35 @@ def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.devi
     return _as_int32(cu_seqlens)
 
 
-def checked_seqlen(name: str, seqlen: int | None) -> int:
-    if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
+MAX_WASTE = 4  # how many rows a bound may stand for, per token
+
+
+def _longest(name: str, given: int | Tensor | None, cu_seqlens: Tensor, num_tokens: int) -> int:
+    """The bound on the sequences' lengths that costs follow: at most the number of tokens; near the longest where it can be read."""
+    bound = num_tokens if given is None else torch.sym_min(checked_seqlen(name, given), num_tokens)
+    if torch.compiler.is_compiling() or (cu_seqlens.shape[0] - 1) * bound <= MAX_WASTE * num_tokens or not _is_readable(cu_seqlens):
+        return bound
+    return min(bound, int(cu_seqlens.diff().max().clamp(min=0)))
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether eager Python may look at the values, without a wait for a GPU."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu":
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def checked_seqlen(name: str, seqlen: int | Tensor | None) -> int:
+    """An int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor, which is read)."""
+    if isinstance(seqlen, Tensor):
+        if seqlen.dim() != 0 or seqlen.dtype is torch.bool or seqlen.is_floating_point() or seqlen.is_complex():
+            raise TypeError(f"{name} must be an int, got a tensor of shape {tuple(seqlen.shape)} and dtype {seqlen.dtype}")
+        seqlen = int(seqlen)
+    elif isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(seqlen).__name__}")
-    if seqlen < 0:
+    if holds(seqlen < 0):
         raise ValueError(f"{name} must be >= 0, got {seqlen}")
-    return seqlen
+    return seqlen if isinstance(seqlen, (int, torch.SymInt)) else int(seqlen)
 
 
 def check_no_padding(what: str, **arguments: object) -> None:
@@ -496,7 +530,7 @@ def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], devi
         )
     if mask.dim() == 2:
         mask = mask[None, None]
-    if mask.dim() != 4 or not all(size == 1 or size == full for size, full in zip(mask.shape, full_shape, strict=True)):
+    if mask.dim() != 4 or not all(size == full or size == 1 for size, full in zip(mask.shape, full_shape, strict=True)):
         raise ValueError(
             "attn_mask must have shape (seqlen_q, seqlen_k), or 4 dims that broadcast to (batch, num_heads, seqlen_q, seqlen_k) = "
             f"{tuple(int(n) for n in full_shape)}, got {tuple(mask.shape)}"
@@ -504,8 +538,15 @@ def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], devi
     return mask
 
 
-def _checked_number(name: str, number: float) -> float:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+def _checked_number(name: str, number: float | Tensor) -> float:
+    """A number of Python or NumPy, or a 0-dim tensor without a gradient, which is read."""
+    if isinstance(number, Tensor):
+        if number.dim() != 0 or number.dtype is torch.bool or number.is_complex():
+            raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(number.shape)} and dtype {number.dtype}")
+        if number.requires_grad:
+            raise TypeError(f"{name} has no gradient, but the tensor given for it requires one")
+        number = number.item()
+    elif isinstance(number, bool) or not isinstance(number, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not -math.inf < number < math.inf:  # not math.isfinite: torch.compile may hold the number as a symbol
         raise ValueError(f"{name} must be finite, got {number}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import dropout_factors
-from .problem import Problem, with_memory_of
+from .problem import Problem, holds, with_memory_of
 
 MASKED_BELOW = -1e30  # a float mask value below this masks: Hugging Face writes finfo.min
 
@@ -42,7 +42,8 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
         scores = masked_scores(problem)
         queries_present, keys_present = present(problem)
         value = problem.value.to(scores.dtype).masked_fill(~keys_present[:, None, :, None], 0.0)  # 1.
-        row_max = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:3], 1), -torch.inf)
+        no_keys = holds(scores.shape[-1] == 0)
+        row_max = scores.new_full((*scores.shape[:3], 1), -torch.inf) if no_keys else scores.detach().amax(-1, keepdim=True)
         if problem.sinks is not None:
             sinks = problem.sinks.to(scores.dtype)[None, :, None, None]
             row_max = torch.maximum(row_max, sinks.detach())

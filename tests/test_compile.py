@@ -91,6 +91,43 @@ def test_a_few_compilations_serve_all_sizes(function: str) -> None:
     assert counter.frame_count <= 3
 
 
+def unmasked(tensor: Tensor, keep: Tensor) -> Tensor:
+    """(1, 2, L, 8), L known only when the values of `keep` are."""
+    return tensor[keep].transpose(0, 1)[None]
+
+
+def with_dense_mask(tensor: Tensor, backend: str) -> Tensor:
+    length = tensor.shape[2]
+    return attention(tensor, tensor, tensor, attn_mask=torch.ones(length, length, dtype=torch.bool), backend=backend)
+
+
+UNBACKED: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
+    "length": lambda x, keep, backend: attention(*[unmasked(x, keep)] * 3, is_causal=True, backend=backend),
+    "keys": lambda x, keep, backend: attention(x.transpose(0, 1)[None], *[unmasked(x, keep)] * 2, backend=backend),
+    "length and mask": lambda x, keep, backend: with_dense_mask(unmasked(x, keep), backend),
+    "batch": lambda x, keep, backend: attention(*[x[keep][:, :, None]] * 3, backend=backend),
+    "tokens": lambda x, keep, backend: attention_varlen(*[x[keep]] * 3, *[torch.tensor([0, 4, 6])] * 2, backend=backend),
+    "bound": lambda x, keep, backend: attention_varlen(*[x] * 3, *[torch.tensor([0, 4, 9])] * 2, *[keep.sum().item()] * 2, backend=backend),
+    "bound in a tensor": lambda x, keep, backend: attention_varlen(
+        *[x] * 3, *[torch.tensor([0, 4, 9])] * 2, keep.sum(), keep.sum(), backend=backend
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", UNBACKED)
+def test_sizes_that_only_values_tell(case: str, backend: str) -> None:
+    config = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    function = partial(UNBACKED[case], backend=backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.randn(9, 2, 8, requires_grad=True)
+    with torch._dynamo.config.patch(config):
+        for keep in (torch.arange(9) < 6, torch.arange(9) % 3 != 1):
+            ours, expected = compiled(x, keep), function(x, keep)
+            assert_close(ours, expected)
+            assert_close(*[torch.autograd.grad(out.square().sum(), x) for out in (ours, expected)])
+
+
 def test_options_that_change_from_call_to_call() -> None:
     """Numbers that are options become constants of the graph, all the same ones find it again."""
     counter = CompileCounter()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy
 import pytest
 import torch
 
@@ -46,6 +49,9 @@ BAD_CALLS = {
     "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be finite"),
     "scale": ({"scale": float("inf")}, ValueError, "scale must be finite"),
     "scale type": ({"scale": "big"}, TypeError, "scale must be a number, got str"),
+    "scale with a gradient": ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "scale has no gradient"),
+    "several scales": ({"scale": torch.ones(2)}, TypeError, r"scale must be a number, got a tensor of shape \(2,\)"),
+    "boolean scale": ({"scale": numpy.bool_(True)}, TypeError, "scale must be a number, got bool"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap must be > 0"),
     "causal": ({"is_causal": "left"}, ValueError, "is_causal must be False, True, 'top_left' or 'bottom_right', got 'left'"),
     "window": ({"window": (1, -1)}, ValueError, "window right must be None .* got -1"),
@@ -62,6 +68,20 @@ def test_bad_input(name: str) -> None:
     changes, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         attention(**({"query": QUERY, "key": KEY, "value": KEY} | changes))
+
+
+@pytest.mark.parametrize("number", [numpy.float32, numpy.float64, numpy.float16, torch.tensor])
+def test_numbers_that_are_not_pythons(number: Any) -> None:
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8)
+    options = {"scale": 0.25, "softcap": 1.5, "dropout_p": 0.5}
+    state = torch.tensor([3, 4])
+    expected = attention(query, key, key, **options, rng_state=state)
+    given = {name: number(value) for name, value in options.items()}
+    torch.testing.assert_close(attention(query, key, key, **given, rng_state=state), expected)
+    torch.testing.assert_close(
+        scaled_dot_product_attention(query, key, key, scale=number(0.25), dropout_p=number(0.0)), attention(query, key, key, scale=0.25)
+    )
+    assert attention(query, key, key, scale=numpy.int64(1)).equal(attention(query, key, key, scale=1))
 
 
 def test_bad_packed_input() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +128,38 @@ def test_dropout_counts_within_the_sequence_whatever_the_maximum() -> None:
         torch.testing.assert_close(out[start:end], expected[index, :, : end - start].transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
+SHORT = 40  # sequences, whose tokens together are far more than the longest one has
+
+
+@pytest.mark.parametrize("bound", [None, 10**6, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "formula"])
+def test_costs_follow_the_tokens_not_the_bound(dtype: torch.dtype, bound: int | None) -> None:
+    lengths = [0, 3, *[2] * SHORT]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = tuple(torch.randn(int(starts[-1]), 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    problem = make_problem("varlen", inputs, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=bound, max_seqlen_k=bound)
+    assert (problem.max_seqlen_q, problem.max_seqlen_k) == (3, 3)
+    results = []
+    for longest in (3, bound):
+        out = attention_varlen(*inputs, starts, starts, longest, longest, is_causal=True)
+        first = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True)
+        results.append((out, *first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_bound_that_is_not_read_is_at_most_the_tokens() -> None:
+    inputs, starts = [tensor.to("meta") for tensor in tensors()], cu_seqlens(LENGTHS_Q).to("meta")
+    for bound in (None, 10**6):
+        problem = make_problem("varlen", tuple(inputs), cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=bound, max_seqlen_k=9)
+        assert (problem.max_seqlen_q, problem.max_seqlen_k) == (sum(LENGTHS_Q) + TAIL, 9)
+
+
+@pytest.mark.parametrize("number", [numpy.int64, numpy.int32, torch.tensor], ids=["int64", "int32", "0-dim tensor"])
+def test_integers_that_are_not_pythons(number: Callable[[int], Any]) -> None:
+    inputs, starts = tensors(), (cu_seqlens(LENGTHS_Q), cu_seqlens(LENGTHS_K))
+    torch.testing.assert_close(attention_varlen(*inputs, *starts, number(7), number(9)), packed(*inputs))
+
+
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_derivatives(check) -> None:
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
@@ -180,6 +214,9 @@ BAD_CALLS = {
     "other batch": ({"cu_seqlens_k": torch.zeros(5).int()}, ValueError, r"cu_seqlens_k must have shape .* = \(6,\), got \(5,\)"),
     "other device": ({"cu_seqlens_q": torch.zeros(6, device="meta").int()}, ValueError, "cu_seqlens_q must be on the device of query, cpu"),
     "float maximum": ({"max_seqlen_q": 7.0}, TypeError, "max_seqlen_q must be an int, got float"),
+    "boolean maximum": ({"max_seqlen_q": True}, TypeError, "max_seqlen_q must be an int, got bool"),
+    "maxima in a tensor": ({"max_seqlen_q": torch.ones(2).int()}, TypeError, r"max_seqlen_q must be an int, got a tensor of shape \(2,\)"),
+    "maximum in a float tensor": ({"max_seqlen_k": torch.tensor(9.0)}, TypeError, "max_seqlen_k must be an int, got .*float32"),
     "negative maximum": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k must be >= 0, got -1"),
     "lengths": ({"query_lengths": torch.zeros(4).int()}, ValueError, r"query_lengths must have shape .*\(5,\), got \(4,\)"),
     "slopes": ({"alibi_slopes": torch.zeros(4, 4)}, ValueError, r"alibi_slopes must have shape .*\(5, 4\), got \(4, 4\)"),
