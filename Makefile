@@ -44,8 +44,8 @@ codegen-triton-record: ## compile the Triton kernels that changed and keep what 
 	$(MAKE) codegen-triton GATE=--write-record
 
 GPU_RESULTS ?= docs/results/gpu
-gpu: ## on a machine with a GPU: build in place, check every kernel and measure; no network, no .venv (PYTHON's torch); PART=build|correctness|sanitizer|benchmark runs one part
-	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/tests $(PYTHON) tests/gpu.py $(GPU_RESULTS) $(if $(PART),--part $(PART))
+gpu: ## on a machine with a GPU: build in place, check every kernel and measure; no network, git or .venv (PYTHON's torch); PART="build benchmark correctness sanitizer" runs some parts, MINUTES=9 ends it after so long
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/tests $(PYTHON) tests/gpu.py $(GPU_RESULTS) $(foreach part,$(PART),--part $(part)) $(if $(MINUTES),--minutes $(MINUTES))
 
 test-oldest-triton: install .venv-triton-oldest/installed ## run the tests of the Triton kernels with the oldest supported Triton
 	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py tests/test_triton_in_emulator.py

@@ -2,8 +2,9 @@
 
     python -m fused_attention.benchmarks.cuda_backward
 
-prints milliseconds of the whole backward, delta included, in one pass with additions in any order and in one order, and in two passes; the
-last column is what the backend would choose. bfloat16, as many tokens and channels as in gpu_attention.py.
+prints milliseconds of the GPU for the whole backward, delta included, in one pass with additions in any order and in one order, and in two
+passes; then what the backend would choose, in brackets the microseconds of the host. bfloat16, as many tokens and channels as in
+gpu_attention.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from fused_attention.kernels import cuda_backend
 from fused_attention.kernels.problem import Gradients, make_problem
 
-from .gpu_attention import CHANNELS, TOKENS, _interleaved, _reason
+from .gpu_calls import CHANNELS, TOKENS
+from .gpu_timing import Time, reason, timed, timing_stream
 
 LENGTHS = (4096, 1024, 16384, 256, 512, 2048)
 HEAD_DIMS = (128, 64, 96, 32)
@@ -56,23 +58,23 @@ def calls(
 
 def measure(
     options: dict[str, Any], length: int, head_dim: int, device: str, seconds: float = 0.2, tokens: int = TOKENS, channels: int = CHANNELS
-) -> dict[str, float | str]:
-    """{way: median milliseconds, or why it cannot}"""
-    results: dict[str, float | str] = {}
+) -> dict[str, Time | str]:
+    """{way: its time, or why it cannot}"""
+    results: dict[str, Time | str] = {}
     runnable = {}
     for name, call in calls(options, length, head_dim, device, tokens, channels).items():
         try:
             call()
             runnable[name] = call
         except (ValueError, RuntimeError) as error:
-            results[name] = _reason(error)
-    return results | _interleaved(runnable, device, seconds)
+            results[name] = reason(error)
+    return results | timed(runnable, device, seconds)
 
 
-def row(feature: str, length: int, head_dim: int, results: dict[str, float | str]) -> str:
-    times = {name: time for name, time in results.items() if isinstance(time, float)}
-    best = min((name for name in times if name != CHOICE), key=times.__getitem__)
-    cells = [f"{times[name]:.4f}" if name in times else "-" for name in (*WAYS, CHOICE)]
+def row(feature: str, length: int, head_dim: int, results: dict[str, Time | str]) -> str:
+    times = {name: time for name, time in results.items() if isinstance(time, Time)}
+    best = min((name for name in times if name != CHOICE), key=lambda name: times[name].kernel_ms, default="none")
+    cells = [f"{times[name].kernel_ms:.4f} ({1e3 * times[name].call_ms:.0f})" if name in times else "-" for name in (*WAYS, CHOICE)]
     return f"| {feature} | {length} | {head_dim} | {' | '.join(cells)} | {best} |"
 
 
@@ -82,10 +84,11 @@ def main() -> int:
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"| feature | length | head_dim | {' | '.join((*WAYS, CHOICE))} | the fastest |\n|{'---|' * (len(WAYS) + 5)}")
-    for head_dim in HEAD_DIMS:
-        for length in LENGTHS:
-            for feature, options in FEATURES.items():
-                print(row(feature, length, head_dim, measure(options, length, head_dim, "cuda")), flush=True)
+    with timing_stream("cuda"):
+        for head_dim in HEAD_DIMS:
+            for length in LENGTHS:
+                for feature, options in FEATURES.items():
+                    print(row(feature, length, head_dim, measure(options, length, head_dim, "cuda")), flush=True)
     return 0
 
 

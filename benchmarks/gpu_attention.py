@@ -2,9 +2,11 @@
 
     python -m fused_attention.benchmarks.gpu_attention results.jsonl
 
-measures cell after cell, the most important first, and appends a line of JSON for each, so a run that was stopped goes on where it was;
-then it prints the table, cells that were not run among them. Every cell is checked before it is timed. A provider that cannot run a
-cell is recorded with its reason. --minutes limits the time, --peers-only leaves ours out.
+measures cell after cell, the most important first, and keeps each as it ends, so a run that was stopped goes on where it was; then it
+prints the table, cells that were not run among them. Every result is held against float32 math before it is timed. A provider that cannot
+run a cell is recorded with its reason. --minutes limits the time, --peers-only leaves ours out.
+
+Exit status 4: one of our kernels failed in a cell. 3: the GPU was lost to an illegal access; called again, it goes on after what did that.
 
 The grid: bfloat16, 16,384 tokens and 2,048 channels in all (batch = tokens / length, heads = channels / head_dim).
 """
@@ -16,78 +18,34 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import statistics
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
-from fused_attention.kernels.attention import attention
+from .gpu_calls import FEATURES, NOT_IN_FLEX, OURS, PROVIDERS, TOKENS, Call, Cell, make_calls, make_inputs
+from .gpu_reference import all_finite, largest_error
+from .gpu_table import PASSES, state_line, table
+from .gpu_timing import ceilings, gpu_state, is_lost, reason, timed, timing_stream
+from .journal import Journal
+from .report import commit
 
-TOKENS, CHANNELS = 16384, 2048
 LENGTHS = (2048, 4096, 16384, 8192, 1024, 512, 256, 128)  # the order in which they are measured
 LENGTHS_OF_MASKS = (2048, 4096, 1024, 512)  # a dense mask of 16,384 x 16,384 for every head would not fit
 HEAD_DIMS = (64, 128, 256)
 SHORT_LENGTHS = (64, 128, 32, 256)
-FEATURES = ("full", "causal", "bias gradient", "short, padded", "bias", "bool mask", "key padding", "dropout", "deterministic")
-PADDED = ("key padding", "short, padded")  # keys of every length from half of the longest to all
-PASSES = ("forward", "backward")
-DROPOUT_P = 0.1
-ERROR_LIMIT = 0.05  # of the largest element, between bfloat16 kernels; the tests judge the accuracy
-SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-OURS = ("cuda", "triton")  # backends of attention()
-NOT_IN_FLEX = ("dropout", "deterministic")
-PROVIDERS = (*OURS, *SDPA, "flex")
+ERROR_LIMIT = 0.05  # of the largest element: bfloat16 against float32; the tests judge the accuracy
+GPU_LOST, OURS_FAILED = 3, 4  # exit statuses
 
 
-class Bar(NamedTuple):
-    """How many times faster than some peers a backend is meant to be, at head dims 64 and 128."""
-
-    ratio: float
-    peers: tuple[str, ...]  # the best of those that ran counts
-    shortest: int  # length from which it holds
-
-
-ANY, FLASH, EFFICIENT = (*SDPA, "flex"), ("flash",), ("efficient",)
-BARS: dict[tuple[str, str], dict[str, Bar]] = {
-    ("triton", "forward"): {
-        "full": Bar(0.75, ANY, 2048), "causal": Bar(0.75, ANY, 2048), "bias": Bar(1.0, ANY, 2048), "bool mask": Bar(1.0, ANY, 2048),
-    },
-    ("triton", "backward"): {"full": Bar(0.5, ANY, 2048), "causal": Bar(0.5, ANY, 2048), "bias gradient": Bar(1.2, ANY, 2048)},
-    ("cuda", "forward"): {
-        "full": Bar(1.0, FLASH, 1024), "causal": Bar(1.0, FLASH, 1024),
-        "bias": Bar(1.5, EFFICIENT, 512), "bool mask": Bar(1.5, EFFICIENT, 512), "short, padded": Bar(1.3, ANY, 32),
-    },
-    ("cuda", "backward"): {
-        "full": Bar(1.0, FLASH, 1024), "causal": Bar(1.0, FLASH, 1024), "bias gradient": Bar(1.5, EFFICIENT, 512),
-        "short, padded": Bar(1.3, ANY, 32),
-    },
-}  # fmt: skip
-# Of our own time in the cell without the feature, for every length.
-OWN_BARS = {"dropout": (0.7, "triton", PASSES), "deterministic": (0.82, "cuda", ("backward",))}
-
-
-class Cell(NamedTuple):
-    feature: str
-    length: int
-    head_dim: int
-
-    @property
-    def heads(self) -> int:
-        return CHANNELS // self.head_dim
-
-    def flops(self, measured_pass: str) -> float:
-        """Two products in the forward, five in the backward; causal needs half of them. Masks and padding count as full."""
-        forward = 4.0 * TOKENS * self.length * CHANNELS * (0.5 if self.feature == "causal" else 1.0)
-        return forward * (2.5 if measured_pass == "backward" else 1.0)
+class GpuLost(Exception):
+    """To an illegal access, say: nothing more runs in this process. Its arguments are the provider and the reason."""
 
 
 def cells() -> list[Cell]:
@@ -102,142 +60,52 @@ def cells() -> list[Cell]:
     )
 
 
-class Call(NamedTuple):
-    """One provider's forward on tensors that are its own leaves."""
-
-    run: Callable[[], Tensor]
-    leaves: tuple[Tensor, ...]
+Attempt = Callable[..., AbstractContextManager[Any]]  # given the names of the providers that are about to run
 
 
-def make_calls(cell: Cell, providers: Iterable[str], device: str, tokens: int = TOKENS) -> dict[str, Call | str]:
-    """Each of these providers' call on the same numbers, or the reason why it has none."""
-    torch.manual_seed(0)
-    batch, length, heads = tokens // cell.length, cell.length, cell.heads
-    shape = (batch, length, heads, cell.head_dim)
-    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    bias = mask = lengths = None
-    if cell.feature in ("bias", "bias gradient"):
-        bias = torch.randn(1, heads, length, length, device=device, dtype=torch.bfloat16)
-    if cell.feature == "bool mask":
-        mask = torch.rand(1, 1, length, length, device=device) < 0.5
-        mask[..., 0] = True  # every query attends to something: torch gives NaN otherwise
-    if cell.feature in PADDED:
-        lengths = torch.linspace(length // 2, length, batch, device=device).int()
-        mask = (torch.arange(length, device=device) < lengths[:, None])[:, None, None, :]
-
-    def leaves() -> tuple[Tensor, ...]:
-        inputs = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value)]
-        if bias is not None:
-            inputs.append(bias.detach().clone().requires_grad_(cell.feature == "bias gradient"))
-        return tuple(inputs)
-
-    dropout_p = DROPOUT_P if cell.feature == "dropout" else 0.0
-    is_causal = cell.feature == "causal"
-
-    def ours(backend: str) -> Call:
-        own = leaves()
-        options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": dropout_p, "deterministic": cell.feature == "deterministic"}
-        if bias is not None:
-            options["attn_mask"] = own[3]
-        elif lengths is not None and mask is not None:
-            options["key_mask"] = mask[:, 0, 0]
-        elif mask is not None:
-            options["attn_mask"] = mask
-
-        def run() -> Tensor:
-            out = attention(*own[:3], **options, backend=backend)
-            assert isinstance(out, Tensor)
-            return out
-
-        return Call(run, own)
-
-    def sdpa(backend: SDPBackend) -> Call:
-        own = leaves()
-
-        def run() -> Tensor:
-            attn_mask = own[3] if bias is not None else mask
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(own[0], own[1], own[2], attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)
-
-        return Call(run, own)
-
-    def flex() -> Call:
-        if cell.feature in NOT_IN_FLEX:
-            raise NotImplementedError(f"{cell.feature}: not compared")
-        own = leaves()
-        score_mod = block_mask = None
-        if bias is not None:
-            own_bias = own[3]
-
-            def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return score + own_bias[0, h, i, j]
-
-        if is_causal:
-            block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-        elif lengths is not None:
-            block_mask = create_block_mask(lambda b, h, i, j: j < lengths[b], batch, None, length, length, device=device)
-        elif mask is not None:
-            block_mask = create_block_mask(lambda b, h, i, j: mask[0, 0, i, j], None, None, length, length, device=device)
-        torch.compiler.reset()  # after 8 kinds of calls torch runs it uncompiled, and compiles for changing sizes before
-        compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-        return Call(lambda: compiled(own[0], own[1], own[2], score_mod=score_mod, block_mask=block_mask), own)
-
-    makers: dict[str, Callable[[], Call]] = {backend: partial(ours, backend) for backend in OURS}
-    makers |= {name: partial(sdpa, backend) for name, backend in SDPA.items()}
-    makers["flex"] = flex
-    calls: dict[str, Call | str] = {}
-    for name, make in makers.items():
-        if name not in providers:
-            continue
-        try:
-            calls[name] = make()
-        except Exception as error:
-            calls[name] = _reason(error)
-    return calls
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error).strip() else type(error).__name__
-
-
-def _backward(out: Tensor, leaves: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], dout, retain_graph=True)
-
-
-def measure(cell: Cell, providers: tuple[str, ...], device: str, seconds: float, tokens: int = TOKENS) -> dict[str, Any]:
-    """{provider: {"forward": median ms, "backward": median ms} or its reason}; they take turns, each after an L2 flush."""
-    calls = make_calls(cell, providers, device, tokens)
+def measure(
+    cell: Cell,
+    providers: tuple[str, ...],
+    device: str,
+    seconds: float,
+    tokens: int = TOKENS,
+    attempt: Attempt = lambda *names: nullcontext(),
+) -> dict[str, Any]:
+    """{provider: {"error": ..., "forward": Time, "backward": Time} or its reason}; GpuLost where a provider ended all work on the GPU."""
+    inputs = make_inputs(cell, device, tokens)
+    calls = make_calls(cell, inputs, providers)
     results: dict[str, Any] = {name: call for name, call in calls.items() if isinstance(call, str)}
-    expected: tuple[Tensor, ...] | None = None
     runnable: dict[str, dict[str, Callable[[], Any]]] = {}
-    dout = torch.randn(tokens // cell.length, cell.length, cell.heads, cell.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
     for name, call in calls.items():
         if isinstance(call, str):
             continue
         try:
-            out = call.run()
-            actual = (out, *_backward(out, call.leaves, dout))
-            if expected is None:
-                expected = actual
-            elif cell.feature != "dropout":  # every provider draws its own mask
-                for ours, theirs in zip(actual, expected, strict=True):
-                    error = (ours - theirs).abs().max() / theirs.abs().max()
-                    if not error <= ERROR_LIMIT:
-                        raise AssertionError(f"differs from {next(iter(runnable))} by {error:.3f} of the largest element")
-            with torch.no_grad():
-                call.run()
-            runnable[name] = {"forward": torch.no_grad()(call.run), "backward": partial(_backward, out, call.leaves, dout)}
-        except Exception as error:
-            results[name] = _reason(error)
-    for name in runnable:
-        results[name] = {}
+            with attempt(name):
+                out = call.run()
+                found = (out, *call.backward(out, inputs.dout))
+                if not all_finite(found):
+                    raise AssertionError("is not finite everywhere")
+                error = 0.0 if cell.feature == "dropout" else largest_error(inputs, found)  # every provider draws its own mask
+                if not error <= ERROR_LIMIT:
+                    raise AssertionError(f"differs from float32 math by {error:.3f} of the largest element")
+                with torch.no_grad():
+                    call.run()
+            results[name] = {"error": round(error, 5)}
+            runnable[name] = {"forward": torch.no_grad()(call.run), "backward": partial(call.backward, out, inputs.dout)}
+        except Exception as failure:
+            results[name] = reason(failure)
+            if device == "cuda" and is_lost():
+                raise GpuLost(name, results[name]) from failure
     try:
-        for measured_pass in PASSES:
-            functions = {name: functions[measured_pass] for name, functions in runnable.items()}
-            for name, milliseconds in _interleaved(functions, device, seconds).items():
-                results[name][measured_pass] = round(milliseconds, 5)
-    except Exception as error:  # out of memory, say: the cell is recorded, not tried again for ever
-        results |= dict.fromkeys(runnable, f"while timing: {_reason(error)}")
+        with attempt(*runnable):
+            for measured_pass in PASSES:
+                functions = {name: functions[measured_pass] for name, functions in runnable.items()}
+                for name, times in timed(functions, device, seconds).items():
+                    results[name][measured_pass] = times
+    except Exception as failure:  # out of memory, say: the cell is recorded, not tried again for ever
+        if device == "cuda" and is_lost():
+            raise GpuLost(", ".join(runnable), f"while timing: {reason(failure)}") from failure
+        results |= dict.fromkeys(runnable, f"while timing: {reason(failure)}")
     return results
 
 
@@ -249,6 +117,7 @@ def compile_ahead(wanted: list[Cell], providers: Iterable[str], until: float) ->
     for cell in wanted if "triton" in providers else []:  # whose kernels are for any size
         same = next(other for other in wanted if (other.feature, other.head_dim) == (cell.feature, cell.head_dim))
         jobs[same, "triton"] = None
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in each process
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count() or 1), context)
     futures = [pool.submit(_compile, cell, provider) for cell, provider in sorted(jobs, key=lambda job: job[1] == "flex")]
@@ -259,114 +128,25 @@ def compile_ahead(wanted: list[Cell], providers: Iterable[str], until: float) ->
 
 
 def _compile(cell: Cell, provider: str) -> None:
-    call = make_calls(cell, (provider,), "cuda")[provider]
+    inputs = make_inputs(cell, "cuda")
+    call = make_calls(cell, inputs, (provider,))[provider]
     if isinstance(call, Call):
         with torch.no_grad():
             call.run()
-        out = call.run()
-        _backward(out, call.leaves, torch.ones_like(out))
+        call.backward(call.run(), inputs.dout)
         torch.cuda.synchronize()
-
-
-def _interleaved(functions: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each function; at least 5 rounds."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    flush = torch.empty(2**28 if device == "cuda" else 1, dtype=torch.int8, device=device)  # more than any L2 cache
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() - start < seconds and rounds < 200):
-        for name, function in functions.items():
-            flush.zero_()
-            times[name].append(_milliseconds(function, device))
-        rounds += 1
-    return {name: statistics.median(samples[1:]) for name, samples in times.items()}
-
-
-def _milliseconds(function: Callable[[], Any], device: str) -> float:
-    if device != "cuda":
-        start = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start)
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record()
-    function()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
-
-
-def table(results: dict[Cell, dict[str, Any]], wanted: list[Cell]) -> str:
-    """A Markdown table for each pass: milliseconds of every provider, ours in TFLOP/s and as a ratio to the best peer."""
-    lines = []
-    for measured_pass in PASSES:
-        lines += [f"## {measured_pass}, milliseconds", ""]
-        lines.append(
-            "| feature | length | head_dim | " + " | ".join(PROVIDERS) + " | cuda TFLOP/s | best peer / cuda | best peer / triton |"
-        )
-        lines.append("|---" * (6 + len(PROVIDERS)) + "|")
-        for cell in wanted:
-            lines.append("| " + " | ".join(_row(cell, measured_pass, results)) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _row(cell: Cell, measured_pass: str, results: dict[Cell, dict[str, Any]]) -> list[str]:
-    row = [cell.feature, str(cell.length), str(cell.head_dim)]
-    if cell not in results:
-        return [*row, *["not run"] * len(PROVIDERS), "", "", ""]
-    times = _times(results[cell], measured_pass)
-    row += [f"{times[name]:.4f}" if name in times else "-" for name in PROVIDERS]
-    row.append(f"{cell.flops(measured_pass) / times['cuda'] / 1e9:.0f}" if "cuda" in times else "")
-    return row + [_ratios(cell, measured_pass, results, times, backend) for backend in OURS]
-
-
-def _ratios(cell: Cell, measured_pass: str, results: dict[Cell, dict[str, Any]], times: dict[str, float], backend: str) -> str:
-    """Of the best peer's time, and of what a bar speaks of, to the backend's; with the bar."""
-    if backend not in times:
-        return ""
-    peers = [milliseconds for name, milliseconds in times.items() if name not in OURS]
-    words = [f"{min(peers) / times[backend]:.2f}" if peers else "no peer"]
-    bar = BARS[backend, measured_pass].get(cell.feature)
-    if bar is not None and cell.head_dim in (64, 128) and cell.length >= bar.shortest:
-        judged = {name: times[name] for name in bar.peers if name in times}
-        if judged:
-            best = min(judged, key=judged.__getitem__)
-            words.append(f"{judged[best] / times[backend]:.2f} of {best}{_against(judged[best] / times[backend], bar.ratio)}")
-    ratio, judged_backend, passes = OWN_BARS.get(cell.feature, (0.0, "", ()))
-    own_full = _times(results.get(cell._replace(feature="full"), {}), measured_pass).get(backend)
-    if backend == judged_backend and measured_pass in passes and own_full:
-        words.append(f"{own_full / times[backend]:.2f} of its own full{_against(own_full / times[backend], ratio)}")
-    return "; ".join(words)
-
-
-def _times(result: dict[str, Any], measured_pass: str) -> dict[str, float]:
-    return {name: result[name][measured_pass] for name in PROVIDERS if isinstance(result.get(name), dict)}
-
-
-def _against(ratio: float, bar: float) -> str:
-    return f" ({'>=' if ratio >= bar else 'below'} {bar:g})"
-
-
-def load(path: Path) -> dict[Cell, dict[str, Any]]:
-    """What a file holds; of a cell measured twice the last. A line that was cut off is left out, its cell is measured again."""
-    results = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # also empty lines
-        if "cell" in record:
-            results[Cell(*record["cell"])] = record["results"]
-    return results
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a .jsonl file; cells that it holds are not run again")
+    parser.add_argument("results", type=Path, help="a .jsonl file; what it holds is not measured again")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no further cell after this time")
     parser.add_argument("--seconds", type=float, default=0.25, help="of timing for each cell and pass")
     parser.add_argument("--peers-only", action="store_true", help="only torch's kernels: the baseline")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS, help="only these")
+    parser.add_argument(
+        "--compiled", action="store_true", help="an earlier call on this machine has compiled what is compiled at first use"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_attention: torch sees no GPU", file=sys.stderr)
@@ -375,26 +155,47 @@ def main(arguments: list[str] | None = None) -> int:
     if options.peers_only:
         wanted = [cell for cell in wanted if cell.feature in ("full", "causal")]
     providers = tuple(name for name in PROVIDERS if name in options.providers and not (options.peers_only and name in OURS))
-    done = load(options.results)
+    journal = Journal(options.results)
     end = time.monotonic() + 60 * options.minutes
-    with options.results.open("a") as file:
-        print(file=file)  # the last line may have been cut off
-        if not done:
-            machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-            print(json.dumps({"machine": machine}), file=file, flush=True)
-        left = [cell for cell in wanted if not set(providers) <= done.get(cell, {}).keys()]
-        if left:
+    status = 0
+    with timing_stream("cuda"):
+        if ("machine",) not in journal.results:
+            machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit()}
+            journal.keep(("machine",), machine | ceilings())
+        left = [cell for cell in wanted if any((*cell, name) not in journal.results for name in providers)]
+        if left and not options.compiled:
             compile_ahead(left, providers, time.monotonic() + 0.4 * (end - time.monotonic()))
         for cell in left:
             if time.monotonic() > end:
                 break
-            missing = tuple(name for name in providers if name not in done.get(cell, {}))
-            done[cell] = done.get(cell, {}) | measure(cell, missing, "cuda", options.seconds)
-            print(json.dumps({"cell": cell, "results": done[cell]}), file=file, flush=True)
+            missing = tuple(name for name in providers if (*cell, name) not in journal.results)
+            try:
+                results = measure(
+                    cell,
+                    missing,
+                    "cuda",
+                    options.seconds,
+                    attempt=lambda *names, cell=cell: journal.attempt(*((*cell, name) for name in names)),
+                )
+            except GpuLost as lost:
+                names, why = lost.args
+                results, status = dict.fromkeys(names.split(", "), why), GPU_LOST
+            for name, result in results.items():
+                journal.keep((*cell, name), result)
+            if status != 0:
+                break
+            journal.keep((*cell, "state"), gpu_state())
             torch.cuda.empty_cache()
-    print(table(done, wanted))
-    return 0
+    print(json.dumps(journal.results.get(("machine",), {})))
+    print(state_line(journal.results))
+    print(table(journal.results, wanted))
+    sys.stdout.flush()
+    if status == GPU_LOST:
+        os._exit(status)  # whatever would free memory on the GPU fails, loudly
+    failed = any(isinstance(journal.results.get((*cell, name)), str) for cell in wanted for name in OURS)
+    return OURS_FAILED if failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that an attempt ends, rather than counts as a crash
     sys.exit(main())

@@ -55,9 +55,17 @@ def machine_line() -> str:
 def begin(path: Path) -> None:
     """Starts a file of comparisons with what they were measured on."""
     if not path.exists():
-        here = Path(__file__).resolve().parent
+        path.write_text(json.dumps({"machine": machine_line(), "commit": commit()}) + "\n")
+
+
+def commit() -> str:
+    """Of the checkout that this file is in."""
+    here = Path(__file__).resolve().parent
+    try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-        path.write_text(json.dumps({"machine": machine_line(), "commit": git.stdout.strip() or "not from a checkout"}) + "\n")
+    except OSError:
+        return "unknown (no git)"
+    return git.stdout.strip() or "not from a checkout"
 
 
 def append(path: Path, name: str, comparison: Comparison) -> None:

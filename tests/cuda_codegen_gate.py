@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import sass
 from cuda_resources import Code, Usage, code, failures, matching, usages
+from cuda_tools import find_cuda_tool
 from occupancy import KB, room
 
 from csrc.cuda.instances.manifest import INSTANCES, SMALL_SHARED_BYTES, Instance
@@ -55,7 +56,7 @@ def why_not() -> str | None:
     """Why nothing can be inspected."""
     if not any(FOLDER.glob(f"*.{BUILT_FOR}.cubin")):
         return f"the CUDA kernels are not built, or not for {BUILT_FOR}"
-    return None if sass.find_nvdisasm() else "there is no nvdisasm: it comes with triton and with the CUDA toolkit"
+    return None if find_cuda_tool("nvdisasm") else "there is no nvdisasm: it comes with triton and with the CUDA toolkit"
 
 
 def built_usages() -> dict[str, Usage]:

@@ -1,119 +1,74 @@
-"""What only a GPU can show: builds there, checks every kernel and measures, into a folder that results are added to as they appear.
+"""What only a GPU can show: builds there, checks every kernel and measures.
 
     python tests/gpu.py FOLDER [--part PART ...] [--minutes N]        (`make gpu`)
 
-Four parts, each of at most 8 minutes on 16 cores, for a machine with a GPU and no network:
-  build        compiles the extension in place, runs the emulator's conformance file and every CUDA instance once
-  correctness  the Triton and the CUDA kernels, every feature, against float64 and against each other
+For a machine with a GPU, no network and perhaps no git. In the order of a first run:
+  build        compiles the extension in place, runs the emulator's conformance file and 20 calls of every kind
+  benchmark    the grid of fused_attention.benchmarks.gpu_attention, the most important cells first; the host's share; ways of the CUDA
+               backward; then tiles of the Triton kernels while time is left
+  correctness  every CUDA instance once; the CUDA and the Triton kernels, every feature, against float64 and against each other
   sanitizer    compute-sanitizer's memcheck and racecheck on small calls
-  benchmark    the grid of fused_attention.benchmarks.gpu_attention, the most important cells first, and the host's share
-A part that was stopped goes on where it was: what FOLDER says was done is not done again. The last output is a table of all parts, in
-FOLDER/summary.md too; what was not run is in it as not run.
+Each part takes at most 9 minutes, what it needs built included. --minutes limits the whole call.
+
+FOLDER gets two files, summary.md and results.tar.gz, both rewritten while the run goes on: what is killed loses seconds. A run goes on from
+them where the one before was, on another machine too, unless kernels/ or csrc/ or the GPU are others. What was not run is in the table as
+not run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
 import os
-import shutil
-import subprocess
+import signal
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "src")]
+
+from cuda_tools import find_cuda_tool  # noqa: E402
+from on_gpu.machine import machine, sources  # noqa: E402
+from on_gpu.results import FAILED, NOT_RUN, PARTLY, PASSED, Outcome, Results  # noqa: E402
+from on_gpu.run import Run  # noqa: E402
+
+from fused_attention.benchmarks.journal import Journal  # noqa: E402
+from fused_attention.benchmarks.report import commit  # noqa: E402
+
 EMULATOR = ROOT / "tests/emulator"
-WORKERS = min(16, os.cpu_count() or 1)
-sys.path.append(str(ROOT))
-
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-
-
-class Outcome(NamedTuple):
-    state: str  # passed, failed or not run
-    detail: str
+PART_SECONDS = 9 * 60.0  # machines that are lent by the command allow ten minutes
+OURS_FAILED = 4  # exit status of gpu_attention.py that is final
+MOST_RESTARTS = 20
 
 
-class Run:
-    """One call of this program: where results go, and until when."""
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self.folder = folder
-        self.end = time.monotonic() + 60 * minutes
-
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
-
-    def command(self, log: str, *words: str | Path, **environment: str) -> int | None:
-        """Runs a program, its output at the end of a log; the exit status, None where time ran out."""
-        with (self.folder / log).open("a") as file:
-            print(f"$ {' '.join(map(str, words))}", file=file, flush=True)
-            try:
-                return subprocess.run(
-                    list(map(str, words)), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=max(1.0, self.left()),
-                    env=os.environ | environment,
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return None
-
-    def tests(self, name: str, *words: str | Path, workers: int = WORKERS, **environment: str) -> Outcome:
-        """Runs tests that no earlier run saw pass; `name`.jsonl remembers them (tests/on_gpu/recording.py)."""
-        record = self.folder / f"{name}.jsonl"
-        parallel = ("-n", workers) if workers > 1 else ()
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "on_gpu.recording", "--record", record, *parallel, *words]
-        status = self.command("tests.log", *map(str, pytest), **environment)
-        states = [json.loads(line)["state"] for line in record.read_text().splitlines()] if record.exists() else []
-        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "no test ran"
-        if status is None:
-            return Outcome(NOT_RUN, f"out of time after {counts}")
-        return Outcome(PASSED if status in (0, 5) and states else FAILED, f"{counts}; tests.log")  # 5: none was left to run
-
-
-def why_no_gpu() -> str | None:
-    import torch
-
-    return None if torch.cuda.is_available() else "torch sees no GPU"
-
-
-def on_gpu(step: Callable[[Run], Outcome]) -> Callable[[Run], Outcome]:
-    def run_step(run: Run) -> Outcome:
-        reason = why_no_gpu()
-        return step(run) if reason is None else Outcome(NOT_RUN, reason)
-
-    return run_step
+class Step(NamedTuple):
+    run: Callable[[Run], Outcome]
+    share: float = 1.0  # of the time that its part has left
 
 
 def build(run: Run) -> Outcome:
-    import torch
-
-    environment = {"FUSED_ATTENTION_CUDA": "1"}
-    if torch.cuda.is_available() and "FUSED_ATTENTION_CUDA_ARCHS" not in os.environ:  # or the driver compiles every kernel at its first use
-        environment["FUSED_ATTENTION_CUDA_ARCHS"] = "{}{}".format(*torch.cuda.get_device_capability())
+    environment = {}
+    if not machine().why_not:
+        environment["FUSED_ATTENTION_CUDA"] = os.environ.get("FUSED_ATTENTION_CUDA", "1")
+        environment["FUSED_ATTENTION_CUDA_ARCHS"] = os.environ.get("FUSED_ATTENTION_CUDA_ARCHS") or "{}{}".format(*machine().capability)
     status = run.command("build.log", sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", **environment)
     if status is None:
-        return Outcome(NOT_RUN, "out of time")
-    lines = [line for line in (run.folder / "build.log").read_text().splitlines() if line.startswith("fused_attention: CUDA kernels")]
-    return Outcome(PASSED if status == 0 else FAILED, lines[-1] if status == 0 and lines else "build.log")
+        return Outcome(NOT_RUN, "out of time; build.log")
+    said = [line for line in (run.files / "build.log").read_text().splitlines() if line.startswith("fused_attention: ")]
+    return Outcome(PASSED if status == 0 else FAILED, f"{said[-1].removeprefix('fused_attention: ')}; build.log" if said else "build.log")
 
 
-@on_gpu
 def conformance(run: Run) -> Outcome:
     """The wrappers of every PTX instruction on this GPU, byte for byte what they give in the emulator."""
-    import torch
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        return Outcome(NOT_RUN, f"the file is for compute capability 9.0, this is {torch.cuda.get_device_capability()}")
-    from csrc.cuda.toolkit import find_nvcc
-
-    nvcc = find_nvcc()
+    if machine().capability != (9, 0):
+        return Outcome(NOT_RUN, f"the file is for compute capability 9.0, this is {'.'.join(map(str, machine().capability))}")
+    nvcc = find_cuda_tool("nvcc")
     if nvcc is None:
         return Outcome(NOT_RUN, "there is no nvcc")
-    program, output = run.folder / "conformance", run.folder / "conformance_sm90.bin"
+    program, output = run.files / "conformance", run.files / "conformance_sm90.bin"
     architecture = "-gencode=arch=compute_90a,code=sm_90a"
     status = run.command("build.log", nvcc, "-std=c++17", architecture, EMULATOR / "conformance.cu", "-I", EMULATOR, "-o", program)
     if status == 0:
@@ -122,116 +77,153 @@ def conformance(run: Run) -> Outcome:
     if status != 0:
         return Outcome(NOT_RUN if status is None else FAILED, "build.log")
     found = output.read_bytes()
-    (run.folder / "conformance_sm90.bin.xz").write_bytes(lzma.compress(found))  # to be committed beside the emulated one
+    (run.files / "conformance_sm90.bin.xz").write_bytes(lzma.compress(found))  # to be committed beside the emulated one
     output.unlink()
     expected = lzma.decompress((EMULATOR / "conformance_emulated.bin.xz").read_bytes())
     different = sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
     return Outcome(PASSED if different == 0 else FAILED, f"{different} of {len(expected)} bytes differ from the emulator's")
 
 
-@on_gpu
 def smoke(run: Run) -> Outcome:
-    return run.tests("smoke", "tests/on_gpu/test_cuda_instances.py")
+    return run.tests("smoke", "tests/on_gpu/test_smoke.py")
 
 
-@on_gpu
-def triton_kernels(run: Run) -> Outcome:
-    return run.tests("triton", "tests/on_triton")
+def grid(run: Run) -> Outcome:
+    file = run.files / "benchmark.jsonl"
+    status = until_it_ends(run, "benchmark.md", "fused_attention.benchmarks.gpu_attention", file)
+    table = (run.files / "benchmark.md").read_text().rpartition("\n$ ")[2]
+    measured = sum(isinstance(result, dict) and "forward" in result for result in Journal(file).results.values())
+    detail = f"{measured} calls measured, {table.count('not run') if status is not None else 'others'} not run; benchmark.md"
+    if status is None:
+        return Outcome(PARTLY if measured else NOT_RUN, f"out of time; {detail}")
+    return Outcome(FAILED if status != 0 else PARTLY if "not run" in table else PASSED, detail)
 
 
-@on_gpu
-def cuda_kernels(run: Run) -> Outcome:
-    return run.tests("cuda", "tests/on_gpu", "--ignore=tests/on_gpu/test_cuda_instances.py")
+def tiles(run: Run) -> Outcome:
+    status = until_it_ends(run, "tiles.txt", "fused_attention.benchmarks.tune", run.files / "tiles.jsonl")
+    left = (run.files / "tiles.txt").read_text().rpartition("\n$ ")[2].count("not measured")
+    if status != 0:
+        return Outcome(NOT_RUN if status is None else FAILED, "tiles.txt")
+    return Outcome(PARTLY if left else PASSED, f"{left} rows not measured; tiles.txt")
+
+
+def until_it_ends(run: Run, log: str, module: str, file: Path) -> int | None:
+    """Runs a program that keeps what it measures in a journal again after each kernel that took its process along."""
+    compiled: list[str] = []
+    for _ in range(MOST_RESTARTS):
+        minutes = f"{max(0.0, run.left() / 60 - 0.5):.2f}"
+        status = run.command(log, sys.executable, "-m", module, file, "--minutes", minutes, *compiled)
+        if status in (None, 0, OURS_FAILED) or run.left() < 60:
+            break
+        compiled = ["--compiled"]
+    return status
 
 
 def sanitizer(tool: str) -> Callable[[Run], Outcome]:
-    @on_gpu
     def step(run: Run) -> Outcome:
-        program = shutil.which("compute-sanitizer")
+        program = find_cuda_tool("compute-sanitizer")
         if program is None:
             return Outcome(NOT_RUN, "there is no compute-sanitizer")
-        words = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", sys.executable, "tests/on_gpu/small_calls.py"]
-        status = run.command("sanitizer.log", *words, str(run.folder / f"{tool}.txt"), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        done = (run.folder / f"{tool}.txt").read_text().split("\n") if (run.folder / f"{tool}.txt").exists() else []
-        detail = f"{len(done) - 1} small calls; sanitizer.log"
-        return Outcome(NOT_RUN if status is None else PASSED if status == 0 else FAILED, detail)
+        done = run.files / f"{tool}.txt"
+        words = [
+            program,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--print-limit",
+            "20",
+            sys.executable,
+            "tests/on_gpu/small_calls.py",
+            done,
+        ]
+        status = run.command("sanitizer.log", *words, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        calls = len(done.read_text().splitlines()) if done.exists() else 0
+        state = PASSED if status == 0 else FAILED if status is not None else PARTLY if calls else NOT_RUN
+        return Outcome(state, f"{calls} small calls{', out of time' if status is None else ''}; sanitizer.log")
 
     return step
 
 
-@on_gpu
-def grid(run: Run) -> Outcome:
-    words = [sys.executable, "-m", "fused_attention.benchmarks.gpu_attention", run.folder / "benchmark.jsonl"]
-    status = run.command("benchmark.md", *map(str, words), "--minutes", f"{max(0.0, run.left() / 60 - 1):.1f}")
-    return Outcome(
-        NOT_RUN if status is None else PASSED if status == 0 else FAILED, "benchmark.md, whose table says which cells were not run"
-    )
-
-
-@on_gpu
-def host_cost(run: Run) -> Outcome:
-    status = run.command("host-cost.txt", sys.executable, "benchmarks/host_cost.py", "gpu")
-    return Outcome(NOT_RUN if status is None else PASSED if status == 0 else FAILED, "host-cost.txt")
-
-
-@on_gpu
-def ways_of_the_backward(run: Run) -> Outcome:
-    status = run.command("cuda-backward.txt", sys.executable, "-m", "fused_attention.benchmarks.cuda_backward")
-    return Outcome(NOT_RUN if status is None else PASSED if status == 0 else FAILED, "cuda-backward.txt")
-
-
-PARTS: dict[str, dict[str, Callable[[Run], Outcome]]] = {
-    "build": {"build in place": build, "conformance file": conformance, "every CUDA instance": smoke},
-    "correctness": {"CUDA kernels": cuda_kernels, "Triton kernels": triton_kernels},
-    "sanitizer": {"memcheck": sanitizer("memcheck"), "racecheck": sanitizer("racecheck")},
-    "benchmark": {"host's share": host_cost, "ways of the CUDA backward": ways_of_the_backward, "grid": grid},
+PARTS: dict[str, dict[str, Step]] = {
+    "build": {"build in place": Step(build), "conformance file": Step(conformance), "20 smoke cells": Step(smoke)},
+    "benchmark": {
+        "grid": Step(grid, 0.8),
+        "host's share": Step(lambda run: run.program("host-cost.txt", sys.executable, "benchmarks/host_cost.py", "gpu"), 0.5),
+        "ways of the CUDA backward": Step(
+            lambda run: run.program("cuda-backward.txt", sys.executable, "-m", "fused_attention.benchmarks.cuda_backward"), 0.5
+        ),
+        "tiles of the Triton kernels": Step(tiles),
+    },
+    "correctness": {
+        "every CUDA instance": Step(lambda run: run.tests("instances", "tests/on_gpu/test_cuda_instances.py")),
+        "CUDA kernels": Step(lambda run: run.tests("cuda", "tests/on_gpu/test_cuda.py", "tests/on_gpu/test_cuda_streams.py")),
+        "Triton kernels": Step(lambda run: run.tests("triton", "tests/on_triton")),
+    },
+    "sanitizer": {"memcheck": Step(sanitizer("memcheck"), 0.5), "racecheck": Step(sanitizer("racecheck"))},
 }
+BUILD = ("build", "build in place")  # done without a GPU too, and first in every call: the machine may be another one
 
 
-def machine() -> str:
-    import torch
+def run_part(part: str, run: Run) -> None:
+    """Its steps that have not passed before."""
+    run.limit(PART_SECONDS)
+    part_end = run.end
+    for name, step in PARTS[part].items():
+        run.end = part_end
+        before = run.results.outcomes[part].get(name)
+        if (part, name) != BUILD and (before is None or before.state != PASSED):
+            run_step(part, name, step, run)
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}, commit {commit or 'unknown'}"
+
+def run_step(part: str, name: str, step: Step, run: Run) -> None:
+    before = run.results.outcomes[part].get(name)
+    run.results.outcomes[part][name] = Outcome(NOT_RUN, "it was under way when the run ended")
+    if machine().why_not and (part, name) != BUILD:
+        outcome = Outcome(NOT_RUN, machine().why_not)
+    elif run.left() <= 0:
+        outcome = before or Outcome(NOT_RUN, "out of time")
+    else:
+        run.limit(step.share * run.left())
+        try:
+            outcome = step.run(run)
+        except Exception as error:  # a program that cannot be started, say: the other steps run
+            outcome = Outcome(FAILED, f"{type(error).__name__}: {error}")
+    run.results.outcomes[part][name] = outcome
+    run.results.save()
+    print(f"{part}: {name}: {': '.join(outcome)}", flush=True)
 
 
-def summary(outcomes: dict[str, dict[str, Outcome]]) -> str:
-    lines = [machine(), "", "| part | step | | |", "| --- | --- | --- | --- |"]
-    for part, steps in PARTS.items():
-        for step in steps:
-            state, detail = outcomes.get(part, {}).get(step, (NOT_RUN, ""))
-            lines.append(f"| {part} | {step} | {state} | {detail} |")
-    return "\n".join(lines)
+def about() -> str:
+    return f"{machine().gpu or 'no GPU'}; {machine().versions}; sources {sources()}"
+
+
+def stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="results; what it says was done is not done again")
+    parser.add_argument("folder", type=Path, help="results; what they say was done is not done again")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of each part")
+    parser.add_argument("--minutes", type=float, help="of the whole call; 9 for each part without it")
     options = parser.parse_args()
-    folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    state = folder / "outcomes.json"
-    outcomes = {
-        part: {step: Outcome(*outcome) for step, outcome in steps.items()}
-        for part, steps in (json.loads(state.read_text()) if state.exists() else {}).items()
-    }
-    for part in options.part or PARTS:
-        run = Run(folder, options.minutes)
-        for step, function in PARTS[part].items():
-            before = outcomes.setdefault(part, {}).get(step)
-            if before is not None and before.state == PASSED and step != "build in place":  # ninja knows what is left to build
-                continue
-            outcomes[part][step] = function(run) if run.left() > 0 else Outcome(NOT_RUN, "out of time")
-            state.write_text(json.dumps(outcomes, indent=1))
-            print(f"{part}: {step}: {': '.join(outcomes[part][step])}", flush=True)
-    table = summary(outcomes)
-    (folder / "summary.md").write_text(table + "\n")
-    print(table)
-    asked = [outcome for part in options.part or PARTS for outcome in outcomes[part].values()]
-    return int(any(outcome.state == FAILED for outcome in asked))
+    parts = list(dict.fromkeys(options.part or PARTS))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    with tempfile.TemporaryDirectory(prefix="gpu-results-") as files:
+        steps = {part: list(steps) for part, steps in PARTS.items()}
+        results = Results(options.folder.resolve(), Path(files), about(), commit(), steps)
+        run = Run(results, 60 * options.minutes if options.minutes is not None else PART_SECONDS * len(parts))
+        try:
+            run.limit(PART_SECONDS)
+            run_step(*BUILD, PARTS[BUILD[0]][BUILD[1]], run)
+            for part in parts:
+                run_part(part, run)
+        finally:
+            results.save()
+    print(results.text())
+    return int(any(outcome.state == FAILED for part in (BUILD[0], *parts) for outcome in results.outcomes[part].values()))
 
 
 if __name__ == "__main__":

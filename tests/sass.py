@@ -6,18 +6,13 @@ its source, with everything that reaches the source without passing that block.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from csrc.cuda.toolkit import find_nvcc
+from cuda_tools import find_cuda_tool
 
 MATRIX_PRODUCT = re.compile(r"(HGMMA|QGMMA|IGMMA|HMMA|QMMA|IMMA|UTC\w*MMA)(\.|$)")
 FUSED_MULTIPLY_ADD = re.compile(r"FFMA2?(\.|$)")  # what float32 products without tensor cores are made of
@@ -43,18 +38,8 @@ class Block(NamedTuple):
     end: int
 
 
-@functools.cache
-def find_nvdisasm() -> Path | None:
-    """Triton's copy, or that of a CUDA toolkit; the wheels of nvcc come without it."""
-    triton, nvcc, found = importlib.util.find_spec("triton"), find_nvcc(), shutil.which("nvdisasm")
-    places = [Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"] if triton and triton.origin else []
-    places += [Path(nvcc).parent / "nvdisasm", Path(nvcc).resolve().parent / "nvdisasm"] if nvcc else []
-    places += [Path(found)] if found else []
-    return next((place for place in places if place.is_file()), None)
-
-
 def disassemble(cubin: bytes) -> str:
-    nvdisasm = find_nvdisasm()
+    nvdisasm = find_cuda_tool("nvdisasm")
     if nvdisasm is None:
         raise RuntimeError("no nvdisasm: it comes with triton and with the CUDA toolkit")
     with tempfile.TemporaryDirectory() as folder:

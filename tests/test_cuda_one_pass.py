@@ -19,6 +19,7 @@ from function_calls import VARLEN, check_packed_sequences
 
 from csrc.cuda.instances.manifest import CSRC, INSTANCES, Instance, image_source
 from fused_attention.benchmarks import cuda_backward
+from fused_attention.benchmarks.gpu_timing import Time
 from fused_attention.kernels import cuda_backend
 
 pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
@@ -170,17 +171,16 @@ def test_the_table_of_waits_is_what_its_program_prints() -> None:
 
 
 def test_the_benchmark_reaches_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        cuda_backward, "_interleaved", lambda functions, device, seconds: {name: call() for name, call in functions.items()}
-    )
+    monkeypatch.setattr(cuda_backward, "timed", lambda functions, device, seconds: {name: call() for name, call in functions.items()})
     with EmulatedGpu() as emulated:
         results = cuda_backward.measure({}, 32, 32, "cpu", 0.0, 32, 32)  # gradients in place of milliseconds
     assert list(results) == ["one pass", "one pass, one order", "two passes", "chosen"]
     assert emulated.launched.count("sm80_backward_32x32_bf16_plain") == 4  # twice for each order
     assert torch.equal(results["two passes"].query, results["chosen"].query)
     torch.testing.assert_close(results["one pass"].query, results["two passes"].query, rtol=0.02, atol=0.02)
-    times = {"one pass": 1.5, "one pass, one order": "too slow", "two passes": 2.0, "chosen": 1.25}
-    assert cuda_backward.row("full", 64, 32, times) == "| full | 64 | 32 | 1.5000 | - | 2.0000 | 1.2500 | one pass |"
+    one_pass, two_passes, chosen = (Time(kernel_ms, 0.05, "graph") for kernel_ms in (1.5, 2.0, 1.25))
+    times = {"one pass": one_pass, "one pass, one order": "too slow", "two passes": two_passes, "chosen": chosen}
+    assert cuda_backward.row("full", 64, 32, times) == "| full | 64 | 32 | 1.5000 (50) | - | 2.0000 (50) | 1.2500 (50) | one pass |"
 
 
 # Mistakes: (file, what stands there, what stands there instead, call, what the emulator or the comparison says)

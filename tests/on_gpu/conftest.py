@@ -9,5 +9,9 @@ from fused_attention.kernels import cuda_backend
 
 if not torch.cuda.is_available():
     raise pytest.UsageError("these tests need a GPU")
-if cuda_backend.status() is not None:
-    raise pytest.UsageError(f"no CUDA kernels: {cuda_backend.status()}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without our CUDA kernels those of Triton can be tested."""
+    if item.path.name.startswith("test_cuda") and cuda_backend.status() is not None:
+        pytest.fail(f"no CUDA kernels: {cuda_backend.status()}", pytrace=False)

@@ -29,6 +29,7 @@ def main() -> None:
                 problem, dout, dlse = build(CALL | call | {"dtype": torch.bfloat16, "head_dims": (head_dim, head_dim)}, "cuda")
                 if line in done or backend.unsupported_reasons(problem):
                     continue
+                print(line, flush=True)  # above what the sanitizer says of it
                 run(backend, problem, dout, dlse)
                 torch.cuda.synchronize()
                 with file.open("a") as lines:
