@@ -301,66 +301,6 @@ def attention_decode(
     return results
 
 
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention on the fused kernels: same signature, shapes and refusals.
-
-    Differs in one thing: a query that may attend to nothing gives 0, never NaN.
-
-    Args:
-        query: (..., Hq, Lq, E), 2-D and up; the leading dims of query, key and value broadcast against each other. Or nested, all three,
-            as `attention` takes them.
-        key: (..., H, Lk, E).
-        value: (..., H, Lk, Ev).
-        attn_mask: bool (True = may attend) or float, broadcastable to (..., Hq, Lq, Lk).
-        enable_gqa: let Hq be a multiple of H.
-
-    Returns:
-        (..., Hq, Lq, Ev). Differentiable in query, key, value and a float attn_mask.
-
-    Raises:
-        RuntimeError: attn_mask together with is_causal, as in torch.
-        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-    """
-    if attn_mask is not None and is_causal:
-        raise RuntimeError("attn_mask must be None when is_causal=True: combine them, or call attention(), which takes both")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 dims (..., seqlen, head_dim), got {tuple(tensor.shape)}")
-    if is_nested(query):
-        out = attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
-        assert isinstance(out, Tensor)
-        return out
-    head_dims = 3 if enable_gqa else 2  # how many trailing dims do not broadcast
-    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
-        raise ValueError("enable_gqa needs a head dim: query, key and value must have at least 3 dims")
-    leading, *others = (tensor.shape[:-head_dims] for tensor in (query, key, value))
-    if others != [leading, leading]:  # broadcast_shapes costs as much as a small attention
-        try:
-            leading = torch.broadcast_shapes(leading, *others)
-        except RuntimeError as error:
-            shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-            raise ValueError(f"the leading dims of query, key and value must broadcast, got {shapes}") from error
-        query, key, value = (tensor.expand(*leading, *tensor.shape[-head_dims:]) for tensor in (query, key, value))
-    inputs = tuple(_as_4d(tensor) for tensor in (query, key, value))
-    full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
-    if isinstance(attn_mask, Tensor):
-        attn_mask = _mask_as_4d(attn_mask, full_shape)
-    out = attention(*inputs, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
-    assert isinstance(out, Tensor)
-    return out.reshape(*full_shape[:-1], value.shape[-1])
-
-
 def attention_weights(
     query: Tensor, key: Tensor, lse: Tensor, *, average_heads: bool = False, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
@@ -419,23 +359,3 @@ def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.get_autocast_dtype(first.device.type)
     half_or_single = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in half_or_single else tensor for tensor in inputs)
-
-
-def _as_4d(tensor: Tensor) -> Tensor:
-    """(..., H, L, D) -> (B, H, L, D): leading dims merged, missing ones added."""
-    if tensor.dim() == 4:
-        return tensor
-    if tensor.dim() > 4:
-        return tensor.flatten(0, tensor.dim() - 4)
-    return tensor[(None,) * (4 - tensor.dim())]
-
-
-def _mask_as_4d(mask: Tensor, full_shape: tuple[int, ...]) -> Tensor:
-    """A mask that broadcasts to (..., H, Lq, Lk) -> one that broadcasts to (B, H, Lq, Lk); expanded only where dims merge."""
-    try:
-        expanded = mask.expand(full_shape)
-    except RuntimeError as error:
-        raise ValueError(f"attn_mask must broadcast to {tuple(full_shape)}, got {tuple(mask.shape)}") from error
-    if len(full_shape) <= 4:  # no leading dims to merge: the mask stays unexpanded
-        return mask[(None,) * (4 - mask.dim())]
-    return _as_4d(expanded)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .problem import check_no_padding
 
 
 def is_nested(tensor: Any) -> bool:
@@ -41,9 +45,36 @@ def packed_inputs(query: Any, key: Any, value: Any) -> tuple[Packed, Packed, Pac
             raise ValueError(f"{name} must have shape (batch, num_heads, ragged seqlen, head_dim), got {tuple(tensor.shape)}")
     if key.shape[0] != query.shape[0]:
         raise ValueError(f"key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
-    if key.shape[2] != value.shape[2]:  # the same symbol stands for the same offsets
+    packed = _packed(query), _packed(key), _packed(value)
+    # The same symbol stands for the same offsets; another one may, if the two were made apart.
+    if key.shape[2] != value.shape[2] and (torch.compiler.is_compiling() or not torch.equal(packed[1].offsets, packed[2].offsets)):
         raise ValueError("value must have the offsets of key: make it by torch.nested.nested_tensor_from_jagged(values, key.offsets())")
-    return _packed(query), _packed(key), _packed(value)
+    return packed
+
+
+def of_strided_sequences(attention_varlen: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Attention of nested tensors of the strided layout, (B, H, ragged L, D) or (B, ragged L, D).
+
+    Raises:
+        TypeError: one is not nested.
+        ValueError: the sequences do not fit each other, or a mask is given, for which they have no common size.
+    """
+    check_no_padding("nested tensors", attn_mask=options.pop("attn_mask"))
+    sequences = []
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_nested or tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a nested tensor of layout torch.strided, as the others are, got layout {tensor.layout}")
+        if tensor.dim() not in (3, 4):
+            raise ValueError(f"{name} must have shape (batch, num_heads, ragged seqlen, head_dim) or (batch, ragged seqlen, head_dim)")
+        sequences.append([part if part.dim() == 3 else part[None] for part in tensor.unbind()])  # (H, L, D) each
+    lengths = [[part.shape[1] for part in parts] for parts in sequences]
+    if not len(lengths[0]) == len(lengths[1]) or lengths[1] != lengths[2]:
+        raise ValueError(f"key and value must have as many sequences as query, and each other's lengths, got {lengths}")
+    starts = [torch.tensor([0, *itertools.accumulate(lengths[which])], device=query.device) for which in (0, 1)]
+    tokens = [torch.cat([part.transpose(0, 1) for part in parts]) for parts in sequences]  # (T, H, D)
+    out = attention_varlen(*tokens, *starts, *[max(lengths[which]) for which in (0, 1)], **options)
+    parts = [part.transpose(0, 1) if query.dim() == 4 else part[:, 0] for part in out.split(lengths[0])]
+    return torch.nested.as_nested_tensor(parts)
 
 
 def _packed(tensor: Any) -> Packed:

@@ -255,6 +255,14 @@ def make_problem(
             raise TypeError("cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k are arguments of attention_varlen only")
         max_seqlen_q, max_seqlen_k = seqlen_q, seqlen_k
     prepared = None
+    bias = causal_bias(attn_mask)
+    if bias is not None:
+        if is_causal is not False:
+            raise ValueError("is_causal must not be given beside an attn_mask that is a CausalBias")
+        if bias == "bottom_right" and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (seqlen_q, seqlen_k):  # type: ignore[union-attr]
+            sizes = f"{attn_mask.seq_len_q} queries and {attn_mask.seq_len_kv} keys"  # type: ignore[union-attr]
+            raise ValueError(f"attn_mask is a CausalBias of {sizes}, but there are {seqlen_q} and {seqlen_k}")
+        attn_mask, is_causal = None, bias
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         prepared = attn_mask
         beside = {
@@ -363,7 +371,7 @@ def _description(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple | None:
     if torch.compiler.is_compiling():
         return None
     for tensor in inputs:
-        if (type(tensor) is not Tensor and type(tensor) is not Parameter) or tensor.layout is not torch.strided:
+        if (type(tensor) is not Tensor and type(tensor) is not Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
             return None
     return (layout, *[(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in inputs])
 
@@ -414,6 +422,25 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one, ' if tensor.is_nested else ''}layout {tensor.layout}")
+    if type(tensor) is not Tensor and type(tensor) is not Parameter and _overrides_functions(type(tensor)):
+        raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__}, which has its own idea of torch's functions")
+
+
+def _overrides_functions(kind: type[Tensor]) -> bool:
+    """Whether the memory of such a tensor may not hold what it stands for: it would have a say in a call of torch's own functions."""
+    if kind.__torch_function__ is torch._C._disabled_torch_function_impl or not torch._C._is_torch_function_enabled():
+        return False
+    return getattr(kind.__torch_function__, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+
+
+def causal_bias(mask: object) -> Causal | None:
+    """What a torch.nn.attention.bias.CausalBias, which holds no values, stands for; None of anything else."""
+    kind = type(mask)
+    if kind is Tensor or kind.__name__ != "CausalBias" or kind.__module__ != "torch.nn.attention.bias":
+        return None
+    if mask.variant.name == "UPPER_LEFT" or mask.seq_len_q == mask.seq_len_kv:  # type: ignore[attr-defined]
+        return "top_left"
+    return "bottom_right"
 
 
 def _check_tensor(
@@ -538,19 +565,26 @@ def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], devi
     return mask
 
 
-def _checked_number(name: str, number: float | Tensor) -> float:
+def _checked_number(name: str, given: float | Tensor) -> float:
+    value = as_number(name, given)
+    if not -math.inf < value < math.inf:  # not math.isfinite: torch.compile may hold the number as a symbol
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def as_number(name: str, given: float | Tensor) -> float:
     """A number of Python or NumPy, or a 0-dim tensor without a gradient, which is read."""
-    if isinstance(number, Tensor):
-        if number.dim() != 0 or number.dtype is torch.bool or number.is_complex():
-            raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(number.shape)} and dtype {number.dtype}")
-        if number.requires_grad:
+    if type(given) is float:
+        return given
+    if isinstance(given, Tensor):
+        if given.dim() != 0 or given.dtype is torch.bool or given.is_complex():
+            raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(given.shape)} and dtype {given.dtype}")
+        if given.requires_grad:
             raise TypeError(f"{name} has no gradient, but the tensor given for it requires one")
-        number = number.item()
-    elif isinstance(number, bool) or not isinstance(number, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not -math.inf < number < math.inf:  # not math.isfinite: torch.compile may hold the number as a symbol
-        raise ValueError(f"{name} must be finite, got {number}")
-    return float(number)
+        given = given.item()
+    elif isinstance(given, bool) or not isinstance(given, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(given).__name__}")
+    return float(given)
 
 
 def _checked_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:

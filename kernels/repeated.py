@@ -72,7 +72,10 @@ def find(
         return None
     if type(query) is not Tensor or type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
-    alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None))
+    try:
+        alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None))
+    except RuntimeError:  # a nested tensor of the strided layout has no shape
+        return None
     if alike is None:
         return None
     for guard, device, repeat in alike:

@@ -47,7 +47,10 @@ def run(
         return None
     if type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
-    kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, _is_deterministic()
+    try:
+        kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, _is_deterministic()
+    except RuntimeError:  # a nested tensor of the strided layout has no shape
+        return None
     alike = _calls.get(kind)
     if alike is None:
         return None

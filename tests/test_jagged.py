@@ -124,6 +124,23 @@ def test_dropout_counts_as_in_packed_sequences(backend: str) -> None:
     assert_close(out.transpose(1, 2).values(), expected)
 
 
+def test_tensors_of_equal_lengths_that_were_made_apart() -> None:
+    query, key, value = nested(LENGTHS_Q, 4, 8)[0], nested(LENGTHS_K, 4, 8)[0], nested(LENGTHS_K, 4, 6)[0]
+    together = nested(LENGTHS_K, 4, 6, key.offsets())[0]
+    together.values().data.copy_(value.values())
+    for function in (attention, scaled_dot_product_attention):
+        out = function(query, key, value)
+        assert out.shape[2] == query.shape[2]
+        assert_close(out.values(), function(query, key, together).values())
+
+
+def test_a_bound_above_all_tokens_costs_nothing() -> None:
+    values, offsets = torch.randn(10, 16, dtype=torch.float64), torch.tensor([0, 3, 10])
+    generous = torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=0, max_seqlen=10**6).unflatten(-1, (2, 8)).transpose(1, 2)
+    close = torch.nested.nested_tensor_from_jagged(values, offsets).unflatten(-1, (2, 8)).transpose(1, 2)
+    assert_close(attention(generous, generous, generous).values(), attention(close, close, close).values())
+
+
 def test_what_is_refused() -> None:
     (query, key, value), leaves = inputs()
     for name, argument in {"attn_mask": torch.ones(5, 5), "key_mask": torch.ones(4, 4) > 0, "key_lengths": torch.ones(4).int()}.items():
@@ -136,7 +153,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="key must be a dense tensor, got a nested one, layout torch.jagged"):
         attention(torch.randn(4, 4, 5, 8), key, value)
     with pytest.raises(ValueError, match="value must have the offsets of key"):
-        attention(query, key, nested(LENGTHS_K, 2, 6)[0])
+        attention(query, key, nested((4, 3, 1, 20), 2, 6)[0])
     with pytest.raises(ValueError, match="key must have the batch size of query, 4, got 2"):
         attention(query, *[nested((2, 3), 2, 8)[0]] * 2)
     with pytest.raises(ValueError, match=r"query must have shape \(batch, num_heads, ragged seqlen, head_dim\)"):

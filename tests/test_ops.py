@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention.kernels import native, ops
-from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, scaled_dot_product_attention
+from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
 from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import DIFFERENTIABLE_SIDE_TENSORS, NUM_INPUTS, NUM_SIDE_TENSORS, Problem, make_problem
 
@@ -354,31 +354,3 @@ def test_dropout_follows_torchs_generator_and_replays() -> None:
     assert not torch.equal(first, second)
     state = torch.tensor([1, 2])
     assert torch.equal(*(attention(query, key, value, dropout_p=0.5, rng_state=state) for _ in range(2)))
-
-
-@pytest.mark.parametrize(
-    ("shapes", "options"),
-    [
-        ([(5, 8)] * 3, {}),
-        ([(3, 5, 8), (3, 6, 8), (3, 6, 4)], {"attn_mask": torch.randn(3, 5, 6)}),
-        ([(2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8)], {"is_causal": True, "scale": 0.3}),
-        ([(2, 4, 5, 8), (1, 4, 6, 8), (4, 6, 8)], {"attn_mask": torch.rand(5, 6) > 0.2}),
-        ([(2, 3, 4, 5, 8), (2, 1, 4, 6, 8), (3, 4, 6, 8)], {"attn_mask": torch.randn(2, 1, 4, 5, 6)}),
-        ([(2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 8)], {"enable_gqa": True}),
-    ],
-    ids=["2-D", "3-D with mask", "4-D causal", "broadcast", "5-D", "grouped"],
-)
-def test_scaled_dot_product_attention_is_torchs(shapes: list, options: dict) -> None:
-    inputs = [torch.randn(shape) for shape in shapes]
-    ours, theirs = scaled_dot_product_attention(*inputs, **options), F.scaled_dot_product_attention(*inputs, **options)
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_scaled_dot_product_attention_refuses_what_torch_refuses() -> None:
-    query = torch.randn(1, 1, 4, 4)
-    with pytest.raises(RuntimeError, match="attn_mask must be None when is_causal=True"):
-        scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(4, 4), is_causal=True)
-    with pytest.raises(ValueError, match="must broadcast"):
-        scaled_dot_product_attention(torch.randn(2, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4))
-    with pytest.raises(ValueError, match="attn_mask must broadcast to"):
-        scaled_dot_product_attention(query, query, query, attn_mask=torch.zeros(5, 4))

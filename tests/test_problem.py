@@ -13,9 +13,9 @@ from fused_attention.kernels.attention import (
     attention_kv_packed,
     attention_qkv_packed,
     attention_weights,
-    scaled_dot_product_attention,
 )
 from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels.scaled_dot_product_attention import scaled_dot_product_attention
 
 QUERY = torch.zeros(2, 4, 5, 8)
 KEY = torch.zeros(2, 4, 6, 8)

@@ -6,10 +6,10 @@ from fused_attention.kernels.attention import (
     attention_varlen,
     attention_weights,
     explain,
-    scaled_dot_product_attention,
 )
 from fused_attention.kernels.prepared_mask import PreparedMask, prepare_mask
 from fused_attention.kernels.routing import Explanation
+from fused_attention.kernels.scaled_dot_product_attention import scaled_dot_product_attention
 from fused_attention.transformer.attention import MultiHeadAttention
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.model import Transformer
