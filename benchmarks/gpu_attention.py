@@ -32,7 +32,7 @@ import torch
 from .gpu_calls import FEATURES, NOT_IN_FLEX, OURS, PROVIDERS, TOKENS, Call, Cell, make_calls, make_inputs
 from .gpu_reference import all_finite, largest_error
 from .gpu_table import PASSES, state_line, table
-from .gpu_timing import ceilings, gpu_state, is_lost, reason, timed, timing_stream
+from .gpu_timing import GPU_LOST, ceilings, gpu_state, is_lost, reason, timed, timing_stream
 from .journal import Journal
 from .report import commit
 
@@ -41,7 +41,7 @@ LENGTHS_OF_MASKS = (2048, 4096, 1024, 512)  # a dense mask of 16,384 x 16,384 fo
 HEAD_DIMS = (64, 128, 256)
 SHORT_LENGTHS = (64, 128, 32, 256)
 ERROR_LIMIT = 0.05  # of the largest element: bfloat16 against float32; the tests judge the accuracy
-GPU_LOST, OURS_FAILED = 3, 4  # exit statuses
+OURS_FAILED = 4  # exit status
 
 
 class GpuLost(Exception):

@@ -23,6 +23,7 @@ LEAST_MS = 0.5  # of a graph: events tick in microseconds or less
 MOST_CALLS = 50  # in a graph, or in a round of eager calls
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 GRAPH = "graph"
+GPU_LOST = 3  # exit status of a program after an illegal access, which its next process goes on from
 STATE_FIELDS = {  # of nvidia-smi: what they are called here
     "clocks.sm": "SM MHz",
     "clocks.mem": "memory MHz",

@@ -1,30 +1,46 @@
-"""Measures the tile sizes of the Triton kernels on the GPU of this machine and writes them to kernels/triton_tile_table.json.
+"""Measures the tile sizes of the Triton kernels on the GPU of this machine, for kernels/triton_tile_table.json.
 
-    python -m fused_attention.benchmarks.tune [--only REGEX] [--minutes N]
+    python -m fused_attention.benchmarks.tune tiles.jsonl [--only REGEX] [--minutes N]       measures, on a GPU
+    python -m fused_attention.benchmarks.tune tiles.jsonl --apply                            takes the fastest tiles over, anywhere
 
-One row after the other, the most used first; a row that was not reached keeps its tiles. Where there is no GPU of a family its rows hold
-the first candidates that pass the codegen gate (tests/triton_codegen_gate.py --choose). Run the gate after tuning as well.
+One row after the other, the most used first, while the other cores compile what comes next; each time is kept as it is taken, and a run
+that was stopped goes on where it was. A row that was not reached keeps its tiles. Where there is no GPU of a family its rows hold the first
+candidates that pass the codegen gate (tests/triton_codegen_gate.py --choose). Run the gate after tuning as well.
+
+Exit status 3: the GPU was lost to an illegal access; called again, it goes on after the tile that did that.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fused_attention.kernels import triton_backend
+from fused_attention.kernels import triton_backend, triton_launch
 from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import Gradients, Problem, make_problem
 from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, forget_launches, tile_table
+
+from .gpu_timing import GPU_LOST, is_lost, reason, timed, timing_stream
+from .journal import Journal, Key
+
+Table = dict[tuple[str, str, str, int, str], Tile]
+SECONDS = 0.05  # of timing, for a tile
+AHEAD = 64  # tiles whose compilation is under way or waits for a core
+COMPILE_SECONDS = 120.0  # for which one is waited
 
 KERNELS = ("forward", "dkdv", "dq", "dbias", "decode", "weights")
 FAMILIES = ("sm80", "sm86", "sm90", "sm100", "other")
@@ -122,6 +138,9 @@ class Size(NamedTuple):
     seqlen: int = 256
 
 
+COMPILED = Size(4, 16, 16, 256)  # compiles to the same kernels as what is measured, which has more rows
+
+
 def representative(row: Row, size: Size, device: str, form: str = "separate") -> Problem:
     """A problem with everything that the row's class may hold.
 
@@ -200,29 +219,88 @@ def runner(row: Row, problem: Problem) -> Callable[[], object]:
     return lambda: triton_backend.backward(problem, out, lse, out, None, gradients)
 
 
-def measure(row: Row, tile: Tile, run: Callable[[], object]) -> float | None:
-    """Milliseconds with a tile, None where it does not fit or spills."""
+def key_of(row: Row, tile: Tile) -> Key:
+    return (*row, *tile)
+
+
+def measure(row: Row, tile: Tile, run: Callable[[], object]) -> float | str:
+    """Milliseconds of the GPU with a tile, or why it is none to choose."""
     tile_table()[row] = tile
     forget_launches()
     try:
         run()
-    except (OutOfResources, PTXASError):
-        return None
+    except (OutOfResources, PTXASError) as error:
+        return reason(error)
     compiled = [kernel for cache in _caches.values() for key, kernel in cache.compiled.items() if tile in key]
-    if any(kernel.n_spills for kernel in compiled):
-        return None
-    times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    if spills := max((kernel.n_spills for kernel in compiled), default=0):
+        return f"spills {spills} registers"
+    return round(timed({"run": run}, "cuda", SECONDS)["run"].kernel_ms, 5)
 
 
-def write_table(table: dict[tuple[str, str, str, int, str], Tile]) -> None:
+class CompilingAhead:
+    """Compiles tiles on the other cores, in the order in which they are to be measured, without running them."""
+
+    def __init__(self, wanted: Iterable[tuple[Row, Tile]]) -> None:
+        self.pool = concurrent.futures.ProcessPoolExecutor(max(1, min(16, os.cpu_count() or 1) - 1), multiprocessing.get_context("spawn"))
+        self.wanted = iter(wanted)
+        self.results: dict[Key, concurrent.futures.Future[str | None]] = {}
+        self.submit(AHEAD)
+
+    def submit(self, count: int) -> None:
+        for row, tile in itertools.islice(self.wanted, count):
+            self.results[key_of(row, tile)] = self.pool.submit(_compile, row, tile)
+
+    def why_not(self, row: Row, tile: Tile) -> str | None:
+        """Waits until it is compiled."""
+        self.submit(1)
+        try:
+            return self.results.pop(key_of(row, tile)).result(timeout=COMPILE_SECONDS)
+        except (concurrent.futures.TimeoutError, concurrent.futures.BrokenExecutor):
+            return None  # this process tries
+
+    def end(self) -> None:
+        for process in list(self.pool._processes.values()):
+            process.terminate()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(row: Row, tile: Tile) -> str | None:
+    """In a process of the pool: into Triton's cache on disk. Why it cannot be."""
+    triton_launch._launch_through_triton = _compile_only
+    tile_table()[row] = tile
+    forget_launches()
+    try:
+        runner(row, representative(row, COMPILED, "cuda"))()
+    except PTXASError as error:
+        return reason(error)
+    except Exception:
+        return None  # whatever it is, it is seen where the kernel is run
+    return None
+
+
+def _compile_only(kernel: Any, num_programs: int, tensors: tuple, numbers: tuple, constants: tuple, tile: Tile) -> Any:
+    """In place of triton_launch._launch_through_triton."""
+    block_m, block_n, num_warps, num_stages = tile
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    kernel.warmup(*tensors, *numbers, *constants, block_m, block_n, grid=(num_programs,), **options)
+
+
+def choose(results: Mapping[Key, Any], table: Table) -> list[str]:
+    """Puts the fastest tile of each row that was measured, the present one among them, into the table; returns what changed."""
+    measured: dict[Row, dict[Tile, float]] = {}
+    for key, milliseconds in results.items():
+        if isinstance(milliseconds, float):
+            measured.setdefault(Row._make(key[:5]), {})[Tile._make(key[5:])] = milliseconds
+    changes = []
+    for row, times in measured.items():
+        best, before = min(times, key=times.__getitem__), table[row]
+        if before in times and best != before:
+            table[row] = best
+            changes.append(f"{' '.join(map(str, row))}: {tuple(best)} {times[best]:.4f} ms, was {tuple(before)} {times[before]:.4f} ms")
+    return changes
+
+
+def write_table(table: Table) -> None:
     """One line for each (kernel, family, dtype, head_dim)."""
     lines = []
     for kernel_name in KERNELS:
@@ -236,31 +314,64 @@ def write_table(table: dict[tuple[str, str, str, int, str], Tile]) -> None:
     TABLE_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a .jsonl file; tiles that it holds are not measured again")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows to measure, such as 'forward .* 16-bit 64'")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this time")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no further tile after this time")
+    parser.add_argument("--apply", action="store_true", help="measure nothing; write the fastest tiles of the file to the table")
     options = parser.parse_args()
+    journal = Journal(options.results)
+    if options.apply:
+        table = dict(tile_table())
+        print("\n".join([*(changes := choose(journal.results, table)), f"{len(changes)} tiles changed in {TABLE_FILE.name}"]))
+        write_table(table)
+        return 0
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: there is nothing to measure. tests/triton_codegen_gate.py --choose picks tiles without one")
-    deadline = time.monotonic() + 60 * options.minutes
-    table = tile_table()
-    for row in rows(current_family()):
+    end = time.monotonic() + 60 * options.minutes
+    present = dict(tile_table())
+    wanted = {row: list(dict.fromkeys([present[row], *candidates(row)])) for row in rows(current_family())}
+    wanted = {row: tiles for row, tiles in wanted.items() if re.search(options.only, " ".join(map(str, row)))}
+    left = [(row, tile) for row, tiles in wanted.items() for tile in tiles if key_of(row, tile) not in journal.results]
+    ahead = CompilingAhead(left)
+    try:
+        with timing_stream("cuda"):
+            measure_rows(left, journal, ahead, end)
+    finally:
+        ahead.end()
+    for row, tiles in wanted.items():
         name = " ".join(map(str, row))
-        if not re.search(options.only, name):
-            continue
-        if time.monotonic() > deadline:
+        times = {tile: journal.results.get(key_of(row, tile)) for tile in tiles}
+        if None in times.values():
             print(f"not measured for lack of time: {name}")
-            continue
-        run = runner(row, representative(row, Size(4, 16, 16, 4096 if row.dtype == "16-bit" else 1024), "cuda"))
-        before = table[row]
-        times = {tile: measure(row, tile, run) for tile in dict.fromkeys([before, *candidates(row)])}
-        measured = {tile: milliseconds for tile, milliseconds in times.items() if milliseconds is not None}
-        table[row] = min(measured, key=lambda tile: measured[tile], default=before)
-        shown = ", ".join(f"{tuple(tile)} {milliseconds:.3f}" for tile, milliseconds in measured.items())
-        print(f"{name}: {tuple(table[row])} of ms {shown}", flush=True)
-        write_table(table)
+        else:
+            print(f"{name}: {', '.join(f'{tuple(tile)} {found}' for tile, found in times.items())}")
+    return 0
+
+
+def measure_rows(left: list[tuple[Row, Tile]], journal: Journal, ahead: CompilingAhead, end: float) -> None:
+    present = dict(tile_table())
+    for row, tiles in itertools.groupby(left, key=lambda pair: pair[0]):
+        tile_table().update(present)
+        choose(journal.results, tile_table())  # for what runs beside this row's kernel
+        run: Callable[[], object] | None = None
+        for _, tile in tiles:
+            if time.monotonic() > end:
+                return
+            key = key_of(row, tile)
+            result: float | str | None = ahead.why_not(row, tile)
+            if result is None:
+                with journal.attempt(key):
+                    try:
+                        run = run or runner(row, representative(row, Size(4, 16, 16, 4096 if row.dtype == "16-bit" else 1024), "cuda"))
+                        result = measure(row, tile, run)
+                    except Exception as error:  # out of memory, an illegal access
+                        result = reason(error)
+            journal.keep(key, result)
+            if isinstance(result, str) and is_lost():
+                os._exit(GPU_LOST)  # whatever would free memory on the GPU fails, loudly
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

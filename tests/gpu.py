@@ -90,7 +90,7 @@ def smoke(run: Run) -> Outcome:
 
 def grid(run: Run) -> Outcome:
     file = run.files / "benchmark.jsonl"
-    status = until_it_ends(run, "benchmark.md", "fused_attention.benchmarks.gpu_attention", file)
+    status = until_it_ends(run, "benchmark.md", "fused_attention.benchmarks.gpu_attention", file, again=("--compiled",))
     table = (run.files / "benchmark.md").read_text().rpartition("\n$ ")[2]
     measured = sum(isinstance(result, dict) and "forward" in result for result in Journal(file).results.values())
     detail = f"{measured} calls measured, {table.count('not run') if status is not None else 'others'} not run; benchmark.md"
@@ -107,15 +107,15 @@ def tiles(run: Run) -> Outcome:
     return Outcome(PARTLY if left else PASSED, f"{left} rows not measured; tiles.txt")
 
 
-def until_it_ends(run: Run, log: str, module: str, file: Path) -> int | None:
-    """Runs a program that keeps what it measures in a journal again after each kernel that took its process along."""
-    compiled: list[str] = []
+def until_it_ends(run: Run, log: str, module: str, file: Path, again: tuple[str, ...] = ()) -> int | None:
+    """Runs a program that keeps what it measures in a journal once more, with `again`, after each kernel that took its process along."""
+    options: tuple[str, ...] = ()
     for _ in range(MOST_RESTARTS):
         minutes = f"{max(0.0, run.left() / 60 - 0.5):.2f}"
-        status = run.command(log, sys.executable, "-m", module, file, "--minutes", minutes, *compiled)
+        status = run.command(log, sys.executable, "-m", module, file, "--minutes", minutes, *options)
         if status in (None, 0, OURS_FAILED) or run.left() < 60:
             break
-        compiled = ["--compiled"]
+        options = again
     return status
 
 
