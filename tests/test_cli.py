@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
 import shlex
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_translation import trained_folder, write_corpus
@@ -14,6 +20,7 @@ from tiny_translation import trained_folder, write_corpus
 from fused_attention.transformer import cli, optional_modules
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
 from fused_attention.transformer.data import load_corpus
+from fused_attention.transformer.train import Trainer
 
 TINY = (
     *("--steps", "3", "--vocab-size", "60", "--d-model", "16", "--num-heads", "2", "--dim-feedforward", "16"),
@@ -77,6 +84,63 @@ class TestTrain:
         assert checkpoint.progress["step"] == 5
         assert checkpoint.config["d_model"] == 16
 
+    def test_resume_where_the_corpus_moved(
+        self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["train", "run", "--data", "data", *TINY]) == 0
+        data.rename(tmp_path / "moved")
+        message = error_line(capsys, "train", "run", "--resume")
+        assert message == f"{Path('run', CHECKPOINT_NAME)} was trained on the folder data, which is not there; --data says where it is now"
+        write_corpus(tmp_path / "other", count=61)
+        message = error_line(capsys, "train", "run", "--resume", "--steps", "5", "--data", "other")
+        assert message == f"{Path('run', CHECKPOINT_NAME)} was trained on other text than other holds now"
+        assert "no corpus 'nowhere'" in error_line(capsys, "train", "run", "--resume", "--data", "nowhere")
+        assert cli.main(["train", "run", "--resume", "--steps", "5", "--data", "moved"]) == 0
+        checkpoint = read_checkpoint("run")
+        assert (checkpoint.progress["step"], checkpoint.config["data"]) == (5, "moved")
+
+    def test_pairs_left_out_are_counted(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (data / "test.fr").write_text("\n" + (data / "test.fr").read_text().partition("\n")[2])
+        assert cli.main(["train", str(tmp_path / "run"), "--data", str(data), "--max-words", "4", *TINY]) == 0
+        captured = capsys.readouterr()
+        train, validate = captured.err.splitlines()[:2]
+        assert re.fullmatch(r"\d+ sentence pairs to train on; left out: \d+ of more than 4 words", train)
+        assert "sentence pairs to validate on" in validate
+        assert re.search("; left out: 1 with an empty side, [0-9]+ of more than 4 words", captured.out)
+
+    def test_ctrl_c_saves(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        original = Trainer._train_step
+
+        def interrupted(trainer: Trainer, *arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return original(trainer, *arguments)
+
+        monkeypatch.setattr(Trainer, "_train_step", interrupted)
+        try:
+            assert cli.main(["train", str(tmp_path / "run"), "--data", str(data), *TINY]) == 130
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"fused-attention: interrupted after step 1, which {tmp_path / 'run' / CHECKPOINT_NAME} holds; "
+            f"go on with: fused-attention train {tmp_path / 'run'} --resume"
+        )
+        assert read_checkpoint(tmp_path / "run").progress["step"] == 1
+
+    def test_full_disk_names_the_checkpoint(
+        self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_space(descriptor: int) -> None:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and os.fstat(descriptor).st_size > 0:  # the probe of the folder is empty
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+        assert cli.main(["train", str(tmp_path / "run"), "--data", str(data), *TINY]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message == f"fused-attention: {tmp_path / 'run' / CHECKPOINT_NAME}: No space left on device"
+        assert list((tmp_path / "run").iterdir()) == []
+
     def test_an_existing_checkpoint_is_not_replaced(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / CHECKPOINT_NAME).write_bytes(b"precious")
         message = error_line(capsys, "train", tmp_path, "--data", data, *TINY)
@@ -118,9 +182,10 @@ class TestTrain:
         assert message in error_line(capsys, "train", tmp_path / "run", *given)
         assert not (tmp_path / "run" / CHECKPOINT_NAME).exists()
 
-    def test_settings_with_resume(self, capsys: pytest.CaptureFixture[str]) -> None:
-        message = error_line(capsys, "train", trained_folder(), "--resume", "--dropout", "0.5")
-        assert message == "--resume keeps the run's settings; not allowed with it: dropout"
+    @pytest.mark.parametrize("setting", [("dropout", "0.5"), ("recipe", "multi30k")], ids=lambda setting: setting[0])
+    def test_settings_with_resume(self, capsys: pytest.CaptureFixture[str], setting: tuple[str, str]) -> None:
+        message = error_line(capsys, "train", trained_folder(), "--resume", f"--{setting[0]}", setting[1])
+        assert message == f"--resume keeps the run's settings; not allowed with it: {setting[0]}"
 
     def test_output_below_a_file(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").write_text("kept")
@@ -159,8 +224,15 @@ class TestTranslate:
     def test_long_line_is_named(self) -> None:
         finished = run_command("translate", trained_folder(), text="cat\n" + "big dog " * 90)
         assert finished.returncode == 0
-        assert finished.stderr == "fused-attention: line 2 is longer than 31 tokens and was cut\n"
+        assert finished.stderr.splitlines()[0] == "fused-attention: longer than 31 tokens and cut: line 2"
         assert len(finished.stdout.splitlines()) == 2
+
+    def test_translations_that_do_not_end_are_counted(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fused_attention.transformer.translate.LENGTH_LIMIT", (0, 1))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n" + b"cat\n" * 12)))
+        assert cli.main(["translate", str(trained_folder())]) == 0
+        numbers = ", ".join(map(str, range(2, 12)))
+        assert capsys.readouterr().err == f"fused-attention: translation cut before its end: 12 lines ({numbers}, ...)\n"
 
     def test_corrupt_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / CHECKPOINT_NAME

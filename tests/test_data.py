@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +17,8 @@ from tiny_translation import made_up_text, write_corpus, write_text
 
 from fused_attention.transformer import data, libreoffice_help
 from fused_attention.transformer.batches import BatchSource, Position
-from fused_attention.transformer.data import DataError, ParallelText, load_corpus, read_parallel
-from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID, PAD_ID, Tokenizer
+from fused_attention.transformer.data import DataError, ParallelText, left_out_text, load_corpus, read_parallel
+from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
 
 
 class TestReading:
@@ -47,7 +49,10 @@ class TestReading:
     def test_pairs_with_a_blank_side_are_left_out_and_the_rest_stays_aligned(self, tmp_path: Path) -> None:
         (tmp_path / "train.en").write_text(" one \n\ntwo\nthree\n")
         (tmp_path / "train.fr").write_text("un\nrien\n  \ntrois")
-        assert read_parallel(tmp_path, "train", "en", "fr") == ParallelText(["one", "three"], ["un", "trois"])
+        text = read_parallel(tmp_path, "train", "en", "fr")
+        assert text == ParallelText(["one", "three"], ["un", "trois"])
+        assert text.left_out == {"with an empty side": 2}
+        assert left_out_text(text.left_out) == "; left out: 2 with an empty side"
 
     def test_only_a_newline_ends_a_line(self, tmp_path: Path) -> None:
         # Real corpora hold form feeds and U+2028 inside sentences; splitting there would misalign all that follows.
@@ -59,7 +64,10 @@ class TestReading:
         folder = write_corpus(tmp_path)
         (folder / "val.en").write_text("one two\none\none two three\n")
         (folder / "val.fr").write_text("un\nun deux trois\nun\n")
-        assert load_corpus(str(folder), max_words=2).validation == ParallelText(["one two"], ["un"])
+        validation = load_corpus(str(folder), max_words=np.int64(2)).validation
+        assert validation == ParallelText(["one two"], ["un"])
+        assert validation.left_out == {"with an empty side": 0, "of more than 2 words": 2}
+        assert left_out_text(validation.left_out) == "; left out: 2 of more than 2 words"
 
     def test_fingerprint_follows_the_training_text(self, tmp_path: Path) -> None:
         folder = write_corpus(tmp_path)
@@ -156,6 +164,19 @@ class TestMulti30k:
         monkeypatch.setattr(data.urllib.request, "urlopen", answer)
         with pytest.raises(DataError, match="cannot download .*Network is unreachable; set FUSED_ATTENTION_DATA"):
             load_corpus("multi30k")
+        assert list((tmp_path / "cache" / "fused_attention").iterdir()) == []
+
+    def test_full_disk_names_the_file_and_leaves_no_corpus_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
+        monkeypatch.setattr(data.urllib.request, "urlopen", lambda address, timeout: io.BytesIO(gzip.compress(b"a\n")))
+
+        def no_space(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+        with pytest.raises(OSError, match="No space left on device") as error_info:
+            load_corpus("multi30k")
+        assert str(error_info.value.filename).endswith("train.en.gz")
         assert list((tmp_path / "cache" / "fused_attention").iterdir()) == []
 
     def test_unknown_language(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +286,30 @@ class TestTokenizer:
 
     def test_survives_serialisation(self, tokenizer: Tokenizer) -> None:
         assert Tokenizer(tokenizer.model).encode(["big red dog"]) == tokenizer.encode(["big red dog"])
+
+    def test_ids_of_numpy(self, tokenizer: Tokenizer) -> None:
+        ids = np.array(tokenizer.encode(["big red dog"])[0])
+        assert tokenizer.decode([ids]) == ["big red dog"]
+        assert tokenizer.pieces(ids) == tokenizer.pieces(ids.tolist())
+
+    @pytest.mark.parametrize(
+        "sentence",
+        ["Ω " + "the cat " * 600, "Ω ▅", "Ω\0", "Ω ▁ <s>Ω</s>", "Ω\t\u2028\ufeff", "e\u0301Ω"],
+        ids=["more than 4192 bytes", "sign for unknown", "NUL", "other signs", "spaces", "combining accent"],
+    )
+    def test_every_character_of_the_text_is_known(self, sentence: str) -> None:
+        tokenizer = Tokenizer.train(["the cat sees a dog"] * 20 + [sentence], np.int64(30))
+        assert len(tokenizer) == 30
+        known = sentence.replace("▅", "").replace("\0", "")
+        assert UNK_ID not in tokenizer.encode([known])[0]
+
+    def test_only_long_lines(self) -> None:
+        assert UNK_ID not in Tokenizer.train(["the cat " * 600] * 3, 12).encode(["the cat"])[0]
+
+    @pytest.mark.parametrize("text", [[], ["", "  "], ["▅", "\0"]], ids=["nothing", "spaces", "signs"])
+    def test_text_without_characters(self, text: list[str]) -> None:
+        with pytest.raises(DataError, match="cannot learn a vocabulary of 20 pieces from this text: it has no characters"):
+            Tokenizer.train(text, 20)
 
     @pytest.mark.parametrize(("size", "message"), [(5000, "too high"), (5, "smaller than required")])
     def test_impossible_vocabulary(self, size: int, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from fused_attention.transformer import demo, report, swap_demo
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
 from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, ParallelText, load_corpus
 from fused_attention.transformer.swap_demo import swap_attention
+from fused_attention.transformer.train import TrainingError
 from fused_attention.transformer.translate import Translator
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -126,6 +128,28 @@ class TestCorpusSearch:
         monkeypatch.setenv(DATA_VARIABLE, "/given")
         with pytest.raises(DataError, match="no multi30k here"):
             self.search(monkeypatch, {"libreoffice-help"})
+
+
+class TestAdvice:
+    """An error does not call for settings that the demonstration does not have."""
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"vocab_size": 5000}, "vocabulary of 5000 pieces"),
+            ({"max_len": 2}, "max_len = 2"),
+            ({"learning_rate_scale": math.inf}, "the loss is not finite at about step 10; lower learning_rate_scale"),
+        ],
+    )
+    def test_settings_are_those_of_train(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+    ) -> None:
+        folder = write_corpus(tmp_path / "data")
+        monkeypatch.setattr(demo, "demo_config", lambda corpus, device, minutes: tiny_config(folder, steps=20, **changes))
+        with pytest.raises(
+            (DataError, TrainingError), match=f"{message}.*; the demo has no settings for it, .*fused-attention train --help"
+        ):
+            demo.run_demo(tmp_path / "out", data=str(folder))
 
 
 class TestSwap:

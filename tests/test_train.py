@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import killed_training
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +24,7 @@ from tiny_translation import start_training, tiny_config, trained_folder, write_
 from fused_attention.transformer.atomic_write import atomic_write
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint
 from fused_attention.transformer.data import load_corpus
-from fused_attention.transformer.train import Trainer, TrainingError, token_loss
+from fused_attention.transformer.train import Trainer, TrainingError, TrainingInterrupted, stop_on_interrupt, token_loss
 from fused_attention.transformer.training_config import RECIPES, TrainingConfig, learning_rate
 from fused_attention.transformer.translate import Translator
 
@@ -41,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 def resume(folder: Path, **changes: object) -> Trainer:
     checkpoint = read_checkpoint(folder)
-    config = TrainingConfig.from_dict(checkpoint.config | changes)
+    config = replace(checkpoint.training_config(), **changes)
     return Trainer.resume(checkpoint, config, load_corpus(config.data), torch.device("cpu"))
 
 
@@ -91,6 +95,26 @@ class TestConfig:
         with pytest.raises(ValueError, match=message):
             TrainingConfig.from_dict({"steps": 10, **changes})
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"steps": 2.5}, "steps must be an int, got float"),
+            ({"steps": "10"}, "steps must be an int, got str"),
+            ({"d_model": None}, "d_model must be an int, got NoneType"),
+            ({"dropout": "0.1"}, "dropout must be a float, got str"),
+            ({"norm_first": "no"}, "norm_first must be a bool, got str"),
+            ({"data": 5}, "data must be a str, got int"),
+        ],
+    )
+    def test_settings_of_other_types(self, changes: dict[str, object], message: str) -> None:
+        with pytest.raises(TypeError, match=message):
+            TrainingConfig.from_dict({"steps": 10, **changes})
+
+    def test_numbers_of_numpy(self) -> None:
+        config = TrainingConfig(steps=np.int64(5), dropout=np.float32(0.5), norm_first=np.bool_(False), max_words=np.uint8(7))
+        assert config == TrainingConfig(steps=5, dropout=0.5, norm_first=False, max_words=7)
+        assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
     @pytest.mark.parametrize("name", sorted(RECIPES))
     def test_recipes_survive_a_checkpoint(self, name: str) -> None:
         assert TrainingConfig.from_dict(RECIPES[name].to_dict()) == RECIPES[name]
@@ -137,6 +161,16 @@ class TestLearning:
         assert trainer.step == len(trainer.history.losses) > 1
         assert trainer.optimizer.param_groups[0]["lr"] < learning_rate(trainer.config, trainer.step, 0.0)
 
+    def test_a_time_budget_that_is_over_at_once_is_one_step(self, tmp_path: Path, data: Path) -> None:
+        trainer = start_training(tmp_path / "run", data, minutes=1e-9, cooldown=0.5)
+        before = trainer.model.tgt_embedding.weight.clone()
+        trainer.run()
+        assert read_checkpoint(tmp_path / "run").progress["step"] == 1
+        assert not torch.equal(trainer.model.tgt_embedding.weight, before)
+        again = resume(tmp_path / "run")
+        again.run()
+        assert again.step == 1
+
     def test_gradient_norm_is_clipped(self, tmp_path: Path, data: Path) -> None:
         trainer = start_training(tmp_path / "run", data, clip_norm=1e-3, steps=1)
         trainer.run()
@@ -150,6 +184,17 @@ class TestLearning:
         with pytest.raises(TrainingError, match="the loss is not finite at about step 10; lower learning_rate_scale"):
             trainer.run()
         assert not (tmp_path / "run" / CHECKPOINT_NAME).exists()
+
+    def test_what_is_left_out_is_counted(self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fused_attention.transformer.train.VALIDATION_PAIRS", 8)
+        with (data / "train.en").open("a") as source, (data / "train.fr").open("a") as target:
+            source.write("\n" + "red cat " * 40 + "\ncat\n")
+            target.write("chat\nchat\nchat\n")
+        trainer = start_training(tmp_path / "run", data)
+        assert trainer.data_summary().splitlines() == [
+            "61 sentence pairs to train on; left out: 1 with an empty side, 1 of 32 tokens or more",
+            "8 sentence pairs to validate on; left out: 2 after the first 8",
+        ]
 
     def test_history_and_validation(self, tmp_path: Path, data: Path) -> None:
         trainer = start_training(tmp_path / "run", data, steps=25, validate_every=10)
@@ -208,6 +253,64 @@ class TestResume:
         write_corpus(data, count=61)
         with pytest.raises(CheckpointError, match="was trained on other text than .*data holds now"):
             resume(tmp_path / "run")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Presses Ctrl-C, met by Python's own handler unless a test sets another."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("one_thread")
+class TestInterrupt:
+    STEP = 3
+
+    def press_in_step(self, trainer: Trainer, press: Callable[[], None]) -> None:
+        trainer.optimizer.step = killed_training.on_call(  # type: ignore[method-assign]
+            self.STEP, lambda step=trainer.optimizer.step: (press(), step()), trainer.optimizer.step
+        )
+
+    def test_saves_the_step_and_says_how_to_go_on(self, tmp_path: Path, uninterrupted, ctrl_c: Callable[[], None]) -> None:
+        data, losses, _ = uninterrupted
+        trainer = start_training(tmp_path / "a run", data, steps=killed_training.STEPS)
+        self.press_in_step(trainer, ctrl_c)
+        with pytest.raises(TrainingInterrupted) as error_info:
+            trainer.run()
+        assert str(error_info.value) == (
+            f"interrupted after step {self.STEP}, which {tmp_path / 'a run' / CHECKPOINT_NAME} holds; "
+            f"go on with: fused-attention train '{tmp_path / 'a run'}' --resume"
+        )
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        rest = resume(tmp_path / "a run")
+        assert rest.step == self.STEP
+        rest.run()
+        assert rest.history.losses == losses
+
+    def test_the_second_one_stops_at_once(self, tmp_path: Path, data: Path, ctrl_c: Callable[[], None]) -> None:
+        trainer = start_training(tmp_path / "run", data, checkpoint_every=2)
+        self.press_in_step(trainer, lambda: [ctrl_c() for _ in range(2)])  # type: ignore[arg-type, return-value]
+        with pytest.raises(KeyboardInterrupt) as error_info:
+            trainer.run()
+        assert error_info.type is KeyboardInterrupt
+        assert read_checkpoint(tmp_path / "run").progress["step"] == 2
+
+    def test_a_handler_of_the_caller_stays(self, ctrl_c: Callable[[], None]) -> None:
+        met = []
+        signal.signal(signal.SIGINT, lambda *_: met.append("caller"))
+        with stop_on_interrupt() as interrupted:
+            ctrl_c()
+            assert met == ["caller"]
+            assert not interrupted()
+
+    def test_in_another_thread_nothing_changes(self, ctrl_c: Callable[[], None]) -> None:
+        def enter() -> object:
+            with stop_on_interrupt():
+                return signal.getsignal(signal.SIGINT)
+
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(enter).result() is signal.default_int_handler
 
 
 class TestCheckpointFiles:
@@ -282,8 +385,9 @@ class TestCheckpointFiles:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as error_info:
             atomic_write(path, b"new")
+        assert error_info.value.filename == str(path)
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 

@@ -56,9 +56,28 @@ def test_sentences_are_decoded_once_and_with_their_like(translator: Translator, 
 
 
 def test_a_line_that_does_not_fit_is_cut_and_named(translator: Translator) -> None:
-    lines = ["red cat", "red cat " * 100]
-    assert translator.too_long(lines) == [1]
-    assert len(translator.translate(lines)) == 2
+    done = translator.translations(["red cat", "red cat " * 100])
+    assert len(done.lines) == 2
+    assert done.cut_sources == [1]
+
+
+def test_a_translation_that_does_not_end_is_cut_and_named(
+    translator: Translator, known: ParallelText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(translate, "LENGTH_LIMIT", (0, 3))
+    done = translator.translations(["", *known.source])
+    whole = [len(translator.target_tokenizer.encode([sentence])[0]) < 3 for sentence in known.target]
+    assert 0 < sum(whole) < len(whole)
+    assert done.cut_translations == [index + 1 for index, ended in enumerate(whole) if not ended]
+    assert done.cut_sources == []
+
+
+def test_a_score_says_what_it_is_not_of(translator: Translator, known: ParallelText) -> None:
+    text = ParallelText([*known.source, "red cat " * 100], [*known.target, "chat rouge"], {"with an empty side": 2})
+    scores, _ = translator.score(text)
+    assert "on 31 sentences" in str(scores)
+    assert "; left out: 2 with an empty side; cut: 1 sources longer than 31 tokens" in str(scores)
+    assert translator.score(known)[0].remark == ""
 
 
 def test_loads_a_file_as_well_as_its_folder(translator: Translator, known: ParallelText) -> None:

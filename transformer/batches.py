@@ -77,6 +77,10 @@ class BatchSource:
         self.batch_tokens = batch_tokens
         self.seed = seed
 
+    def __len__(self) -> int:
+        """How many pairs there are."""
+        return len(self._pairs)
+
     def _padded(self, length: int) -> int:
         return min(-(-length // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_len)
 

@@ -18,6 +18,7 @@ from fused_attention.transformer.atomic_write import atomic_write
 from fused_attention.transformer.model import Transformer
 from fused_attention.transformer.optional_modules import optional_module
 from fused_attention.transformer.tokenizer import Tokenizer
+from fused_attention.transformer.training_config import TrainingConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FORMAT = "fused_attention checkpoint 1"
@@ -41,6 +42,13 @@ class Checkpoint:
         """Tensors whose name starts with "prefix.", by the rest of their name."""
         start = prefix + "."
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+
+    def training_config(self) -> TrainingConfig:
+        """The settings of the run that wrote it. Raises CheckpointError."""
+        try:
+            return TrainingConfig.from_dict(self.config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"corrupt checkpoint {self.path}: {error}") from error
 
 
 def save_checkpoint(

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from fused_attention.transformer.atomic_write import naming
 from fused_attention.transformer.optional_modules import optional_module
 from fused_attention.transformer.training_config import RECIPES, TrainingConfig
 
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(arguments)
         finally:
             flush_stdout()
-    except KeyboardInterrupt:
-        return fail("interrupted", status=130)
+    except KeyboardInterrupt as error:
+        return fail(str(error) or "interrupted", status=130)
     except BrokenPipeError:
         return 141
     except OSError as error:
@@ -101,8 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a translator on parallel text")
     train.add_argument("output", type=Path, help="folder for the checkpoint")
-    train.add_argument("--data", help="corpus folder, multi30k or libreoffice-help (default: the recipe's)")
-    train.add_argument("--recipe", choices=sorted(RECIPES), default="multi30k", help="settings to start from")
+    train.add_argument("--data", help="corpus folder, multi30k or libreoffice-help (default: the recipe's); with --resume, where it is now")
+    train.add_argument("--recipe", choices=sorted(RECIPES), help="settings to start from (default: multi30k)")
     budget = train.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, help="train for this many optimizer steps")
     budget.add_argument("--minutes", type=float, help="train for this long")
@@ -124,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train, translate and write a report, in one go")
     demo.add_argument("--minutes", type=float, help="training time (default: 10 on a CPU, 3 on a GPU)")
-    demo.add_argument("--data", help="corpus folder, multi30k or libreoffice-help (default: what can be had)")
+    demo.add_argument("--data", help="folder with an English-French corpus, multi30k or libreoffice-help (default: what can be had)")
     demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for report and checkpoint (default: demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier report and checkpoint")
     demo.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -142,8 +143,8 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint
-    from fused_attention.transformer.data import load_corpus
+    from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
+    from fused_attention.transformer.data import NAMED_CORPORA, load_corpus
     from fused_attention.transformer.output_folder import claim_output_folder
     from fused_attention.transformer.precision import choose_device
     from fused_attention.transformer.train import Trainer
@@ -157,22 +158,21 @@ def run_train(options: argparse.Namespace) -> None:
     budget: dict[str, Any] = {name: given.pop(name) for name in ("steps", "minutes") if name in given}
     if options.resume:
         checkpoint = read_checkpoint(options.output)
-        if given:
-            raise ValueError(f"--resume keeps the run's settings; not allowed with it: {', '.join(sorted(given))}")
-        try:
-            config = TrainingConfig.from_dict(checkpoint.config)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {error}") from error
-        config = with_budget(config, budget)
+        if unwanted := sorted(given.keys() - {"data"}) + (["recipe"] if options.recipe else []):
+            raise ValueError(f"--resume keeps the run's settings; not allowed with it: {', '.join(unwanted)}")
+        config = with_budget(replace(checkpoint.training_config(), **given), budget)
+        if not (given or config.data in NAMED_CORPORA or Path(config.data).is_dir()):
+            raise ValueError(f"{checkpoint.path} was trained on the folder {config.data}, which is not there; --data says where it is now")
     else:
         claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
-        config = with_budget(replace(RECIPES[options.recipe], **given), budget)
+        config = with_budget(replace(RECIPES[options.recipe or "multi30k"], **given), budget)
 
     corpus = load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words)
     if options.resume:
         trainer = Trainer.resume(checkpoint, config, corpus, device)
     else:
         trainer = Trainer(config, corpus, options.output, device)
+    print(trainer.data_summary(), file=sys.stderr)
     trainer.run()
     name, text = corpus.held_out()
     translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
@@ -189,15 +189,28 @@ def run_translate(options: argparse.Namespace) -> None:
 
     translator = Translator.load(options.checkpoint, options.device)
     try:
-        lines = sys.stdin.buffer.read().decode("utf-8").split("\n")
+        with naming("stdin"):
+            text = sys.stdin.buffer.read()
+        lines = text.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from error
     if lines[-1] == "":
         lines.pop()
-    for index in translator.too_long(lines):
-        print(f"fused-attention: line {index + 1} is longer than {translator.model.max_len - 1} tokens and was cut", file=sys.stderr)
-    translations = translator.translate(lines)
-    sys.stdout.buffer.write("".join(f"{line}\n" for line in translations).encode())
+    translations = translator.translations(lines)
+    too_long = f"longer than {translator.model.max_len - 1} tokens and cut"
+    for what, indices in ((too_long, translations.cut_sources), ("translation cut before its end", translations.cut_translations)):
+        if indices:
+            print(f"fused-attention: {what}: {line_numbers(indices)}", file=sys.stderr)
+    with naming("stdout"):
+        sys.stdout.buffer.write("".join(f"{line}\n" for line in translations.lines).encode())
+
+
+def line_numbers(indices: Sequence[int], most: int = 10) -> str:
+    """Indices of lines as a reader counts them: "line 3", "lines 3, 7", or how many there are and the first ones."""
+    numbers = ", ".join(str(index + 1) for index in indices[:most])
+    if len(indices) > most:
+        return f"{len(indices):,} lines ({numbers}, ...)"
+    return f"line{'s' if len(indices) > 1 else ''} {numbers}"
 
 
 def run_demo(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import tempfile
 import urllib.request
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fused_attention.transformer.atomic_write import atomic_write, sync_folder
@@ -36,14 +36,22 @@ class ParallelText:
 
     source: list[str]
     target: list[str]
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)  # reason -> pairs that the files hold beyond these
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def keep(self, wanted: Callable[[str, str], bool]) -> ParallelText:
-        """The pairs for which `wanted(source, target)` holds, in order."""
+    def keep(self, wanted: Callable[[str, str], bool], otherwise: str) -> ParallelText:
+        """The pairs for which `wanted(source, target)` holds, in order; the others are counted as `otherwise`, the reason."""
         pairs = [(source, target) for source, target in zip(self.source, self.target, strict=True) if wanted(source, target)]
-        return ParallelText([source for source, _ in pairs], [target for _, target in pairs])
+        left_out = {**self.left_out, otherwise: len(self) - len(pairs)}
+        return ParallelText([source for source, _ in pairs], [target for _, target in pairs], left_out)
+
+
+def left_out_text(left_out: dict[str, int]) -> str:
+    """How many pairs each reason has cost, as "; left out: 2 with an empty side, 1 of more than 20 words"; "" if none."""
+    reasons = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
+    return f"; left out: {', '.join(reasons)}" if reasons else ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,9 @@ def read_corpus(
         text = read_parallel(folder, split, source_language, target_language)
         if max_words is None:
             return text
-        short = text.keep(lambda source, target: max(len(source.split()), len(target.split())) <= max_words)
+        short = text.keep(
+            lambda source, target: max(len(source.split()), len(target.split())) <= max_words, f"of more than {max_words} words"
+        )
         if not len(short):
             raise DataError(f"{folder}/{split}: no pair has at most {max_words} words on both sides")
         return short
@@ -120,7 +130,7 @@ def read_corpus(
 
 
 def read_parallel(folder: Path, split: str, source_language: str, target_language: str) -> ParallelText:
-    """Read one split. Pairs with a blank side are left out; DataError if files are missing, unequal or empty."""
+    """Read one split. Pairs with an empty side are left out; DataError if files are missing, unequal or empty."""
     paths = []
     for language in (source_language, target_language):
         path = _find_file(folder, split, language)
@@ -130,7 +140,7 @@ def read_parallel(folder: Path, split: str, source_language: str, target_languag
     source, target = map(read_lines, paths)
     if len(source) != len(target):
         raise DataError(f"parallel files must have equally many lines: {paths[0]} has {len(source)}, {paths[1]} has {len(target)}")
-    text = ParallelText(source, target).keep(lambda source, target: bool(source and target))
+    text = ParallelText(source, target).keep(lambda source, target: bool(source and target), "with an empty side")
     if not len(text):
         raise DataError(f"empty corpus: {paths[0]} and {paths[1]} hold no sentence pair")
     return text

@@ -25,7 +25,7 @@ from fused_attention.transformer.output_folder import claim_output_folder
 from fused_attention.transformer.precision import choose_device
 from fused_attention.transformer.swap_demo import SwapResult, swap_attention
 from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID
-from fused_attention.transformer.train import Trainer
+from fused_attention.transformer.train import Trainer, TrainingError
 from fused_attention.transformer.training_config import TrainingConfig
 from fused_attention.transformer.translate import Scores, Translator
 
@@ -61,9 +61,14 @@ def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = N
 
     corpus = load_corpus(data) if data is not None else find_corpus()
     minutes = DEFAULT_MINUTES.get(chosen.type, DEFAULT_MINUTES["cpu"]) if minutes is None else minutes
-    print(f"\ntraining {minutes:g} minutes on {corpus.name}: {len(corpus.train):,} sentence pairs", flush=True)
-    trainer = Trainer(demo_config(corpus, chosen, minutes), corpus, folder, chosen)
-    trainer.run()
+    print(f"\ntraining {minutes:g} minutes on {corpus.name}", flush=True)
+    try:
+        trainer = Trainer(demo_config(corpus, chosen, minutes), corpus, folder, chosen)
+        print(trainer.data_summary(), flush=True)
+        trainer.run()
+    except (DataError, TrainingError) as error:
+        # What these call for, such as a smaller vocabulary, are settings that the demonstration does not have.
+        raise type(error)(f"{error}; the demo has no settings for it, `fused-attention train --help` lists those of train") from error
 
     translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
     test_name, test = corpus.held_out()
@@ -156,7 +161,7 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
         **{f"backend {name}": status for name, status in backend_lines().items()},
         "model": f"{config.num_encoder_layers} + {config.num_decoder_layers} layers, {config.d_model} wide, "
         f"{config.num_heads} heads, feed-forward {config.dim_feedforward}, {len(trainer.source_tokenizer):,} BPE pieces",
-        "training": f"{trainer.step:,} steps on {len(corpus.train):,} sentence pairs of {corpus.name}",
+        "training": f"{trainer.step:,} steps on {corpus.name}: {trainer.data_summary().replace(chr(10), '. ')}",
         "scores": str(scores),
     }
     sections = [

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from fused_attention.transformer.data import DataError
 from fused_attention.transformer.optional_modules import optional_module
 
+# sentencepiece's signs for a space and for what is unknown. It trains on no sentence that holds the second one.
+SPACE_SIGN, UNKNOWN_SIGN = "▁", "▅"
+# Bytes; the most that sentencepiece takes. Longer sentences, and by default those of more than 4192 bytes, it leaves out in silence.
+MAX_SENTENCE_LENGTH = 2**30
 SPECIAL_IDS = PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 
@@ -20,17 +24,30 @@ class Tokenizer:
 
     @classmethod
     def train(cls, sentences: Sequence[str], vocab_size: int) -> Tokenizer:
-        """Learn `vocab_size` pieces, the four special ones included. DataError if the text cannot fill or fit them."""
+        """Learn `vocab_size` pieces, the four special ones included. DataError if the text cannot fill or fit them.
+
+        Every character of the sentences is a piece, as sentencepiece normalises it (NFKC), except for its own signs and NUL.
+        """
+        sentencepiece = optional_module("sentencepiece")
+        failure = f"cannot learn a vocabulary of {vocab_size} pieces from this text"
         if vocab_size <= len(SPECIAL_IDS):
             raise DataError(f"vocab_size must be more than the {len(SPECIAL_IDS)} special pieces, not {vocab_size}")
+        sentences = [sentence.replace(UNKNOWN_SIGN, " ") for sentence in sentences]
+        normalized = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc").normalize(sentences)
+        characters = set().union(*normalized) - {SPACE_SIGN, "\0"}
+        if not characters:
+            raise DataError(f"{failure}: it has no characters")
         model = io.BytesIO()
         try:
-            optional_module("sentencepiece").SentencePieceTrainer.train(
+            sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(sentences),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
+                max_sentence_length=MAX_SENTENCE_LENGTH,
                 character_coverage=1.0,
+                # The coverage is reckoned in float32, which is 1 before the last of some ten million characters.
+                required_chars="".join(sorted(characters)),
                 pad_id=PAD_ID,
                 bos_id=BOS_ID,
                 eos_id=EOS_ID,
@@ -38,9 +55,9 @@ class Tokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
-            # sentencepiece's message ends with the sentence that says what to do, after its source location.
-            reason = str(error).rpartition("] ")[2].strip()
-            raise DataError(f"cannot learn a vocabulary of {vocab_size} pieces from this text: {reason}") from error
+            # sentencepiece's message ends with the sentence that says what to do, if it has one, after its source location.
+            reason = str(error).rpartition("] ")[2].strip() or str(error)
+            raise DataError(f"{failure}: {reason}") from error
         return cls(model.getvalue())
 
     def __len__(self) -> int:
@@ -54,7 +71,7 @@ class Tokenizer:
         """The sentence of each row of ids, which ends at the first end token; padding is left out."""
         rows = []
         for row in ids:
-            text = list(row)
+            text = [int(token) for token in row]
             if EOS_ID in text:
                 text = text[: text.index(EOS_ID)]
             rows.append([token for token in text if token not in (PAD_ID, BOS_ID)])
@@ -62,4 +79,4 @@ class Tokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The written form of each id, e.g. "▁house"."""
-        return [self._processor.id_to_piece(token) for token in ids]
+        return [self._processor.id_to_piece(int(token)) for token in ids]

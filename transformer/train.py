@@ -1,13 +1,20 @@
 """Training of a Transformer on parallel text, resumable from any saved step with bit-identical losses (CPU).
 
 1. Learn the tokenizers, encode the corpus. 2. Draw a length-bucketed batch. 3. Label-smoothed cross entropy under bf16
-autocast where that pays. 4. Clip the gradient norm, set the learning rate, AdamW. 5. Validate and save now and then.
+autocast where that pays. 4. Clip the gradient norm, set the learning rate, AdamW. 5. Validate and save now and then, and save
+when Ctrl-C ends the run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +33,7 @@ from fused_attention.transformer.checkpoint import (
     save_checkpoint,
     tokenizer_tensors,
 )
-from fused_attention.transformer.data import Corpus
+from fused_attention.transformer.data import Corpus, left_out_text
 from fused_attention.transformer.model import Transformer
 from fused_attention.transformer.optional_modules import optional_module
 from fused_attention.transformer.precision import autocast
@@ -40,6 +47,10 @@ VALIDATION_PAIRS = 500
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run that has saved its checkpoint; the message is one line that says where, and how to go on."""
 
 
 @dataclass
@@ -100,23 +111,35 @@ class Trainer:
     def resume(cls, checkpoint: Checkpoint, config: TrainingConfig, corpus: Corpus, device: torch.device) -> Trainer:
         """Continue a run; on a CPU with the same number of threads its losses are those it would have had. CheckpointError."""
         tokenizers = load_tokenizers(checkpoint)
-        try:
-            trainer = cls(config, corpus, checkpoint.path.parent, device, tokenizers)
-        except TypeError as error:
-            # Settings with a value of a type that a run cannot have had.
-            raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {error}") from error
         if checkpoint.progress.get("corpus") != corpus.fingerprint():
             raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
+        trainer = cls(config, corpus, checkpoint.path.parent, device, tokenizers)
         trainer._restore(checkpoint)
         return trainer
 
+    def data_summary(self) -> str:
+        """Two lines: how many pairs are trained and validated on, and why others of the corpus are not."""
+        too_long = f"of {self.config.max_len} tokens or more"
+        lines = []
+        for use, text, batches in (("train", self.corpus.train, self.batches), ("validate", self.corpus.validation, self.validation)):
+            left_out = {**text.left_out, too_long: batches.num_dropped}
+            if use == "validate":
+                left_out[f"after the first {VALIDATION_PAIRS}"] = max(0, len(text) - VALIDATION_PAIRS)
+            lines.append(f"{len(batches):,} sentence pairs to {use} on{left_out_text(left_out)}")
+        return "\n".join(lines)
+
     def run(self) -> None:
-        """Train to the end of the budget, with a progress bar on stderr; saves and validates on the way and at the end."""
-        started = time.monotonic() - (self.history.seconds[-1] if self.history.seconds else 0.0)
+        """Train to the end of the budget, with a progress bar on stderr; saves and validates on the way and at the end.
+
+        At least one step is taken. Ctrl-C (SIGINT) ends the run after the step that it meets, saved, by TrainingInterrupted; a
+        second one ends it at once.
+        """
+        seconds = self.history.seconds[-1] if self.history.seconds else 0.0
+        started = time.monotonic() - seconds
         batches = self.batches.from_position(self.position)
         self.model.train()
-        with self._progress_bar() as bar:
-            while (progress := self.progress(time.monotonic() - started)) < 1.0:
+        with stop_on_interrupt() as interrupted, self._progress_bar() as bar:
+            while (progress := self.progress(seconds)) < 1.0:
                 batch = next(batches)
                 self._unread_losses.append(self._train_step(batch.to(self.device), progress))
                 self.history.tokens += batch.tokens()
@@ -128,11 +151,19 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
                 self._show_progress(bar)
+                seconds = time.monotonic() - started
+                if interrupted():
+                    break
             self._read_losses()
-            if not self.history.validations or self.history.validations[-1][0] != self.step:
+            if not interrupted() and (not self.history.validations or self.history.validations[-1][0] != self.step):
                 self._validate()
             self.save()
             self._show_progress(bar)
+        if interrupted():
+            raise TrainingInterrupted(
+                f"interrupted after step {self.step}, which {self.folder / CHECKPOINT_NAME} holds; "
+                f"go on with: fused-attention train {shlex.quote(str(self.folder))} --resume"
+            )
 
     def progress(self, seconds: float) -> float:
         """How much of the budget is used up, 0 to 1, after `seconds` of training."""
@@ -228,7 +259,7 @@ class Trainer:
     def _progress_bar(self) -> Any:
         by_steps = self.config.steps is not None
         return optional_module("tqdm").tqdm(
-            total=self.config.steps if by_steps else round(60 * (self.config.minutes or 0)),
+            total=self.config.steps if by_steps else max(1, round(60 * (self.config.minutes or 0))),
             unit="step" if by_steps else "s",
             desc="training",
             dynamic_ncols=True,
@@ -247,6 +278,31 @@ class Trainer:
             speed = f"{self.history.tokens / max(seconds, 1e-9):,.0f} tokens/s"
             bar.set_postfix_str(f"step {self.step}, {loss}{validation}, {speed}", refresh=False)
         bar.update(done - bar.n)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C was pressed; the first one does no more than that, a second is KeyboardInterrupt.
+
+    Python allows this in the main thread only, and a handler that the caller has set stays: the function then says False.
+    """
+    pressed = False
+
+    def take_note(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # no stderr; written past its buffer, which the signal may have met half full
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, take_note)
+    try:
+        yield lambda: pressed
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer, Tokenizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,7 +12,9 @@ from fused_attention.transformer.precision import AUTOCAST_CHOICES
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides the result of a training run. ValueError, naming the setting, if one is out of range.
+    """Everything that decides the result of a training run. ValueError or TypeError, naming the setting that is out of range.
+
+    Settings become Python's own int, float, bool and str, so that a checkpoint can hold them: numbers of numpy are taken.
 
     Ends after `steps` optimizer steps or after `minutes` of training, whichever is given; exactly one must be.
     """
@@ -50,6 +53,8 @@ class TrainingConfig:
     validate_every: int = 200  # steps; and at the end
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, str(field.type), getattr(self, field.name)))
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("exactly one of steps and minutes must be given")
         positive = [
@@ -91,6 +96,25 @@ class TrainingConfig:
         if unknown:
             raise ValueError(f"unknown training settings: {', '.join(unknown)}")
         return cls(**values)
+
+
+def _plain(name: str, declared: str, value: Any) -> Any:
+    """The value of a setting in its declared type, such as "int | None"; TypeError if it is of another kind."""
+    kind, _, optional = declared.partition(" | ")
+    if value is None and optional:
+        return None
+    try:
+        if kind == "int":
+            return operator.index(value)
+        if kind == "float" and not isinstance(value, str):
+            return float(value)
+        if kind == "bool" and value in (False, True):
+            return bool(value)
+        if kind == "str" and isinstance(value, str):
+            return value
+    except (TypeError, OverflowError):
+        pass
+    raise TypeError(f"{name} must be {'an' if kind == 'int' else 'a'} {kind}, got {type(value).__name__}")
 
 
 def learning_rate(config: TrainingConfig, step: int, progress: float) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fused_attention.transformer.batches import pad
 from fused_attention.transformer.checkpoint import load_model, load_tokenizers, read_checkpoint
-from fused_attention.transformer.data import ParallelText
+from fused_attention.transformer.data import ParallelText, left_out_text
 from fused_attention.transformer.model import Transformer
 from fused_attention.transformer.optional_modules import optional_module
 from fused_attention.transformer.precision import autocast, choose_device
@@ -28,9 +28,19 @@ class Scores:
     chrf: float
     num_sentences: int
     bleu_signature: str
+    remark: str = ""  # what was left out and cut
 
     def __str__(self) -> str:
-        return f"BLEU {self.bleu:.1f}, chrF {self.chrf:.1f} on {self.num_sentences} sentences ({self.bleu_signature})"
+        return f"BLEU {self.bleu:.1f}, chrF {self.chrf:.1f} on {self.num_sentences} sentences ({self.bleu_signature}){self.remark}"
+
+
+@dataclass(frozen=True)
+class Translations:
+    """Translated lines, in order, and the indices of those that are not whole."""
+
+    lines: list[str]
+    cut_sources: list[int] = field(default_factory=list)  # did not fit the model
+    cut_translations: list[int] = field(default_factory=list)  # had not ended at the length limit
 
 
 class Translator:
@@ -48,38 +58,47 @@ class Translator:
         return cls(load_model(checkpoint, choose_device(device)), *load_tokenizers(checkpoint))
 
     def translate(self, lines: Sequence[str]) -> list[str]:
-        """Greedy translations, one a line, in order; a blank line stays empty. Equal lines are translated once.
+        """Greedy translations, one a line, in order; a blank line stays empty. Equal lines are translated once."""
+        return self.translations(lines).lines
 
-        A line of more than max_len - 1 tokens is cut there; `too_long` tells which ones are.
-        """
+    def translations(self, lines: Sequence[str]) -> Translations:
+        """As `translate`, and what was cut: a line of more than max_len - 1 tokens, a translation that reached LENGTH_LIMIT or max_len."""
         sentences = sorted({" ".join(line.split()) for line in lines} - {""})
         encoded = dict(zip(sentences, self.source_tokenizer.encode(sentences), strict=True))
         by_length = sorted(sentences, key=lambda sentence: len(encoded[sentence]))
-        translations = {"": ""}
+        translations = {"": ("", True)}
         for start in range(0, len(by_length), BATCH_SENTENCES):
             batch = by_length[start : start + BATCH_SENTENCES]
             translations |= zip(batch, self._translate_batch([encoded[sentence] for sentence in batch]), strict=True)
-        return [translations[" ".join(line.split())] for line in lines]
-
-    def too_long(self, lines: Sequence[str]) -> list[int]:
-        """Indices of the lines that do not fit the model and would be cut."""
-        return [i for i, ids in enumerate(self.source_tokenizer.encode(lines)) if len(ids) >= self.model.max_len]
+        in_order = [" ".join(line.split()) for line in lines]
+        return Translations(
+            [translations[sentence][0] for sentence in in_order],
+            [i for i, sentence in enumerate(in_order) if len(encoded.get(sentence, ())) >= self.model.max_len],
+            [i for i, sentence in enumerate(in_order) if not translations[sentence][1]],
+        )
 
     def source_tokens(self, ids: list[int]) -> list[int]:
         """An encoded sentence as the model reads it: cut at max_len - 1 tokens, with its end."""
         return [*ids[: self.model.max_len - 1], EOS_ID]
 
-    def _translate_batch(self, rows: list[list[int]]) -> list[str]:
+    def _translate_batch(self, rows: list[list[int]]) -> list[tuple[str, bool]]:
+        """The translation of each row of ids, and whether it ended."""
         src = pad([self.source_tokens(ids) for ids in rows]).to(self.device)
         factor, constant = LENGTH_LIMIT
         with autocast(self.device):
             output = self.model.generate(src, max_new_tokens=min(factor * src.size(1) + constant, self.model.max_len))
-        return self.target_tokenizer.decode(output.tolist())
+        tokens = output.tolist()
+        return list(zip(self.target_tokenizer.decode(tokens), (EOS_ID in row for row in tokens), strict=True))
 
     def score(self, text: ParallelText) -> tuple[Scores, list[str]]:
         """Translate `text.source` and compare with `text.target`; returns the translations too."""
-        translations = self.translate(text.source)
-        return score(translations, text.target), translations
+        done = self.translations(text.source)
+        remark = left_out_text(text.left_out)
+        if done.cut_sources:
+            remark += f"; cut: {len(done.cut_sources):,} sources longer than {self.model.max_len - 1} tokens"
+        if done.cut_translations:
+            remark += f"; cut: {len(done.cut_translations):,} translations that had not ended"
+        return replace(score(done.lines, text.target), remark=remark), done.lines
 
 
 def score(translations: Sequence[str], references: Sequence[str]) -> Scores:
