@@ -67,8 +67,7 @@ class Problem:
         """attn_mask, alibi_slopes and sinks: a mask of any other dtype and the two others become float32."""
         attn_mask, alibi_slopes, sinks = self.attn_mask, self.alibi_slopes, self.sinks
         if attn_mask is not None and attn_mask.dtype not in mask_dtypes:
-            distinct = [slice(1) if stride == 0 else slice(None) for stride in attn_mask.stride()]  # an expanded mask stays small
-            attn_mask = attn_mask[tuple(distinct)].float()
+            attn_mask = without_repetition(attn_mask).float()  # an expanded mask stays small
         return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
 
     @property
@@ -278,17 +277,16 @@ def make_problem(
     if attn_mask is not None:
         attn_mask = _checked_attn_mask(attn_mask, (batch, num_heads, seqlen_q, seqlen_k), device)
     if key_mask is not None:
-        _check_tensor("key_mask", key_mask, device, (torch.bool,), ((batch, seqlen_k),), "(batch, seqlen_k)")
+        key_mask = _checked_tensor("key_mask", key_mask, device, (torch.bool,), ((batch, seqlen_k),), "(batch, seqlen_k)")
     if key_lengths is not None:
         key_lengths = _checked_lengths("key_lengths", key_lengths, device, batch)
     if query_lengths is not None:
         query_lengths = _checked_lengths("query_lengths", query_lengths, device, batch)
     if alibi_slopes is not None:
         shapes = ((num_heads,), (batch, num_heads))
-        _check_tensor("alibi_slopes", alibi_slopes, device, FLOAT_DTYPES, shapes, "(num_heads,) or (batch, num_heads)")
+        alibi_slopes = _checked_tensor("alibi_slopes", alibi_slopes, device, FLOAT_DTYPES, shapes, "(num_heads,) or (batch, num_heads)")
     if sinks is not None:
-        _check_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)")
-        sinks = with_contiguous_last_dim(sinks)
+        sinks = with_contiguous_last_dim(_checked_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)"))
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
     else:
@@ -316,10 +314,7 @@ def make_problem(
         _checked_rng_state(rng_state, dropout_p, device),
         cu_seqlens_q,
         cu_seqlens_k,
-        None if prepared is None else prepared.mask_bits,
-        None if prepared is None else prepared.mask_bits_transposed,
-        None if prepared is None else prepared.row_tiles,
-        None if prepared is None else prepared.column_tiles,
+        *((None, None, None, None) if prepared is None else _saveable_tiles(prepared)),
         scale,
         _checked_causal(is_causal),
         window_left,
@@ -443,14 +438,14 @@ def causal_bias(mask: object) -> Causal | None:
     return "bottom_right"
 
 
-def _check_tensor(
+def _checked_tensor(
     name: str,
     tensor: Tensor,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     shapes: tuple[tuple[int, ...], ...],
     shape_words: str,
-) -> None:
+) -> Tensor:
     check_dense(name, tensor)
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -460,6 +455,21 @@ def _check_tensor(
     if not any(_same_shape(tensor.shape, shape) for shape in shapes):
         allowed = " or ".join(str(tuple(int(n) for n in shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {shape_words} = {allowed}, got {tuple(tensor.shape)}")
+    return saveable(tensor)
+
+
+def saveable(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that was made under torch.inference_mode, where a backward pass may need it: autograd does not save such
+    tensors, because they do not count their changes.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return without_repetition(tensor).clone().expand(tensor.shape)
+
+
+def without_repetition(tensor: Tensor) -> Tensor:
+    """The tensor with size 1 in dims that it was expanded in."""
+    return tensor[tuple([slice(1) if stride == 0 else slice(None) for stride in tensor.stride()])]
 
 
 def _same_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
@@ -468,8 +478,7 @@ def _same_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: int) -> Tensor:
-    _check_tensor(name, lengths, device, (torch.int32, torch.int64), ((batch,),), "(batch,)")
-    return _as_int32(lengths)
+    return _as_int32(_checked_tensor(name, lengths, device, (torch.int32, torch.int64), ((batch,),), "(batch,)"))
 
 
 def _as_int32(lengths: Tensor) -> Tensor:
@@ -487,8 +496,7 @@ def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.devi
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
         length = cu_seqlens.shape[0]
-    _check_tensor(name, cu_seqlens, device, (torch.int32, torch.int64), ((length,),), "(batch + 1,)")
-    return _as_int32(cu_seqlens)
+    return _as_int32(_checked_tensor(name, cu_seqlens, device, (torch.int32, torch.int64), ((length,),), "(batch + 1,)"))
 
 
 MAX_WASTE = 4  # how many rows a bound may stand for, per token
@@ -544,6 +552,11 @@ def _check_prepared(mask: PreparedMask, full_shape: tuple[int, int, int, int], d
         )
 
 
+def _saveable_tiles(mask: PreparedMask) -> list[Tensor | None]:
+    tensors = mask.mask_bits, mask.mask_bits_transposed, mask.row_tiles, mask.column_tiles
+    return [None if tensor is None else saveable(tensor) for tensor in tensors]
+
+
 def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
     check_dense("attn_mask", mask)
     if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
@@ -562,7 +575,7 @@ def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], devi
             "attn_mask must have shape (seqlen_q, seqlen_k), or 4 dims that broadcast to (batch, num_heads, seqlen_q, seqlen_k) = "
             f"{tuple(int(n) for n in full_shape)}, got {tuple(mask.shape)}"
         )
-    return mask
+    return saveable(mask)
 
 
 def _checked_number(name: str, given: float | Tensor) -> float:
@@ -610,8 +623,7 @@ def _checked_causal(is_causal: bool | str) -> Causal:
 
 def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
     if rng_state is not None:
-        _check_tensor("rng_state", rng_state, device, (torch.int64,), ((2,),), "(2,)")
-        rng_state = rng_state.contiguous()
+        rng_state = _checked_tensor("rng_state", rng_state, device, (torch.int64,), ((2,),), "(2,)").contiguous()
     if not 0.0 < dropout_p < 1.0:
         return None
     if rng_state is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import routing
 from .ops import KERNEL_BACKENDS, reaches_kernels
-from .problem import NUM_INPUTS, NUM_SIDE_TENSORS, Problem
+from .problem import NUM_INPUTS, NUM_SIDE_TENSORS, Problem, saveable
 from .reference import dropout, masked_scores, without_autocast
 
 BACKENDS = ("triton", "cpu")  # whose kernels compute weights
@@ -17,6 +17,7 @@ BACKENDS = ("triton", "cpu")  # whose kernels compute weights
 
 def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     """Weights after dropout: by a kernel where one runs, else by the formula, which also is where their gradient comes from."""
+    lse = saveable(lse)
     if lse.dtype == torch.float32 and reaches_kernels(problem, lse):
         for backend in BACKENDS:
             if not routing.routed_reasons(backend, problem):

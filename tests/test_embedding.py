@@ -49,6 +49,36 @@ def test_reset_restores_the_positions_of_a_model_made_without_memory() -> None:
     assert torch.equal(embedding.positions, sinusoidal_positions(9, 6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+def test_loading_fills_the_positions_of_a_model_made_without_memory(assign: bool, dtype: torch.dtype) -> None:
+    trained = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0).to(dtype)
+    with torch.device("meta"):
+        embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+    if not assign:
+        embedding = embedding.to_empty(device="cpu").to(dtype)
+        embedding.positions.fill_(math.nan)
+    embedding.load_state_dict(trained.state_dict(), assign=assign)
+    assert torch.equal(embedding.positions, sinusoidal_positions(9, 6).to(dtype))
+    tokens = torch.tensor([[3, 10, 4]])
+    assert torch.equal(embedding(tokens), trained(tokens))
+
+
+def test_loading_keeps_the_memory_of_the_positions() -> None:
+    embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+    positions = embedding.positions
+    embedding.load_state_dict(embedding.state_dict())
+    assert embedding.positions is positions
+
+
+def test_a_model_that_stays_without_memory_loads() -> None:
+    embedding = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+    with torch.device("meta"):
+        empty = TokenEmbedding(vocab_size=11, d_model=6, max_len=9, pad_id=0, dropout=0.0)
+        empty.load_state_dict(embedding.state_dict(), assign=True)
+    assert torch.equal(empty.positions, embedding.positions)
+
+
 def test_scaled_embeddings_start_with_unit_variance() -> None:
     embedding = TokenEmbedding(vocab_size=1000, d_model=64, max_len=4, pad_id=0, dropout=0.0)
     assert (embedding.weight * embedding.scale).std().item() == pytest.approx(1.0, rel=0.02)

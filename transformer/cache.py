@@ -81,7 +81,8 @@ def _grown(buffer: Tensor | None, new: Tensor, filled: int, needed: int, capacit
     if buffer is None:
         return new.new_empty(new.shape[0], max(needed, capacity), *new.shape[2:])
     if buffer.shape[1] >= needed:
-        return buffer
+        # Outside torch.inference_mode torch does not write into a buffer that was allocated inside it.
+        return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer
     grown = buffer.new_empty(buffer.shape[0], max(needed, 2 * buffer.shape[1]), *buffer.shape[2:])
     grown[:, :filled] = buffer[:, :filled]
     return grown

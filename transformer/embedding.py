@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,15 @@ from fused_attention.transformer.layers import dropout
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """The table of position encodings, (length, d_model), float32.
+    """The table of position encodings, (length, d_model), float32, on the CPU.
 
     Column 2i holds sin(position / 10000^(2i / d_model)) and column 2i + 1 the cosine of the same angle. Computed in
     float64: in float32 the angle of a late position would already be off by more than the table's own rounding.
     """
-    position = torch.arange(length, dtype=torch.float64).unsqueeze(1)
-    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model))
+    position = torch.arange(length, dtype=torch.float64, device="cpu").unsqueeze(1)
+    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64, device="cpu") * (-math.log(10000.0) / d_model))
     angle = position * frequency
-    table = torch.empty(length, d_model, dtype=torch.float64)
+    table = angle.new_empty(length, d_model)
     table[:, 0::2] = angle.sin()
     table[:, 1::2] = angle[:, : d_model // 2].cos()
     return table.float()
@@ -32,7 +33,7 @@ class TokenEmbedding(nn.Module):
     `weight` (vocab_size, d_model) is the only parameter. It starts as N(0, 1 / d_model), so that the scaled
     embeddings have unit variance and the same matrix can serve as an output projection; the row of `pad_id` starts at
     0 and gets no gradient from here. The positions are a buffer that is left out of the state_dict: they are computed
-    from (max_len, d_model).
+    from (max_len, d_model), again whenever weights are loaded, because a model made without memory lacks them until then.
     """
 
     def __init__(self, vocab_size: int, d_model: int, max_len: int, pad_id: int, dropout: float) -> None:
@@ -49,8 +50,20 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=1 / self.scale)
         with torch.no_grad():
             self.weight[self.pad_id].zero_()
-        # Here and not in __init__: after to_empty() the buffer, which no state_dict holds, needs its values again.
-        self.positions.copy_(sinusoidal_positions(*self.positions.shape))
+        self._fill_positions()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fill_positions()
+
+    def _fill_positions(self) -> None:
+        """Computes the positions where the weight is, which to_empty() and load_state_dict(assign=True) move without their values."""
+        with torch.no_grad():
+            place = self.weight.device, self.weight.dtype
+            if not self.weight.is_meta and (self.positions.device, self.positions.dtype) != place:
+                self.positions = torch.empty_like(self.positions, device=place[0], dtype=place[1])
+            if not self.positions.is_meta:
+                self.positions.copy_(sinusoidal_positions(*self.positions.shape))
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """tokens (B, L) int64 -> (B, L, d_model); the first column stands at position `start`, start + L <=
