@@ -314,7 +314,10 @@ def make_problem(
         _checked_rng_state(rng_state, dropout_p, device),
         cu_seqlens_q,
         cu_seqlens_k,
-        *((None, None, None, None) if prepared is None else _saveable_tiles(prepared)),
+        None if prepared is None else saveable(prepared.mask_bits),
+        None if prepared is None or prepared.mask_bits_transposed is None else saveable(prepared.mask_bits_transposed),
+        None if prepared is None else saveable(prepared.row_tiles),
+        None if prepared is None or prepared.column_tiles is None else saveable(prepared.column_tiles),
         scale,
         _checked_causal(is_causal),
         window_left,
@@ -550,11 +553,6 @@ def _check_prepared(mask: PreparedMask, full_shape: tuple[int, int, int, int], d
             "attn_mask must have been prepared for (1 or batch, 1 or num_heads, seqlen_q, seqlen_k) of "
             f"{tuple(int(n) for n in full_shape)}, it is for {mask.shape}"
         )
-
-
-def _saveable_tiles(mask: PreparedMask) -> list[Tensor | None]:
-    tensors = mask.mask_bits, mask.mask_bits_transposed, mask.row_tiles, mask.column_tiles
-    return [None if tensor is None else saveable(tensor) for tensor in tensors]
 
 
 def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
