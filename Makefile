@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export GOMP_SPINCOUNT ?= 2000
 WORKERS = -n auto --dist worksteal # a process for each core
 
-.PHONY: help install build demo test test-all test-oldest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu test-oldest-triton check-tools
+.PHONY: help install build demo test test-all test-oldest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu gpu-rehearsal test-oldest-triton check-tools
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ codegen-triton-record: ## compile the Triton kernels that changed and keep what 
 GPU_RESULTS ?= docs/results/gpu
 gpu: ## on a machine with a GPU: build in place, check every kernel and measure; no network, git or .venv (PYTHON's torch); PART="build benchmark correctness sanitizer" runs some parts, MINUTES=9 ends it after so long
 	PYTHONPATH=$(CURDIR)/src:$(CURDIR)/tests $(PYTHON) tests/gpu.py $(GPU_RESULTS) $(foreach part,$(PART),--part $(part)) $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-rehearsal: install ## what `make gpu` does on a bare machine, in a copy of the tree without git: builds there and starts every program (2 minutes)
+	$(BIN)/python tests/gpu_rehearsal.py
 
 test-oldest-triton: install .venv-triton-oldest/installed ## run the tests of the Triton kernels with the oldest supported Triton
 	.venv-triton-oldest/bin/python -m pytest tests/test_triton_launch.py tests/test_triton_codegen.py tests/test_triton_in_emulator.py

@@ -41,7 +41,7 @@ from fused_attention.benchmarks.report import commit  # noqa: E402
 EMULATOR = ROOT / "tests/emulator"
 PART_SECONDS = 9 * 60.0  # machines that are lent by the command allow ten minutes
 OURS_FAILED = 4  # exit status of gpu_attention.py that is final
-MOST_RESTARTS = 20
+LEAST_SECONDS = 60.0  # that are worth another process
 
 
 class Step(NamedTuple):
@@ -110,13 +110,14 @@ def tiles(run: Run) -> Outcome:
 def until_it_ends(run: Run, log: str, module: str, file: Path, again: tuple[str, ...] = ()) -> int | None:
     """Runs a program that keeps what it measures in a journal once more, with `again`, after each kernel that took its process along."""
     options: tuple[str, ...] = ()
-    for _ in range(MOST_RESTARTS):
+    while True:
+        kept = file.stat().st_size if file.exists() else 0
         minutes = f"{max(0.0, run.left() / 60 - 0.5):.2f}"
         status = run.command(log, sys.executable, "-m", module, file, "--minutes", minutes, *options)
-        if status in (None, 0, OURS_FAILED) or run.left() < 60:
-            break
+        came_further = file.exists() and file.stat().st_size > kept
+        if status in (None, 0, OURS_FAILED) or run.left() < LEAST_SECONDS or not came_further:
+            return status
         options = again
-    return status
 
 
 def sanitizer(tool: str) -> Callable[[Run], Outcome]:

@@ -125,17 +125,27 @@ def test_a_step_leaves_time_to_those_after_it(a_gpu: None, tmp_path: Path, monke
 
 def test_the_grid_goes_on_after_a_kernel_that_took_its_process_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, commands = Run(new_results(tmp_path), 600), []
+    lines = ['{"begun": [["full", 64, 64, "triton"]]}', '{"key": ["full", 64, 64, "cuda"], "result": {"error": 0, "forward": [1, 1, ""]}}']
 
     def command(log: str, *words: object, **environment: str) -> int:
         commands.append(words)
         with (run.files / log).open("a") as file:
             print("$ command\n| full | 64 | 64 | not run |" if len(commands) < 3 else "$ command\n| full | 64 | 64 | 0.1 |", file=file)
+        with (run.files / "benchmark.jsonl").open("a") as file:
+            print("\n".join(lines), file=file)
         return [3, -11, 0][len(commands) - 1]
 
     monkeypatch.setattr(run, "command", command)
-    (run.files / "benchmark.jsonl").write_text('{"key": ["full", 64, 64, "cuda"], "result": {"error": 0, "forward": [1, 1, ""]}}\n')
     assert gpu.grid(run) == Outcome(PASSED, "1 calls measured, 0 not run; benchmark.md")
     assert ["--compiled" in words for words in commands] == [False, True, True]
+
+
+def test_a_benchmark_that_does_not_even_start_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, logs = Run(new_results(tmp_path), 600), []
+    monkeypatch.setattr(run, "command", lambda log, *words: logs.append(log) or int((run.files / log).write_text("ImportError") > 0))
+    assert gpu.grid(run) == Outcome(FAILED, "0 calls measured, 0 not run; benchmark.md")
+    assert gpu.tiles(run) == Outcome(FAILED, "tiles.txt")
+    assert logs == ["benchmark.md", "tiles.txt"]
 
 
 # Results
