@@ -149,7 +149,7 @@ def gpu_state() -> dict[str, str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"unknown": "there is no nvidia-smi"}
-    which = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    which = f"--id=GPU-{str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix('GPU-')}"
     words = [program, which, f"--query-gpu={','.join(STATE_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(words, capture_output=True, text=True, timeout=20)

@@ -353,6 +353,13 @@ def test_programs_of_the_toolkit_are_found_where_they_usually_are(tmp_path: Path
     assert cuda_tools.find_cuda_tool("compute-sanitizer-of-a-test") == home / "bin/compute-sanitizer-of-a-test"
 
 
+def test_the_smoke_cells_are_what_their_backends_cover() -> None:
+    smoke = importlib.import_module("on_gpu.test_smoke")
+    for backend, kind in smoke.CELLS:
+        problem, _, _ = attention_calls.build(smoke.call_of(kind), "cpu")
+        assert smoke.BACKENDS[backend].uncovered(problem) == [], (backend, kind)
+
+
 # What needs the compiled kernels, in the emulator
 
 

@@ -30,6 +30,12 @@ from fused_attention.kernels.attention import attention, attention_qkv_packed
 from fused_attention.kernels.problem import Problem, make_problem
 
 DTYPES = (torch.bfloat16, torch.float16)
+KERNELS_OF_FEATURES = [
+    (feature, kernels)
+    for feature, call in FEATURES.items()
+    for kernels in ("one pass", "two passes")
+    if kernels == "two passes" or not why_two_passes(call)
+]
 
 
 def is_covered(problem: Problem) -> bool:
@@ -42,12 +48,9 @@ def test_features_of_short_sequences(feature: str, dtype: torch.dtype) -> None:
     attention_calls.check_call(cuda_backend, FEATURES[feature] | {"dtype": dtype}, "cuda")
 
 
-@pytest.mark.parametrize("kernels", ["one pass", "two passes"])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "one order"])
-@pytest.mark.parametrize("feature", FEATURES)
-def test_features(feature: str, deterministic: bool, kernels: str) -> None:
-    if kernels == "one pass" and why_two_passes(FEATURES[feature]):
-        pytest.skip("not computed in one pass")
+@pytest.mark.parametrize(("feature", "kernels"), KERNELS_OF_FEATURES)
+def test_features(feature: str, kernels: str, deterministic: bool) -> None:
     call = CALL | FEATURES[feature] | {"dtype": torch.bfloat16, "head_dims": (64, 64), "deterministic": deterministic}
     problem, dout, dlse = build(call, "cuda")
     backend = SimpleNamespace(
