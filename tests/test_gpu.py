@@ -163,6 +163,15 @@ def test_results_are_two_files_from_which_another_machine_goes_on(tmp_path: Path
     assert "a GPU; commit 1234567" in second.text()
 
 
+def test_of_a_log_without_end_the_end_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("on_gpu.results.MOST_BYTES", 7)
+    first = new_results(tmp_path)
+    (first.files / "tests.log").write_text("an endless log")
+    first.save()
+    with tarfile.open(tmp_path / "out/results.tar.gz") as archive:
+        assert archive.extractfile("tests.log").read() == b"ess log"
+
+
 def test_results_of_other_sources_are_put_aside(tmp_path: Path) -> None:
     for number in range(3):
         results = new_results(tmp_path, about=f"sources {number}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_attention.benchmarks import gpu_attention, gpu_calls, gpu_timing
-from fused_attention.benchmarks.gpu_attention import GPU_LOST, GpuLost, cells, measure
+from fused_attention.benchmarks.gpu_attention import GPU_LOST, OURS_FAILED, GpuLost, cells, measure
 from fused_attention.benchmarks.gpu_calls import FEATURES, PROVIDERS, Cell, make_inputs
 from fused_attention.benchmarks.gpu_reference import Inputs, largest_error, one_head
 from fused_attention.benchmarks.gpu_table import state_line, table
@@ -148,6 +148,28 @@ def test_a_run_goes_on_where_it_was(no_gpu_needed: list, tmp_path: Path, capsys:
     assert "not run" not in printed
 
 
+def test_the_program_with_real_calls(
+    no_gpu_needed: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """On the CPU, the formula in place of our kernels."""
+    attention = gpu_calls.attention
+    monkeypatch.setattr(gpu_calls, "attention", lambda *inputs, **options: attention(*inputs, **options | {"backend": "reference"}))
+    monkeypatch.setattr(
+        gpu_attention, "measure", lambda cell, names, device, seconds, attempt: measure(cell, names, "cpu", seconds, TINY, attempt)
+    )
+    monkeypatch.setattr(gpu_attention, "cells", lambda: [Cell("causal", 64, 64)])
+    file = tmp_path / "results.jsonl"
+    assert gpu_attention.main([str(file), "--seconds", "0", "--providers", "cuda", "flash", "efficient"]) == 0
+    results = Journal(file).results
+    assert set(results) == {("machine",)} | {("causal", 64, 64, name) for name in ("cuda", "flash", "efficient", "state")}
+    assert results["causal", 64, 64, "cuda"]["backward"][0] > 0
+    printed = capsys.readouterr().out
+    assert "| causal | 64 | 64 | " in printed
+    assert "- efficient: RuntimeError: " in printed
+    monkeypatch.setattr(gpu_calls, "attention", lambda query, key, value, **options: value)
+    assert gpu_attention.main([str(file), "--seconds", "0", "--providers", "triton"]) == OURS_FAILED
+
+
 def test_after_the_gpu_was_lost_the_next_process_goes_on(
     no_gpu_needed: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -163,7 +185,7 @@ def test_after_the_gpu_was_lost_the_next_process_goes_on(
     with pytest.raises(SystemExit, match=str(GPU_LOST)):
         gpu_attention.main([file])
     monkeypatch.setattr(gpu_attention, "measure", measure)
-    assert gpu_attention.main([file, "--compiled"]) == 0
+    assert gpu_attention.main([file, "--compiled"]) == OURS_FAILED
     assert no_gpu_needed[0] == (Cell("full", 128, 64), tuple(name for name in PROVIDERS if name != "triton"))
     assert "- triton: AcceleratorError: an illegal memory access was encountered (full 128 64)" in capsys.readouterr().out
 

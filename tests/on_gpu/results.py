@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PASSED, PARTLY, FAILED, NOT_RUN = "passed", "in part", "failed", "not run"
+MOST_BYTES = 8 * 2**20  # of a log, before compression: the end of it
 ARCHIVE, SUMMARY, OUTCOMES = "results.tar.gz", "summary.md", "outcomes.json"
 
 
@@ -63,7 +65,10 @@ class Results:
         unfinished = self.folder / f".{ARCHIVE}"
         with tarfile.open(unfinished, "w:gz") as archive:
             for path in _files(self.files):
-                archive.add(path, path.relative_to(self.files))
+                content = path.read_bytes()[-MOST_BYTES:]
+                member = tarfile.TarInfo(str(path.relative_to(self.files)))
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
         os.replace(unfinished, self.folder / ARCHIVE)
 
 

@@ -40,7 +40,7 @@ class Run:
         """Runs tests that no earlier run saw pass; `name`.jsonl remembers them (recording.py). What was skipped was not run."""
         record = self.files / f"{name}.jsonl"
         parallel = ("-n", workers, "--max-worker-restart", 200) if workers > 1 else ()
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "on_gpu.recording", "--record", record, *parallel, *words]
+        pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "on_gpu.recording", "--record", record, *parallel, *words]
         status = self.command("tests.log", *map(str, pytest), **environment)
         total, states = read(record)
         passed, failed = (list(states.values()).count(state) for state in ("passed", "failed"))
