@@ -139,6 +139,8 @@ def sanitizer(tool: str) -> Callable[[Run], Outcome]:
             done,
         ]
         status = run.command("sanitizer.log", *words, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if status and "Device not supported" in (run.files / "sanitizer.log").read_text().rpartition("\n$ ")[2]:
+            return Outcome(NOT_RUN, "compute-sanitizer says: Device not supported")
         calls = len(done.read_text().splitlines()) if done.exists() else 0
         state = PASSED if status == 0 else FAILED if status is not None else PARTLY if calls else NOT_RUN
         return Outcome(state, f"{calls} small calls{', out of time' if status is None else ''}; sanitizer.log")
@@ -200,6 +202,7 @@ def about() -> str:
 
 
 def stop(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would cut off what the first one leads to
     raise SystemExit(128 + number)
 
 

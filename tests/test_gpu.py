@@ -148,6 +148,31 @@ def test_a_benchmark_that_does_not_even_start_is_not_started_again(tmp_path: Pat
     assert logs == ["benchmark.md", "tiles.txt"]
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "outcome"),
+    [
+        (0, "no errors", Outcome(PASSED, "2 small calls; sanitizer.log")),
+        (9, "Invalid __global__ write", Outcome(FAILED, "2 small calls; sanitizer.log")),
+        (None, "", Outcome(PARTLY, "2 small calls, out of time; sanitizer.log")),
+        (1, "Error: Device not supported", Outcome(NOT_RUN, "compute-sanitizer says: Device not supported")),
+    ],
+    ids=["right", "wrong", "late", "not here"],
+)
+def test_what_the_sanitizer_says(status: int | None, said: str, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(new_results(tmp_path), 600)
+    (run.files / "memcheck.txt").write_text("a call\nanother\n")
+    (run.files / "sanitizer.log").write_text("$ an earlier one\nError: Device not supported\n")
+
+    def command(log: str, *words: object, **environment: str) -> int | None:
+        with (run.files / log).open("a") as file:
+            print(f"$ {words[0]}\n{said}", file=file)
+        return status
+
+    monkeypatch.setattr(gpu, "find_cuda_tool", lambda name: Path("/usr/local/cuda/bin") / name)
+    monkeypatch.setattr(run, "command", command)
+    assert gpu.sanitizer("memcheck")(run) == outcome
+
+
 # Results
 
 
