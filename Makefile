@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export GOMP_SPINCOUNT ?= 2000
 WORKERS = -n auto --dist worksteal # a process for each core
 
-.PHONY: help install build demo test test-all test-oldest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu gpu-rehearsal test-oldest-triton check-tools
+.PHONY: help install build demo test test-rest test-all test-oldest test-newest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu gpu-rehearsal test-oldest-triton check-tools
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -14,12 +14,16 @@ help: ## list the targets
 demo: build ## train a translator for ten minutes and write demo/report.html
 	$(BIN)/python -m fused_attention demo --overwrite
 
-test: build ## run the test suite, then that of the Triton kernels in Triton's interpreter
-	$(BIN)/python -m pytest $(WORKERS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) tests/on_triton
+# First everything but the Triton kernels, then these in Triton's interpreter.
+RUN_TESTS = $(BIN)/python -m pytest $(WORKERS) --part $(1) && TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) --part $(1) tests/on_triton
 
-test-all: ## `make test` with ten times as many calls at random (30 minutes)
-	FUSED_ATTENTION_PROPERTY_CASES=2000 $(MAKE) test
+test: build ## run a sample of the tests: some cases of every test function, always the same (docs/testing.md)
+	$(call RUN_TESTS,sample)
+
+test-rest: build ## run the tests that `make test` leaves out
+	$(call RUN_TESTS,rest)
+
+test-all: test test-rest ## run every test: `make test`, then `make test-rest`
 
 bench: build ## compare with torch on this machine: one table, in ten minutes; saves the run
 	$(BIN)/python -m fused_attention bench
@@ -88,7 +92,11 @@ check-tools:
 	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "missing: Python headers (Debian: apt-get install python3-dev)"; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || { echo "missing: a C++17 compiler, $${CXX:-g++} (Debian: apt-get install g++)"; exit 1; }
 
-test-oldest: check-tools ## run the tests with the oldest supported torch (downloads several GB)
-	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet 'torch==2.10.*'
-	$(MAKE) test VENV=.venv-oldest
+test-oldest: TORCH = torch==2.10.*
+test-newest: TORCH = torch
+test-oldest: ## `make test` with the oldest supported torch, in .venv-oldest (downloads several GB)
+test-newest: ## `make test` with the newest torch there is, in .venv-newest (downloads several GB)
+test-oldest test-newest: test-%: check-tools
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --upgrade '$(TORCH)'
+	$(MAKE) test VENV=.venv-$*

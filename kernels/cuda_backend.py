@@ -14,6 +14,7 @@ from .dropout import dropout_threshold
 from .native_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, strides
 from .problem import Gradients, Problem
 from .repeated import Repeat
+from .torch_internals import current_stream
 
 MAX_HEAD_DIM = 256
 ROWS_PER_BLOCK = 64  # of the backward kernel for query
@@ -298,13 +299,12 @@ def _run_backward(problem: bytes, device: int, stream: int, workspace: int, addr
 # Launches the kernels, or returns how many bytes of workspace they want: (problem, device, stream, workspace, *addresses) -> int.
 # Tests replace it by one that runs _native.cuda_plan.
 _run: Callable[..., int] = getattr(_native, "cuda_forward", None)  # type: ignore[assignment]
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
     """The tensor's device and torch's current stream of it."""
     device = tensor.get_device()
-    return device, _current_stream(device)  # type: ignore[misc]  # None without GPUs
+    return device, current_stream(device)
 
 
 def _plain(problem: Problem) -> Plain:

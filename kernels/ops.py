@@ -26,6 +26,7 @@ from .problem import (
     split,
 )
 from .reference import attention_reference
+from .torch_internals import forward_mode, functorch_interpreter, has_storage, is_zero_tensor, num_dispatch_modes
 from .when_imported import when_imported
 
 KERNEL_BACKENDS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend, "cpu": native}
@@ -76,11 +77,11 @@ def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
     if _differentiates_otherwise():
         return True
-    return not torch.compiler.is_compiling() and any([tensor._is_zerotensor() for tensor in problem.inputs])
+    return not torch.compiler.is_compiling() and any([is_zero_tensor(tensor) for tensor in problem.inputs])
 
 
 def _differentiates_otherwise() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return functorch_interpreter() is not None or forward_mode._current_level >= 0
 
 
 # torch.compile cannot trace the question, but asks it while it traces, inside the levels that it traces (torch.compiler.
@@ -89,14 +90,14 @@ _differentiates_otherwise._dynamo_marked_constant = True  # type: ignore[attr-de
 
 
 def _takes_cheap_path(problem: Problem) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _differentiates_otherwise():
+    if torch.compiler.is_compiling() or num_dispatch_modes() > 0 or _differentiates_otherwise():
         return False
     return all([tensor is None or _is_plain(tensor) for tensor in (*problem.inputs, *problem.side_tensors())])
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's memory holds its values: no subclass, no lazily negated view, no zero tensor without memory."""
-    return (type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
+    return (type(tensor) is Tensor or type(tensor) is Parameter) and not tensor.is_neg() and not is_zero_tensor(tensor)
 
 
 class _Attention(torch.autograd.Function):
@@ -120,7 +121,7 @@ def eager_gradients(
 ) -> tuple[Tensor | None, ...]:
     """`_gradients` in the backward pass of an eager call."""
     # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
-    readable = all(gradient is None or torch._C._has_storage(gradient) for gradient in (dout, dlse))
+    readable = all(gradient is None or has_storage(gradient) for gradient in (dout, dlse))
     kernel_gradients = _kernel_gradients if readable else _registered_gradients
     return _gradients(layout, dout, dlse, out, lse, arguments, wanted, kernel_gradients)
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .torch_internals import is_functorch_tensor, is_torch_function_enabled, num_dispatch_modes, tracing_state
+
 if TYPE_CHECKING:
     from .prepared_mask import PreparedMask
     from .repeated import Repeat
@@ -235,7 +237,7 @@ def make_problem(
         ValueError: a shape, device or value does not fit; the message names the argument, what was given and what is allowed.
         RuntimeError: torch.jit.trace is at work, which would freeze shapes and options.
     """
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
     inputs, inputs_number = _checked_inputs(layout, inputs)
     query, key, value = split(layout, inputs)
@@ -426,7 +428,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 def _overrides_functions(kind: type[Tensor]) -> bool:
     """Whether the memory of such a tensor may not hold what it stands for: it would have a say in a call of torch's own functions."""
-    if kind.__torch_function__ is torch._C._disabled_torch_function_impl or not torch._C._is_torch_function_enabled():
+    if kind.__torch_function__ is Parameter.__torch_function__ or not is_torch_function_enabled():
         return False
     return getattr(kind.__torch_function__, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
@@ -517,7 +519,7 @@ def _is_readable(tensor: Tensor) -> bool:
     """Whether eager Python may look at the values, without a wait for a GPU."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu":
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return num_dispatch_modes() == 0 and not is_functorch_tensor(tensor)
 
 
 def checked_seqlen(name: str, seqlen: int | Tensor | None) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .torch_internals import allocators, current_device, forward_mode, num_dispatch_modes, tensor_guard
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -24,16 +25,8 @@ Repeat = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], 
 
 Entry = TypeVar("Entry")
 
-_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-try:
-    _guards.TensorGuards(torch.empty(0), dynamic_dims_sizes=None, dynamic_dims_strides=None)
-except (AttributeError, TypeError):  # a torch whose guards are others: no call is remembered
-    _guards = None
-
 # Looking names up through three modules takes longer than the calls.
-_dispatch_modes, _is_dynamo_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_dynamo_compiling
-current_device = getattr(torch._C, "_cuda_getDevice", None)
-_allocators = {kind: getattr(_guards, f"_empty_strided_{kind}") for kind in ("cpu", "cuda") if hasattr(_guards, f"_empty_strided_{kind}")}
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 MAX_REMEMBERED = 4096  # different calls
 MAX_ALIKE = 4  # of the same sizes and options, with other strides or dtypes
@@ -68,7 +61,7 @@ def find(
     backend: str | None,
 ) -> Repeat | None:
     """What runs a call without its checks; None of a call that no remembered one is like."""
-    if _is_dynamo_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0:
+    if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
         return None
     if type(query) is not Tensor or type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
@@ -84,7 +77,7 @@ def find(
         else:
             passes = guard(query, key, value, key_mask) if key_lengths is None else guard(query, key, value, key_mask, key_lengths)
         if passes:
-            return repeat if device < 0 or device == current_device() else None  # type: ignore[misc]  # there is a GPU
+            return repeat if device < 0 or device == current_device() else None
     return None
 
 
@@ -115,7 +108,7 @@ def guard_of(problem: Problem, given: tuple[Tensor | None, ...]) -> Callable[...
 
     given: query, key, value, key_mask and key_lengths of the call that the problem was made for.
     """
-    if problem.repeat is None or _guards is None:
+    if problem.repeat is None or tensor_guard is None:
         return None
     own = problem.query, problem.key, problem.value, problem.key_mask, problem.key_lengths
     tensors = [tensor for tensor in given if tensor is not None]
@@ -123,7 +116,7 @@ def guard_of(problem: Problem, given: tuple[Tensor | None, ...]) -> Callable[...
         return None
     if len(set(map(id, tensors))) < len(tensors):
         return None
-    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return tensor_guard(*tensors)
 
 
 def store(calls: dict[tuple, list[Entry]], kind: tuple, entry: Entry) -> None:
@@ -152,7 +145,7 @@ def empty_strided(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], t
     """torch.empty_strided(shape, strides, dtype) where `like` is, in half the time if torch has what torch.compile's code calls; of a GPU
     only while it is the current one.
     """
-    fast = _allocators.get(like.device.type)
+    fast = allocators.get(like.device.type)
     if fast is not None:
         return fast
     there = like.new_empty(0)

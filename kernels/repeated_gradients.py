@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .ops import KERNEL_BACKENDS, eager_gradients
 from .problem import NUM_SIDE_TENSORS, Problem
-from .repeated import Repeat, are_comparable, current_device, guard_of, new_memory, store
+from .repeated import Repeat, are_comparable, guard_of, new_memory, store
+from .torch_internals import current_device, forward_mode, num_dispatch_modes
 
 # Looking names up through modules takes longer than the calls.
-_dispatch_modes, _is_dynamo_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_dynamo_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 
 
@@ -43,7 +43,7 @@ def run(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """The results of a call whose query requires a gradient; None of a call that no remembered one is like."""
-    if _is_dynamo_compiling() or _dispatch_modes() > 0 or forward_ad._current_level >= 0:
+    if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
         return None
     if type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
@@ -60,7 +60,7 @@ def run(
         tensors = tuple([tensor for tensor in (query, key, value, key_mask, key_lengths) if tensor is not None])
     for call in alike:
         if call.guard(*tensors):
-            if call.device >= 0 and call.device != current_device():  # type: ignore[misc]  # there is a GPU
+            if call.device >= 0 and call.device != current_device():
                 return None
             return _apply((call, key_mask, key_lengths, return_lse), query, key, value)  # every argument costs time
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .problem import Gradients, Problem
+from .torch_internals import num_dispatch_modes
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +115,7 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
 
 def prepares(problem: Problem) -> bool:
     """Whether prepare_mask may leave its work to the kernels: eager calls on a GPU."""
-    eager = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0 and type(problem.query) is Tensor
+    eager = not torch.compiler.is_compiling() and num_dispatch_modes() == 0 and type(problem.query) is Tensor
     return eager and problem.query.is_cuda and _machine_reason(problem.query.device) is None
 
 

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import durations
 import formula_kernels
 import pytest
+import sample
 import torch
 
 from fused_attention.kernels import cuda_backend, native, ops, repeated, routing
 
+pytest_plugins = ["pytester"]
 collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
 
 ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=sample.PARTS, help="a sample of the cases of every test function, or all others")
+    parser.addoption("--processor-seconds", metavar="FILE", type=Path, help="write there what every test costs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("processor_seconds"):
+        config.pluginmanager.register(durations.ProcessorSeconds(file, writes=not hasattr(config, "workerinput")))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and -m take cases away
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("part"):
+        sample.keep_part(config, items, part)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +56,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", poisoned(torch.Tensor.new_empty_strided))
-    monkeypatch.setattr(repeated, "_allocators", {})
+    monkeypatch.setattr(repeated, "allocators", {})
 
 
 @pytest.fixture

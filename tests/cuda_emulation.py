@@ -107,7 +107,7 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
         self._patches.setattr(cuda_backend, "backward", functools.partial(self._backward, cuda_backend.backward))
         repeated.forget()
-        self._patches.setattr(repeated, "_allocators", {})
+        self._patches.setattr(repeated, "allocators", {})
         super().__enter__()
         return self
 

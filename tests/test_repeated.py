@@ -16,7 +16,7 @@ from fused_attention.kernels import cuda_backend, native, native_problem, repeat
 
 pytestmark = [
     pytest.mark.skipif(cuda_backend._native is None, reason="the compiled extension is not there"),
-    pytest.mark.skipif(repeated._guards is None, reason="this torch has other guards"),
+    pytest.mark.skipif(repeated.tensor_guard is None, reason="this torch has other guards"),
 ]
 
 WANTED = 512  # bytes of workspace that a call with a key_mask asks for
@@ -227,8 +227,8 @@ def test_another_gpu_than_the_current_one_goes_all_the_way(launches: list[tuple]
 
 
 def test_a_torch_with_other_guards_remembers_nothing(launches: list[tuple], checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated, "_guards", None)
-    monkeypatch.setattr(repeated, "_allocators", {})
+    monkeypatch.setattr(repeated, "tensor_guard", None)
+    monkeypatch.setattr(repeated, "allocators", {})
     for _ in range(2):
         attention(*tensors(), backend="cuda")
     assert len(checks) == 2

@@ -18,7 +18,7 @@ from fused_attention.kernels import native, repeated, repeated_gradients
 
 pytestmark = [
     pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}"),
-    pytest.mark.skipif(repeated._guards is None, reason="this torch has no guards that calls could be remembered by"),
+    pytest.mark.skipif(repeated.tensor_guard is None, reason="this torch has no guards that calls could be remembered by"),
 ]
 
 MASK, LENGTHS = torch.arange(7) < torch.tensor([[7], [4]]), torch.tensor([7, 3], dtype=torch.int32)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
+from fused_attention.kernels.torch_internals import functorch_interpreter
 from fused_attention.transformer.cache import LayerCache
 
 
@@ -29,7 +30,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not training or p == 0.0:
         return x
     # functorch's stack is looked at in eager mode only: torch.compile cannot trace the question.
-    if x.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if x.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling() or functorch_interpreter() is not None:
         return F.dropout(x, p, training=True)
     threshold = min(max(round(p * 65536), 1), 65535)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fused_attention.kernels import cuda_backend, native
+from fused_attention.kernels import cuda_backend, native, torch_internals
 from fused_attention.kernels.routing import backend_status
 from fused_attention.transformer.precision import bf16_pays, choose_device
 
@@ -22,7 +22,7 @@ def machine_facts() -> dict[str, str]:
         "memory": memory_size(),
         "GPU": ", ".join(gpu_names()) or "none",
         "Python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__ + "".join(f", slower without {name}" for name in torch_internals.missing),
         "CPU kernels": cpu_kernels(),
         "CUDA kernels": cuda_backend.compiled(),
         "NVIDIA driver": cuda_backend.driver(),

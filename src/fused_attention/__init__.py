@@ -1,5 +1,6 @@
 """Fused attention kernels, a drop-in MultiHeadAttention and an encoder-decoder Transformer: every public name."""
 
+from fused_attention.kernels import torch_internals  # noqa: F401  # first: it refuses a torch that is too old
 from fused_attention.kernels.attention import (
     attention,
     attention_decode,

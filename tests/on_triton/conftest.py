@@ -58,7 +58,7 @@ def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty_like", guarded(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded(torch.Tensor.new_empty))
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", guarded(torch.Tensor.new_empty_strided))
-    monkeypatch.setattr(repeated, "_allocators", {})
+    monkeypatch.setattr(repeated, "allocators", {})
     yield
     for buffer in allocated:
         for guard in (buffer[:GUARD_ELEMENTS], buffer[-GUARD_ELEMENTS:]):

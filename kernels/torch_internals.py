@@ -1,0 +1,93 @@
+"""The torch versions this library is for, and what it uses of torch's inner workings.
+
+Each private name is looked up here, once, with what does right without it. Where the question is whether anything but plain eager mode has
+a say in a call, the answer is then always yes: the call goes the way of torch.compile, or by the formula. `missing` has the names that this
+torch lacks, which cost speed and nothing else; `python -m fused_attention info` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
+
+
+def refuse_older(version: str) -> None:
+    """ImportError of a torch older than the oldest that is supported: pip leaves one in place where it is told to."""
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:  # what follows may be a0+b4e4ee8, and says nothing
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(f"fused_attention needs torch {oldest} or newer, this is torch {version}: pip install 'torch>={oldest}'")
+
+
+refuse_older(torch.__version__)
+
+missing: list[str] = []
+
+
+def _found(name: str, otherwise: Any) -> Any:
+    """What torch has under this name, or `otherwise`."""
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        missing.append(f"torch.{name}")
+        return otherwise
+
+
+def _found_where_built_for_gpus(name: str, otherwise: Any) -> Any:
+    return _found(name, otherwise) if torch.version.cuda or torch.version.hip else otherwise
+
+
+# Whether something else has a say
+
+num_dispatch_modes: Callable[[], int] = _found("_C._len_torch_dispatch_stack", lambda: 1)
+functorch_interpreter: Callable[[], object | None] = _found("_C._functorch.peek_interpreter_stack", lambda: "unknown")
+# Its _current_level is -1 outside of forward-mode differentiation.
+forward_mode: Any = SimpleNamespace(_current_level=0)
+if _found("autograd.forward_ad._current_level", None) is not None:
+    forward_mode = torch.autograd.forward_ad
+is_functorch_tensor: Callable[[Tensor], bool] = _found("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: True)
+is_torch_function_enabled: Callable[[], bool] = _found("_C._is_torch_function_enabled", lambda: True)
+tracing_state: Callable[[], object | None] = _found("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
+is_zero_tensor: Callable[[Tensor], bool] = _found("Tensor._is_zerotensor", lambda tensor: True)  # one without memory
+has_storage: Callable[[Tensor], bool] = _found("_C._has_storage", lambda tensor: False)
+
+# What public functions do too, in more time
+
+current_device: Callable[[], int] = _found_where_built_for_gpus("_C._cuda_getDevice", torch.cuda.current_device)
+current_stream: Callable[[int], int] = _found_where_built_for_gpus(
+    "_C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+# (shape, strides, dtype) -> an uninitialised tensor, by device type
+allocators: dict[str, Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]] = {}
+for _device, _find in (("cpu", _found), ("cuda", _found_where_built_for_gpus)):
+    if _allocator := _find(f"_C._dynamo.guards._empty_strided_{_device}", None):
+        allocators[_device] = _allocator
+
+
+# torch.compile's guards
+
+
+def _tensor_guard(*tensors: Tensor) -> Callable[..., bool]:
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def _guards_as_expected() -> bool:
+    try:
+        passes = _tensor_guard(torch.empty(2, 3))
+        return passes(torch.ones(2, 3)) and not passes(torch.empty(3, 2)) and not passes(torch.empty(2, 3, requires_grad=True))
+    except TypeError:
+        return False
+
+
+TensorGuards: Any = _found("_C._dynamo.guards.TensorGuards", None)
+if TensorGuards is not None and not _guards_as_expected():
+    missing.append("torch._C._dynamo.guards.TensorGuards as it was")
+    TensorGuards = None
+# (*tensors) -> whether other tensors have the types, dtypes, devices, sizes, strides and dispatch keys of these; None: nobody can tell
+tensor_guard: Callable[..., Callable[..., bool]] | None = None if TensorGuards is None else _tensor_guard

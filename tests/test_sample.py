@@ -1,0 +1,77 @@
+"""The sample of `make test`: every function, the values of its parameters as far as they go, and always the same cases."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from itertools import product
+
+import pytest
+import sample
+
+KINDS = {(f"backend-{b}-{n}"): frozenset({("backend", b), ("number", n)}) for b, n in product(range(4), range(10))}
+
+
+def test_one_case_at_least_and_otherwise_the_share() -> None:
+    assert sample.chosen({"alone": frozenset()}) == {"alone"}
+    assert len(sample.chosen(KINDS)) == round(sample.SHARE * len(KINDS))
+
+
+def test_as_many_values_as_possible_are_shown() -> None:
+    shown = frozenset().union(*[KINDS[name] for name in sample.chosen(KINDS)])
+    assert {index for name, index in shown if name == "backend"} == set(range(4))
+    assert len(shown) == 4 + round(sample.SHARE * len(KINDS))
+
+
+def test_the_order_of_the_cases_does_not_matter() -> None:
+    cases = list(KINDS.items())
+    random.Random(0).shuffle(cases)
+    assert sample.chosen(dict(cases)) == sample.chosen(KINDS)
+
+
+PARAMETRIZED = """
+import pytest
+
+def test_alone():
+    pass
+
+@pytest.mark.parametrize("number", range({count}))
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_many(backend, number):
+    pass
+"""
+
+
+def names_run(pytester: pytest.Pytester, *options: str) -> list[str]:
+    run = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v", *options)
+    assert run.ret == 0
+    return sorted(line.split()[0] for line in run.outlines if "PASSED" in line)
+
+
+def test_the_parts_are_the_whole(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(PARAMETRIZED.format(count=10))
+    pytester.makeconftest(
+        "import sample\n"
+        "def pytest_addoption(parser): parser.addoption('--part')\n"
+        "def pytest_collection_modifyitems(config, items):\n"
+        "    if part := config.getoption('part'): sample.keep_part(config, items, part)\n"
+    )
+    everything, chosen, rest = names_run(pytester), names_run(pytester, "--part", "sample"), names_run(pytester, "--part", "rest")
+    assert len(everything) == 21
+    assert sorted([*chosen, *rest]) == everything
+    assert {name.partition("[")[0] for name in chosen} == {name.partition("[")[0] for name in everything}
+    assert len(chosen) == 1 + round(sample.SHARE * 20)
+
+
+def values(items: Iterable[pytest.Item], parameter: str) -> set[str]:
+    specs = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    return {repr(params[parameter]) for params in specs if parameter in params}
+
+
+def test_this_run_has_every_function_and_every_kind_of_kernel(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("part") != "sample":
+        pytest.skip("this run is no sample")
+    collected, run = request.config.stash[sample.COLLECTED], request.session.items
+    assert {sample.function_of(item) for item in run} == {sample.function_of(item) for item in collected}
+    for parameter in ("instruction_set", "backend", "dtype", "function", "seed"):
+        assert values(run, parameter) == values(collected, parameter), parameter
