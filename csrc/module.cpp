@@ -50,11 +50,11 @@ Data from_bytes(PyObject* bytes, const char* made_by) {
 }
 
 // All of a problem but its addresses.
-py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pair& num_tokens, double scale, int causal,
-                        const std::array<int32_t, 2>& window, double softcap, uint32_t dropout_threshold, const Strides& query,
-                        const Strides& key, const Strides& value, const Strides& out, const Strides& attn_mask, int64_t attn_mask_key,
-                        int attn_mask_dtype, const Pair& key_mask, const Pair& alibi_slopes, const Strides& mask_bits,
-                        const Strides& row_tiles, int32_t num_tiles) {
+py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pair& num_tokens, double scale,
+                        const std::array<int32_t, 2>& window, int32_t diagonal, bool bottom_right, double softcap,
+                        uint32_t dropout_threshold, const Strides& query, const Strides& key, const Strides& value, const Strides& out,
+                        const Strides& attn_mask, int64_t attn_mask_key, int attn_mask_dtype, const Pair& key_mask,
+                        const Pair& alibi_slopes, const Strides& mask_bits, const Strides& row_tiles, int32_t num_tiles) {
   AttentionProblem problem;
   problem.dtype = checked<Dtype>("dtype", dtype);
   problem.batch = sizes[0], problem.num_heads = sizes[1], problem.num_heads_kv = sizes[2];
@@ -62,8 +62,8 @@ py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pa
   problem.head_dim_qk = sizes[5], problem.head_dim_v = sizes[6];
   problem.num_tokens_q = num_tokens[0], problem.num_tokens_k = num_tokens[1];
   problem.softmax_scale = static_cast<float>(scale);
-  problem.causal = checked<Causal>("causal", causal);
   problem.window_left = window[0], problem.window_right = window[1];
+  problem.diagonal = diagonal, problem.bottom_right = bottom_right;
   problem.softcap = static_cast<float>(softcap);
   problem.dropout_threshold = dropout_threshold;
   problem.query = unplaced(query);
@@ -271,10 +271,10 @@ PYBIND11_MODULE(_native, module) {
     module.attr(function.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&function, nullptr));
   }
   module.def("problem", &problem_bytes, py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("num_tokens"), py::arg("scale"),
-             py::arg("causal"), py::arg("window"), py::arg("softcap"), py::arg("dropout_threshold"), py::arg("query"), py::arg("key"),
-             py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"), py::arg("attn_mask_dtype"),
-             py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"), py::arg("num_tiles"),
-             "All of a problem but its addresses.");
+             py::arg("window"), py::arg("diagonal"), py::arg("bottom_right"), py::arg("softcap"), py::arg("dropout_threshold"),
+             py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"),
+             py::arg("attn_mask_dtype"), py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"),
+             py::arg("num_tiles"), "All of a problem but its addresses.");
   module.def("cpu_weights", &cpu_weights, "Writes the weights, or their mean over heads, to `out`.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient.");
   module.def(

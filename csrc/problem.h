@@ -3,7 +3,7 @@
 //
 //   s   = softmax_scale * Q K^T                                      (B, Hq, Lq, Lk)
 //   s   = softcap * tanh(s / softcap) where there is a softcap
-//   s  += attn_mask - alibi_slope * |j - i - offset|
+//   s  += attn_mask - alibi_slope * |j - i - offset|                 0 on the diagonal
 //   P   = softmax(s), masked entries exactly 0; exp(sink) is added to the denominator
 //   out = dropout(P) V,  lse = log(sum(exp(s)) + exp(sink))          natural logarithm
 //
@@ -16,7 +16,6 @@ namespace fused_attention {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class MaskDtype : int { float32 = 0, bfloat16 = 1, float16 = 2, boolean = 3 };  // boolean: bytes, 1 = may attend
-enum class Causal : int { none = 0, top_left = 1, bottom_right = 2 };
 
 constexpr int32_t kUnlimited = 1 << 30;  // a window side that no sequence reaches; sums with it fit an int32
 
@@ -43,8 +42,9 @@ struct AttentionProblem {
   int64_t batch = 0, num_heads = 0, seqlen_q = 0, seqlen_k = 0, head_dim_qk = 0, head_dim_v = 0;
   int64_t num_heads_kv = 0;    // Hkv, a divisor of num_heads: query head h reads key and value head h / (num_heads / num_heads_kv)
   float softmax_scale = 1.0f;  // finite and > 0
-  Causal causal = Causal::none;
-  int32_t window_left = kUnlimited, window_right = kUnlimited;  // keys visible to each side of the diagonal; causal sees none to the right
+  int32_t window_left = kUnlimited, window_right = kUnlimited;  // keys visible to each side of the diagonal: causal sees 0 to the right
+  int32_t diagonal = 0;                                         // which runs through j = i + this,
+  bool bottom_right = false;                                    // + keys present - rows present of each sequence
   float softcap = 0.0f;                                         // 0 = none
 
   StridedTensor query;   // (B, Hq, Lq, Dqk)

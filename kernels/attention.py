@@ -31,6 +31,7 @@ def attention(
     query_lengths: Tensor | None = None,
     is_causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
+    diagonal: int | str | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
@@ -55,9 +56,12 @@ def attention(
         key_mask: (B, Lk) bool, True = may attend: padding of any pattern. What absent keys hold never matters, not even NaN.
         key_lengths: (B,) int32 or int64, clamped to [0, Lk]: keys at or past the length are absent.
         query_lengths: (B,) likewise for queries: rows at or past the length give output 0, lse -inf and zero gradients.
-        is_causal: False; True or "top_left" (query i sees keys j <= i, as in torch); or "bottom_right", which aligns the last query
-            with the last key, per sequence where lengths are given.
+        is_causal: True sees no key past the diagonal, by default keys j <= i of query i, as in torch; "top_left" and "bottom_right" are
+            True with that diagonal.
         window: (left, right), how many keys each side of the diagonal are visible; None in a place = unlimited.
+        diagonal: where it runs that is_causal, window and alibi_slopes refer to. "top_left" (the default): query i stands at key i.
+            "bottom_right": the last query stands at the last key, per sequence where lengths are given. An int in [-2^29, 2^29]: query
+            i stands at key i + diagonal, for instance behind that many cached keys.
         scale: factor of the scores, finite; default 1 / sqrt(Dqk).
         dropout_p: probability in [0, 1] of dropping a softmax weight; kept ones are scaled up.
         rng_state: (2,) int64 seed and offset that replays a dropout mask; by default drawn from torch's generator.
@@ -79,7 +83,7 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     repeatable = (
-        attn_mask is query_lengths is window is rng_state is softcap is alibi_slopes is sinks is deterministic is None
+        attn_mask is query_lengths is window is diagonal is rng_state is softcap is alibi_slopes is sinks is deterministic is None
         and type(dropout_p) is float
         and dropout_p == 0.0
     )
@@ -107,6 +111,7 @@ def attention(
             query_lengths=query_lengths,
             is_causal=is_causal,
             window=window,
+            diagonal=diagonal,
             scale=scale,
             dropout_p=dropout_p,
             rng_state=rng_state,
@@ -128,6 +133,7 @@ def attention(
         query_lengths=query_lengths,
         is_causal=is_causal,
         window=window,
+        diagonal=diagonal,
         scale=scale,
         dropout_p=dropout_p,
         rng_state=rng_state,
@@ -178,6 +184,7 @@ def attention_varlen(
     query_lengths: Tensor | None = None,
     is_causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
+    diagonal: int | str | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
@@ -220,6 +227,7 @@ def attention_varlen(
         query_lengths=query_lengths,
         is_causal=is_causal,
         window=window,
+        diagonal=diagonal,
         scale=scale,
         dropout_p=dropout_p,
         rng_state=rng_state,

@@ -91,8 +91,10 @@ def uncovered(problem: Problem) -> list[str]:
     if problem.scale <= 0:
         reasons.append(f"scale must be > 0, is {problem.scale}")
     # Asked of a symbol it would become a bound of the exported program.
-    if not torch.compiler.is_compiling() and (problem.max_seqlen_q > UNLIMITED or problem.max_seqlen_k > UNLIMITED):
-        reasons.append(f"seqlen {max(problem.max_seqlen_q, problem.max_seqlen_k)} is above 2^30")
+    if not torch.compiler.is_compiling():
+        seqlen, distance = max(problem.max_seqlen_q, problem.max_seqlen_k), abs(problem.diagonal)
+        if seqlen + distance > UNLIMITED:
+            reasons.append(f"seqlen {seqlen} is above 2^30" + (f" - {distance}, the diagonal's distance" if distance else ""))
     return reasons
 
 

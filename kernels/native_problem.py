@@ -19,7 +19,6 @@ else:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 UNLIMITED = 2**30  # a window side that no sequence reaches
 
 SideTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -67,8 +66,9 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
     attn_mask, alibi_slopes, _ = side_tensors(problem)
     mask_strides = strides(attn_mask, 4)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
-    # The bits of a prepared mask know the window already.
-    window = (None, None) if problem.mask_bits is not None else (problem.window_left, problem.window_right)
+    left, right = problem.window_left, problem.window_right
+    if problem.mask_bits is not None:  # which know the window already; of causal it helps to know which half of the scores counts
+        left, right = None, 0 if right == 0 else None
     return _native.problem(
         dtype=DTYPES[query.dtype],
         sizes=(
@@ -82,8 +82,9 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
         ),
         num_tokens=(0, 0) if problem.cu_seqlens_q is None else (query.shape[2], key.shape[2]),
         scale=problem.scale,
-        causal=CAUSAL[problem.causal],
-        window=(_window_side(window[0]), _window_side(window[1])),
+        window=(_window_side(left), _window_side(right)),
+        diagonal=problem.diagonal,
+        bottom_right=problem.bottom_right,
         softcap=problem.softcap or 0.0,
         dropout_threshold=dropout_threshold,
         query=strides(query, 3),

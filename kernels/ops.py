@@ -40,8 +40,8 @@ _INPUT_SCHEMAS: dict[Layout, str] = {
 _PROBLEM_SCHEMA = (
     "Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_lengths, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? mask_bits, Tensor? mask_bits_transposed, "
-    "Tensor? row_tiles, Tensor? column_tiles, float scale, str causal, int? window_left, int? window_right, float? softcap, "
-    "float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
+    "Tensor? row_tiles, Tensor? column_tiles, float scale, int? window_left, int? window_right, SymInt diagonal, bool bottom_right, "
+    "float? softcap, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
 )
 _WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wanted"
 

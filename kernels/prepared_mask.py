@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import triton_backend
-from .problem import Causal, Problem, check_dense, checked_seqlen, make_problem, unpack_bits
+from .problem import Problem, check_dense, checked_seqlen, make_problem, unpack_bits
 from .reference import MASKED_BELOW, diagonal_offset, present
 
 TILE = 64
@@ -30,8 +30,9 @@ class PreparedMask:
     key_mask: Tensor | None  # (B, Lk) bool
     key_lengths: Tensor | None  # (B,) int32
     query_lengths: Tensor | None  # (B,) int32
-    causal: Causal
-    window: tuple[int | None, int | None]
+    window: tuple[int | None, int | None]  # (None or what is on the left, 0) of a causal one
+    diagonal: int  # as in Problem
+    bottom_right: bool
     shape: tuple[int, int, int, int]  # (B', H', Lq, Lk)
     mask_bits: Tensor  # (B', H', Lq, ceil(Lk / 32)) int32: bit j % 32 of word j // 32 is 1 when the query may attend to key j
     mask_bits_transposed: Tensor | None  # (B', H', Lk, ceil(Lq / 32)) int32; like column_tiles None without gradients
@@ -61,6 +62,7 @@ def prepare_mask(
     query_lengths: Tensor | None = None,
     is_causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
+    diagonal: int | str | None = None,
     seqlen_q: int | None = None,
     seqlen_k: int | None = None,
     gradients: bool = True,
@@ -101,6 +103,7 @@ def prepare_mask(
         query_lengths=query_lengths,
         is_causal=is_causal,
         window=window,
+        diagonal=diagonal,
     )
     bias = None if problem.attn_mask is None or problem.attn_mask.dtype == torch.bool else problem.attn_mask
     with torch.no_grad():
@@ -113,8 +116,9 @@ def prepare_mask(
         key_mask=problem.key_mask,
         key_lengths=problem.key_lengths,
         query_lengths=problem.query_lengths,
-        causal=problem.causal,
         window=(problem.window_left, problem.window_right),
+        diagonal=problem.diagonal,
+        bottom_right=problem.bottom_right,
         shape=(batch, num_heads, seqlen_q, seqlen_k),
         mask_bits=mask_bits,
         mask_bits_transposed=mask_bits_transposed,
@@ -155,8 +159,6 @@ def allowed_bits(problem: Problem, by_key: bool = False) -> Tensor:
 def visible_span(problem: Problem, by_key: bool) -> tuple[Tensor, Tensor] | None:
     """First and one past the last key that causal and window let each query see, or query that sees each key: (B or 1, 1, L) int64."""
     left, right = problem.window_left, problem.window_right
-    if problem.causal != "none":
-        right = 0 if right is None else min(right, 0)
     if left is None and right is None:
         return None
     before, after = (right, left) if by_key else (left, right)  # of the line's own place on the diagonal; None: all

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from .prepared_mask import PreparedMask
     from .repeated import Repeat
 
-Causal = Literal["none", "top_left", "bottom_right"]
 Layout = Literal["separate", "qkv", "kv", "varlen"]
+
+MAX_DIAGONAL = 2**29  # sums with it fit an int32
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -52,9 +53,10 @@ class Problem:
     row_tiles: Tensor | None  # (B or 1, Hq or 1, ceil(Lq / 64), 2 + ceil(Lk / 64)) int32
     column_tiles: Tensor | None  # (B or 1, Hq or 1, ceil(Lk / 64), 2 + ceil(Lq / 64)) int32, or None
     scale: float
-    causal: Causal
     window_left: int | None  # keys visible to the left of the diagonal; None = unlimited
-    window_right: int | None
+    window_right: int | None  # 0 of a causal call
+    diagonal: int  # it runs through j = i + this,
+    bottom_right: bool  # + the keys present - the queries present of each sequence
     softcap: float | None
     dropout_p: float
     deterministic: bool
@@ -110,9 +112,10 @@ class Problem:
     def options(self) -> tuple:
         return (
             self.scale,
-            self.causal,
             self.window_left,
             self.window_right,
+            self.diagonal,
+            self.bottom_right,
             self.softcap,
             self.dropout_p,
             self.deterministic,
@@ -218,6 +221,7 @@ def make_problem(
     query_lengths: Tensor | None = None,
     is_causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
+    diagonal: int | str | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
@@ -272,9 +276,11 @@ def make_problem(
             "query_lengths": query_lengths,
             "is_causal": is_causal,
             "window": window,
+            "diagonal": diagonal,
         }
         _check_prepared(prepared, (batch, num_heads, seqlen_q, seqlen_k), device, beside)
-        attn_mask, window, is_causal = prepared.bias, prepared.window, False if prepared.causal == "none" else prepared.causal
+        attn_mask, window = prepared.bias, prepared.window
+        is_causal, diagonal = False, "bottom_right" if prepared.bottom_right else prepared.diagonal
         key_mask, key_lengths, query_lengths = prepared.key_mask, prepared.key_lengths, prepared.query_lengths
     if attn_mask is not None:
         attn_mask = _checked_attn_mask(attn_mask, (batch, num_heads, seqlen_q, seqlen_k), device)
@@ -301,6 +307,7 @@ def make_problem(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     window_left, window_right = _checked_window(window)
+    offset, bottom_right = _checked_diagonal(diagonal, is_causal)
     problem = Problem(
         layout,
         inputs,
@@ -321,9 +328,10 @@ def make_problem(
         None if prepared is None else saveable(prepared.row_tiles),
         None if prepared is None or prepared.column_tiles is None else saveable(prepared.column_tiles),
         scale,
-        _checked_causal(is_causal),
         window_left,
-        window_right,
+        0 if is_causal else window_right,
+        offset,
+        bottom_right,
         softcap,
         dropout_p,
         torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
@@ -611,14 +619,23 @@ def _checked_window(window: tuple[int | None, int | None] | None) -> tuple[int |
     return window[0], window[1]
 
 
-def _checked_causal(is_causal: bool | str) -> Causal:
-    if is_causal is True or is_causal == "top_left":
-        return "top_left"
-    if is_causal is False:
-        return "none"
-    if is_causal == "bottom_right":
-        return "bottom_right"
-    raise ValueError(f"is_causal must be False, True, 'top_left' or 'bottom_right', got {is_causal!r}")
+def _checked_diagonal(diagonal: int | str | None, is_causal: bool | str) -> tuple[int, bool]:
+    """Its offset, and whether that counts from the bottom right."""
+    if not isinstance(is_causal, bool):
+        if is_causal != "top_left" and is_causal != "bottom_right":
+            raise ValueError(f"is_causal must be False, True, 'top_left' or 'bottom_right', got {is_causal!r}")
+        if diagonal is not None and diagonal != is_causal:
+            raise ValueError(f"diagonal must be None beside is_causal={is_causal!r}, which says where it runs, got {diagonal!r}")
+        diagonal = is_causal
+    if diagonal is None or diagonal == "top_left":
+        return 0, False
+    if diagonal == "bottom_right":
+        return 0, True
+    if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
+        raise TypeError(f"diagonal must be None, 'top_left', 'bottom_right' or an int, got {diagonal!r}")
+    if not -MAX_DIAGONAL <= diagonal <= MAX_DIAGONAL:
+        raise ValueError(f"diagonal must be in [-2^29, 2^29], got {diagonal}")
+    return diagonal, False
 
 
 def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:

@@ -138,8 +138,6 @@ def allowed_pairs(problem: Problem, heads: slice = slice(None)) -> Tensor:
     if prepared_pairs is not None:
         allowed = allowed & of_heads(prepared_pairs, heads)
     distance = key_minus_diagonal(problem)  # (B, 1, Lq, Lk)
-    if problem.causal != "none":
-        allowed = allowed & (distance <= 0)
     if problem.window_left is not None:
         allowed = allowed & (distance >= -problem.window_left)
     if problem.window_right is not None:
@@ -177,12 +175,12 @@ def key_minus_diagonal(problem: Problem) -> Tensor:
 
 def diagonal_offset(problem: Problem) -> Tensor | int:
     """On the diagonal j = i + this; (B,) where the sequences have lengths of their own."""
-    if problem.causal != "bottom_right":
-        return 0
+    if not problem.bottom_right:
+        return problem.diagonal
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     lengths_k = problem.key_lengths.clamp(0, seqlen_k) if problem.key_lengths is not None else seqlen_k
     lengths_q = problem.query_lengths.clamp(0, seqlen_q) if problem.query_lengths is not None else seqlen_q
-    return lengths_k - lengths_q
+    return problem.diagonal + lengths_k - lengths_q
 
 
 def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:

@@ -28,7 +28,7 @@ INPUT_DIMS: dict[Layout, tuple[Dims, ...]] = {
 SIDE_DIMS: tuple[Dims, ...] = (
     (0, 1), (0, None), (0, None), (0, None), (0, 1), (None, 0), (None, None), (None, None), (None, None), (0, 1), (0, 1), (0, 1), (0, 1),
 )  # fmt: skip
-DROPOUT_P = 5  # its place among the options
+DROPOUT_P = 6  # its place among the options
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -66,7 +66,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
     query, key = problem.query, problem.key
     attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
     mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    window_left, window_right = visible_window(problem)
+    window_left, window_right = problem.window_left, problem.window_right
     numbers = (
         *_strides(attn_mask, 4),
         *_strides(key_mask, 2),
@@ -84,6 +84,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         0.0 if problem.softcap is None else problem.softcap * LOG2_E,
         UNLIMITED if window_left is None else min(window_left, UNLIMITED),
         UNLIMITED if window_right is None else min(window_right, UNLIMITED),
+        problem.diagonal,
         dropout_threshold(problem.dropout_p) if problem.rng_state is not None else 0,
     )
     constants = (
@@ -94,7 +95,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         problem.softcap is not None,
         window_left is not None,
         window_right is not None,
-        problem.causal == "bottom_right",
+        problem.bottom_right,
         mask_is_bool,
         input_precision(query.dtype),
     )
@@ -104,11 +105,6 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
 def input_precision(dtype: torch.dtype) -> str:
     """Of products: torch's own setting for float32. Its older name, allow_tf32, cannot be read once this one has been set."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def visible_window(problem: Problem) -> tuple[int | None, int | None]:
-    """How many keys to the left and right of the diagonal are visible; causal sees none to the right."""
-    return problem.window_left, problem.window_right if problem.causal == "none" else 0
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int]:

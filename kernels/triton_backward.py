@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Gradients, Problem, with_contiguous_last_dim
-from .triton_arguments import common_arguments, feature_class, kernel, needs_tiles, padded_head_dim, rows_of, visible_window
+from .triton_arguments import common_arguments, feature_class, kernel, needs_tiles, padded_head_dim, rows_of
 from .triton_bias_gradient import summed_mask_gradient
 from .triton_launch import Tile, launch, tile_for
 from .triton_mask import tile_lists
@@ -159,7 +159,7 @@ def _tile(kernel_name: str, problem: Problem) -> Tile:
 
 def _skips_tiles(problem: Problem) -> bool:
     """Whether there may be tiles that no kernel visits."""
-    bounds = (*visible_window(problem), problem.key_lengths, problem.query_lengths)
+    bounds = (problem.window_left, problem.window_right, problem.key_lengths, problem.query_lengths)
     return needs_tiles(problem) or any(bound is not None for bound in bounds)
 
 
@@ -213,7 +213,8 @@ def attention_dkdv(
     stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
     num_heads: tl.int32, heads_per_group: tl.int32,
-    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32,
+    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
+    dropout_threshold: tl.int32,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -229,8 +230,9 @@ def attention_dkdv(
     group = program // num_key_blocks % num_groups
     batch = program // num_key_blocks // num_groups
     first_row, first_key, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, BOTTOM_RIGHT
-    )
+        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
+        diagonal, BOTTOM_RIGHT,
+    )  # fmt: skip
     if cu_seqlens_q is not None:
         seqlen_k = keys_present
     if start_n >= seqlen_k:
@@ -337,7 +339,8 @@ def attention_dq(
     stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
     num_heads: tl.int32, heads_per_group: tl.int32,
-    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32,
+    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
+    dropout_threshold: tl.int32,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -350,8 +353,9 @@ def attention_dq(
     batch = program // num_row_blocks // num_heads
     group = head // heads_per_group
     first_row, first_key, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, BOTTOM_RIGHT
-    )
+        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
+        diagonal, BOTTOM_RIGHT,
+    )  # fmt: skip
     if start_m >= seqlen_q:
         return
     query += batch * stride_query_batch + head * stride_query_head + first_row * stride_query_row
@@ -418,7 +422,7 @@ def attention_dq(
             if row_sums is not None:
                 row_sum += tl.sum(dscores, 1)
             if slope_sums is not None:
-                slope_sum -= tl.sum(dscores * tl.abs(keys[None, :] - rows[:, None] - offset).to(tl.float32), 1)
+                slope_sum -= tl.sum(dscores * tl.abs(keys[None, :] - (rows[:, None] + offset)).to(tl.float32), 1)
 
     store_tile(dquery, dq * scale, rows, rows < seqlen_q, stride_dquery_row, HEAD_DIM_QK, BLOCK_DQK)
     if row_sums is not None:

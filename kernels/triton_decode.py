@@ -28,7 +28,6 @@ from .triton_arguments import (
     padded_head_dim,
     rows_of,
     sizes_and_options,
-    visible_window,
 )
 from .triton_launch import INTERPRETED, Launch, Tile, remembered_call, tile_for
 from .triton_tiles import (
@@ -143,10 +142,9 @@ def _decode_calls(problem: Problem, out: Tensor, lse: Tensor) -> DecodeCalls:
 
 def num_splits(problem: Problem) -> int:
     """Enough programs to keep every processor of the GPU busy; from sizes alone, never from lengths, which are on the device."""
-    window_left, window_right = visible_window(problem)
     visible = problem.key.shape[2]
-    if window_left is not None and window_right is not None:
-        visible = min(visible, problem.query.shape[2] + window_left + window_right)
+    if problem.window_left is not None and problem.window_right is not None:
+        visible = min(visible, problem.query.shape[2] + problem.window_left + problem.window_right)
     unsplit = problem.query.shape[0] * problem.key.shape[1]
     wanted = 3 if INTERPRETED else triton.cdiv(PROGRAMS_PER_PROCESSOR * _processors(problem.query.get_device()), unsplit)
     return max(1, min(wanted, MAX_SPLITS, triton.cdiv(visible, KEYS_PER_SPLIT)))
@@ -177,7 +175,8 @@ def attention_decode(
     stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
     num_heads: tl.int32, heads_per_group: tl.int32,
-    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32,
+    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
+    dropout_threshold: tl.int32,
     stride_out_split: tl.int64, stride_lse_split: tl.int64, num_splits: tl.int32,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
@@ -191,7 +190,7 @@ def attention_decode(
     group = program // num_row_blocks // num_splits % num_groups
     batch = program // num_row_blocks // num_splits // num_groups
     _, _, _, _, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, None, key_lengths, None, None, BOTTOM_RIGHT
+        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, None, key_lengths, None, None, diagonal, BOTTOM_RIGHT
     )
     packed = (program % num_row_blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_exists = packed < heads_per_group * seqlen_q

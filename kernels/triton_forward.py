@@ -112,7 +112,8 @@ def attention_forward(
     stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
     num_heads: tl.int32, heads_per_group: tl.int32,
-    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32,
+    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
+    dropout_threshold: tl.int32,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -126,8 +127,9 @@ def attention_forward(
     batch = program // num_row_blocks // num_heads
     group = head // heads_per_group
     first_row, first_key, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, BOTTOM_RIGHT
-    )
+        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
+        diagonal, BOTTOM_RIGHT,
+    )  # fmt: skip
     if start_m >= seqlen_q:
         return
     query += batch * stride_query_batch + head * stride_query_head + first_row * stride_query_row

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Problem
-from .triton_arguments import UNLIMITED, kernel, needs_tiles, visible_window
+from .triton_arguments import UNLIMITED, kernel, needs_tiles
 from .triton_launch import Tile, launch
 from .triton_tiles import TILE, allowed_pairs, key_blocks, keys_exist, sequence_sizes
 
@@ -63,7 +63,7 @@ def tile_kinds(problem: Problem, mask_bits: Tensor | None = None, mask_bits_tran
     if mask is not None:
         mask = mask.view(torch.uint8).expand(batches, heads, seqlen_q, seqlen_k)
     kinds = query.new_empty(batches, heads, triton.cdiv(seqlen_q, TILE_SIDE), triton.cdiv(seqlen_k, TILE_SIDE), dtype=torch.int8)
-    window_left, window_right = visible_window(problem)
+    window_left, window_right = problem.window_left, problem.window_right
     if kinds.numel():
         launch(
             classify,
@@ -85,12 +85,13 @@ def tile_kinds(problem: Problem, mask_bits: Tensor | None = None, mask_bits_tran
                 seqlen_k,
                 UNLIMITED if window_left is None else min(window_left, UNLIMITED),
                 UNLIMITED if window_right is None else min(window_right, UNLIMITED),
+                problem.diagonal,
             ),
             (
                 mask is not None and mask.stride(3) == 1,
                 window_left is not None,
                 window_right is not None,
-                problem.causal == "bottom_right",
+                problem.bottom_right,
             ),
             CLASSIFY_TILE,
         )
@@ -123,7 +124,7 @@ def classify(
     mask_bits_transposed,  # (B', H', Lk, ceil(Lq / 32)) int32 zeros, or None
     stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key: tl.int64,
     stride_key_mask_batch: tl.int64, stride_key_mask_key: tl.int64,
-    num_heads: tl.int32, seqlen_q: tl.int32, seqlen_k: tl.int32, window_left: tl.int32, window_right: tl.int32,
+    num_heads: tl.int32, seqlen_q: tl.int32, seqlen_k: tl.int32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
     KEYS_CONTIGUOUS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +139,7 @@ def classify(
     head = program // num_key_blocks // num_row_blocks % num_heads
     batch = program // num_key_blocks // num_row_blocks // num_heads
     _, _, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, seqlen_q, seqlen_k, query_lengths, key_lengths, None, None, BOTTOM_RIGHT
+        batch, seqlen_q, seqlen_k, seqlen_q, seqlen_k, query_lengths, key_lengths, None, None, diagonal, BOTTOM_RIGHT
     )
     first, _, _, last = key_blocks(
         start_m, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N

@@ -19,7 +19,7 @@ TILE = tl.constexpr(64)  # side of the tiles that tile lists classify
 @triton.jit
 def sequence_sizes(
     batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-    BOTTOM_RIGHT: tl.constexpr,
+    diagonal, BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     """Of one sequence: its first row and key in memory, its rows in memory, its rows and keys that are present, its diagonal offset."""
     first_row = tl.zeros((), dtype=tl.int64)
@@ -40,9 +40,9 @@ def sequence_sizes(
         rows_present = tl.minimum(tl.maximum(tl.load(query_lengths + batch), 0), seqlen_q)
     if key_lengths is not None:
         keys_present = tl.minimum(tl.maximum(tl.load(key_lengths + batch), 0), seqlen_k)
-    offset = 0
+    offset = diagonal
     if BOTTOM_RIGHT:
-        offset = keys_present - rows_present
+        offset += keys_present - rows_present
     return first_row, first_key, seqlen_q, rows_present, keys_present, offset
 
 
@@ -195,7 +195,7 @@ def allowed_pairs(
         word = tl.load(mask_bits + bit_lines * stride_bits_line + (bit_positions >> 5), mask=in_memory, other=0)
         allowed = allowed & (((word >> (bit_positions & 31)) & 1) != 0)
     else:
-        distance = keys - rows - offset
+        distance = keys - (rows + offset)
         if HAS_LEFT:
             allowed = allowed & (distance >= -window_left)
         if HAS_RIGHT:
@@ -221,7 +221,7 @@ def add_bias(
         bias = tl.load(pointers, mask=in_memory, other=0.0).to(tl.float32)
         scores = tl.where(bias < MASKED_BELOW, float("-inf"), scores + bias * LOG2_E)
     if HAS_ALIBI:
-        scores = scores - (alibi_slope * LOG2_E) * tl.abs(keys - rows - offset).to(tl.float32)
+        scores = scores - (alibi_slope * LOG2_E) * tl.abs(keys - (rows + offset)).to(tl.float32)
     return scores
 
 

@@ -30,6 +30,7 @@ CALL: dict[str, Any] = {
     "memory": ("batch first",) * 4,  # of query, key, value and the output's gradient
     "is_causal": False,
     "window": None,
+    "diagonal": None,
     "attn_mask": None,  # a dtype and which dims it has: ("bool" | "float32" | "bfloat16" | "float16", "BHQK" with 1 for a dim of size 1)
     "key_mask": None,  # right, left, holes or "nothing in one"
     "key_lengths": None,  # values, cut to the batch
@@ -57,6 +58,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window right": {"window": (None, 4)},
     "window and causal bottom-right": {"window": (20, 3), "is_causal": "bottom_right", "seqlens": (70, 40)},
     "window without a key of its own": {"window": (0, 0), "seqlens": (70, 40)},
+    "causal behind 30 keys": {"is_causal": True, "diagonal": 30, "lse_gradient": True},
+    "causal, the first 40 queries without keys": {"is_causal": True, "diagonal": -40, "lse_gradient": True},
+    "causal, far before all keys": {"is_causal": True, "diagonal": -(2**29), "lse_gradient": True},
+    "causal, far past all keys": {"is_causal": True, "diagonal": 2**29, "window": (2**29 + 20, None)},
+    "window bottom-right": {"window": (20, 3), "diagonal": "bottom_right", "seqlens": (40, 75)},
+    "window past some keys": {"window": (9, 4), "diagonal": 50, "key_mask": "holes"},
     "key_mask right": {"key_mask": "right"},
     "key_mask left": {"key_mask": "left", "is_causal": "top_left"},
     "key_mask holes": {"key_mask": "holes", "lse_gradient": True},
@@ -77,6 +84,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "float16 mask and key_mask": {"attn_mask": ("float16", "1HQK"), "key_mask": "holes"},
     "bool mask, the same for all keys": {"attn_mask": ("bool", "1HQ1"), "sizes": (1, 2, 2)},
     "prepared causal": {"is_causal": "top_left", "prepare": True},
+    "prepared causal behind 30 keys": {"is_causal": True, "diagonal": 30, "alibi_slopes": "H", "prepare": True},
     "prepared bool mask": {"attn_mask": ("bool", "1HQK"), "sizes": (2, 2, 1), "prepare": True},
     "prepared bfloat16 mask and key_mask": {"attn_mask": ("bfloat16", "11QK"), "key_mask": "holes", "prepare": True},
     "prepared float mask, key_mask, window, bottom-right": {
@@ -95,6 +103,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap, causal, lse": {"softcap": 1.5, "is_causal": "top_left", "lse_gradient": True},
     "alibi": {"alibi_slopes": "H", "sizes": (1, 2, 2)},
     "alibi by batch, bottom-right": {"alibi_slopes": "BH", "is_causal": "bottom_right", "key_lengths": (40, 75), "sizes": (2, 2, 2)},
+    "alibi bottom-right": {"alibi_slopes": "H", "diagonal": "bottom_right", "query_lengths": (70, 40)},
+    "alibi and causal behind 30 keys": {"alibi_slopes": "H", "is_causal": True, "diagonal": 30, "sizes": (1, 2, 2), "lse_gradient": True},
     "sinks": {"sinks": True, "lse_gradient": True, "sizes": (1, 2, 2)},
     "sinks, a batch element without keys": {"sinks": True, "key_mask": "nothing in one", "query_lengths": (70, 30)},
     "grouped heads": {"sizes": (2, 4, 2), "is_causal": "top_left"},
@@ -113,6 +123,8 @@ def calls(draw: st.DrawFn, seqlens: tuple[int, ...], head_dims: list[tuple[int, 
     batch, heads_per_group, num_heads_kv = draw(st.sampled_from(((0, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (3, 1, 1))))
     lengths = st.none() | st.tuples(*[st.integers(-1, 70)] * 3)
     side = st.none() | st.integers(0, 70)
+    diagonal = draw(st.sampled_from((None, None, "top_left", "bottom_right", 2**29, -(2**29))) | st.integers(-80, 80))
+    is_far = isinstance(diagonal, int) and abs(diagonal) > 80  # slopes times that leave no digits for the scores
     mask_kinds = st.tuples(
         st.sampled_from(("bool", "float32", "bfloat16", "float16", "float64")),
         st.tuples(*[st.sampled_from(("1", name)) for name in "BHQK"]).map("".join),
@@ -123,8 +135,9 @@ def calls(draw: st.DrawFn, seqlens: tuple[int, ...], head_dims: list[tuple[int, 
         "seqlens": (draw(st.sampled_from((0, *seqlens))), draw(st.sampled_from((0, *seqlens)))),
         "head_dims": draw(st.sampled_from(head_dims)),
         "memory": draw(st.tuples(*[st.sampled_from(MEMORY)] * 4)),
-        "is_causal": draw(st.sampled_from((False, "top_left", "bottom_right"))),
+        "is_causal": draw(st.booleans()),
         "window": draw(st.none() | st.tuples(side, side)),
+        "diagonal": diagonal,
         "attn_mask": draw(st.none() | mask_kinds),
         "key_mask": draw(st.sampled_from((None, None, "right", "left", "holes", "nothing in one"))),
         "key_lengths": draw(lengths),
@@ -132,7 +145,7 @@ def calls(draw: st.DrawFn, seqlens: tuple[int, ...], head_dims: list[tuple[int, 
         "dropout_p": draw(st.sampled_from((0.0, 0.0, 0.25, 1.0))),
         "scale": draw(st.sampled_from((None, 0.05, 0.3))),
         "softcap": draw(st.sampled_from((None, None, 0.5, 20.0))),
-        "alibi_slopes": draw(st.sampled_from((None, None, "H", "BH"))),
+        "alibi_slopes": draw(st.sampled_from((None, None, None if is_far else "H", None if is_far else "BH"))),
         "sinks": draw(st.booleans()),
         "lse_gradient": draw(st.booleans()),
         "prepare": draw(st.sampled_from((False, False, True))),
@@ -183,7 +196,7 @@ def build(call: dict[str, Any], device: str) -> tuple[Problem, Tensor, Tensor | 
         "separate",
         (query, key, value),
         **{name: None if tensor is None else tensor.to(device) for name, tensor in options.items()},
-        **{name: call[name] for name in ("is_causal", "window", "dropout_p", "scale", "softcap", "deterministic")},
+        **{name: call[name] for name in ("is_causal", "window", "diagonal", "dropout_p", "scale", "softcap", "deterministic")},
     )
     dlse = torch.randn(batch, num_heads, seqlen_q).to(device) if call["lse_gradient"] else None
     return problem, dout, dlse
@@ -192,8 +205,13 @@ def build(call: dict[str, Any], device: str) -> tuple[Problem, Tensor, Tensor | 
 def options_of(problem: Problem) -> dict[str, Any]:
     """The arguments of `attention` that make this problem."""
     same = ("attn_mask", "key_mask", "key_lengths", "query_lengths", "scale", "dropout_p", "rng_state", "softcap", "alibi_slopes", "sinks")
-    causal = problem.causal if problem.causal != "none" else False
-    return {name: getattr(problem, name) for name in same} | {"is_causal": causal, "window": (problem.window_left, problem.window_right)}
+    return {name: getattr(problem, name) for name in same} | by_position(problem)
+
+
+def by_position(problem: Problem) -> dict[str, Any]:
+    """The arguments that mask by position."""
+    diagonal = "bottom_right" if problem.bottom_right else problem.diagonal
+    return {"window": (problem.window_left, problem.window_right), "diagonal": diagonal}
 
 
 def prepared(problem: Problem, gradients: bool = True) -> Problem:
@@ -203,8 +221,7 @@ def prepared(problem: Problem, gradients: bool = True) -> Problem:
         problem.key_mask,
         key_lengths=problem.key_lengths,
         query_lengths=problem.query_lengths,
-        is_causal=problem.causal if problem.causal != "none" else False,
-        window=(problem.window_left, problem.window_right),
+        **by_position(problem),
         seqlen_q=problem.query.shape[2],
         seqlen_k=problem.key.shape[2],
         gradients=gradients,

@@ -114,6 +114,8 @@ struct Tensor {  // (batch, heads, rows, columns)
   }
 };
 
+enum Causal { kNone, kTopLeft, kBottomRight };
+
 struct Case {
   int64_t batch, heads, seqlen_q, seqlen_k, head_dim_qk, head_dim_v;
   Causal causal;
@@ -128,9 +130,8 @@ struct Case {
   bool prepared = false;  // what masks, as bits and lists of tiles
   bool packed = false;    // the batch as packed sequences; layout must be rows_first
   MaskDtype mask_dtype = MaskDtype::float32;
+  int32_t diagonal = 0;
 };
-
-constexpr Causal kNone = Causal::none, kTopLeft = Causal::top_left, kBottomRight = Causal::bottom_right;
 
 // Odd sizes sit one off the kernels' blocks: 16 lanes, 32 and 64 columns, 48 and 96 rows, 512 keys.
 const Case kCases[] = {
@@ -226,11 +227,12 @@ struct Inputs {
 
     problem.dtype = dtype;
     problem.batch = c.batch, problem.num_heads = c.heads, problem.num_heads_kv = c.heads / c.heads_per_key_head;
-    problem.window_left = c.window_left, problem.window_right = c.window_right, problem.softcap = c.softcap;
+    problem.window_left = c.window_left, problem.window_right = c.causal == kNone ? c.window_right : 0;
+    problem.diagonal = c.diagonal, problem.bottom_right = c.causal == kBottomRight;
+    problem.softcap = c.softcap;
     problem.seqlen_q = c.seqlen_q, problem.seqlen_k = c.seqlen_k;
     problem.head_dim_qk = c.head_dim_qk, problem.head_dim_v = c.head_dim_v;
     problem.softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim_qk));
-    problem.causal = c.causal;
     problem.query = query.view, problem.key = key.view, problem.value = value.view, problem.out = out.view, problem.dout = dout.view;
     problem.dquery = dquery.view, problem.dkey = dkey.view, problem.dvalue = dvalue.view;
     problem.lse = lse.data();
@@ -340,7 +342,9 @@ struct Inputs {
   size_t lse_index(int64_t b, int64_t h, int64_t i) const {
     return static_cast<size_t>(c.packed ? (h * c.batch + b) * c.seqlen_q + i : (b * c.heads + h) * c.seqlen_q + i);
   }
-  int64_t distance(int64_t b, int64_t i, int64_t j) const { return j - i - (c.causal == kBottomRight ? keys(b) - queries(b) : 0); }
+  int64_t distance(int64_t b, int64_t i, int64_t j) const {
+    return j - i - c.diagonal - (c.causal == kBottomRight ? keys(b) - queries(b) : 0);
+  }
   bool query_present(int64_t b, int64_t i) const { return i < queries(b); }
   bool key_present(int64_t b, int64_t j) const { return j < keys(b) && (!c.key_mask || key_mask[static_cast<size_t>(b * c.seqlen_k + j)]); }
   float bias(int64_t h, int64_t i, int64_t j) const {

@@ -23,7 +23,7 @@ def faulty(problem: Problem, fault: str) -> Problem:
     if fault == "scale 1 % off":
         return replace(problem, scale=problem.scale * 1.01)
     if fault == "mask shifted by one key":
-        return replace(problem, attn_mask=torch.tril(torch.ones(40, 40, dtype=torch.bool), 1)[None, None], causal="none")
+        return replace(problem, attn_mask=torch.tril(torch.ones(40, 40, dtype=torch.bool), 1)[None, None], window_right=None)
     key = problem.key.clone()
     key[:, :, 7] *= 1.1
     return replace(problem, key=key, inputs=(problem.query, key, problem.value))

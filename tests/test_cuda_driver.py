@@ -27,7 +27,7 @@ native.cuda_set_short_kernels(False)
 def problem(head_dim=64, seqlen_q=70, seqlen_k=70, dtype=1, **changed):
     strides = (head_dim * 128, head_dim * 128, head_dim)
     fields = dict(
-        dtype=dtype, sizes=(1, 1, 1, seqlen_q, seqlen_k, head_dim, head_dim), num_tokens=(0, 0), scale=1.0, causal=0,
+        dtype=dtype, sizes=(1, 1, 1, seqlen_q, seqlen_k, head_dim, head_dim), num_tokens=(0, 0), scale=1.0, diagonal=0, bottom_right=False,
         window=(2**30, 2**30), softcap=0.0, dropout_threshold=0, query=strides, key=strides, value=strides, out=strides,
         attn_mask=(0, 0, 0), attn_mask_key=0, attn_mask_dtype=0, key_mask=(0, 0), alibi_slopes=(0, 0), mask_bits=(0, 0, 0),
         row_tiles=(0, 0, 0), num_tiles=0)

@@ -164,7 +164,7 @@ def test_key_masks_make_lists_alone(mask: str, seqlens: tuple[int, int], block_m
     assert tiles.block_m == (64 if "attn_mask" in options else 128)
     assert tiles.mask_bits is None
     assert tiles.lists.shape[1] == 1
-    if problem.causal == "none" and problem.window_left is None:
+    if problem.window_left is None and problem.window_right is None:
         assert tiles.lists.shape[2] == 1
     if problem.attn_mask is not None:
         problem.attn_mask = None  # a float mask makes no tile empty or mixed

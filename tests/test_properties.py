@@ -31,7 +31,7 @@ CASES = int(os.environ.get("FUSED_ATTENTION_PROPERTY_CASES", "200"))
 SEQLENS = (1, 2, 15, 16, 17, 33, 64, 65)
 HEAD_DIMS = [(d, d) for d in (1, 7, 8, 16, 24, 40, 64, 264)] + [(24, 16), (16, 40)]  # above 256 the reference runs
 ENTRIES = ("attention", "attention", "qkv", "kv", "varlen", "decode", "sdpa", "weights")
-MASKS = ("attn_mask", "key_mask", "key_lengths", "query_lengths", "window", "is_causal")
+MASKS = ("attn_mask", "key_mask", "key_lengths", "query_lengths", "window", "diagonal")
 
 
 @st.composite
@@ -49,10 +49,11 @@ def public_calls(draw: st.DrawFn) -> dict[str, Any]:
         call["key_lengths"], call["query_lengths"] = (call[name] or (70, 70, 70) for name in ("key_lengths", "query_lengths"))
     elif entry == "decode":
         without = ("attn_mask", "query_lengths", "dropout_p", "prepare", "lse_gradient")
-        call["is_causal"], call["key_lengths"] = "bottom_right", call["key_lengths"] or (70, 70, 70)
+        call["is_causal"], call["diagonal"], call["key_lengths"] = True, "bottom_right", call["key_lengths"] or (70, 70, 70)
     elif entry == "sdpa":
-        without = ("key_mask", "key_lengths", "query_lengths", "window", "softcap", "alibi_slopes", "sinks", "prepare", "lse_gradient")
-        call["is_causal"] = call["is_causal"] == "top_left" and call["attn_mask"] is None
+        without = ("key_mask", "key_lengths", "query_lengths", "window", "diagonal", "softcap", "alibi_slopes", "sinks", "prepare")
+        without += ("lse_gradient",)
+        call["is_causal"] = call["is_causal"] and call["attn_mask"] is None
         call["dropout_p"] = 1.0 if call["dropout_p"] == 1.0 else 0.0  # it draws its own masks
     elif entry == "weights":
         without = ("lse_gradient",)
@@ -107,7 +108,7 @@ def as_varlen(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Any:
 
 def as_sdpa(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, None]:
     names = ("attn_mask", "dropout_p", "scale")
-    given = {name: given[name] for name in names} | {"is_causal": bool(given["is_causal"])}
+    given = {name: given[name] for name in names} | {"is_causal": given["window"] == (None, 0)}
     return scaled_dot_product_attention(query, key, value, **given, enable_gqa=True), None
 
 

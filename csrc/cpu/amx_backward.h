@@ -408,7 +408,7 @@ class AmxBackward {
     const int64_t row_tiles = rows_padded_ / 32, key_tiles = divide_up(bounds_.seqlen_k, 32);
     const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded_, kRows) * key_tiles * (dim_qk_ + dim_v_) / 32 +
                           divide_up(bounds_.seqlen_k, kKeys) * row_tiles * dim_qk_ / 32;
-    prefetcher_.spread_over(problem_.causal == Causal::none ? ticks : ticks / 2);
+    prefetcher_.spread_over(is_causal(problem_) ? ticks / 2 : ticks);
   }
 
   static constexpr int64_t kWeightStride = kRows + 32, kKeyStride = kKeys + 32;

@@ -179,7 +179,7 @@ class BackwardPass {
     }
     const int64_t row_blocks = (bounds_.seqlen_q + kBackwardRows - 1) / kBackwardRows,
                   key_blocks = (bounds_.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
-    const int64_t blocks = problem_.causal == Causal::none ? row_blocks * key_blocks : (row_blocks * key_blocks + 1) / 2;
+    const int64_t blocks = is_causal(problem_) ? (row_blocks * key_blocks + 1) / 2 : row_blocks * key_blocks;
     prefetcher_.spread_over(blocks * (matmul_ticks(kBackwardRows, kBackwardKeys, problem_.head_dim_qk + problem_.head_dim_v) +
                                       matmul_ticks(kBackwardKeys, query_columns_ + value_columns_, kBackwardRows) +
                                       matmul_ticks(kBackwardRows, query_columns_, kBackwardKeys)));

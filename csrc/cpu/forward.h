@@ -20,7 +20,7 @@ namespace fused_attention::cpu::FA_ISA {
 // Query rows in one block of scores, a multiple of 16. Small blocks waste less under a causal mask.
 static int64_t forward_block_rows(const AttentionProblem& problem) {
   if (problem.row_tiles.data) return 64;
-  const bool causal = problem.causal != Causal::none;
+  const bool causal = is_causal(problem);
   if (problem.seqlen_q <= 64) return causal || problem.dtype == Dtype::float32 ? 32 : round_up(problem.seqlen_q, 16);
   return causal && problem.seqlen_q <= 1024 ? 48 : 96;
 }

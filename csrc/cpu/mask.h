@@ -39,9 +39,9 @@ static inline SequenceBounds sequence_bounds(const AttentionProblem& problem, in
   };
   bounds.seqlen_q = present(problem.query_lengths, bounds.rows);
   bounds.seqlen_k = present(problem.key_lengths, bounds.keys);
-  bounds.diagonal = problem.causal == Causal::bottom_right ? bounds.seqlen_k - bounds.seqlen_q : 0;
+  bounds.diagonal = problem.diagonal + (problem.bottom_right ? bounds.seqlen_k - bounds.seqlen_q : 0);
   bounds.left = problem.window_left < kUnlimited ? problem.window_left : kAll;
-  bounds.right = problem.causal != Causal::none ? 0 : problem.window_right < kUnlimited ? problem.window_right : kAll;
+  bounds.right = problem.window_right < kUnlimited ? problem.window_right : kAll;
   if (problem.key_mask) {  // trailing masked keys cost nothing; they do not move the diagonal
     const uint8_t* allowed = problem.key_mask + b * problem.key_mask_batch;
     while (bounds.seqlen_k > 0 && !allowed[(bounds.seqlen_k - 1) * problem.key_mask_key]) --bounds.seqlen_k;
@@ -51,8 +51,11 @@ static inline SequenceBounds sequence_bounds(const AttentionProblem& problem, in
 
 // Whether some rows see other keys than others by their position.
 static inline bool has_diagonal(const AttentionProblem& problem) {
-  return problem.causal != Causal::none || problem.window_left < kUnlimited || problem.window_right < kUnlimited;
+  return problem.window_left < kUnlimited || problem.window_right < kUnlimited;
 }
+
+// Whether a row sees no key beyond the diagonal, so that about half of the scores count.
+static inline bool is_causal(const AttentionProblem& problem) { return problem.window_right == 0; }
 
 // `row` sees keys [first_visible_key, visible_keys), both in [0, seqlen_k]; none where the second is not the larger.
 static inline int64_t visible_keys(const SequenceBounds& bounds, int64_t row) {

@@ -22,26 +22,27 @@ FA_DEVICE uint32_t bits_of(KeyRange range, int first_key) {
   return bits_below(range.to) & ~bits_below(range.from);
 }
 
-// One sequence: `rows` rows in memory, of which `rows_present` are present, and `keys_present` keys. No sequence has more than 2^30 of
-// either and a window side that limits anything is smaller, so that sums of them fit an int.
+// One sequence: `rows` rows in memory, of which `rows_present` are present, and `keys_present` keys. A sequence of either and the diagonal
+// together reach no further than 2^30, and a window side that limits anything is smaller, so that sums of them fit an int.
 struct Sequence {
   int64_t first_row = 0, first_key = 0;  // in memory, of packed sequences
-  int rows, rows_present, keys_present, offset = 0, window_left, window_right;
+  int rows, rows_present, keys_present, offset, window_left, window_right;
 
   // Of a problem without packed sequences and lengths: all of them are the same.
   FA_DEVICE explicit Sequence(const AttentionProblem& problem)
       : rows(static_cast<int>(problem.seqlen_q)),
         rows_present(rows),
         keys_present(static_cast<int>(problem.seqlen_k)),
-        offset(problem.causal == Causal::bottom_right ? keys_present - rows : 0),
+        offset(problem.diagonal + (problem.bottom_right ? keys_present - rows : 0)),
         window_left(problem.window_left),
-        window_right(problem.causal == Causal::none ? problem.window_right : 0) {}
+        window_right(problem.window_right) {}
 
   FA_DEVICE Sequence(const AttentionProblem& problem, int64_t batch)
       : rows(static_cast<int>(problem.seqlen_q)),
         keys_present(static_cast<int>(problem.seqlen_k)),
+        offset(problem.diagonal),
         window_left(problem.window_left),
-        window_right(problem.causal == Causal::none ? problem.window_right : 0) {
+        window_right(problem.window_right) {
     if (problem.cu_seqlens_q != nullptr) {  // clamped, so that no value leads out of the memory there is
       first_row = clamped(problem.cu_seqlens_q[batch], problem.num_tokens_q);
       first_key = clamped(problem.cu_seqlens_k[batch], problem.num_tokens_k);
@@ -50,7 +51,7 @@ struct Sequence {
     }
     rows_present = problem.query_lengths == nullptr ? rows : clamped(problem.query_lengths[batch], rows);
     if (problem.key_lengths != nullptr) keys_present = clamped(problem.key_lengths[batch], keys_present);
-    if (problem.causal == Causal::bottom_right) offset = keys_present - rows_present;
+    if (problem.bottom_right) offset += keys_present - rows_present;
   }
 
   FA_DEVICE bool sees_all_to_the_left() const { return window_left >= kUnlimited; }

@@ -41,8 +41,8 @@ struct MaskArguments {
         prepared ? problem.row_tiles.batch != 0
                  : mask.batch != 0 || problem.key_mask != nullptr || problem.key_lengths != nullptr || problem.query_lengths != nullptr;
     const bool heads_differ = prepared ? problem.row_tiles.head != 0 : mask.head != 0;
-    const bool rows_differ = every_row || prepared || mask.row != 0 || problem.causal != Causal::none || problem.window_left < kUnlimited ||
-                             problem.window_right < kUnlimited;
+    const bool limited = problem.window_left < kUnlimited || problem.window_right < kUnlimited;
+    const bool rows_differ = every_row || prepared || mask.row != 0 || limited;
     batch = batches_differ ? problem.batch : std::min<int64_t>(problem.batch, 1);
     num_heads = heads_differ ? problem.num_heads : std::min<int64_t>(problem.num_heads, 1);
     rows = rows_differ ? problem.seqlen_q : std::min<int64_t>(problem.seqlen_q, 1);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -48,8 +49,8 @@ void check(const AttentionProblem& problem) {
   if (problem.num_heads_kv <= 0 || problem.num_heads % problem.num_heads_kv != 0) {
     throw std::invalid_argument("the heads of query must be a multiple of those of key");
   }
-  if (problem.seqlen_q > kUnlimited || problem.seqlen_k > kUnlimited) {
-    throw std::invalid_argument("sequences may have 2^30 queries and keys at most");
+  if (std::max(problem.seqlen_q, problem.seqlen_k) + std::abs(int64_t{problem.diagonal}) > kUnlimited) {
+    throw std::invalid_argument("sequences may have 2^30 queries and keys at most, less the diagonal's distance from their starts");
   }
   const bool packed = problem.cu_seqlens_q != nullptr;
   if (packed != (problem.cu_seqlens_k != nullptr)) throw std::invalid_argument("cu_seqlens_q and cu_seqlens_k come together");
@@ -164,8 +165,7 @@ void plan_mask_tiles(Plan& plan, Workspace& workspace, int block_m, ForwardArgum
 
 // Enough blocks to keep every processor busy; from sizes alone, never from lengths, which are on the device.
 int num_splits(const AttentionProblem& problem, const DeviceLimits& limits, int64_t unsplit_blocks) {
-  const int64_t right = problem.causal == Causal::none ? problem.window_right : 0;
-  const int64_t visible = std::min(problem.seqlen_k, problem.seqlen_q + problem.window_left + right);
+  const int64_t visible = std::min(problem.seqlen_k, problem.seqlen_q + problem.window_left + problem.window_right);
   const int64_t wanted = ceil_div(static_cast<int64_t>(kBlocksPerProcessor) * limits.multiprocessors, unsplit_blocks);
   return static_cast<int>(std::max<int64_t>(1, std::min({wanted, int64_t{kMaxSplits}, ceil_div(visible, kKeysPerSplit)})));
 }
@@ -359,7 +359,6 @@ Plan plan_backward(const AttentionProblem& problem, const SideGradients& side, c
   check_pointer("dvalue", problem.dvalue, packed ? problem.num_tokens_k : problem.seqlen_k);
   OnePassArguments arguments;
   fill(arguments, problem);
-  if (problem.causal != Causal::none) arguments.problem.window_right = 0;
   arguments.dattn_mask = side.dattn_mask;
   arguments.mask_batches = side.mask_batches;
   arguments.mask_heads = side.mask_heads;

@@ -8,8 +8,9 @@ def problem(
     sizes: tuple[int, int, int, int, int, int, int],  # batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim_qk, head_dim_v
     num_tokens: tuple[int, int],  # of packed queries and keys, otherwise 0
     scale: float,
-    causal: int,
     window: tuple[int, int],
+    diagonal: int,
+    bottom_right: bool,
     softcap: float,
     dropout_threshold: int,
     query: Strides,

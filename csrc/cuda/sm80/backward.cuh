@@ -83,14 +83,13 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
   const uint32_t line = number / block_columns, place = number % block_columns;
   const int start_n = static_cast<int>(descending ? block_columns - 1 - place : place) * kBlockN;
   const int batch = static_cast<int>(line / num_heads_kv), key_head = static_cast<int>(line % num_heads_kv);
-  Sequence sequence = [&] {
+  const Sequence sequence = [&] {
     if constexpr (kPlain) {
       return Sequence(problem);
     } else {
       return Sequence(problem, batch);
     }
   }();
-  sequence.window_right = problem.window_right;  // which plan.cpp makes 0 where the problem is causal
   const int keys = kPlain || problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
   if (start_n >= keys) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_key = 16 * warp, first_key = start_n + warp_key;
