@@ -441,7 +441,7 @@ def _overrides_functions(kind: type[Tensor]) -> bool:
     return getattr(kind.__torch_function__, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
-def causal_bias(mask: object) -> Causal | None:
+def causal_bias(mask: object) -> Literal["top_left", "bottom_right"] | None:
     """What a torch.nn.attention.bias.CausalBias, which holds no values, stands for; None of anything else."""
     kind = type(mask)
     if kind is Tensor or kind.__name__ != "CausalBias" or kind.__module__ != "torch.nn.attention.bias":
@@ -531,16 +531,21 @@ def _is_readable(tensor: Tensor) -> bool:
 
 
 def checked_seqlen(name: str, seqlen: int | Tensor | None) -> int:
-    """An int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor, which is read)."""
-    if isinstance(seqlen, Tensor):
-        if seqlen.dim() != 0 or seqlen.dtype is torch.bool or seqlen.is_floating_point() or seqlen.is_complex():
-            raise TypeError(f"{name} must be an int, got a tensor of shape {tuple(seqlen.shape)} and dtype {seqlen.dtype}")
-        seqlen = int(seqlen)
-    elif isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt, numbers.Integral)):
-        raise TypeError(f"{name} must be an int, got {type(seqlen).__name__}")
+    seqlen = _checked_int(name, seqlen)
     if holds(seqlen < 0):
         raise ValueError(f"{name} must be >= 0, got {seqlen}")
-    return seqlen if isinstance(seqlen, (int, torch.SymInt)) else int(seqlen)
+    return seqlen
+
+
+def _checked_int(name: str, number: int | Tensor | None) -> int:
+    """An int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor, which is read)."""
+    if isinstance(number, Tensor):
+        if number.dim() != 0 or number.dtype is torch.bool or number.is_floating_point() or number.is_complex():
+            raise TypeError(f"{name} must be an int, got a tensor of shape {tuple(number.shape)} and dtype {number.dtype}")
+        return int(number)
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{name} must be an int, got {type(number).__name__}")
+    return number if isinstance(number, (int, torch.SymInt)) else int(number)
 
 
 def check_no_padding(what: str, **arguments: object) -> None:
@@ -627,15 +632,16 @@ def _checked_diagonal(diagonal: int | str | None, is_causal: bool | str) -> tupl
         if diagonal is not None and diagonal != is_causal:
             raise ValueError(f"diagonal must be None beside is_causal={is_causal!r}, which says where it runs, got {diagonal!r}")
         diagonal = is_causal
-    if diagonal is None or diagonal == "top_left":
+    if diagonal is None:
         return 0, False
-    if diagonal == "bottom_right":
-        return 0, True
-    if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
-        raise TypeError(f"diagonal must be None, 'top_left', 'bottom_right' or an int, got {diagonal!r}")
-    if not -MAX_DIAGONAL <= diagonal <= MAX_DIAGONAL:
-        raise ValueError(f"diagonal must be in [-2^29, 2^29], got {diagonal}")
-    return diagonal, False
+    if isinstance(diagonal, str):
+        if diagonal not in ("top_left", "bottom_right"):
+            raise ValueError(f"diagonal must be None, 'top_left', 'bottom_right' or an int, got {diagonal!r}")
+        return 0, diagonal == "bottom_right"
+    offset = _checked_int("diagonal", diagonal)
+    if holds(offset < -MAX_DIAGONAL) or holds(offset > MAX_DIAGONAL):
+        raise ValueError(f"diagonal must be in [-2^29, 2^29], got {offset}")
+    return offset, False
 
 
 def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
