@@ -54,6 +54,7 @@ FEATURES: dict[str, Callable[[], Problem]] = {
     "lse and its gradient": _problem,
     "grouped-query heads": lambda: _problem(num_heads_kv=1),
     "window": lambda: _problem(window=(4, 4)),
+    "diagonal at any offset": lambda: _problem(is_causal=True, diagonal=5),
     "softcap": lambda: _problem(softcap=30.0),
     "alibi_slopes": lambda: _problem(alibi_slopes=torch.ones(2)),
     "sinks": lambda: _problem(sinks=torch.zeros(2)),
