@@ -6,6 +6,28 @@ BIN = $(VENV)/bin
 export GOMP_SPINCOUNT ?= 2000
 WORKERS = -n auto --dist worksteal # a process for each core
 
+# $(ALOUD) STEP COMMAND... runs a command and says every eight seconds that the step still goes on: pip and ninja may be silent for longer.
+define ALOUD_PROGRAM
+import subprocess, sys, time
+started, running = time.monotonic(), subprocess.Popen(sys.argv[2:])
+while True:
+    try:
+        sys.exit(running.wait(8))
+    except subprocess.TimeoutExpired:
+        print(f"... {sys.argv[1]}: {time.monotonic() - started:.0f} s", flush=True)
+    except KeyboardInterrupt:  # which the command got too
+        pass
+endef
+export ALOUD_PROGRAM
+ALOUD = $(PYTHON) -c "$$ALOUD_PROGRAM"
+PIP_INSTALL = $(ALOUD) installing $(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
+
+# The CUDA compiler's wheels where they are wanted and no nvcc is there, then what changed in csrc/.
+define COMPILE
+@wheels="$$($(BIN)/python csrc/cuda/toolkit.py)" && if [ -n "$$wheels" ]; then $(PIP_INSTALL) $$wheels; fi
+@$(ALOUD) compiling $(BIN)/python setup.py --quiet build_ext --inplace
+endef
+
 .PHONY: help install build demo test test-rest test-all test-oldest test-newest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu gpu-rehearsal test-oldest-triton check-tools
 
 help: ## list the targets
@@ -34,6 +56,7 @@ bench-full: build ## the same with every cell, in an hour or two; a run that was
 
 codegen: codegen-cuda codegen-triton ## inspect the machine code of every kernel (12 minutes on 2 cores where no Triton kernel changed)
 
+codegen-cuda codegen-cuda-table: export FUSED_ATTENTION_CUDA = 1
 codegen-cuda: build ## inspect every CUDA kernel, for every GPU (6 minutes)
 	$(BIN)/python tests/cuda_codegen_gate.py
 
@@ -66,15 +89,19 @@ lint: install ## ruff, mypy, clang-format
 
 install: $(VENV)/installed ## create .venv with everything (a torch already in it is kept, with its triton)
 
-build: install ## compile what changed in csrc/
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+build: install ## compile what changed in csrc/ (FUSED_ATTENTION_CUDA=1: the CUDA kernels even where no GPU is, 6 minutes on 2 cores)
+	$(COMPILE)
 
+# pip hides what a build says: the extension is compiled before, and pip only links it again.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt | check-tools
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(ALOUD) "creating $(VENV)" $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import torch' 2>/dev/null; then grep -vE '^(torch|triton)==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
-	wheels="$$($(BIN)/python csrc/cuda/toolkit.py)" && \
-	  $(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt setuptools wheel pybind11 ninja $$wheels
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
+	@echo "$(VENV): what the build needs"
+	@$(PIP_INSTALL) setuptools wheel pybind11 ninja
+	@echo "$(VENV): the native kernels (a minute on 2 cores; the CUDA kernels, where an NVIDIA driver is, 6 minutes more)"
+	$(COMPILE)
+	@echo "$(VENV): torch and what the package and its tests need"
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
 # The oldest Triton, and everything else from $(VENV).

@@ -55,8 +55,10 @@ class NinjaBuild(build_ext):
             f"  command = {CXX} {flags} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "  description = compile $in",
             "rule link",
             f"  command = {CXX} -shared -fopenmp -Wl,--exclude-libs,ALL $in -ldl -o $out",
+            "  description = link $out",
         ]
         objects = []
         for source in ext.sources:

@@ -313,6 +313,9 @@ PYBIND11_MODULE(_native, module) {
         return py::make_tuple(limits.compute_capability, limits.multiprocessors, limits.shared_bytes);
       },
       "Compute capability times ten, multiprocessors and bytes of shared memory for a block.");
+  module.def("cuda_device_name", &cuda::device_name, "What the NVIDIA driver calls a GPU.");
+  module.def("cuda_has_machine_code", &cuda::has_machine_code,
+             "Whether a GPU of a compute capability (times ten) runs machine code of this build; otherwise its driver compiles the PTX.");
   module.def(
       "cuda_images",
       [] {

@@ -56,13 +56,27 @@ def compiled() -> str:
 
 
 def driver() -> str:
-    """What the NVIDIA driver supports and which GPUs it sees."""
-    if _native is None or _native.cuda_versions()[0] == 0:
-        return "none"
-    version = _native.cuda_versions()[0]
-    capabilities = [_native.cuda_device_limits(device)[0] for device in range(_native.cuda_device_count())]
-    gpus = ", ".join(f"compute capability {capability // 10}.{capability % 10}" for capability in capabilities)
-    return f"supports CUDA {version // 1000}.{version % 1000 // 10}; GPUs: {gpus or 'none'}"
+    """What the NVIDIA driver supports, asked without initializing CUDA."""
+    version = _native.cuda_versions()[0] if _native is not None else 0
+    return f"supports CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"
+
+
+def gpus() -> list[str]:
+    """Of each GPU that the NVIDIA driver sees its name, its compute capability and how it gets the kernels. Initializes CUDA."""
+    return [_described(device) for device in range(_native.cuda_device_count())] if _native is not None else []
+
+
+def _described(device: int) -> str:
+    capability = _native.cuda_device_limits(device)[0]
+    if not _native.cuda_images():
+        kernels = "none in this build"
+    elif reason := _native.cuda_why_not(device):
+        kernels = f"none: {reason}"
+    elif _native.cuda_has_machine_code(capability):
+        kernels = "native machine code"
+    else:
+        kernels = f"compiled at first use, from PTX (built with FUSED_ATTENTION_CUDA_ARCHS='80 {capability}' they would be native)"
+    return f"{_native.cuda_device_name(device)}, compute capability {capability // 10}.{capability % 10}; CUDA kernels: {kernels}"
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:

@@ -4,7 +4,7 @@
     python tests/cuda_codegen_gate.py --write    the same, and write docs/cuda-codegen.md, the table that later builds are compared with
 
 Three sources: the machine code that the build made, ptxas's account of it, and the same account for other GPUs, whose machine code a
-driver makes of the PTX.
+driver makes of the PTX. What an image took to compile and what it adds to the extension has limits too (csrc/cuda/build_images.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cuda_resources import Code, Usage, code, failures, matching, usages
 from cuda_tools import find_cuda_tool
 from occupancy import KB, room
 
+from csrc.cuda.build_images import costs, over_limits
 from csrc.cuda.instances.manifest import INSTANCES, SMALL_SHARED_BYTES, Instance
 from csrc.cuda.toolkit import find_toolkit
 
@@ -188,8 +189,13 @@ def main() -> None:
         print(f"{line.row.name:44s} {' '.join(f'{cell:>6s}' for cell in cells(line)[1:])}")
     failed = [line for line in lines if line.failures]
     print(f"{len(lines)} instances, {len(failed)} fail; {time.monotonic() - start:.0f} s")
+    expensive = over_limits(costs(FOLDER, images))
+    for sentence in expensive:
+        print(f"FAILS {sentence}")
     for line in failed:
         print(f"FAILS {line.row.name}: {'; '.join(line.failures)}")
+    if expensive:
+        sys.exit("images cost too much to compile or to ship")
     if failed:
         sys.exit(f"If a change is meant to do this and nothing spills: {WRITE}")
 

@@ -184,7 +184,7 @@ def why_not() -> str | None:
     if cuda_backend._native is None:
         return cuda_backend.NOT_BUILT
     if not any("_forward_" in name for name in cuda_backend._native.cuda_images()):
-        return "this build has no CUDA forward kernels"  # without which the host code plans nothing
+        return f"CUDA kernels: {cuda_backend.compiled()}"  # without which the host code plans nothing
     return why_not_buildable()
 
 

@@ -38,7 +38,7 @@ thread_local void* current_context = nullptr;
 char contexts[64], a_module, a_function;
 
 struct Calls {
-  int launches = 0, loaded = 0, unloaded = 0, pushed = 0, popped = 0;
+  int launches = 0, loaded = 0, unloaded = 0, pushed = 0, popped = 0, initialized = 0;
 } calls;
 
 }  // namespace
@@ -47,7 +47,10 @@ struct Calls {
 #define FAIL_IF_ASKED \
   if (const int result = machine().result(__func__)) return result
 
-EXPORT int cuInit(unsigned) { return machine().result("cuInit"); }
+EXPORT int cuInit(unsigned) {
+  ++calls.initialized;
+  return machine().result("cuInit");
+}
 EXPORT int cuDriverGetVersion(int* version) {
   *version = machine().version;
   return 0;
@@ -139,6 +142,6 @@ EXPORT int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigne
 
 EXPORT void standin_make_current(int device) { current_context = device < 0 ? nullptr : &contexts[device]; }
 EXPORT void standin_calls(int* numbers) {
-  const int counted[] = {calls.launches, calls.loaded, calls.unloaded, calls.pushed, calls.popped};
+  const int counted[] = {calls.launches, calls.loaded, calls.unloaded, calls.pushed, calls.popped, calls.initialized};
   std::memcpy(numbers, counted, sizeof(counted));
 }

@@ -21,6 +21,7 @@ class Calls(NamedTuple):
     unloaded: int
     pushed: int  # contexts
     popped: int
+    initialized: int
 
 
 def build(folder: Path, *, old: bool = False) -> Path:
@@ -37,6 +38,6 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 def calls(library: ctypes.CDLL) -> Calls:
-    numbers = (ctypes.c_int * 5)()
+    numbers = (ctypes.c_int * 6)()
     library.standin_calls(numbers)
     return Calls(*numbers)

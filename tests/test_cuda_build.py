@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import standin_driver
 from emulator import find_nvcc
 from emulator.build import CXX
 
@@ -84,6 +86,10 @@ int main() {
                 int(image.dtype), int(image.feature_class), int(image.dropout), image.block_m, image.block_n, image.num_threads,
                 image.shared_bytes, int(image.end - image.begin), reinterpret_cast<const char*>(image.begin));
   }
+  for (int i = 0; i < kNumMachineCode; ++i) {
+    const MachineCode& code = kMachineCode[i];
+    std::printf("sm_%d%.*s ", code.compute_capability, int(code.suffix != 0), &code.suffix);
+  }
   std::printf("%d %s|%s\\n", kToolkitVersion, kBuilt, kWhyNoImages ? kWhyNoImages : "-");
 }
 """
@@ -103,7 +109,9 @@ def test_the_table_holds_the_rows_and_the_images(tmp_path: Path) -> None:
     (tmp_path / "cuda").mkdir()
     for image in manifest.image_names(rows):
         (tmp_path / f"cuda/{image}.fatbin").write_text(f"bytes of {image}")
-    (tmp_path / "cuda/images.cpp").write_text(manifest.table_source(rows, toolkit_version=13000, built='nvcc "13.0"'))
+    (tmp_path / "cuda/images.cpp").write_text(
+        manifest.table_source(rows, architectures=["80", "90a"], toolkit_version=13000, built='nvcc "13.0"')
+    )
     forward, decode, *helpers, last = read_table(tmp_path)
     name = "sm80_forward_192x128_bf16_plain_dropout"
     tile = manifest.FORWARD_TILES[192, 128]
@@ -112,7 +120,7 @@ def test_the_table_holds_the_rows_and_the_images(tmp_path: Path) -> None:
     assert decode.startswith("sm80_decode_64x64_fp16 1 64 64 2 1 0 ")
     assert [line.split()[0] for line in helpers] == [f"mask_tiles_{step}" for step in ("classify", "list", "keys", "merge")]
     assert all(line.endswith(" bytes of mask_tiles") for line in helpers)
-    assert last == '13000 nvcc "13.0"|-'
+    assert last == 'sm_80 sm_90a 13000 nvcc "13.0"|-'
 
 
 def test_without_cuda_the_table_is_empty_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,10 +207,11 @@ def test_an_image_and_what_lies_beside_it(small_build: SmallBuild, capsys: pytes
     name = small_build.rows[0].name
     assert f".entry {name}(" in (images.folder / f"{name}.ptx").read_text()
     assert "0 bytes spill stores" in (images.folder / f"{name}.log").read_text()
-    rows = build_images.costs(images)
+    rows = build_images.costs(images.folder, [row.image for row in small_build.rows])
     assert [row.image for row in rows] == [row.name for row in small_build.rows]
     for row in rows:
-        assert 0.05 < row.seconds < 8
+        assert 0.05 < row.seconds < build_images.MAX_SECONDS
+        assert row.architectures == 1
         assert row.kilobytes == pytest.approx((images.folder / f"{row.image}.fatbin").stat().st_size / 1024, abs=0.1)
 
 
@@ -227,11 +236,25 @@ def test_ptx_for_an_older_assembler(small_build: SmallBuild, monkeypatch: pytest
 
 
 def test_limits_of_an_image() -> None:
-    fine = [Cost("a", 8.0, 250.0), Cost("b", 0.1, 1.0)]
+    fine = [Cost("a", 12.0, 250.0, 1), Cost("b", 0.1, 1.0, 1), Cost("c", 24.0, 500.0, 2)]
     assert build_images.over_limits(fine) == []
-    slow, large = build_images.over_limits([*fine, Cost("slow", 8.01, 10.0), Cost("large", 1.0, 250.1)])
-    assert slow == "slow: 8.01 seconds of processor time, at most 8 are allowed"
-    assert large == "large: 250.1 kilobytes, at most 250 are allowed"
+    slow, large = build_images.over_limits([*fine, Cost("slow", 12.01, 10.0, 1), Cost("large", 1.0, 500.1, 2)])
+    assert slow == "slow: 12.01 seconds of processor time, at most 12 are allowed"
+    assert large == "large: 500.1 kilobytes, at most 500 are allowed"
+
+
+@needs_nvcc
+def test_a_build_over_the_limits_is_reported_as_any_other(
+    small_build: SmallBuild, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FUSED_ATTENTION_CUDA_ARCHS", "80 90")
+    monkeypatch.setattr(build_images, "MAX_SECONDS", 0.0)
+    images = small_build.run()
+    rows = build_images.costs(images.folder, [row.image for row in small_build.rows])
+    assert [row.architectures for row in rows] == [2, 2]
+    assert len(build_images.over_limits(rows)) == 2
+    build_images.report(images)
+    assert "machine code for sm_80, sm_90, PTX for compute_80: 2 images" in capsys.readouterr().err
 
 
 # Which compiler
@@ -244,6 +267,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setattr(toolkit, "USUAL_FOLDER", tmp_path / "usual")
     monkeypatch.setattr(toolkit, "driver_version", lambda: None)
     monkeypatch.setattr(toolkit, "find_toolkit", toolkit.find_toolkit.__wrapped__)
     return tmp_path
@@ -266,13 +290,15 @@ def refusal() -> str:
 
 
 def test_no_nvcc_anywhere(machine: Path) -> None:
-    assert refusal() == "nvcc was not found in CUDA_HOME, in PATH or as a wheel"
+    assert refusal() == f"nvcc was not found in CUDA_HOME, in PATH, in {machine}/usual or as a wheel"
     assert toolkit.find_nvcc() is None
 
 
-def test_cuda_home_is_before_path_is_before_wheels(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_home_is_before_path_is_before_the_usual_folder_is_before_wheels(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = install(machine / "site/nvidia/cu13/bin", "13.0.88")
     assert toolkit.find_nvcc() == str(wheel)
+    usual = install(machine / "usual/bin", "13.0.48")
+    assert toolkit.find_nvcc() == str(usual)
     path = install(machine / "path", "12.8.61")
     assert toolkit.find_nvcc() == str(path)
     home = install(machine / "home/bin", "13.1.10")
@@ -359,7 +385,7 @@ def test_an_installed_nvcc_needs_no_wheels(machine: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_said_without_nvcc(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(toolkit.NoToolkit, match="neither an NVIDIA driver nor a usable CUDA compiler"):
+    with pytest.raises(toolkit.NoToolkit, match="this machine has no NVIDIA driver"):
         toolkit.toolkit_to_build_with()
     monkeypatch.setattr(toolkit, "driver_version", lambda: (13, 0))
     with pytest.raises(toolkit.NoToolkit, match="there is an NVIDIA driver, but no usable CUDA compiler"):
@@ -372,12 +398,61 @@ def test_what_is_said_without_nvcc(machine: Path, monkeypatch: pytest.MonkeyPatc
         toolkit.toolkit_to_build_with()
 
 
-def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FUSED_ATTENTION_CUDA_ARCHS", raising=False)
-    assert toolkit.architectures() == ("80",)
+def test_only_a_driver_or_the_user_asks_for_the_kernels(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvcc alone does not: minutes of compiling for a machine that cannot run them."""
+    nvcc = install(machine / "path", "13.0.88")
+    with pytest.raises(toolkit.NoToolkit, match="this machine has no NVIDIA driver"):
+        toolkit.toolkit_to_build_with()
+    monkeypatch.setenv("FUSED_ATTENTION_CUDA", "1")
+    assert toolkit.toolkit_to_build_with().nvcc == str(nvcc)
+    monkeypatch.delenv("FUSED_ATTENTION_CUDA")
+    monkeypatch.setattr(toolkit, "driver_version", lambda: (13, 0))
+    assert toolkit.toolkit_to_build_with().nvcc == str(nvcc)
+    monkeypatch.setenv("FUSED_ATTENTION_CUDA", "0")
+    with pytest.raises(toolkit.NoToolkit, match="FUSED_ATTENTION_CUDA=0 was set"):
+        toolkit.toolkit_to_build_with()
+
+
+def test_architectures(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(machine / "path", "13.0.88")
+    found = toolkit.find_toolkit()
+    monkeypatch.setattr(toolkit, "gpu_architectures", list)
+    assert toolkit.architectures(found) == ("80",)
+    monkeypatch.setattr(toolkit, "gpu_architectures", lambda: [100, 75, 90, 80, 90])
+    assert toolkit.architectures(found) == ("80", "90", "100")
     monkeypatch.setenv("FUSED_ATTENTION_CUDA_ARCHS", "8.0; sm_89,90a 120 89")
-    assert toolkit.architectures() == ("80", "89", "90a", "120")
+    assert toolkit.architectures(found) == ("80", "89", "90a", "120")
     for wrong in ("70", "ampere", "8.0+PTX"):
         monkeypatch.setenv("FUSED_ATTENTION_CUDA_ARCHS", wrong)
         with pytest.raises(SystemExit, match="is no architecture from sm_80 on"):
-            toolkit.architectures()
+            toolkit.architectures(found)
+
+
+@needs_nvcc
+def test_a_gpu_newer_than_the_toolkit_compiles_the_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_ATTENTION_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(toolkit, "gpu_architectures", lambda: [90, 199])
+    assert toolkit.architectures(toolkit.find_toolkit()) == ("80", "90")
+
+
+ASK_TOOLKIT = """
+import ctypes
+from csrc.cuda import toolkit
+numbers = (ctypes.c_int * 6)()
+print(toolkit.driver_version(), toolkit.gpu_architectures())
+ctypes.CDLL("libcuda.so.1").standin_calls(numbers)
+print(numbers[5])
+"""
+
+
+def test_the_driver_is_asked_for_its_gpus_elsewhere(tmp_path: Path) -> None:
+    standin_driver.build(tmp_path)
+
+    def ask(**machine: str) -> list[str]:
+        environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)} | machine
+        command = [sys.executable, "-c", ASK_TOOLKIT]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert ask(STANDIN_GPUS="2", STANDIN_CAPABILITY="90") == ["(13, 0) [90, 90]", "0"]
+    assert ask(STANDIN_CAPABILITY="121") == ["(13, 0) [121]", "0"]
+    assert ask(STANDIN_FAILURE="cuInit=100") == ["(13, 0) []", "0"]

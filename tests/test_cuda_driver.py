@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import standin_driver
+from emulator.build import CXX
 
+from csrc.cuda.instances import manifest
 from fused_attention.kernels import cuda_backend
 
 pytestmark = pytest.mark.skipif(not cuda_backend.compiled()[0].isdigit(), reason=f"built without CUDA: {cuda_backend.compiled()}")
 
+ROOT = Path(__file__).resolve().parents[1]
 # The extension alone, without torch, which would take seconds: a process finds one driver and keeps it.
 PRELUDE = """
 import ctypes, importlib.machinery, importlib.util, sys
@@ -37,7 +40,7 @@ def forward(plain, *, device=0, workspace=0, query=4096, key=4096, value=4096, o
     return native.cuda_forward(plain, device, 0, workspace, query, key, value, out, lse, 0, key_mask, *[0] * 4, rng_state, *[0] * 4)
 
 def calls():
-    numbers = (ctypes.c_int * 5)()
+    numbers = (ctypes.c_int * 6)()
     ctypes.CDLL("libcuda.so.1").standin_calls(numbers)
     return tuple(numbers)
 
@@ -76,13 +79,13 @@ COMPILED = f"the kernels were compiled by CUDA {TOOLKIT // 1000}.{TOOLKIT % 1000
 def test_a_launch(driver: Path) -> None:
     """Loaded once, launched twice, in the GPU's own context."""
     answers = ask(driver, WHY_NOT, "native.cuda_device_count()", "native.cuda_device_limits(0)", FORWARD, FORWARD, "calls()")
-    assert answers == [None, 1, (80, 108, 163 * 1024), 0, 0, (2, 1, 0, 2, 2)]
+    assert answers == [None, 1, (80, 108, 163 * 1024), 0, 0, (2, 1, 0, 2, 2, 1)]
 
 
 def test_a_current_context_stays(driver: Path) -> None:
     current = "ctypes.CDLL('libcuda.so.1').standin_make_current(0)"
     *_, counted = ask(driver, current, FORWARD, "forward(problem(), device=1)", "calls()", gpus=2)
-    assert counted == (2, 2, 0, 1, 1)
+    assert counted == (2, 2, 0, 1, 1, 1)
 
 
 def test_nothing_is_launched_without_its_workspace(driver: Path) -> None:
@@ -160,6 +163,60 @@ def test_newer_architectures_run_the_ptx(driver: Path, capability: int) -> None:
     assert ask(driver, WHY_NOT, FORWARD, capability=capability, shared_bytes=99 * 1024, version=TOOLKIT) == [None, 0]
 
 
+# The table's machine code, read by driver.cpp alone: which GPUs run it, and what the others need.
+MACHINE_CODE = """
+#include <cstdio>
+#include <cstdlib>
+#include "cuda/driver.h"
+#include "cuda/images.h"
+using namespace fused_attention::cuda;
+int main(int, char** capabilities) {
+  while (*++capabilities != nullptr) std::printf("%d ", has_machine_code(std::atoi(*capabilities)));
+  std::printf("|%s", why_not(0).c_str());
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the program's object files."""
+    folder = tmp_path_factory.mktemp("machine_code")
+    (folder / "main.cpp").write_text(MACHINE_CODE)
+    subprocess.run([CXX, "-std=c++17", f"-I{ROOT / 'csrc'}", "-c", "main.cpp", ROOT / "csrc/cuda/driver.cpp"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architectures", "native"),
+    [
+        (["80"], [80, 86, 89]),
+        (["86"], [86, 89]),
+        (["80", "90"], [80, 86, 89, 90]),
+        (["90a"], [90]),
+        (["100f"], [100, 103]),
+        (["103a", "120"], [103, 120, 121]),
+    ],
+)
+def test_which_gpus_run_the_machine_code(
+    driver: Path, machine_code: Path, tmp_path: Path, architectures: list[str], native: list[int]
+) -> None:
+    """A driver of the toolkit's major version, but older, runs a build on just those: PTX needs one as new as the toolkit."""
+    rows = [row for row in manifest.INSTANCES if row.image == "mask_tiles"]
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/mask_tiles.fatbin").write_text("bytes")
+    (tmp_path / "images.cpp").write_text(manifest.table_source(rows, architectures=architectures, toolkit_version=13010))
+    objects = [machine_code / "main.o", machine_code / "driver.o"]
+    subprocess.run([CXX, "-std=c++17", f"-I{ROOT / 'csrc'}", "images.cpp", *objects, "-ldl", "-o", "main"], cwd=tmp_path, check=True)
+    capabilities = [80, 86, 89, 90, 100, 103, 110, 120, 121]
+    for capability in capabilities:
+        machine = {"STANDIN_CAPABILITY": str(capability), "STANDIN_VERSION": "13000", "LD_LIBRARY_PATH": str(driver)}
+        done = subprocess.run([tmp_path / "main", *map(str, capabilities)], env=machine, capture_output=True, text=True, check=True)
+        flags, _, why_not = done.stdout.partition("|")
+        assert [number for number, flag in zip(capabilities, flags.split(), strict=True) if flag == "1"] == native
+        assert (why_not == "") == (capability in native)
+        assert why_not == "" or f"rebuild with FUSED_ATTENTION_CUDA_ARCHS={capability}" in why_not
+
+
 # Failures when a kernel is loaded or launched: which kernel, on which GPU, what to do
 
 KERNEL, GPU = "CUDA kernel sm80_forward_64x64_bf16_plain", "on GPU 0 (Stand-in, compute capability 8.0)"
@@ -188,7 +245,7 @@ def test_a_failure_names_the_kernel_the_gpu_and_a_way_out(driver: Path, failure:
     assert f"{GPU}: CUDA_ERROR_OF_THE_STAND_IN (as the test asked for); " in first
     assert way_out in first
     assert second == first  # nothing half loaded is kept
-    launches, loaded, unloaded, pushed, popped = counted
+    launches, loaded, unloaded, pushed, popped, _ = counted
     assert (launches, pushed) == (0, popped)
     assert loaded == unloaded or failure.startswith("cuLaunchKernel")
 
@@ -238,12 +295,54 @@ def test_wrong_arguments_of_the_binding(driver: Path) -> None:
     assert "takes a problem, device, stream, workspace and 16 addresses" in answers[0]
 
 
-def test_info_tells_of_the_driver(driver: Path) -> None:
+def info(driver: Path, **machine: object) -> str:
+    environment = {f"STANDIN_{name.upper()}": str(value) for name, value in machine.items()}
     done = subprocess.run(
         [sys.executable, "-m", "fused_attention", "info"],
-        env=os.environ | {"LD_LIBRARY_PATH": str(driver), "STANDIN_GPUS": "2"},
+        env=os.environ | environment | {"LD_LIBRARY_PATH": str(driver)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "supports CUDA 13.0; GPUs: compute capability 8.0, compute capability 8.0" in done.stdout
+    return done.stdout
+
+
+def test_info_tells_of_each_gpu(driver: Path) -> None:
+    shown = info(driver, gpus=2)
+    assert "  NVIDIA driver   supports CUDA 13.0\n" in shown
+    for index in (0, 1):
+        assert f"  GPU {index}           Stand-in, compute capability 8.0; CUDA kernels: native machine code\n" in shown
+    at_first_use = "compiled at first use, from PTX (built with FUSED_ATTENTION_CUDA_ARCHS='80 100' they would be native)"
+    assert f"compute capability 10.0; CUDA kernels: {at_first_use}\n" in info(driver, capability=100)
+    assert "compute capability 7.5; CUDA kernels: none: no image for GPU 0" in info(driver, capability=75)
+    failed = info(driver, failure="cuInit=999")
+    assert "  GPU             none\n" in failed
+    assert "  cuda            not available: the NVIDIA driver does not start" in failed
+
+
+UNINITIALIZED = """
+import ctypes, torch, fused_attention
+from fused_attention.kernels import cuda_backend
+from fused_attention.transformer.machine import backend_lines, machine_report
+
+def initialized():
+    numbers = (ctypes.c_int * 6)()
+    ctypes.CDLL("libcuda.so.1").standin_calls(numbers)
+    return numbers[5]
+
+query = torch.zeros(1, 1, 4, 8, requires_grad=True)
+fused_attention.explain(query, query, query)
+fused_attention.attention(query, query, query).sum().backward()
+assert "supports CUDA 13.0" in machine_report() and backend_lines()["cuda"] == "available"
+before = initialized()
+assert cuda_backend.status() is None
+print(before, initialized())
+"""
+
+
+def test_nothing_but_a_call_on_a_gpu_initializes_cuda(driver: Path) -> None:
+    """Afterwards a forked child could not use it."""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(driver)}
+    done = subprocess.run([sys.executable, "-c", UNINITIALIZED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1"]

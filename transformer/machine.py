@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,28 +18,58 @@ from fused_attention.kernels.routing import backend_status
 from fused_attention.transformer.precision import bf16_pays, choose_device
 
 
+class GpuFacts(NamedTuple):
+    """What is known once CUDA is initialized."""
+
+    gpus: list[str]  # a line each
+    bf16_autocast: str
+    backends: dict[str, str | None]  # as of routing.backend_status
+
+
+def gpu_facts() -> GpuFacts:
+    """Where a GPU may be, another process asks: one that has initialized CUDA cannot fork others that use it."""
+    may_be_there = cuda_backend.driver() != "none" or torch.cuda.device_count() > 0
+    return _asked_by_another_process() if may_be_there else _asked()
+
+
+def _asked() -> GpuFacts:
+    device = choose_device()
+    names = cuda_backend.gpus() or [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return GpuFacts(names, f"{'pays' if bf16_pays(device) else 'does not pay'} on {device.type}", backend_status())
+
+
+@functools.cache
+def _asked_by_another_process() -> GpuFacts:
+    program = "import json; from fused_attention.transformer import machine; print(json.dumps(machine._asked()))"
+    search = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=search, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = f"not known: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}"
+        return GpuFacts([reason], reason, {"cuda": reason, "triton": reason, "cpu": native.status(), "reference": None})
+    return GpuFacts(*json.loads(done.stdout.splitlines()[-1]))
+
+
 def machine_facts() -> dict[str, str]:
     """Label -> value, one line each, in the order to be shown."""
-    device = choose_device()
-    facts = {
+    gpus = gpu_facts()
+    return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": f"{processor_name()}, {usable_cores()} usable cores, {torch.get_num_threads()} threads",
         "memory": memory_size(),
-        "GPU": ", ".join(gpu_names()) or "none",
+        **({f"GPU {index}": line for index, line in enumerate(gpus.gpus)} or {"GPU": "none"}),
         "Python": platform.python_version(),
         "torch": torch.__version__ + "".join(f", slower without {name}" for name in torch_internals.missing),
         "CPU kernels": cpu_kernels(),
         "CUDA kernels": cuda_backend.compiled(),
         "NVIDIA driver": cuda_backend.driver(),
-        "bf16 autocast": f"{'pays' if bf16_pays(device) else 'does not pay'} on {device.type}",
+        "bf16 autocast": gpus.bf16_autocast,
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"),
     }
-    return facts
 
 
 def backend_lines() -> dict[str, str]:
     """Backend -> "available", or why it is not."""
-    return {name: "available" if reason is None else f"not available: {reason}" for name, reason in backend_status().items()}
+    return {name: "available" if reason is None else f"not available: {reason}" for name, reason in gpu_facts().backends.items()}
 
 
 def machine_report() -> str:
@@ -55,10 +90,6 @@ def cpu_kernels() -> str:
     used, available = native.instruction_sets()
     others = [name for name in available if name != used]
     return f"{used} (also {', '.join(others)})" if others else used
-
-
-def gpu_names() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def usable_cores() -> int:

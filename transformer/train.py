@@ -264,7 +264,7 @@ class Trainer:
             desc="training",
             dynamic_ncols=True,
             # In a log file every refresh is a line of its own.
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            mininterval=0.5 if sys.stderr.isatty() else 8.0,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}",
         )
 

@@ -14,7 +14,8 @@ from csrc.cuda.toolkit import PTX_FLAGS, NoToolkit, Toolkit, architectures, tool
 
 CSRC = Path(__file__).resolve().parents[1]
 COMPILE = CSRC / "cuda/compile_image.py"
-MAX_SECONDS = 8.0  # of processor time an image
+# Of an image, for each architecture that it has machine code for. No reason for a user's build to fail: tests/cuda_codegen_gate.py checks.
+MAX_SECONDS = 12.0  # of processor time; a slow machine needs 8
 MAX_KILOBYTES = 250.0
 
 
@@ -24,6 +25,7 @@ class Cost(NamedTuple):
     image: str
     seconds: float  # of processor time, which a busy machine does not add to
     kilobytes: float  # of its fatbin
+    architectures: int  # that it has machine code for
 
 
 class Images(NamedTuple):
@@ -50,23 +52,25 @@ def prepare(build_dir: Path) -> Images:
         return Images(folder, [], table, [], "", why_not)
     for instance in {instance.image: instance for instance in INSTANCES}.values():
         _write(folder / f"{instance.image}.cu", image_source(instance))
-    built = f"{toolkit}, machine code for {', '.join(f'sm_{number}' for number in architectures())}, PTX for compute_80"
-    _write(table, table_source(INSTANCES, toolkit_version=toolkit.driver_version, built=built))
+    numbers = architectures(toolkit)
+    built = f"{toolkit}, machine code for {', '.join(f'sm_{number}' for number in numbers)}, PTX for compute_80"
+    _write(table, table_source(INSTANCES, architectures=numbers, toolkit_version=toolkit.driver_version, built=built))
     images = image_names(INSTANCES)
-    return Images(folder, _rules(toolkit, images), table, [f"cuda/{image}.fatbin" for image in images], built, "")
+    return Images(folder, _rules(toolkit, numbers, images), table, [f"cuda/{image}.fatbin" for image in images], built, "")
 
 
-def _rules(toolkit: Toolkit, images: Iterable[str]) -> list[str]:
+def _rules(toolkit: Toolkit, numbers: Iterable[str], images: Iterable[str]) -> list[str]:
     nvcc = [toolkit.nvcc, *PTX_FLAGS, "-arch=compute_80", f"-I{CSRC}"]
     tools = [f"--ptxas={toolkit.ptxas}", f"--fatbinary={toolkit.fatbinary}", f"--built-by={toolkit}"]
     if toolkit.ptx_version:
         tools.append(f"--ptx-version={toolkit.ptx_version}")
-    command = [sys.executable, COMPILE, *tools, f"--architectures={','.join(architectures())}", "--", "$in", *nvcc]
+    command = [sys.executable, COMPILE, *tools, f"--architectures={','.join(numbers)}", "--", "$in", *nvcc]
     return [
         "rule image",
         f"  command = {' '.join(shlex.quote(str(word)) if word != '$in' else '$in' for word in command)}",
         "  depfile = $out.d",
         "  deps = gcc",
+        "  description = compile $in",
         *(f"build cuda/{image}.fatbin: image cuda/{image}.cu | {COMPILE}" for image in images),
     ]
 
@@ -76,21 +80,21 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def costs(images: Images) -> list[Cost]:
-    names = [Path(fatbin).stem for fatbin in images.fatbins]
-    return [Cost(**json.loads((images.folder / f"{name}.json").read_text())) for name in names]
+def costs(folder: Path, images: Iterable[str]) -> list[Cost]:
+    """Of what was compiled in that folder."""
+    return [Cost(**json.loads((folder / f"{image}.json").read_text())) for image in images]
 
 
 def over_limits(rows: Iterable[Cost]) -> list[str]:
     """What is wrong with the images, one sentence each."""
     return [
-        f"{row.image}: {value:g} {unit}, at most {limit:g} are allowed"
+        f"{row.image}: {value:g} {unit}, at most {limit * row.architectures:g} are allowed"
         for row in rows
         for value, unit, limit in (
             (row.seconds, "seconds of processor time", MAX_SECONDS),
             (row.kilobytes, "kilobytes", MAX_KILOBYTES),
         )
-        if value > limit
+        if value > limit * row.architectures
     ]
 
 
@@ -104,14 +108,12 @@ def summary(rows: list[Cost]) -> str:
 
 
 def report(images: Images) -> None:
-    """Says what was built, or why nothing was; RuntimeError where an image is over the limits."""
+    """Says what was built, or why nothing was."""
     if images.why_not:
         print(f"fused_attention: {images.why_not}", file=sys.stderr)
         return
-    rows = costs(images)
+    rows = costs(images.folder, [Path(fatbin).stem for fatbin in images.fatbins])
     lines = [f"{'image':<44} {'seconds':>8} {'KB':>8}", *(f"{row.image:<44} {row.seconds:>8.2f} {row.kilobytes:>8.1f}" for row in rows)]
     file = images.folder / "report.txt"
     file.write_text("\n".join([f"{images.built}: {summary(rows)}", *lines]) + "\n")
     print(f"fused_attention: CUDA kernels by {images.built}: {summary(rows)}; {file.relative_to(CSRC.parent)}", file=sys.stderr)
-    if wrong := over_limits(rows):
-        raise RuntimeError("CUDA images over the limits:\n" + "\n".join(wrong))

@@ -28,8 +28,8 @@ def main() -> None:
     run([*options.nvcc, "-MMD", "-MF", f"{fatbin}.d", "-MT", str(fatbin), str(options.source), "-o", str(ptx)])
     if options.ptx_version:
         ptx.write_text(re.sub(r"^\.version .*$", f".version {options.ptx_version}", ptx.read_text(), count=1, flags=re.MULTILINE))
-    images, report = [f"--image3=kind=ptx,sm=80,file={ptx}"], ""
-    for architecture in options.architectures.split(","):
+    images, report, architectures = [f"--image3=kind=ptx,sm=80,file={ptx}"], "", options.architectures.split(",")
+    for architecture in architectures:
         cubin = options.source.with_suffix(f".sm_{architecture}.cubin")
         report += run([options.ptxas, "-v", f"-arch=sm_{architecture}", str(ptx), "-o", str(cubin)])
         images.append(f"--image3=kind=elf,sm={architecture},file={cubin}")
@@ -38,7 +38,12 @@ def main() -> None:
     compression = ["--compress-mode=speed"] if options.ptx_version else []
     run([options.fatbinary, "--64", "--compress-all", *compression, f"--create={fatbin}", *images])
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cost = {"image": options.source.stem, "seconds": round(used.ru_utime, 2), "kilobytes": round(fatbin.stat().st_size / 1024, 1)}
+    cost = {
+        "image": options.source.stem,
+        "seconds": round(used.ru_utime, 2),
+        "kilobytes": round(fatbin.stat().st_size / 1024, 1),
+        "architectures": len(architectures),
+    }
     options.source.with_suffix(".json").write_text(json.dumps(cost) + "\n")
 
 

@@ -62,15 +62,45 @@ struct Device {
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
-struct Driver {
+// Found without initializing CUDA, after which a forked child could not use it.
+struct Library {
   Functions functions;
   std::string failure;  // why there is none; empty when it works
   int version = 0;
+
+  Library() {
+    void* handle = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) {
+      failure = std::string("no NVIDIA driver: ") + dlerror();
+      return;
+    }
+    const char* missing = nullptr;
+#define FIND(name, parameters)                                                       \
+  functions.name = reinterpret_cast<decltype(functions.name)>(dlsym(handle, #name)); \
+  if (functions.name == nullptr) missing = #name;
+    DRIVER_FUNCTIONS(FIND)
+#undef FIND
+    if (functions.cuDriverGetVersion != nullptr) functions.cuDriverGetVersion(&version);
+    if (missing != nullptr) {
+      failure = "the NVIDIA driver is too old: it supports CUDA " + version_text(version) + " and has no " + missing +
+                ", the kernels were compiled by CUDA " + version_text(kToolkitVersion) + ": update the driver";
+    }
+  }
+};
+
+const Library& library() {
+  static const Library* const instance = new Library;
+  return *instance;
+}
+
+struct Driver {
+  const Functions& functions = library().functions;
+  const int version = library().version;
+  std::string failure = library().failure;  // why there is none, or why it does not work
   int num_devices = 0;
   std::unique_ptr<Device[]> devices;
 
   Driver() {
-    load();
     if (failure.empty()) find_devices();
   }
 
@@ -84,25 +114,6 @@ struct Driver {
   }
 
  private:
-  void load() {
-    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) {
-      failure = std::string("no NVIDIA driver: ") + dlerror();
-      return;
-    }
-    const char* missing = nullptr;
-#define FIND(name, parameters)                                                        \
-  functions.name = reinterpret_cast<decltype(functions.name)>(dlsym(library, #name)); \
-  if (functions.name == nullptr) missing = #name;
-    DRIVER_FUNCTIONS(FIND)
-#undef FIND
-    if (functions.cuDriverGetVersion != nullptr) functions.cuDriverGetVersion(&version);
-    if (missing != nullptr) {
-      failure = "the NVIDIA driver is too old: it supports CUDA " + version_text(version) + " and has no " + missing +
-                ", the kernels were compiled by CUDA " + version_text(kToolkitVersion) + ": update the driver";
-    }
-  }
-
   void find_devices() {
     if (const Result result = functions.cuInit(0)) {
       failure = "the NVIDIA driver does not start: " + error_text(result);
@@ -289,24 +300,22 @@ FunctionHandle* loaded_function(Device& device, const Image& image) {
   return function;
 }
 
-// Machine code runs within its major architecture, with a driver of the toolkit's major version; PTX needs one as new as the toolkit.
+// Machine code needs a driver of the toolkit's major version, PTX one as new as the toolkit.
 std::string why_not_on(const Device& device) {
   const int capability = device.limits.compute_capability;
-  bool has_code = false, has_machine_code = false;
-  for (int i = 0; i < kNumImages; ++i) {
-    has_code |= kImages[i].family <= capability;
-    has_machine_code |= kImages[i].family <= capability && kImages[i].family / 10 == capability / 10;
-  }
+  bool has_code = false;
+  for (int i = 0; i < kNumImages; ++i) has_code |= kImages[i].family <= capability;
   if (!has_code) return "no image for " + device_text(device) + ": the kernels need compute capability 8.0";
-  if (!has_machine_code && driver().version < kToolkitVersion) {
-    return "the NVIDIA driver is too old for " + device_text(device) + ": " + versions_text() + ": update the driver";
+  if (!has_machine_code(capability) && driver().version < kToolkitVersion) {
+    return "the NVIDIA driver is too old for " + device_text(device) + ", for which this build has no machine code: " + versions_text() +
+           ": update the driver, or rebuild with FUSED_ATTENTION_CUDA_ARCHS=" + std::to_string(capability);
   }
   return "";
 }
 
 }  // namespace
 
-int driver_version() { return driver().version; }
+int driver_version() { return library().version; }
 int device_count() { return driver().num_devices; }
 
 std::string why_not(int device) {
@@ -326,6 +335,17 @@ std::string why_not(int device) {
 }
 
 DeviceLimits device_limits(int device) { return checked_device(device).limits; }
+std::string device_name(int device) { return checked_device(device).name; }
+
+bool has_machine_code(int compute_capability) {
+  for (int i = 0; i < kNumMachineCode; ++i) {
+    const MachineCode& code = kMachineCode[i];
+    if (code.compute_capability == compute_capability) return true;
+    const bool same_major = code.compute_capability / 10 == compute_capability / 10;
+    if (code.suffix != 'a' && same_major && code.compute_capability < compute_capability) return true;
+  }
+  return false;
+}
 
 void launch(int device_index, void* stream, const Plan& plan) {
   if (plan.launches.empty()) return;

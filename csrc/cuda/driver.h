@@ -10,6 +10,7 @@
 
 namespace fused_attention::cuda {
 
+// Asked without initializing CUDA; all that follows initializes it.
 int driver_version();  // as the driver counts: 12040 supports CUDA 12.4; 0 without a driver
 int device_count();    // 0 without a driver, never throws
 
@@ -17,6 +18,10 @@ int device_count();    // 0 without a driver, never throws
 std::string why_not(int device);
 
 DeviceLimits device_limits(int device);
+std::string device_name(int device);
+
+// Whether the images hold machine code that a GPU of this compute capability (ten times) runs; otherwise the driver compiles their PTX.
+bool has_machine_code(int compute_capability);
 
 // On a stream of that device, in its primary context, which is made current for the call where it is not.
 void launch(int device, void* stream, const Plan& plan);

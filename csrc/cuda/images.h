@@ -35,8 +35,17 @@ struct Image {
   const unsigned char *begin, *end;                 // a fatbin: machine code and PTX
 };
 
+// An architecture that every image has machine code for. {90, 'a'} is sm_90a, which runs on 9.0 alone; {103, 'f'} is sm_103f, which runs on
+// its family: from 10.3 on within the same major version, as plain code does.
+struct MachineCode {
+  int compute_capability;  // ten times
+  char suffix;             // 0, 'a' or 'f'
+};
+
 extern const Image kImages[];
 extern const int kNumImages;
+extern const MachineCode kMachineCode[];
+extern const int kNumMachineCode;
 extern const int kToolkitVersion;       // that compiled them, as the driver counts: 13000 is CUDA 13.0
 extern const char* const kBuilt;        // what compiled them, for which GPUs; empty in a build without CUDA
 extern const char* const kWhyNoImages;  // null in a build with CUDA; otherwise why there is none, and how to get one

@@ -1,8 +1,9 @@
 """Finds the CUDA compiler: an installed toolkit, or the wheels that NVIDIA publishes. Needs the standard library alone.
 
-FUSED_ATTENTION_CUDA          auto (build the CUDA kernels where nvcc or an NVIDIA driver is), 1 (build them), 0 (do not)
+FUSED_ATTENTION_CUDA          auto (build the CUDA kernels where an NVIDIA driver is), 1 (build them, for other machines too), 0 (do not)
 FUSED_ATTENTION_CUDA_VERSION  the toolkit to take, 13.0 for example; otherwise one that the driver can run
-FUSED_ATTENTION_CUDA_ARCHS    GPUs to make machine code for, "80 90" for example; PTX for newer ones is always there
+FUSED_ATTENTION_CUDA_ARCHS    GPUs to make machine code for, "80 90" for example; otherwise 80 and those of this machine's GPUs. PTX for
+                              newer ones is always there
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OLDEST = (12, 8)
-DEFAULT_ARCHITECTURES = ("80",)
+OLDEST_ARCHITECTURE = "80"
+USUAL_FOLDER = Path("/usr/local/cuda")
 WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 WHEELS_VERSION = "13.0"
 # There are no wheels of nvcc 12. For drivers of CUDA 12, nvcc 13's PTX, which uses nothing newer, is assembled by a ptxas of theirs.
@@ -64,15 +66,54 @@ def wanted() -> str:
     return value
 
 
-def architectures() -> tuple[str, ...]:
-    """Of machine code: 80 is compute capability 8.0."""
-    text = os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "")
-    names = re.split(r"[\s,;]+", text.strip()) if text.strip() else DEFAULT_ARCHITECTURES
+def architectures(toolkit: Toolkit) -> tuple[str, ...]:
+    """Of machine code: 80 is compute capability 8.0. Those asked for, or the oldest one and those of this machine's GPUs, as far as the
+    toolkit knows them."""
+    text = os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "").strip()
+    if not text:
+        newer = sorted({number for number in gpu_architectures() if number > int(OLDEST_ARCHITECTURE)})
+        return (OLDEST_ARCHITECTURE, *(str(number) for number in newer if _assembles(toolkit, number)))
+    names = re.split(r"[\s,;]+", text)
     numbers = [name.removeprefix("sm_").replace(".", "") for name in names]
     for number, name in zip(numbers, names, strict=True):
         if not re.fullmatch(r"(8|9|1[0-9])[0-9][af]?", number):
             raise SystemExit(f"FUSED_ATTENTION_CUDA_ARCHS: {name!r} is no architecture from sm_80 on; an example: '80 90'")
     return tuple(dict.fromkeys(numbers))
+
+
+ASK_DRIVER = """
+import ctypes
+cuda, count, device, number = ctypes.CDLL("libcuda.so.1"), *(ctypes.c_int() for _ in range(3))
+assert cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+for i in range(count.value):
+    assert cuda.cuDeviceGet(ctypes.byref(device), i) == 0
+    capability = []
+    for attribute in (75, 76):  # major, minor
+        assert cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device) == 0
+        capability.append(number.value)
+    print(10 * capability[0] + capability[1])
+"""
+
+
+@functools.cache
+def gpu_architectures() -> list[int]:
+    """Of this machine's GPUs, ten times the compute capability. Another process asks the driver, which it initializes."""
+    if driver_version() is None:
+        return []
+    try:
+        asked = subprocess.run([sys.executable, "-c", ASK_DRIVER], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return []
+    return [int(line) for line in asked.stdout.split()] if asked.returncode == 0 else []
+
+
+def _assembles(toolkit: Toolkit, number: int) -> bool:
+    """Whether its ptxas knows an architecture: a GPU may be newer."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.ptx")
+        source.write_text(".version 8.0\n.target sm_80\n.address_size 64\n")
+        run = subprocess.run([toolkit.ptxas, f"-arch=sm_{number}", source, "-o", Path(folder, "probe.cubin")], capture_output=True)
+    return run.returncode == 0
 
 
 def asked_version() -> str | None:
@@ -100,6 +141,8 @@ def _places() -> Iterator[tuple[str, Path]]:
         yield "CUDA_HOME", Path(home, "bin/nvcc")
     if found := shutil.which("nvcc"):
         yield "PATH", Path(found)
+    if (usual := USUAL_FOLDER / "bin/nvcc").is_file():
+        yield "the usual folder", usual
     for folder in sys.path:
         for path in sorted(Path(folder or ".", "nvidia").glob("cu[0-9]*/bin/nvcc")):
             yield "wheel", path
@@ -177,14 +220,14 @@ def _why_it_fails(nvcc: Path) -> str:
 
 @functools.cache
 def find_toolkit() -> Toolkit:
-    """The first nvcc that can be used: of CUDA_HOME, of PATH, of wheels. NoToolkit says what is wrong with each."""
+    """The first nvcc that can be used: of CUDA_HOME, of PATH, of /usr/local/cuda, of wheels. NoToolkit says what is wrong with each."""
     refused = []
     for place, nvcc in _places():
         try:
             return _toolkit_of(nvcc)
         except NoToolkit as reason:
             refused.append(f"{nvcc} ({place}) {reason}")
-    raise NoToolkit("; ".join(refused) or "nvcc was not found in CUDA_HOME, in PATH or as a wheel")
+    raise NoToolkit("; ".join(refused) or f"nvcc was not found in CUDA_HOME, in PATH, in {USUAL_FOLDER} or as a wheel")
 
 
 def find_nvcc() -> str | None:
@@ -196,7 +239,7 @@ def find_nvcc() -> str | None:
 
 def wheel_requirements() -> list[str]:
     """The wheels to install so that find_toolkit finds them; none where they are not wanted or not needed."""
-    if wanted() == "0" or find_nvcc() is not None or (wanted() == "auto" and driver_version() is None):
+    if _why_unwanted() or find_nvcc() is not None:
         return []
     driver = driver_version()
     major, minor = _version(asked_version() or ("12.9" if driver and driver < (13, 0) else WHEELS_VERSION))
@@ -205,16 +248,22 @@ def wheel_requirements() -> list[str]:
     return [f"{name}=={major}.{minor}.*" for name in WHEELS]
 
 
+def _why_unwanted() -> str | None:
+    """Why the kernels are not to be built, whatever compiler there is."""
+    if wanted() == "0":
+        return "FUSED_ATTENTION_CUDA=0 was set"
+    return "this machine has no NVIDIA driver" if wanted() == "auto" and driver_version() is None else None
+
+
 def toolkit_to_build_with() -> Toolkit:
     """NoToolkit where the kernels are not wanted or, with FUSED_ATTENTION_CUDA=auto, cannot be compiled."""
-    if wanted() == "0":
-        raise NoToolkit("FUSED_ATTENTION_CUDA=0 was set")
+    if unwanted := _why_unwanted():
+        raise NoToolkit(unwanted)
     try:
         return find_toolkit()
     except NoToolkit as reason:
         if wanted() == "auto":
-            driver = "there is an NVIDIA driver, but no usable" if driver_version() else "there is neither an NVIDIA driver nor a usable"
-            raise NoToolkit(f"{driver} CUDA compiler ({reason})") from None
+            raise NoToolkit(f"there is an NVIDIA driver, but no usable CUDA compiler ({reason})") from None
         wheels = " ".join(repr(name) for name in wheel_requirements())
         raise SystemExit(
             f"FUSED_ATTENTION_CUDA=1, but there is no CUDA compiler: {reason}.\nInstall a CUDA toolkit from {OLDEST[0]}.{OLDEST[1]} on and "

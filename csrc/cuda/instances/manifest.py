@@ -286,19 +286,25 @@ def image_source(instance: Instance) -> str:
     )
 
 
-def table_source(instances: Iterable[Instance], *, toolkit_version: int = 0, built: str = "", why_not: str = "") -> str:
+def table_source(
+    instances: Iterable[Instance], *, architectures: Iterable[str] = (), toolkit_version: int = 0, built: str = "", why_not: str = ""
+) -> str:
     """A C++ file with the images' bytes, the definition of kImages and of what else images.h declares.
 
-    toolkit_version: 13000 is CUDA 13.0. built: what compiled the images, for which GPUs. why_not: there are none because of that.
+    architectures: 80 or 90a, those that every image has machine code for. toolkit_version: 13000 is CUDA 13.0. built: what compiled the
+    images, for which GPUs. why_not: there are none because of that.
     """
     instances = list(instances)
     bytes_of_images = "".join(_embedded(image) for image in image_names(instances))
     rows = ",\n".join(_row(instance) for instance in instances) or "    {}"
+    codes = [_machine_code(architecture) for architecture in architectures]
     return (
         '// Generated from csrc/cuda/instances/manifest.py.\n#include "cuda/images.h"\n\n'
         f"{bytes_of_images}namespace fused_attention::cuda {{\n\n"
         f"const Image kImages[] = {{\n{rows},\n}};\n"
-        f"const int kNumImages = {len(instances)};\nconst int kToolkitVersion = {toolkit_version};\n"
+        f"const int kNumImages = {len(instances)};\n"
+        f"const MachineCode kMachineCode[] = {{{', '.join(codes) or '{}'}}};\nconst int kNumMachineCode = {len(codes)};\n"
+        f"const int kToolkitVersion = {toolkit_version};\n"
         f"const char* const kBuilt = {_quoted(built)};\n"
         f"const char* const kWhyNoImages = {_quoted(why_not) if why_not else 'nullptr'};\n\n}}  // namespace fused_attention::cuda\n"
     )
@@ -322,6 +328,11 @@ def _row(instance: Instance) -> str:
         instance.block_n, instance.num_threads, instance.shared_bytes, f"image_{instance.image}", f"image_{instance.image}_end",
     )  # fmt: skip
     return f"    {{{', '.join(map(str, members))}}}"
+
+
+def _machine_code(architecture: str) -> str:
+    suffix = architecture.lstrip("0123456789")
+    return f"{{{architecture.removesuffix(suffix)}, {repr(suffix) if suffix else 0}}}"
 
 
 def _quoted(text: str) -> str:
