@@ -12,7 +12,7 @@ from torch import Tensor
 from . import native_problem, repeated
 from .dropout import dropout_threshold
 from .native_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, strides
-from .problem import Gradients, Problem
+from .problem import Gradients, Problem, uncovered_numbers
 from .repeated import Repeat
 from .torch_internals import current_stream
 
@@ -102,8 +102,7 @@ def uncovered(problem: Problem) -> list[str]:
                 reasons.append(f"the strides of {name}, {tensor.stride()}, are not multiples of 8")
             elif _address_if_known(tensor) % 16:
                 reasons.append(f"the address of {name} is not a multiple of 16 bytes")
-    if problem.scale <= 0:
-        reasons.append(f"scale must be > 0, is {problem.scale}")
+    reasons += uncovered_numbers(problem)
     # Asked of a symbol it would become a bound of the exported program.
     if not torch.compiler.is_compiling():
         seqlen, distance = max(problem.max_seqlen_q, problem.max_seqlen_k), abs(problem.diagonal)

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import native_problem, repeated
 from .dropout import dropout_threshold
 from .native_problem import DTYPES, NOT_BUILT, Plain, _native, address, strides
-from .problem import Gradients, Problem, with_contiguous_last_dim
+from .problem import Gradients, Problem, uncovered_numbers, with_contiguous_last_dim
 from .repeated import Repeat
 
 MAX_HEAD_DIM = 256
@@ -37,8 +37,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"dtype {query.dtype} is not covered (float32, bfloat16 and float16 are)")
     if query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {max(query.shape[3], problem.value.shape[3])} is above {MAX_HEAD_DIM}")
-    if problem.scale <= 0:
-        reasons.append(f"scale must be > 0, is {problem.scale}")
+    reasons += uncovered_numbers(problem)
     return reasons
 
 

@@ -28,6 +28,8 @@ Layout = Literal["separate", "qkv", "kv", "varlen"]
 MAX_DIAGONAL = 2**29  # sums with it fit an int32
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOAT32 = torch.finfo(torch.float32)
+KERNEL_NUMBERS = (2.0**-60, 2.0**20)  # the smallest and largest scale and softcap that kernels take
 
 
 @dataclass(slots=True)
@@ -299,10 +301,12 @@ def make_problem(
         scale = 1.0 / math.sqrt(head_dim)
     else:
         scale = _checked_number("scale", scale)
+        _check_representable("scale", abs(scale), 0.0, query.dtype)
     if softcap is not None:
         softcap = _checked_number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be > 0, got {softcap}")
+        _check_representable("softcap", softcap, FLOAT32.tiny, query.dtype)
     dropout_p = _checked_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
@@ -530,22 +534,30 @@ def _is_readable(tensor: Tensor) -> bool:
     return num_dispatch_modes() == 0 and not is_functorch_tensor(tensor)
 
 
+def is_integer(value: object) -> bool:
+    """Whether it is an int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor); a bool is none."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.dtype is not torch.bool and not value.is_floating_point() and not value.is_complex()
+    return not isinstance(value, bool) and isinstance(value, (int, torch.SymInt, numbers.Integral))
+
+
+def as_int(integer: Any) -> int:
+    """What is_integer, as an int of Python or the SymInt that it is; a tensor is read."""
+    return integer if isinstance(integer, (int, torch.SymInt)) else int(integer)
+
+
+def checked_integer(name: str, value: Any) -> int:
+    if not is_integer(value):
+        given = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int, got {given}")
+    return as_int(value)
+
+
 def checked_seqlen(name: str, seqlen: int | Tensor | None) -> int:
-    seqlen = _checked_int(name, seqlen)
+    seqlen = checked_integer(name, seqlen)
     if holds(seqlen < 0):
         raise ValueError(f"{name} must be >= 0, got {seqlen}")
     return seqlen
-
-
-def _checked_int(name: str, number: int | Tensor | None) -> int:
-    """An int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor, which is read)."""
-    if isinstance(number, Tensor):
-        if number.dim() != 0 or number.dtype is torch.bool or number.is_floating_point() or number.is_complex():
-            raise TypeError(f"{name} must be an int, got a tensor of shape {tuple(number.shape)} and dtype {number.dtype}")
-        return int(number)
-    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt, numbers.Integral)):
-        raise TypeError(f"{name} must be an int, got {type(number).__name__}")
-    return number if isinstance(number, (int, torch.SymInt)) else int(number)
 
 
 def check_no_padding(what: str, **arguments: object) -> None:
@@ -613,15 +625,35 @@ def as_number(name: str, given: float | Tensor) -> float:
     return float(given)
 
 
+def _check_representable(name: str, size: float, smallest: float, dtype: torch.dtype) -> None:
+    if dtype is not torch.float64 and not smallest <= size <= FLOAT32.max:
+        raise ValueError(f"the size of {name} must be in [{smallest:.3g}, {FLOAT32.max:.3g}] where scores are float32, got {size}")
+
+
+def uncovered_numbers(problem: Problem) -> list[str]:
+    """Why no kernel takes the scale or the softcap.
+
+    Kernels hold them, their product with log2(e) and their quotient in float32, and find the maximum of a row before they scale it.
+    """
+    smallest, largest = KERNEL_NUMBERS
+    reasons = []
+    if not smallest <= problem.scale <= largest:
+        reasons.append(f"scale must be in [2^-60, 2^20], is {problem.scale}")
+    if problem.softcap is not None and not smallest <= problem.softcap <= largest:
+        reasons.append(f"softcap must be in [2^-60, 2^20], is {problem.softcap}")
+    return reasons
+
+
 def _checked_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window must be a pair (left, right), got {window!r}")
     for name, side in zip(("left", "right"), window, strict=True):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+        if side is not None and (not is_integer(side) or side < 0):
             raise ValueError(f"window {name} must be None (unlimited) or an int >= 0, got {side!r}")
-    return window[0], window[1]
+    left, right = (None if side is None else as_int(side) for side in window)
+    return left, right
 
 
 def _checked_diagonal(diagonal: int | str | None, is_causal: bool | str) -> tuple[int, bool]:
@@ -638,7 +670,7 @@ def _checked_diagonal(diagonal: int | str | None, is_causal: bool | str) -> tupl
         if diagonal not in ("top_left", "bottom_right"):
             raise ValueError(f"diagonal must be None, 'top_left', 'bottom_right' or an int, got {diagonal!r}")
         return 0, diagonal == "bottom_right"
-    offset = _checked_int("diagonal", diagonal)
+    offset = checked_integer("diagonal", diagonal)
     if holds(offset < -MAX_DIAGONAL) or holds(offset > MAX_DIAGONAL):
         raise ValueError(f"diagonal must be in [-2^29, 2^29], got {offset}")
     return offset, False

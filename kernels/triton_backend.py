@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Problem
+from .problem import Gradients, Problem, uncovered_numbers
 from .torch_internals import num_dispatch_modes
 
 MAX_HEAD_DIM = 256
@@ -82,8 +82,7 @@ def uncovered(problem: Problem) -> list[str]:
     head_dim = max(problem.query.shape[3], problem.value.shape[3])
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
-    if problem.scale <= 0:
-        reasons.append(f"scale must be > 0, is {problem.scale}")
+    reasons += uncovered_numbers(problem)
     return reasons
 
 

@@ -7,15 +7,17 @@ import math
 import warnings
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
 from torch import Tensor, nn
 
-from fused_attention import PreparedMask, prepare_mask
+from fused_attention import MultiHeadAttention, PreparedMask, prepare_mask
 from fused_attention.transformer import layers
 from fused_attention.transformer import model as model_module
+from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.model import Transformer
 
 SIZES: dict[str, Any] = {
@@ -447,3 +449,16 @@ def test_learns_to_reverse() -> None:
         optimizer.step()
     assert loss.item() < 0.02
     assert torch.equal(model.generate(src, max_new_tokens=9), tgt[:, 1:])
+
+
+@pytest.mark.parametrize("integer", [numpy.int64, numpy.int16, torch.tensor])
+def test_integers_that_are_not_pythons(integer: Any) -> None:
+    ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2}
+    model = Transformer(**{name: integer(value) for name, value in (SIZES | ids).items()})
+    assert {name: model.config[name] for name in SIZES | ids} == SIZES | ids
+    assert {type(model.config[name]) for name in SIZES | ids} == {int}
+    assert model(SRC, TGT).shape == (3, 5, 29)
+    assert model.generate(SRC, integer(4)).equal(model.generate(SRC, 4))
+    assert type(KVCache(integer(3)).capacity) is int
+    module = MultiHeadAttention(integer(8), integer(2), batch_first=True) if integer is not torch.tensor else MultiHeadAttention(8, 2)
+    assert module(x := torch.randn(2, 3, 8), x, x)[0].shape == (2, 3, 8)

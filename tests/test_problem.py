@@ -14,6 +14,7 @@ from fused_attention.kernels.attention import (
     attention_qkv_packed,
     attention_weights,
 )
+from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -48,6 +49,10 @@ BAD_CALLS = {
     "dropout below 0": ({"dropout_p": -0.1}, ValueError, "dropout_p"),
     "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be finite"),
     "scale": ({"scale": float("inf")}, ValueError, "scale must be finite"),
+    "scale above float32": ({"scale": 1e300}, ValueError, "the size of scale must be in"),
+    "scale below float32": ({"scale": -1e39}, ValueError, "the size of scale must be in"),
+    "softcap above float32": ({"softcap": 1e39}, ValueError, "the size of softcap must be in"),
+    "softcap below float32": ({"softcap": 1e-46}, ValueError, "the size of softcap must be in"),
     "scale type": ({"scale": "big"}, TypeError, "scale must be a number, got str"),
     "scale with a gradient": ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "scale has no gradient"),
     "several scales": ({"scale": torch.ones(2)}, TypeError, r"scale must be a number, got a tensor of shape \(2,\)"),
@@ -87,6 +92,26 @@ def test_numbers_that_are_not_pythons(number: Any) -> None:
         scaled_dot_product_attention(query, key, key, scale=number(0.25), dropout_p=number(0.0)), attention(query, key, key, scale=0.25)
     )
     assert attention(query, key, key, scale=numpy.int64(1)).equal(attention(query, key, key, scale=1))
+
+
+@pytest.mark.parametrize("integer", [numpy.int64, numpy.int32, numpy.uint8, torch.tensor])
+def test_integers_that_are_not_pythons(integer: Any) -> None:
+    query = torch.randn(2, 4, 5, 8)
+    expected = attention(query, query, query, window=(2, 1))
+    assert attention(query, query, query, window=(integer(2), integer(1))).equal(expected)
+    prepared = prepare_mask(window=(integer(2), integer(1)), seqlen_q=integer(5), seqlen_k=integer(5))
+    assert prepared.shape == (1, 1, 5, 5)
+    assert prepared.window == (2, 1)
+    assert [type(number) for number in (*prepared.window, *prepared.shape)] == [int] * 6
+    torch.testing.assert_close(attention(query, query, query, attn_mask=prepared), expected)
+
+
+@pytest.mark.parametrize("side", [True, numpy.bool_(True), 1.0, numpy.float32(1), torch.tensor(1.0), torch.tensor([1, 1]), "1"])
+def test_window_sides_that_are_no_integers(side: Any) -> None:
+    with pytest.raises(ValueError, match="window left must be None"):
+        attention(QUERY, KEY, KEY, window=(side, None))
+    with pytest.raises(TypeError, match="seqlen_q must be an int"):
+        prepare_mask(is_causal=True, seqlen_q=side, seqlen_k=4)
 
 
 def test_bad_packed_input() -> None:

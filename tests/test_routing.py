@@ -35,7 +35,11 @@ def test_a_covered_call_runs_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch)
 REASONS = {
     "float64": ({}, {"dtype": torch.float64}, "dtype torch.float64 is not covered"),
     "head_dim": ({}, {"head_dim": 320}, "head_dim 320 is above 256"),
-    "negative scale": ({"scale": -1.0}, {}, "scale must be > 0"),
+    "negative scale": ({"scale": -1.0}, {}, "scale must be in"),
+    "scale below float32's range": ({"scale": 1e-50}, {}, "scale must be in"),
+    "scale whose products leave float32's range": ({"scale": 3e38}, {}, "scale must be in"),
+    "large softcap": ({"softcap": 1e30}, {}, "softcap must be in"),
+    "small softcap": ({"softcap": 1e-30}, {}, "softcap must be in"),
 }
 
 
@@ -135,3 +139,33 @@ def test_asking_does_not_advance_the_generator() -> None:
     state = torch.get_rng_state()
     explain(query, query, query, dropout_p=0.5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+EDGES = {
+    "smallest scale": {"scale": 2.0**-60},
+    "largest scale": {"scale": 2.0**20},
+    "smallest quotient": {"scale": 2.0**-60, "softcap": 2.0**20},
+    "largest quotient": {"scale": 2.0**20, "softcap": 2.0**-60},
+    "smallest product": {"softcap": 2.0**-60},
+    "largest product": {"softcap": 2.0**20},
+    "dropout below float32": {"dropout_p": 1e-300, "rng_state": torch.tensor([3, 4])},
+    "scale that runs on the reference": {"scale": 1e-50},
+    "softcap that runs on the reference": {"softcap": 1e30},
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_numbers_at_the_edge_of_what_kernels_take_mean_what_they_do_in_float64(case: str) -> None:
+    torch.manual_seed(0)
+    inputs = tensors(dtype=torch.float64)
+    expected_inputs = [tensor.float().double().requires_grad_() for tensor in inputs]
+    expected = attention(*expected_inputs, **EDGES[case], backend="reference")
+    given = [tensor.float().requires_grad_() for tensor in inputs]
+    out = attention(*given, **EDGES[case])
+    assert isinstance(out, torch.Tensor)
+    assert isinstance(expected, torch.Tensor)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(out.square().sum(), given)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected.square().sum(), expected_inputs), strict=True):
+        # What float32 rounds of a score, the scale makes larger in a gradient.
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=1e-4 * max(1.0, EDGES[case].get("scale", 1.0)))

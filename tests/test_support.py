@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention
 from fused_attention.kernels import cuda_backend, native, ops, triton_backend
-from fused_attention.kernels.problem import Problem, make_problem
+from fused_attention.kernels.problem import Problem, make_problem, uncovered_numbers
 from fused_attention.kernels.support import FORMULA, KERNEL, OPERATOR, TRANSFORMS, UNCOVERED
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/support.md").read_text()
@@ -40,7 +40,8 @@ def long_problem() -> Problem:
 
 EVERYWHERE: dict[str, Callable[[], Problem]] = {
     "a head_dim above 256": lambda: problem(head_dim=320),
-    "scale not above 0": lambda: problem(scale=-1.0),
+    "scale outside [2^-60, 2^20], or not above 0": lambda: problem(scale=-1.0),
+    "softcap outside [2^-60, 2^20]": lambda: problem(softcap=1e30),
 }
 CALLS: dict[str, dict[str, Callable[[], Problem]]] = {
     "cuda": EVERYWHERE
@@ -80,9 +81,9 @@ def test_the_page_and_the_calls_are_the_same_list(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "functions"),
     [
-        ("cuda", (cuda_backend.uncovered,)),
-        ("triton", (triton_backend.uncovered,)),
-        ("cpu", (native.unsupported_reasons,)),
+        ("cuda", (cuda_backend.uncovered, uncovered_numbers)),
+        ("triton", (triton_backend.uncovered, uncovered_numbers)),
+        ("cpu", (native.unsupported_reasons, uncovered_numbers)),
     ],
 )
 def test_no_reason_is_left_out(backend: str, functions: tuple[Callable, ...]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_attention.kernels.problem import checked_integer
+
 
 class LayerCache:
     """Keys and values of one decoder layer."""
@@ -43,6 +45,7 @@ class KVCache:
     """
 
     def __init__(self, capacity: int = 64) -> None:
+        capacity = checked_integer("capacity", capacity)
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = capacity

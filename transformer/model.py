@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attention.kernels.prepared_mask import prepare_mask
+from fused_attention.kernels.problem import checked_integer
 from fused_attention.transformer import generate
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.embedding import TokenEmbedding
@@ -26,6 +27,8 @@ from fused_attention.transformer.layers import (
 )
 
 MEMORY_LAYERS = ("last", "each", "mixed")
+SIZES = ("src_vocab", "tgt_vocab", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "max_len")
+TOKEN_IDS = ("pad_id", "bos_id", "eos_id")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,12 @@ class Transformer(nn.Module):
     ) -> None:
         arguments = locals()
         config = {name: arguments[name] for name in inspect.signature(Transformer).parameters}
+        config |= _checked_integers(config)
         _check_config(config)
+        src_vocab, tgt_vocab, d_model, num_heads, num_encoder_layers, num_decoder_layers, dim_feedforward, max_len = (
+            config[name] for name in SIZES
+        )
+        pad_id, bos_id, eos_id = (config[name] for name in TOKEN_IDS)
         super().__init__()
         self.config: dict[str, Any] = config
         self.pad_id, self.bos_id, self.eos_id, self.max_len = pad_id, bos_id, eos_id, max_len
@@ -215,7 +223,7 @@ class Transformer(nn.Module):
         _check_tokens("src", src, self.max_len)
         if max_new_tokens is None:
             max_new_tokens = min(self.max_len, src.shape[1] + 50)
-        _check_integer("max_new_tokens", max_new_tokens, 1, self.max_len)
+        max_new_tokens = _checked_integer("max_new_tokens", max_new_tokens, 1, self.max_len)
         with evaluating(self), torch.no_grad():
             return generate.greedy(self, src, max_new_tokens)
 
@@ -270,12 +278,12 @@ def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+def _checked_integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    integer = checked_integer(name, value)
+    if integer < low or (high is not None and integer > high):
         limits = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {limits}, got {value}")
+        raise ValueError(f"{name} must be {limits}, got {integer}")
+    return integer
 
 
 def _check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> None:
@@ -289,11 +297,17 @@ def _check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> No
         raise ValueError(f"{name} has {tokens.shape[1]} tokens a row{cached}, more than max_len = {max_len}")
 
 
+def _checked_integers(config: dict[str, Any]) -> dict[str, int]:
+    """The sizes and token ids, as ints of Python."""
+    integers = {name: _checked_integer(name, config[name], 1) for name in SIZES}
+    target_ids = integers["tgt_vocab"] - 1
+    last_ids = {"pad_id": min(integers["src_vocab"] - 1, target_ids), "bos_id": target_ids, "eos_id": target_ids}
+    return integers | {name: _checked_integer(name, config[name], 0, last) for name, last in last_ids.items()}
+
+
 def _check_config(config: dict[str, Any]) -> None:
     d_model, num_heads, dropout = config["d_model"], config["num_heads"], config["dropout"]
     depths = {name: config[name] for name in ("num_encoder_layers", "num_decoder_layers")}
-    for name in ("src_vocab", "tgt_vocab", "d_model", "num_heads", *depths, "dim_feedforward", "max_len"):
-        _check_integer(name, config[name], 1)
     for name in ("norm_first", "tie_weights"):
         if not isinstance(config[name], bool):
             raise TypeError(f"{name} must be a bool, got {type(config[name]).__name__}")
@@ -308,8 +322,6 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"memory_layers must be one of {allowed}, got {config['memory_layers']!r}")
     if config["memory_layers"] == "each" and len(set(depths.values())) > 1:
         raise ValueError(f"memory_layers = 'each' needs an encoder and a decoder of equal depth, got {depths}")
-    _check_integer("pad_id", config["pad_id"], 0, min(config["src_vocab"], config["tgt_vocab"]) - 1)
     for name in ("bos_id", "eos_id"):
-        _check_integer(name, config[name], 0, config["tgt_vocab"] - 1)
         if config[name] == config["pad_id"]:
             raise ValueError(f"{name} must differ from pad_id, both are {config[name]}")
