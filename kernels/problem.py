@@ -543,7 +543,7 @@ def is_integer(value: object) -> bool:
 
 def as_int(integer: Any) -> int:
     """What is_integer, as an int of Python or the SymInt that it is; a tensor is read."""
-    return integer if isinstance(integer, (int, torch.SymInt)) else int(integer)
+    return integer if isinstance(integer, (int, torch.SymInt)) else int(integer)  # type: ignore[return-value]  # a SymInt passes for one
 
 
 def checked_integer(name: str, value: Any) -> int:
