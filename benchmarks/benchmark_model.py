@@ -131,11 +131,10 @@ def test_training_step(compare, dtype):
     ours = Transformer(VOCAB, VOCAB, dropout=0.1, **TRAINED)
     peer = TorchTransformer(ours)
     batches = sentences()
+    exact, evaluated = copy.deepcopy(peer).double().eval(), copy.deepcopy(ours).eval()  # before any step
 
     def check() -> None:
         """Without dropout, the loss and every gradient are torch's in float64 but for rounding."""
-        exact = copy.deepcopy(peer).double().eval()
-        evaluated = copy.deepcopy(ours).eval()
         losses = [loss_of(evaluated, batches[0], DTYPES[dtype]), loss_of(exact, batches[0], torch.float32)]
         for loss in losses:
             loss.backward()

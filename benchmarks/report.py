@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fused_attention.kernels import native
+from fused_attention.transformer.atomic_write import atomic_write
 from fused_attention.transformer.machine import processor_name
 
 
@@ -55,7 +56,8 @@ def machine_line() -> str:
 def begin(path: Path) -> None:
     """Starts a file of comparisons with what they were measured on."""
     if not path.exists():
-        path.write_text(json.dumps({"machine": machine_line(), "commit": commit()}) + "\n")
+        head = json.dumps({"machine": machine_line(), "commit": commit()})
+        atomic_write(path, f"{head}\n".encode())
 
 
 def commit() -> str:
@@ -69,8 +71,9 @@ def commit() -> str:
 
 
 def append(path: Path, name: str, comparison: Comparison) -> None:
-    with path.open("a") as file:
-        print(json.dumps({"name": name, "comparison": asdict(comparison)}), file=file)
+    """Whatever kills the run, the file is whole, with this comparison or without it. Raises OSError."""
+    line = json.dumps({"name": name, "comparison": asdict(comparison)})
+    atomic_write(path, path.read_bytes() + f"{line}\n".encode())
 
 
 def read(path: Path) -> dict[str, Comparison]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
-from fused_attention.benchmarks import report
+from fused_attention.benchmarks import PYTEST_ARGUMENTS, budget, report
 from fused_attention.benchmarks.benchmark_attention import DTYPES, FEATURES, UNFUSED, Case
 from fused_attention.benchmarks.report import Comparison, append, begin, means, read, table
 
@@ -89,3 +94,123 @@ def test_both_sides_of_a_benchmark_compute_the_same(feature: str, shape: tuple[i
     assert len(ours) == len(theirs) == (4 if feature == "bias gradient" else 3)
     for gradient, expected in zip(ours, theirs, strict=True):
         assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+# Cells for a run of their own: each call advances a clock that stands in for the time, so that no machine is too slow.
+CELLS = """
+import os, signal, time as real_time, types
+import pytest
+from fused_attention.benchmarks import budget, conftest
+
+now = 0.0
+clock = types.SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now, strftime=real_time.strftime)
+budget.time = conftest.time = clock
+
+def taking(seconds):
+    def call():
+        global now
+        now += seconds
+    return call
+
+@pytest.mark.parametrize("seconds", [0.1, 30.0, 3.0])
+def test_cell(compare, request, seconds):
+    if request.config.stash[conftest.BUDGET].started:
+        request.config.stash[conftest.BUDGET].started = 0.0
+    compare(taking(seconds), taking(2 * seconds), check=lambda: None, group="g", case={"s": str(seconds)}, measure="forward")
+
+def test_later(compare):
+    if "INTERRUPT" in os.environ:
+        os.kill(os.getpid(), signal.SIGINT)
+    compare(taking(0.1), taking(0.3), check=lambda: None, group="h", case={"s": "0.1"}, measure="forward")
+"""
+
+
+def run_cells(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """pytest with the benchmarks' conftest on CELLS."""
+    (folder / "benchmark_cells.py").write_text(CELLS)
+    command = [sys.executable, "-m", "pytest", "-p", "fused_attention.benchmarks.conftest", *PYTEST_ARGUMENTS, "-p", "no:cacheprovider"]
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS")}
+    return subprocess.run(
+        [*command, *arguments, "benchmark_cells.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=surroundings | environment,
+    )
+
+
+def test_cells_are_printed_and_saved_as_they_end_and_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    finished = run_cells(tmp_path, "--minutes", "4")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (file,) = (tmp_path / ".benchmarks").iterdir()
+    assert f"4 comparisons, 4 minutes at most; each is saved in .benchmarks/{file.name} as it ends" in finished.stdout
+    # Of 240 seconds no cell may take a quarter: 7 rounds of 3 + 6 seconds are 63.
+    assert set(read(file)) == {"benchmark_cells.py::test_cell[0.1]", "benchmark_cells.py::test_later"}
+    assert re.search(r"^ +\d +\d+:\d\d  ratio .* ms, torch 200.000 ms +cell: 0.1; forward$", finished.stdout, re.MULTILINE)
+    assert "left out: 2 of 4 comparisons" in finished.stdout
+    assert "too slow for 4 minutes: 2\n  cell: 30.0; 3.0\n" in finished.stdout
+    assert f"these too: fused-attention bench --results .benchmarks/{file.name} --minutes MINUTES" in finished.stdout
+
+    rest = run_cells(tmp_path, "--minutes", "60", "--results", str(file))
+    assert rest.returncode == 0, rest.stdout + rest.stderr
+    assert len(read(file)) == 4
+    assert "left out" not in rest.stdout
+    assert rest.stdout.count(" 200.000 ") == 1  # the tables hold the first run's too
+
+
+def test_an_interrupted_run_says_what_it_has(tmp_path: Path) -> None:
+    finished = run_cells(tmp_path, "--results", "r.jsonl", "--minutes", "60", "-k", "later or 0.1", INTERRUPT="1")
+    assert finished.returncode == pytest.ExitCode.INTERRUPTED, finished.stdout + finished.stderr
+    assert set(read(tmp_path / "r.jsonl")) <= {"benchmark_cells.py::test_cell[0.1]"}
+    assert "not reached" in finished.stdout
+    assert "these too: fused-attention bench --results r.jsonl" in finished.stdout
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "results.jsonl"
+    begin(file)
+    append(file, "one", CELL)
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left") as error_info:
+        append(file, "two", CELL)
+    assert error_info.value.filename == str(file)
+    assert read(file) == {"one": CELL}
+
+
+def test_what_pays_on_this_machine_comes_first_and_functions_take_turns() -> None:
+    def cells(pays: bool) -> list[tuple[str, str]]:
+        items = [
+            SimpleNamespace(originalname=name, nodeid=f"{name}[{dtype}-{i}]", callspec=SimpleNamespace(params={"dtype": dtype}))
+            for name, count in (("many", 6), ("few", 1))
+            for dtype in ("fp32", "bf16")
+            for i in range(count)
+        ]
+        ordered = budget.by_importance(items, reduced_precision_pays=pays)
+        assert sorted(item.nodeid for item in ordered) == sorted(item.nodeid for item in items)
+        return [(item.originalname, item.callspec.params["dtype"]) for item in ordered]
+
+    without = cells(False)
+    assert [dtype for _, dtype in without] == ["fp32"] * 7 + ["bf16"] * 7
+    assert {name for name, _ in without[:2]} == {name for name, _ in without[7:9]} == {"many", "few"}
+    assert {name for name, _ in cells(True)[:2]} == {"many", "few"}
+    assert {dtype for _, dtype in cells(True)[:7]} == {"fp32", "bf16"}
+
+
+def test_a_cell_that_does_not_end_is_stopped() -> None:
+    run = budget.Budget(minutes=0.001)
+
+    def endless() -> None:
+        with run.enforced("cell"):
+            while True:
+                pass
+
+    with pytest.raises(pytest.skip.Exception):
+        endless()
+    assert run.left_out.keys() == {"cell"}
+    with budget.Budget(minutes=None).enforced("cell"):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

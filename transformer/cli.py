@@ -131,7 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     demo.set_defaults(command=run_demo)
 
-    bench = commands.add_parser("bench", help="compare with torch on this machine; further arguments go to pytest")
+    bench = commands.add_parser(
+        "bench", help="compare with torch on this machine, for ten minutes or --minutes; further arguments go to pytest"
+    )
     bench.set_defaults(command=run_bench)
     return parser
 
@@ -231,4 +233,6 @@ def run_bench(options: argparse.Namespace) -> int:
         raise ImportError(f"this installation has no benchmarks ({error}); run them from a checkout of the repository") from error
     import pytest
 
-    return int(pytest.main([str(Path(str(benchmarks.__file__)).parent), *benchmarks.PYTEST_ARGUMENTS, *options.pytest_arguments]))
+    folder = Path(str(benchmarks.__file__)).parent
+    status = pytest.main([str(folder), *benchmarks.PYTEST_ARGUMENTS, *options.pytest_arguments])
+    return 130 if status == pytest.ExitCode.INTERRUPTED else int(status)
