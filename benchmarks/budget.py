@@ -39,10 +39,10 @@ class Budget:
 
     def require(self, cell: str, seconds: float = 0.0, *, largest_part: float = LARGEST_PART) -> None:
         """Leave the cell out (by a skip) if `seconds` more are too many."""
-        if seconds >= self.left():
-            self.leave_out(cell, "no time left")
         if seconds > largest_part * self.seconds:
             self.leave_out(cell, f"too slow for {self.minutes:g} minutes")
+        if seconds >= self.left():
+            self.leave_out(cell, "no time left")
 
     def leave_out(self, cell: str, reason: str) -> NoReturn:
         self.left_out[cell] = reason
@@ -80,7 +80,7 @@ def by_importance(items: Sequence[Any], *, reduced_precision_pays: bool | None =
         dtype = item.callspec.params.get("dtype", "fp32") if hasattr(item, "callspec") else "fp32"
         later = dtype != "fp32" and not reduced_precision_pays
         turns.setdefault((later, item.originalname), []).append(item)
-    order = {}
+    order: dict[str, tuple[bool, int]] = {}
     for (later, name), members in turns.items():
         random.Random(name).shuffle(members)
         order |= {item.nodeid: (later, turn) for turn, item in enumerate(members)}

@@ -202,7 +202,7 @@ class Progress:
         times = f"{comparison.ours_ms:.3f} ms, {comparison.peer} {comparison.peer_ms:.3f} ms"
         name = report.nodeid.rpartition("::")[2].partition("[")[0].removeprefix("test_")
         case = "; ".join([*comparison.case.values(), comparison.measure])
-        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
         terminal.write_line(f"{self.num_measured:>4} {minutes:>3}:{seconds:02}  ratio {comparison.ratio:>5.2f}  {times:<34} {name}: {case}")
 
 
