@@ -15,7 +15,7 @@ from . import repeated, repeated_gradients
 from .jagged import is_nested, packed_inputs
 from .ops import run
 from .prepared_mask import PreparedMask
-from .problem import Layout, Problem, check_dense, check_no_padding, make_problem
+from .problem import Layout, OutMemory, Problem, check_dense, check_no_padding, make_problem
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_of
 
@@ -88,15 +88,9 @@ def attention(
         and dropout_p == 0.0
     )
     if repeatable:
-        if type(query) is Tensor and query.requires_grad and torch.is_grad_enabled():
-            results = repeated_gradients.run(query, key, value, key_mask, key_lengths, is_causal, scale, backend, return_lse)
-            if results is not None:
-                return results
-        else:
-            repeat = repeated.find(query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-            done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
-            if done is not None:
-                return done if return_lse else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
+        results = repeat_call(query, key, value, key_mask, key_lengths, is_causal, scale, backend, "heads merged", return_lse)
+        if results is not None:
+            return results
     if is_nested(query):
         check_no_padding("nested tensors", attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
         queries, keys, values = packed_inputs(query, key, value)
@@ -126,7 +120,7 @@ def attention(
         return (nested_out, queries.nested(lse.transpose(0, 1).contiguous())) if return_lse else nested_out
     problem = make_problem(
         "separate",
-        _autocast(query, key, value),
+        autocast_inputs(query, key, value),
         attn_mask=attn_mask,
         key_mask=key_mask,
         key_lengths=key_lengths,
@@ -142,12 +136,49 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
-    problem.repeatable = repeatable
+    if repeatable:
+        return first_call(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, return_lse)
+    return _run(problem, backend, return_lse)
+
+
+def repeat_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    is_causal: bool | str,
+    scale: float | None,
+    backend: str | None,
+    out_memory: OutMemory,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The results of a call like one before, without its checks; None where there was none."""
+    if type(query) is Tensor and query.requires_grad and torch.is_grad_enabled():
+        return repeated_gradients.run(query, key, value, key_mask, key_lengths, is_causal, scale, backend, out_memory, return_lse)
+    repeat = repeated.find(query, key, value, key_mask, key_lengths, is_causal, scale, backend, out_memory)
+    done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
+    return done if return_lse or done is None else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
+
+
+def first_call(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    is_causal: bool | str,
+    scale: float | None,
+    backend: str | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs the problem of a call with these arguments, and remembers it for `repeat_call`."""
+    problem.repeatable = True
     chosen = choose(problem, backend)
     out, lse = run(problem, chosen)
-    if repeatable:
-        repeated.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-        repeated_gradients.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, chosen)
+    repeated.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend)
+    repeated_gradients.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -159,7 +190,7 @@ def attention_qkv_packed(
     qkv: (B, L, 3, H, D). Returns out (B, H, L, D), and lse (B, H, L) if asked. Separate views of one buffer would cost three
     zero-filled gradients that autograd then adds up.
     """
-    return _run(make_problem("qkv", _autocast(qkv), **options), backend, return_lse)
+    return _run(make_problem("qkv", autocast_inputs(qkv), **options), backend, return_lse)
 
 
 def attention_kv_packed(
@@ -169,7 +200,7 @@ def attention_kv_packed(
 
     query: (B, H, Lq, D); kv: (B, Lk, 2, H, D). Returns out (B, H, Lq, D), and lse (B, H, Lq) if asked.
     """
-    return _run(make_problem("kv", _autocast(query, kv), **options), backend, return_lse)
+    return _run(make_problem("kv", autocast_inputs(query, kv), **options), backend, return_lse)
 
 
 def attention_varlen(
@@ -223,7 +254,7 @@ def attention_varlen(
     """
     problem = make_problem(
         "varlen",
-        _autocast(query, key, value),
+        autocast_inputs(query, key, value),
         query_lengths=query_lengths,
         is_causal=is_causal,
         window=window,
@@ -282,13 +313,13 @@ def attention_decode(
     check_dense("key_lengths", key_lengths)
     repeatable = window is softcap is alibi_slopes is sinks is None
     if repeatable:
-        repeat = repeated.find(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
+        repeat = repeated.find(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend, "heads merged")
         done = None if repeat is None else repeat(query, key_cache, value_cache, key_mask, key_lengths, return_lse)
         if done is not None:
             return done if return_lse else done[0]  # type: ignore[return-value]  # lse is there when asked for
     problem = make_problem(
         "separate",
-        _autocast(query, key_cache, value_cache),
+        autocast_inputs(query, key_cache, value_cache),
         key_mask=key_mask,
         key_lengths=key_lengths,
         is_causal="bottom_right",
@@ -328,7 +359,7 @@ def attention_weights(
     Raises:
         TypeError, ValueError: an argument does not fit; dropout without rng_state.
     """
-    query, key = _autocast(query, key)
+    query, key = autocast_inputs(query, key)
     problem = make_problem("separate", (query, key, key), dropout_p=dropout_p, **options)
     if 0.0 < dropout_p < 1.0 and options.get("rng_state") is None:
         raise ValueError("rng_state must be given when dropout_p > 0: the one that was passed to attention()")
@@ -351,7 +382,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     if options.get("rng_state") is None and isinstance(query, Tensor):  # only asking must not advance torch's generator
         options["rng_state"] = torch.zeros(2, dtype=torch.int64, device=query.device)
     layout: Layout = "varlen" if "cu_seqlens_q" in options else "separate"
-    return explain_problem(make_problem(layout, _autocast(query, key, value), **options))
+    return explain_problem(make_problem(layout, autocast_inputs(query, key, value), **options))
 
 
 def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -359,7 +390,7 @@ def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tu
     return (out, lse) if return_lse else out
 
 
-def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+def autocast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Casts to the autocast dtype, as torch does for its own attention; float64 is left alone."""
     first = inputs[0]
     if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):

@@ -50,7 +50,7 @@ def plain(problem: Problem, dropout_threshold: int) -> Plain:
 
 
 def _new_plain(problem: Problem, dropout_threshold: int) -> Plain:
-    out, lse = empty_output(problem.query, problem.value.shape[3]), empty_lse(problem.query)
+    out, lse = empty_output(problem), empty_lse(problem.query)
     numbers = plain_numbers(problem, out, dropout_threshold)
     return Plain(numbers, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride())
 

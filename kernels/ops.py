@@ -41,7 +41,7 @@ _PROBLEM_SCHEMA = (
     "Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_lengths, Tensor? alibi_slopes, Tensor? sinks, "
     "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? mask_bits, Tensor? mask_bits_transposed, "
     "Tensor? row_tiles, Tensor? column_tiles, float scale, int? window_left, int? window_right, SymInt diagonal, bool bottom_right, "
-    "float? softcap, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
+    "float? softcap, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str out_memory, str backend"
 )
 _WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wanted"
 
@@ -239,7 +239,7 @@ def _register(layout: Layout) -> None:
     def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem = Problem.from_op_arguments(layout, arguments[:-1])
         query = problem.query
-        return empty_output(query, problem.value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+        return empty_output(problem), query.new_empty(query.shape[:3], dtype=torch.float32)
 
     def returned(out: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # a schema knows no Tensor? return

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .repeated import Repeat
 
 Layout = Literal["separate", "qkv", "kv", "varlen"]
+# Where (B, H, L, D) results lie: so that merging the heads costs nothing, as the query does, or contiguous.
+OutMemory = Literal["heads merged", "like query", "contiguous"]
 
 MAX_DIAGONAL = 2**29  # sums with it fit an int32
 
@@ -64,6 +66,7 @@ class Problem:
     deterministic: bool
     max_seqlen_q: int  # Lq; of varlen a bound: no sequence is longer
     max_seqlen_k: int
+    out_memory: OutMemory = "heads merged"
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
     repeatable: bool = field(default=False, init=False)  # a backend that runs it shall leave `repeat`
@@ -123,6 +126,7 @@ class Problem:
             self.deterministic,
             self.max_seqlen_q,
             self.max_seqlen_k,
+            self.out_memory,
         )
 
     def kind(self) -> tuple:
@@ -177,12 +181,15 @@ def unpack_bits(bits: Tensor, length: int) -> Tensor:
     return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :length]
 
 
-def empty_output(query: Tensor, head_dim_v: int) -> Tensor:
-    """Uninitialised (B, Hq, Lq, Dv) output whose memory follows the query's: batch-first or sequence-first, heads merged for free."""
-    batch, num_heads, seqlen_q, _ = query.shape
-    row = num_heads * head_dim_v
-    batch_stride, row_stride = (row, batch * row) if is_sequence_first(query) else (seqlen_q * row, row)
-    return query.new_empty_strided((batch, num_heads, seqlen_q, head_dim_v), (batch_stride, head_dim_v, row_stride, 1))
+def empty_output(problem: Problem) -> Tensor:
+    """Uninitialised (B, Hq, Lq, Dv) output, in the memory that the problem asks for."""
+    query = problem.query
+    shape = (*query.shape[:3], problem.value.shape[3])
+    strides, stride = [0, 0, 0, 1], shape[3]
+    for dim in reversed(_order(problem)):
+        strides[dim] = stride
+        stride = stride * shape[dim]
+    return query.new_empty_strided(shape, tuple(strides))
 
 
 def empty_lse(query: Tensor) -> Tensor:
@@ -192,16 +199,25 @@ def empty_lse(query: Tensor) -> Tensor:
     return query.new_empty_strided((batch, num_heads, seqlen_q), (num_heads * seqlen_q, seqlen_q, 1), dtype=torch.float32)
 
 
-def with_memory_of(query: Tensor, out: Tensor) -> Tensor:
-    """`out` in the memory order that `empty_output` gives."""
-    if is_sequence_first(query):
-        return out.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+def in_output_memory(problem: Problem, out: Tensor) -> Tensor:
+    """`out` in the memory that `empty_output` gives."""
+    order = _order(problem)
+    back = [order.index(dim) for dim in range(3)]
+    return out.permute(*order, 3).contiguous().permute(*back, 3)
 
 
-def is_sequence_first(query: Tensor) -> bool:
-    strides = query.stride()
-    return holds(strides[0] < strides[2]) and strides[0] > 0 and query.shape[0] > 1
+def _order(problem: Problem) -> tuple[int, ...]:
+    """The dims batch, head and row of the output, from the one with the longest stride."""
+    strides = problem.query.stride()
+    if problem.out_memory == "heads merged":
+        is_sequence_first = holds(strides[0] < strides[2]) and strides[0] > 0 and problem.query.shape[0] > 1
+        return (2, 0, 1) if is_sequence_first else (0, 2, 1)
+    order = [0, 1, 2]
+    if problem.out_memory == "like query":
+        for i in (0, 1, 0):  # neighbours in the wrong order change places; an expanded dim, whose stride says nothing, stays
+            if holds(strides[order[i]] < strides[order[i + 1]]) and strides[order[i]] > 0:
+                order[i], order[i + 1] = order[i + 1], order[i]
+    return tuple(order)
 
 
 def holds(condition: bool) -> bool:
@@ -235,8 +251,10 @@ def make_problem(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
+    out_memory: OutMemory = "heads merged",
 ) -> Problem:
-    """Checks every argument of `attention()` or, with the last four, of `attention_varlen()`, and returns the normalised problem.
+    """Checks every argument of `attention()` or, with cu_seqlens_q and the next three, of `attention_varlen()`, and returns the normalised
+    problem.
 
     Raises:
         TypeError: a tensor argument is not a tensor, or has the wrong dtype.
@@ -341,6 +359,7 @@ def make_problem(
         torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
         max_seqlen_q,
         max_seqlen_k,
+        out_memory,
     )
     problem.inputs_number = inputs_number
     if prepared is not None and prepared.mask_bits_transposed is None and torch.is_grad_enabled() and problem.requires_grad():

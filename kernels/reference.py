@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import dropout_factors
-from .problem import Problem, holds, with_memory_of
+from .problem import Problem, holds, in_output_memory
 
 MASKED_BELOW = -1e30  # a float mask value below this masks: Hugging Face writes finfo.min
 
@@ -37,7 +37,7 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     if problem.cu_seqlens_q is not None:
         out, lse = attention_reference(padded(problem))
         out = unpadded(out, problem.cu_seqlens_q, query.shape[2], 0.0)
-        return with_memory_of(query, out), unpadded(lse[..., None], problem.cu_seqlens_q, query.shape[2], -torch.inf).squeeze(-1)
+        return in_output_memory(problem, out), unpadded(lse[..., None], problem.cu_seqlens_q, query.shape[2], -torch.inf).squeeze(-1)
     with without_autocast(query):
         scores = masked_scores(problem)
         queries_present, keys_present = present(problem)
@@ -59,7 +59,7 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
         if problem.dropout_p > 0.0:
             weights = weights * dropout(problem, 0, query.shape[1]).to(weights.dtype)  # 7.
         out = (weights @ repeat_heads(value, query.shape[1])).masked_fill(empty, 0.0)  # 8.; no gradient into empty rows, not even NaN
-        return with_memory_of(query, out.to(query.dtype)), lse
+        return in_output_memory(problem, out.to(query.dtype)), lse
 
 
 def padded(problem: Problem) -> Problem:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .torch_internals import allocators, current_device, forward_mode, num_dispatch_modes, tensor_guard
 
 if TYPE_CHECKING:
-    from .problem import Problem
+    from .problem import OutMemory, Problem
 
 # (query, key, value, key_mask, key_lengths, return_lse) -> out and lse, or None: this call must be checked first
 Repeat = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor | None] | None]
@@ -59,6 +59,7 @@ def find(
     is_causal: bool | str,
     scale: float | None,
     backend: str | None,
+    out_memory: OutMemory,
 ) -> Repeat | None:
     """What runs a call without its checks; None of a call that no remembered one is like."""
     if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
@@ -66,7 +67,7 @@ def find(
     if type(query) is not Tensor or type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
     try:
-        alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None))
+        alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, out_memory))
     except RuntimeError:  # a nested tensor of the strided layout has no shape
         return None
     if alike is None:
@@ -99,7 +100,7 @@ def remember(
     guard = guard_of(problem, given) if are_comparable(is_causal, scale, backend) else None
     if guard is None or any([tensor is not None and tensor.requires_grad for tensor in given]):
         return
-    kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None
+    kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, problem.out_memory
     store(_calls, kind, _Remembered(guard, query.get_device(), problem.repeat))  # type: ignore[arg-type]  # it is there
 
 

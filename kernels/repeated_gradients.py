@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .ops import KERNEL_BACKENDS, eager_gradients
-from .problem import NUM_SIDE_TENSORS, Problem
+from .problem import NUM_SIDE_TENSORS, OutMemory, Problem
 from .repeated import Repeat, are_comparable, guard_of, new_memory, store
 from .torch_internals import current_device, forward_mode, num_dispatch_modes
 
@@ -40,6 +40,7 @@ def run(
     is_causal: bool | str,
     scale: float | None,
     backend: str | None,
+    out_memory: OutMemory,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """The results of a call whose query requires a gradient; None of a call that no remembered one is like."""
@@ -48,7 +49,9 @@ def run(
     if type(key) is not Tensor or not are_comparable(is_causal, scale, backend):
         return None
     try:
-        kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, _is_deterministic()
+        kind = (
+            query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, out_memory, _is_deterministic(),
+        )  # fmt: skip
     except RuntimeError:  # a nested tensor of the strided layout has no shape
         return None
     alike = _calls.get(kind)
@@ -84,7 +87,9 @@ def remember(
     guard = guard_of(problem, (query, key, value, key_mask, key_lengths))
     if guard is None:
         return
-    kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, _is_deterministic()
+    kind = (
+        query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, problem.out_memory, _is_deterministic(),
+    )  # fmt: skip
     options = (*problem.options(), chosen)
     store(_calls, kind, _Call(guard, query.get_device(), problem.repeat, options))  # type: ignore[arg-type]  # it is there
 

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
-from .attention import attention, attention_varlen
+from .attention import attention, attention_varlen, autocast_inputs, first_call, repeat_call
 from .jagged import of_strided_sequences
+from .ops import run
 from .prepared_mask import PreparedMask
-from .problem import as_number, causal_bias
+from .problem import OutMemory, as_number, causal_bias, make_problem
+from .routing import choose
 
 
 def scaled_dot_product_attention(
@@ -113,14 +115,37 @@ def _of_any_rank(
         query, key, scale = F.pad(query, (0, 1)), F.pad(key, (0, 1)), 1.0
     if head_dim_v == 0:
         value = F.pad(value, (0, 1))
-    inputs = tuple(_as_4d(tensor) for tensor in (query, key, value))
     full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
     if isinstance(attn_mask, Tensor) and not causal_bias(attn_mask):
         attn_mask = _mask_as_4d(attn_mask, full_shape)
-    out = attention(*inputs, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p)
-    assert isinstance(out, Tensor)
+    # torch's fused kernels, which take four dims, keep the query's memory; where others are given, its results are contiguous.
+    out_memory: OutMemory = "like query" if query.dim() == 4 else "contiguous"
+    out = _attention_in(out_memory, _as_4d(query), _as_4d(key), _as_4d(value), attn_mask, dropout_p, is_causal, scale)
     out = out.reshape(*full_shape[:-1], value.shape[-1])
     return out if head_dim_v else out[..., :0]
+
+
+def _attention_in(
+    out_memory: OutMemory,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | PreparedMask | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """`attention` of 4-D tensors, whose result lies as `out_memory` says."""
+    repeatable = attn_mask is None and dropout_p == 0.0
+    if repeatable:
+        out = repeat_call(query, key, value, None, None, is_causal, scale, None, out_memory, False)
+        if out is not None:
+            return out  # type: ignore[return-value]  # without lse
+    options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    problem = make_problem("separate", autocast_inputs(query, key, value), **options, out_memory=out_memory)
+    if repeatable:
+        return first_call(problem, query, key, value, None, None, is_causal, scale, None, False)  # type: ignore[return-value]
+    return run(problem, choose(problem, None))[0]
 
 
 def _with_heads_of(query: Tensor, name: str, tensor: Tensor) -> Tensor:

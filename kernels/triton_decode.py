@@ -61,7 +61,7 @@ def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
     query, key, value = problem.query, problem.key, problem.value
     batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_output(query, value.shape[3])
+    out = empty_output(problem)
     lse = empty_lse(query)
     if not lse.numel():
         return out, lse

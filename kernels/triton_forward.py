@@ -51,7 +51,7 @@ from .triton_tiles import (
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
     query, value = problem.query, problem.value
-    out = empty_output(query, value.shape[3])
+    out = empty_output(problem)
     lse = empty_lse(query)
     if problem.cu_seqlens_q is not None:
         out.zero_()

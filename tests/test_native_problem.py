@@ -73,7 +73,7 @@ def problems() -> Iterator[Problem]:
 
 def described(problem: Problem, dropout_threshold: int) -> native_problem.Plain:
     """What `plain` must return."""
-    out = empty_output(problem.query, problem.value.shape[3])
+    out = empty_output(problem)
     numbers = native_problem.plain_numbers(problem, out, dropout_threshold)
     batch, num_heads, rows, _ = out.shape
     return native_problem.Plain(numbers, tuple(out.shape), out.stride(), (batch, num_heads, rows), (num_heads * rows, rows, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy
@@ -51,6 +52,57 @@ def test_like_torch(case: str) -> None:
         out = function(*inputs, **options)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     assert_close(*results)
+
+
+B, H, L, D = 2, 3, 4, 8
+MEMORY: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
+    "contiguous": lambda randn: randn(B, H, L, D),
+    "heads merged": lambda randn: randn(B, L, H, D).transpose(1, 2),
+    "sequence first": lambda randn: randn(L, B, H, D).permute(1, 2, 0, 3),
+    "heads first": lambda randn: randn(H, B, L, D).transpose(0, 1),
+    "part of a packed one": lambda randn: randn(B, L, 3, H, D)[:, :, 0].transpose(1, 2),
+    "expanded batch": lambda randn: randn(1, H, L, D).expand(B, H, L, D),
+    "last dim transposed": lambda randn: randn(B, H, D, L).transpose(2, 3),
+    "3-D, heads merged": lambda randn: randn(L, H, D).transpose(0, 1),
+    "5-D": lambda randn: randn(2, B, H, L, D),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", MEMORY)
+def test_results_lie_in_memory_as_torchs_do(case: str, dtype: torch.dtype) -> None:
+    query = MEMORY[case](partial(torch.randn, dtype=dtype))
+    other = torch.randn(query.shape, dtype=dtype)
+    tolerance = dict.fromkeys(("rtol", "atol"), 2e-2 if dtype == torch.bfloat16 else 1e-5)
+    for mask in (None, torch.zeros(L, L, dtype=dtype)):
+        for requires_grad in (False, True):
+            query.requires_grad_(requires_grad)
+            expected = F.scaled_dot_product_attention(query, other, other, attn_mask=mask)
+            for _ in ("checked", "repeated"):
+                out = scaled_dot_product_attention(query, other, other, attn_mask=mask)
+                assert out.stride() == expected.stride()
+                assert_close(out, expected, **tolerance)
+                if requires_grad:
+                    given = torch.randn_like(out)
+                    gradients = [torch.autograd.grad(result, query, given, retain_graph=True)[0] for result in (out, expected)]
+                    assert_close(*gradients, **tolerance)
+
+
+@pytest.mark.parametrize("case", ["contiguous", "heads first", "expanded batch", "5-D"])
+def test_results_of_compiled_calls_lie_there_too(case: str) -> None:
+    query = MEMORY[case](torch.randn).requires_grad_()
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(query, query, query), F.scaled_dot_product_attention(query, query, query)
+    assert out.stride() == expected.stride()
+    assert_close(torch.autograd.grad(out.sum(), query), torch.autograd.grad(expected.sum(), query))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_repeated_calls_of_attention_are_others(requires_grad: bool) -> None:
+    query = torch.randn(B, H, L, D, requires_grad=requires_grad)
+    for _ in range(2):
+        assert scaled_dot_product_attention(query, query.detach(), query.detach()).is_contiguous()
+        assert attention(query, query.detach(), query.detach()).transpose(1, 2).is_contiguous()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
