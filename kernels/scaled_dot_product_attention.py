@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         if causal_bias(attn_mask):
             raise ValueError("CausalBias should not be used with causal=True: attn_mask says what is_causal would")
-        raise RuntimeError("attn_mask must be None when is_causal=True: combine them, or call attention(), which takes both")
+        raise RuntimeError("Explicit attn_mask should not be set when is_causal=True: combine them, or call attention(), which takes both")
     if attn_mask is not None and not isinstance(attn_mask, (Tensor, PreparedMask)):
         raise TypeError(f"attn_mask must be a torch.Tensor or a PreparedMask, got {type(attn_mask).__name__}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -106,7 +106,7 @@ def test_repeated_calls_of_attention_are_others(requires_grad: bool) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "mask and is_causal": ({"attn_mask": torch.zeros(5, 5), "is_causal": True}, "attn_mask must be None when is_causal=True"),
+    "mask and is_causal": ({"attn_mask": torch.zeros(5, 5), "is_causal": True}, "attn_mask should not be set when is_causal=True"),
     "CausalBias and is_causal": (
         {"attn_mask": causal_lower_right(5, 5), "is_causal": True},
         "CausalBias should not be used with causal=True",

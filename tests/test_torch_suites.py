@@ -18,7 +18,13 @@ def test_only_what_the_document_names_differs_from_torch(suite: Suite) -> None:
 
 
 def test_what_no_row_explains_and_rows_that_explain_nothing() -> None:
-    stock = {"A::test_one": "passed", "A::test_two_cpu": "passed", "A::test_three": "failed", "A::test_four": "passed"}
+    stock = {
+        "A::test_one": "passed",
+        "A::test_two_cpu": "passed",
+        "A::test_three": "failed",
+        "A::test_four": "passed",
+        "A::test_five": "timeout",
+    }
     ours = {"A::test_one": "failed", "A::test_two_cpu": "skipped", "A::test_three": "failed"}
     rows = [Row("A::test_two_*", "skipped", "because"), Row("A::test_one", "timeout", "slow"), Row("B::*", "failed", "not run here")]
     unexplained, stale = differences(stock, ours, rows)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "torch-suites.md"
-SECONDS_PER_TEST = 60
+SECONDS_PER_TEST = 120
 SAMPLE = 61  # of a function with thousands of cases every 61st runs, counted from the first; all of them with --all
 
 
@@ -63,7 +63,7 @@ def differences(stock: dict[str, str], ours: dict[str, str], rows: list[Row]) ->
     unexplained, used = [], set()
     for test, outcome in stock.items():
         ended = ours.get(test, "missing")
-        if ended == outcome:
+        if ended == outcome or outcome == "timeout":  # where torch itself takes too long, there is nothing to compare with
             continue
         found = [row for row in rows if fnmatch.fnmatchcase(test, row.pattern) and row.outcome == ended]
         used.update(found)
@@ -106,7 +106,7 @@ def compare(folder: Path, suite: Suite) -> list[str]:
     unexplained, stale = differences(stock, ours, rows_of(suite.file, DOCUMENT.read_text()))
     ends = list(ours.values())
     counts = ", ".join(f"{ends.count(outcome)} {outcome}" for outcome in sorted(set(ends)))
-    num_different = sum(ours.get(test) != outcome for test, outcome in stock.items())
+    num_different = sum(ours.get(test) != outcome for test, outcome in stock.items() if outcome != "timeout")
     print(f"{suite.file}: {len(stock)} tests, with this package {counts}; {num_different} end otherwise than with torch")
     return [f"{suite.file}: {complaint}" for complaint in (*unexplained, *stale)]
 
