@@ -253,6 +253,26 @@ def test_values_of_absent_keys_have_no_influence():
             assert_close(poisoned_weights, weights, rtol=0, atol=0)
 
 
+def test_nan_at_absent_keys_reaches_the_gradients_of_key_projections_alone():
+    _, ours = pair(EMBED, HEADS, batch_first=True)
+    query, key, _ = make_inputs("cross", True, torch.float32)
+    padding = torch.zeros(BATCH, SEQLEN_K, dtype=torch.bool)
+    padding[:, 11:] = True
+
+    def gradients(key):
+        leaves = [query.detach().requires_grad_(), key.detach().requires_grad_(), *ours.parameters()]
+        output, _ = ours(leaves[0], leaves[1], leaves[1], key_padding_mask=padding, need_weights=False)
+        names = ["query", "key", *dict(ours.named_parameters())]
+        return dict(zip(names, torch.autograd.grad(output.square().sum(), leaves), strict=True))
+
+    clean, poisoned = gradients(key), gradients(key.detach().masked_fill(padding[:, :, None], float("nan")))
+    for name in ("query", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
+        assert_close(poisoned[name], clean[name])
+    assert_close(poisoned["key"], clean["key"])
+    assert_close(poisoned["in_proj_weight"][:EMBED], clean["in_proj_weight"][:EMBED])
+    assert poisoned["in_proj_weight"][EMBED:].isnan().all()
+
+
 @pytest.mark.parametrize(("kind", "num_inputs"), [("self", 1), ("cross", 2), ("separate", 3)], ids=["self", "cross", "separate"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
 def test_projections_stay_packed_and_nothing_is_copied(kind, num_inputs, batch_first, monkeypatch):

@@ -278,3 +278,27 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match="FUSED_ATTENTION_CPU_ISA.*sse9"):
         attention(*[torch.randn(1, 1, 4, 8)] * 3)
+
+
+def test_a_forked_child_on_one_thread_goes_on() -> None:
+    """In a process of its own, because libgomp's threads, which the parent starts, make any later fork of a process one with threads."""
+    program = """
+import multiprocessing, torch
+from fused_attention import attention
+
+def attend():
+    query = torch.ones(2, 8, 256, 64)
+    return attention(query, query, query, backend="cpu")
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, item):
+        return attend().sum()
+
+torch.set_num_threads(2)
+attend()
+loader = torch.utils.data.DataLoader(Items(), batch_size=1, num_workers=1, multiprocessing_context="fork", timeout=60)
+assert [item.item() for item in loader] == [2 * 8 * 256 * 64] * 2
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)

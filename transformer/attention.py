@@ -72,8 +72,10 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
                 as key and value, they are projected together.
             key: (N, S, kdim) or (S, N, kdim); (S, kdim) without a batch.
             value: like key, with vdim.
-            key_padding_mask: (N, S), or (S,) without a batch. bool, True = key is absent: nothing stored there has any
-                influence. Or float, added to the scores, differentiable.
+            key_padding_mask: (N, S), or (S,) without a batch. bool, True = key is absent: no key or value there has any
+                influence on what is returned, nor on gradients of inputs elsewhere. Gradients of the projections' weights
+                take what is stored there times 0, as torch's do, so it must be finite in training. Or float, added to the
+                scores, differentiable.
             need_weights: also return the attention weights, at the cost of computing and holding them.
             attn_mask: (L, S) or (N * H, L, S). bool, True = blocked; or float, added to the scores, differentiable.
             average_attn_weights: whether the returned weights are averaged over the heads.
