@@ -12,6 +12,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": "top_left"},
     "causal bottom-right": {"is_causal": "bottom_right"},
     "window": {"window": (9, 4), "is_causal": "bottom_right"},
+    "window off the diagonal": {"window": (9, 4), "diagonal": 11},
     "key_mask": {"key_mask": "holes", "is_causal": "top_left"},
     "lengths": {"key_lengths": (50, 20), "query_lengths": (30, 60)},
     "bool mask": {"attn_mask": ("bool", "B1QK")},

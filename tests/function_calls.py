@@ -60,6 +60,8 @@ VARLEN: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"is_causal": "top_left"},
     "causal bottom-right, window": {"is_causal": "bottom_right", "window": (20, None)},
+    "causal behind 7 keys, alibi": {"is_causal": True, "diagonal": 7, "alibi_slopes": "BH"},
+    "window bottom-right": {"window": (20, 3), "diagonal": "bottom_right"},
     "softcap, sinks": {"softcap": 2.0, "sinks": True},
     "alibi, bottom-right": {"alibi_slopes": "BH", "is_causal": "bottom_right"},
     "grouped heads": {"sizes": (1, 4, 2)},
@@ -182,6 +184,7 @@ def check_decoding(backend: str, case: str, dtype: torch.dtype, device: str) -> 
 WEIGHTS: list[dict[str, Any]] = [
     {"dropout_p": 0.25, "is_causal": "bottom_right"},
     {"dropout_p": 1.0},
+    {"is_causal": True, "diagonal": 20, "window": (30, None), "alibi_slopes": "H"},
     {"attn_mask": ("bool", "1HQK"), "key_lengths": (60, 0), "query_lengths": (40, 30)},
     {"attn_mask": ("float32", "B1QK"), "key_mask": "holes", "softcap": 2.0, "alibi_slopes": "BH", "sinks": True, "window": (40, 9)},
 ]

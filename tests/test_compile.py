@@ -128,6 +128,16 @@ def test_sizes_that_only_values_tell(case: str, backend: str) -> None:
             assert_close(*[torch.autograd.grad(out.square().sum(), x) for out in (ours, expected)])
 
 
+def test_a_diagonal_that_moves_from_call_to_call() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(lambda q, k, n: attention(q, k, k, is_causal=True, diagonal=n), backend=counter, fullgraph=True, dynamic=True)
+    query = torch.randn(2, 4, 5, 16)
+    for cached in (3, 7, 9, 12):
+        key = torch.randn(2, 4, cached + 5, 16)
+        assert_close(compiled(query, key, cached), attention(query, key, key, is_causal="bottom_right"))
+    assert counter.frame_count == 1
+
+
 def test_options_that_change_from_call_to_call() -> None:
     """Numbers that are options become constants of the graph, all the same ones find it again."""
     counter = CompileCounter()

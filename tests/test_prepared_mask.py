@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -38,6 +39,8 @@ def masks(kind: str) -> dict[str, Any]:
         "causal": {"is_causal": True},
         "bottom right": {"is_causal": "bottom_right", "key_lengths": torch.tensor([150, 20])},
         "window": {"window": (70, 0)},
+        "causal behind 30 keys": {"is_causal": True, "diagonal": 30},
+        "window before the keys": {"window": (10, 70), "diagonal": -90},
         "all at once": {
             "attn_mask": empty_full_mixed[:1],
             "key_mask": torch.arange(SEQLEN_K).expand(BATCH, -1) % 7 > 0,
@@ -51,7 +54,7 @@ def masks(kind: str) -> dict[str, Any]:
 
 KINDS = (
     "bool", "bool for all", "bool per batch", "bool per head", "float", "finfo.min per head", "key_mask", "lengths", "causal",
-    "bottom right", "window", "all at once",
+    "bottom right", "window", "causal behind 30 keys", "window before the keys", "all at once",
 )  # fmt: skip
 SIZES = {"seqlen_q": SEQLEN_Q, "seqlen_k": SEQLEN_K}
 
@@ -324,3 +327,12 @@ def test_it_moves_and_reads_well() -> None:
     } == {"meta"}
     assert moved.shape == prepared.shape
     assert str(prepared) == "PreparedMask(shape=(2, 3, 130, 200), bias=False, gradients=True, device='cpu')"
+
+
+def test_a_diagonal_survives_pickling() -> None:
+    mask = pickle.loads(pickle.dumps(prepare_mask(is_causal=True, diagonal=3, seqlen_q=4, seqlen_k=7)))
+    query, key, slopes = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 7, 16), torch.rand(2)
+    expected = attention(query, key, key, is_causal=True, diagonal=3, alibi_slopes=slopes)
+    torch.testing.assert_close(attention(query, key, key, attn_mask=mask, alibi_slopes=slopes), expected)
+    with pytest.raises(ValueError, match="diagonal must not be given beside a PreparedMask"):
+        attention(query, key, key, attn_mask=mask, diagonal=3)
