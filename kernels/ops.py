@@ -302,5 +302,19 @@ def _register_sharding() -> None:
         sharding.register(layout, *[getattr(torch.ops.fused_attention, name).default for name in names])
 
 
+def _register_decompositions() -> None:
+    """What torch.onnx.export writes in place of the operators, which ONNX does not have: the formula, in operators that it has."""
+    from torch._decomp import register_decomposition
+
+    def register(layout: Layout) -> None:
+        @register_decomposition(getattr(torch.ops.fused_attention, f"attention_{layout}").default)
+        def decompose(*arguments: Any) -> tuple[Tensor, Tensor]:
+            return attention_reference(Problem.from_op_arguments(layout, arguments[:-1]))
+
+    for layout in NUM_INPUTS:
+        register(layout)
+
+
+when_imported("torch._decomp", _register_decompositions)
 when_imported("torch.utils.flop_counter", _register_flop_formulas)
 when_imported("torch.distributed.tensor", _register_sharding)

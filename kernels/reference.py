@@ -191,7 +191,10 @@ def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)  # autocast knows no meta device
+    # Only where there is something to switch off: an exported program with such a region in it cannot be loaded.
+    device = tensor.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)  # autocast knows no meta device
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:

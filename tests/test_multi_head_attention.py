@@ -10,6 +10,7 @@ import torch
 from accuracy import assert_accurate
 from torch.testing import assert_close
 
+from fused_attention import prepare_mask
 from fused_attention.transformer import attention as attention_module
 from fused_attention.transformer.attention import MultiHeadAttention
 
@@ -200,15 +201,62 @@ def test_equals_torch_on_its_own_samples(training, dtype):
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("with_padding", [True, False])
-def test_is_causal_promises_the_mask_so_the_mask_is_not_read(need_weights, with_padding):
+def test_the_mask_is_read_exactly_where_torch_reads_it(need_weights, with_padding):
     theirs, ours = pair(EMBED, HEADS, batch_first=True, dtype=torch.float64)
     inputs = make_inputs("self", True)
-    masks = make_masks("padding", SEQLEN_Q) if with_padding else {}
+    causal = torch.full((SEQLEN_Q, SEQLEN_Q), float("-inf"), dtype=torch.float64).triu(1)
+    options = {"attn_mask": causal + torch.arange(SEQLEN_Q), "is_causal": True, "need_weights": need_weights}
+    if with_padding:
+        options |= {"key_padding_mask": make_masks("float padding", SEQLEN_Q)["key_padding_mask"]}
+    assert_same(results_and_gradients(ours, inputs, **options), results_and_gradients(theirs, inputs, **options))
+
+
+def test_a_mask_that_is_not_read_may_have_any_size():
+    theirs, ours = pair(EMBED, HEADS, batch_first=True, dtype=torch.float64)
+    inputs = make_inputs("self", True)
+    options = {"attn_mask": torch.zeros(64, 64), "is_causal": True, "need_weights": False}
+    assert_close(ours(*inputs, **options), theirs(*inputs, **options))
+    _, extra = pair(EMBED, HEADS, batch_first=True, add_zero_attn=True, dtype=torch.float64)
     causal = torch.ones(SEQLEN_Q, SEQLEN_Q, dtype=torch.bool).triu(1)
-    expected = results_and_gradients(theirs, inputs, attn_mask=causal, need_weights=need_weights, **masks)
-    unreadable = torch.full((SEQLEN_Q, SEQLEN_Q), float("nan"))
-    options = {"attn_mask": unreadable, "is_causal": True, "need_weights": need_weights}
-    assert_same(results_and_gradients(ours, inputs, **options, **masks), expected)
+    assert_close(extra(*inputs, **options), extra(*inputs, attn_mask=causal, need_weights=False))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_prepared_mask_means_itself(need_weights):
+    _, ours = pair(EMBED, HEADS, batch_first=True)
+    inputs = make_inputs("self", True, torch.float32)
+    padding = make_masks("padding", SEQLEN_Q)["key_padding_mask"]
+    allowed = torch.ones(SEQLEN_Q, SEQLEN_Q, dtype=torch.bool).tril(2)
+    prepared = prepare_mask(allowed, ~padding)
+    expected = results_and_gradients(ours, inputs, attn_mask=~allowed, key_padding_mask=padding, need_weights=need_weights)
+    for is_causal in (False, True):  # a hint, which it does not need
+        options = {"attn_mask": prepared, "is_causal": is_causal, "need_weights": need_weights}
+        assert_same(results_and_gradients(ours, inputs, **options), expected)
+    with pytest.raises(ValueError, match="key_padding_mask must not be given beside a PreparedMask"):
+        ours(*inputs, attn_mask=prepared, key_padding_mask=padding)
+    with pytest.raises(TypeError, match=r"attn_mask must be a torch\.Tensor, got list"):
+        ours(*inputs, attn_mask=[1])
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_sequences_without_padding(kind, layout):
+    theirs, ours = pair(EMBED, HEADS, batch_first=True)
+    parts = [torch.randn(length, EMBED, requires_grad=True) for length in (3, 5, 1)]
+    others = parts if kind == "self" else [torch.randn(length, EMBED, requires_grad=True) for length in (2, 4, 6)]
+    query = torch.nested.as_nested_tensor(parts, layout=layout)
+    key = query if kind == "self" else torch.nested.as_nested_tensor(others, layout=layout)
+    output, weights = ours(query, key, key, need_weights=False)
+    assert weights is None
+    assert output.layout is layout
+    assert (query + output).is_nested
+    expected = [theirs(x, y, y, need_weights=False)[0] for x, y in zip(parts, others, strict=True)]
+    assert_close(list(output.unbind()), expected)
+    leaves = [*parts, *others, *ours.parameters()]
+    gradients = torch.autograd.grad(sum(x.square().sum() for x in output.unbind()), leaves)
+    leaves = [*parts, *others, *theirs.parameters()]
+    assert_close(gradients, torch.autograd.grad(sum(x.square().sum() for x in expected), leaves), rtol=1e-4, atol=1e-4)
 
 
 def test_is_causal_with_appended_keys_keeps_them_visible():

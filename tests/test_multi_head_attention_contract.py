@@ -53,8 +53,10 @@ def test_other_refusals_are_clear():
     with pytest.raises(AssertionError, match="key's batch size 4 does not match query's 2"):
         module(torch.ones(2, 3, 6), torch.ones(4, 3, 6), torch.ones(4, 3, 6))
     nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
-    with pytest.raises(AssertionError, match="does not support NestedTensor"):
+    with pytest.raises(AssertionError, match="NestedTensor: need_weights must be False"):
         module(nested, nested, nested)
+    with pytest.raises(AssertionError, match="NestedTensor: query, key and value must all be nested"):
+        module(nested, torch.ones(2, 3, 6), torch.ones(2, 3, 6), need_weights=False)
     for scripted in (module, torch.nn.Sequential(module)):
         with pytest.raises(RuntimeError, match=r"cannot be compiled by torch\.jit\.script"):
             torch.jit.script(scripted)
@@ -89,8 +91,8 @@ def test_copies_keep_the_forward(configuration):
     unpickled_state.__setstate__(torch.nn.MultiheadAttention(EMBED, HEADS, **configuration).__dict__.copy())
     for clone in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module)), unpickled_state):
         assert type(clone) is MultiHeadAttention
-        # what torch.nn.TransformerEncoderLayer asks before it bypasses forward
-        assert clone._qkv_same_embed_dim is False
+        assert len(clone._forward_pre_hooks) == 1  # what torch.nn.TransformerEncoderLayer asks before it bypasses forward
+        assert clone.__module__ == torch.nn.MultiheadAttention.__module__  # what torch.fx asks
         assert list(clone.state_dict()) == list(module.state_dict())
 
 
@@ -110,6 +112,62 @@ def test_hooks_of_the_output_projection_run():
     x = torch.randn(3, 2, EMBED)
     module(x, x, x)[0].sum().backward()
     assert calls == ["forward", "backward"]
+
+
+def test_fx_takes_the_module_whole():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = MultiHeadAttention(EMBED, HEADS, batch_first=True)
+
+        def forward(self, x):
+            return x + self.attention(x, x, x)[0]
+
+    model, x = Model(), torch.randn(2, 5, EMBED)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention"]
+    assert_close(traced(x), model(x))
+
+
+def test_torchs_function_takes_the_modules_attributes():
+    _, ours = pair(EMBED, HEADS)
+    x = torch.randn(5, 2, EMBED)
+    attributes = ("embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout")
+    arguments = [getattr(ours, name) for name in attributes]
+    out = torch.nn.functional.multi_head_attention_forward(x, x, x, *arguments, ours.out_proj.weight, ours.out_proj.bias)
+    assert_close(out, ours(x, x, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*deprecated")
+def test_quantizable_attention_is_made_from_it():
+    _, ours = pair(EMBED, HEADS)
+    ours.qconfig = None
+    observed = torch.ao.nn.quantizable.MultiheadAttention.from_float(ours.eval())
+    x = torch.randn(5, 2, EMBED)
+    assert_close(observed(x, x, x)[0], ours(x, x, x)[0])
+
+
+class Onnx(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = MultiHeadAttention(EMBED, HEADS, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx_export(dynamo, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model, x = Onnx().eval(), torch.randn(2, 5, EMBED)
+    with torch.no_grad():
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+        runtime = pytest.importorskip("onnxruntime")
+        session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+        [output] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["self", "cross", "separate"])

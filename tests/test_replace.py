@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from fused_attention.transformer.attention import MultiHeadAttention
-from fused_attention.transformer.replace import replace_attention
+from fused_attention.transformer.replace import attention_calls, replace_attention, restore_attention
 
 D_MODEL, HEADS = 16, 2
 
@@ -70,8 +70,7 @@ def test_swapped_modules_equal_torch_on_its_own_samples(name, training, dtype):
         expected = results_and_gradients(theirs, inputs, kwargs)
         assert_close(results_and_gradients(ours, inputs, kwargs), expected)
         with torch.no_grad():
-            # not theirs(...): torch's own output changes here, its encoder zeroes the padded positions of the memory
-            assert_close(ours(*inputs, **kwargs), expected[0])
+            assert_close(ours(*inputs, **kwargs), theirs(*inputs, **kwargs))  # the encoder zeroes padded positions of the memory
 
 
 @pytest.mark.parametrize("mode", ["train", "eval with grad", "eval without grad"])
@@ -108,14 +107,91 @@ def test_nothing_bypasses_the_forward(what, padded, mode, monkeypatch):
         assert_close(output[real], expected[real])
 
 
-def test_torch_bypasses_a_subclass_without_the_precaution(monkeypatch):
-    """If this fails, torch has closed the bypass and _keep_forward_in_use is not needed any more."""
+def test_torch_bypasses_a_subclass_without_the_hook(monkeypatch):
+    """If this fails, torch has closed the bypass and the hook is not needed any more."""
     calls = count_calls(monkeypatch)
     layer = swapped(torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, batch_first=True)).eval()
-    layer.self_attn._qkv_same_embed_dim = True
+    layer.self_attn._forward_pre_hooks.clear()
     with torch.no_grad():
         layer(torch.randn(2, 5, D_MODEL))
     assert not calls
+
+
+def test_built_into_a_layer_it_is_not_bypassed_and_torchs_encoder_does_not_warn(recwarn):
+    layer = torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, batch_first=True)
+    layer.self_attn = MultiHeadAttention(D_MODEL, HEADS, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2).eval()
+    assert not recwarn.list
+    with torch.no_grad(), attention_calls(model) as calls:
+        model(torch.randn(2, 5, D_MODEL))
+    assert calls == {"layers.0.self_attn": 1, "layers.1.self_attn": 1}
+
+
+def test_the_flags_that_other_code_reads_tell_the_truth():
+    for options in ({}, {"kdim": 4}):
+        module = torch.nn.MultiheadAttention(D_MODEL, HEADS, **options)
+        replace_attention(module)
+        assert module._qkv_same_embed_dim is (module.in_proj_weight is not None)
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "swapped"])
+def test_restore_goes_back(built):
+    module = (MultiHeadAttention if built else torch.nn.MultiheadAttention)(D_MODEL, HEADS, batch_first=True)
+    model = torch.nn.ModuleDict({"attention": module})
+    replace_attention(model)
+    x = torch.randn(2, 3, D_MODEL)
+    ours = module(x, x, x)
+    assert restore_attention(model) == ["attention"]
+    assert restore_attention(model) == []
+    assert type(module) is torch.nn.MultiheadAttention
+    assert vars(module).keys() == vars(torch.nn.MultiheadAttention(D_MODEL, HEADS)).keys()
+    assert not module._forward_pre_hooks
+    assert_close(module(x, x, x), ours)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        restore_attention([model])
+
+
+class CallsTorch(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def helper(module, x):
+    return torch.nn.functional.multi_head_attention_forward(x, x, x, *module.options)[0]
+
+
+class CallsAHelper(torch.nn.Module):
+    def forward(self, x):
+        return helper(self, x)
+
+
+def test_modules_that_call_torchs_attention_themselves_are_reported():
+    model = torch.nn.ModuleDict({"direct": CallsTorch(), "helper": CallsAHelper(), "linear": torch.nn.Linear(2, 2)})
+    left = replace_attention(model).left
+    assert left.keys() == {"direct", "helper"}
+    assert "CallsTorch, which calls scaled_dot_product_attention" in left["direct"]
+    assert "multi_head_attention_forward" in left["helper"]
+
+
+def test_calls_are_counted_where_modules_run_and_only_then():
+    class ReadsWeights(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.read = (torch.nn.MultiheadAttention(D_MODEL, HEADS) for _ in range(2))
+
+        def forward(self, x):
+            return self.used(x, x, x)[0] @ self.read.out_proj.weight
+
+    model = swapped(ReadsWeights())
+    with attention_calls(model) as calls:
+        for _ in range(2):
+            model(torch.randn(3, 2, D_MODEL))
+    model(torch.randn(3, 2, D_MODEL))
+    assert calls == {"used": 2, "read": 0}
+    with pytest.raises(ValueError, match="no MultiHeadAttention"), attention_calls(torch.nn.Linear(2, 2)):
+        pass
+    with pytest.raises(ValueError, match="model is compiled"), attention_calls(torch.compile(model)):
+        pass
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "holes", "whole sequence"])
@@ -287,20 +363,6 @@ def test_unsupported_configuration_raises_before_anything_is_changed(breakage):
         replace_attention(model)
     assert not any(isinstance(module, MultiHeadAttention) for module in model.modules())
     assert model[0].use_nested_tensor
-
-
-def test_nested_tensors_are_turned_off_only_around_swapped_modules():
-    class Subclass(torch.nn.MultiheadAttention):
-        pass
-
-    untouched = encoder(1)
-    untouched.layers[0].self_attn = Subclass(D_MODEL, HEADS, batch_first=True)
-    model = torch.nn.ModuleDict({"swapped": encoder(), "untouched": untouched})
-    report = replace_attention(model)
-    assert report.nested_tensor_off == ["swapped"]
-    assert not model["swapped"].use_nested_tensor
-    assert not model["swapped"].enable_nested_tensor
-    assert model["untouched"].use_nested_tensor
 
 
 def test_bad_argument():

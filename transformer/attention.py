@@ -24,6 +24,9 @@ from fused_attention.kernels.attention import (
     attention_qkv_packed,
     attention_weights,
 )
+from fused_attention.kernels.prepared_mask import PreparedMask
+
+_HOOK = -1  # the hook's place among the forward pre-hooks; those that torch hands out start at 0
 
 
 class MultiHeadAttention(torch.nn.MultiheadAttention):
@@ -31,25 +34,29 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
 
     Constructor, parameters, initialisation, state_dict keys and forward signature are torch's. Inside torch's own
     TransformerEncoderLayer, TransformerDecoderLayer and Transformer it is called in every mode, with no bypass.
-    `replace_attention` swaps it into a model that is already built.
+    `replace_attention` swaps it into a model that is already built, `restore_attention` goes back.
 
-    Not supported, and refused: nested tensors and torch.jit.script.
+    torch.fx takes it whole, as it takes torch's. torch.jit.script is refused; torch.jit.trace too, outside torch.onnx.export.
     """
 
     def _reset_parameters(self) -> None:
-        # torch's code asks this attribute which weights exist.
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
-        self._keep_forward_in_use()
+        self._take_torchs_place()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._keep_forward_in_use()
+        self._take_torchs_place()
 
-    def _keep_forward_in_use(self) -> None:
+    def _take_torchs_place(self) -> None:
         # NOTE: torch.nn.TransformerEncoderLayer in eval mode without grad hands its weights to a kernel of torch's own,
-        # whatever class self_attn has, unless this attribute is False. It is not part of the state_dict.
-        self._qkv_same_embed_dim = False
+        # whatever class self_attn has, unless a module in it has a forward hook.
+        self._forward_pre_hooks[_HOOK] = _keep_forward_in_use
+        # torch.fx asks this of each module, and traces into those that are not of torch.nn.
+        self.__module__ = torch.nn.MultiheadAttention.__module__
+
+    def _leave_torchs_place(self) -> None:
+        self._forward_pre_hooks.pop(_HOOK, None)
+        self.__dict__.pop("__module__", None)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError("MultiHeadAttention cannot be compiled by torch.jit.script; use torch.compile or torch.export")
@@ -61,7 +68,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         value: Tensor,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | PreparedMask | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -77,10 +84,14 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
                 take what is stored there times 0, as torch's do, so it must be finite in training. Or float, added to the
                 scores, differentiable.
             need_weights: also return the attention weights, at the cost of computing and holding them.
-            attn_mask: (L, S) or (N * H, L, S). bool, True = blocked; or float, added to the scores, differentiable.
+            attn_mask: (L, S) or (N * H, L, S). bool, True = blocked; or float, added to the scores, differentiable. Or a
+                PreparedMask, which holds all that masks, in its own words: True = may attend; appended keys count in its S.
             average_attn_weights: whether the returned weights are averaged over the heads.
-            is_causal: promises that attn_mask is the causal mask (query i sees keys j <= i), which is then not read.
-                Requires attn_mask, as in torch.
+            is_causal: promises that attn_mask is the causal mask (query i sees keys j <= i). It is then not read, as in torch,
+                unless it is a PreparedMask, key_padding_mask is given or weights are returned. Requires attn_mask.
+
+        query, key and value may be nested tensors, (N, ragged L or S, E), if batch_first: without masks, weights and appended
+        keys, and is_causal then needs no attn_mask.
 
         Returns:
             The output in query's layout, and None or, if need_weights, the weights after dropout: (N, L, S) averaged or
@@ -88,10 +99,21 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             append a key each, which every query sees, to S.
 
         Raises:
-            AssertionError: wrong number of dimensions, embedding or padding mask size; nested tensors; integer masks.
+            AssertionError: wrong number of dimensions, embedding or padding mask size; integer masks; nested tensors with
+                what they do not go with.
             RuntimeError: wrong attn_mask size; is_causal without attn_mask; differing dtypes.
+            TypeError: attn_mask is something else.
+            ValueError: a PreparedMask of another size, or beside key_padding_mask.
         """
-        _check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+            # torch.onnx.export(dynamo=False) knows the operators of torch's own forward only.
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if query.is_nested or key.is_nested or value.is_nested:
+            _check_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask)
+            return self._forward_nested(query, key, value, is_causal), None
+        # torch.compile may not know is_causal, which torch's decoder finds out from the values of the mask: then the mask is read.
+        causal = is_causal is True and key_padding_mask is None and not need_weights and not isinstance(attn_mask, PreparedMask)
+        _check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal, mask_is_read=not causal)
         self_attention, same_memory = query is key and key is value, key is value
         batched = query.dim() == 3
         if not batched:
@@ -102,7 +124,12 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         sequence_first = batched and not self.batch_first
 
         projected = self._project(query, key, value, self_attention, same_memory, sequence_first)
-        options = self._options(key_padding_mask, attn_mask, is_causal)
+        extra_keys = self._num_extra_keys()
+        if causal and extra_keys:
+            seqlen_dim = 0 if sequence_first else 1
+            seqlens = query.shape[seqlen_dim], key.shape[seqlen_dim]
+            attn_mask, causal = torch.ones(seqlens, dtype=torch.bool, device=query.device).triu(1), False
+        options = {"is_causal": True} if causal else _mask_options(key_padding_mask, attn_mask, self.num_heads, extra_keys)
         if self.training and self.dropout > 0.0:
             options["dropout_p"] = self.dropout
             if need_weights:
@@ -181,37 +208,24 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             appended.append(rows.new_zeros(row_shape))
         return torch.cat(appended, dim=2)
 
-    def _options(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-        """The operation's mask options: torch's masks, polarity turned round, appended keys left open."""
-        extra_keys = self._num_extra_keys()
-        options: dict[str, Any] = {}
-        if is_causal and not extra_keys:
-            options["is_causal"] = True
-            attn_mask = None
-        if attn_mask is not None:
-            if attn_mask.dtype is torch.bool:
-                attn_mask = ~attn_mask
-            if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
-            attn_mask = _pad_open(attn_mask, extra_keys)
+    def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        """Attends within the sequences of nested tensors (N, ragged, E); the output is nested like query."""
+        queries, keys, values = _as_jagged(query, key, value)
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for x, w, b in zip((queries, keys, values), weights, biases, strict=True)
+        )
+        out = attention(q, k, v, is_causal=bool(is_causal), dropout_p=self.dropout if self.training else 0.0)
+        assert isinstance(out, Tensor)
+        output = self.out_proj(out.transpose(1, 2).flatten(-2))
+        return output if query.layout is torch.jagged else torch.nested.as_nested_tensor(list(output.unbind()), layout=query.layout)
 
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype is torch.bool:
-                key_mask = ~key_padding_mask
-            else:
-                # torch's encoder and decoder layers turn bool padding masks into 0 and -inf: those keys are absent too.
-                key_mask = key_padding_mask != float("-inf")
-                key_bias = _pad_open(key_padding_mask, extra_keys)[:, None, None, :]
-                if attn_mask is None:
-                    attn_mask = key_bias
-                elif attn_mask.dtype is torch.bool:
-                    attn_mask = torch.where(attn_mask, key_bias, float("-inf"))
-                else:
-                    attn_mask = attn_mask + key_bias
-            options["key_mask"] = _pad_open(key_mask, extra_keys)
-        if attn_mask is not None:
-            options["attn_mask"] = attn_mask
-        return options
+
+def _keep_forward_in_use(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing."""
 
 
 _OPERATION_BY_INPUTS: dict[int, Callable[..., Any]] = {1: attention_qkv_packed, 2: attention_kv_packed, 3: attention}
@@ -224,6 +238,39 @@ def _query_and_key(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     if len(projected) == 2:
         return projected[0], projected[1].select(2, 0).transpose(1, 2)
     return projected[0].select(2, 0).transpose(1, 2), projected[0].select(2, 1).transpose(1, 2)
+
+
+def _mask_options(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | PreparedMask | None, num_heads: int, extra_keys: int
+) -> dict[str, Any]:
+    """The operation's mask options: torch's masks, polarity turned round, appended keys left open."""
+    options: dict[str, Any] = {}
+    if isinstance(attn_mask, PreparedMask):
+        return {"attn_mask": attn_mask}
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = ~attn_mask
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, num_heads))
+        attn_mask = _pad_open(attn_mask, extra_keys)
+
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype is torch.bool:
+            key_mask = ~key_padding_mask
+        else:
+            # torch's encoder and decoder layers turn bool padding masks into 0 and -inf: those keys are absent too.
+            key_mask = key_padding_mask != float("-inf")
+            key_bias = _pad_open(key_padding_mask, extra_keys)[:, None, None, :]
+            if attn_mask is None:
+                attn_mask = key_bias
+            elif attn_mask.dtype is torch.bool:
+                attn_mask = torch.where(attn_mask, key_bias, float("-inf"))
+            else:
+                attn_mask = attn_mask + key_bias
+        options["key_mask"] = _pad_open(key_mask, extra_keys)
+    if attn_mask is not None:
+        options["attn_mask"] = attn_mask
+    return options
 
 
 def _pad_open(mask: Tensor, num_keys: int) -> Tensor:
@@ -239,15 +286,11 @@ def _check_inputs(
     key: Tensor,
     value: Tensor,
     key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
+    attn_mask: Tensor | PreparedMask | None,
     is_causal: bool,
+    mask_is_read: bool,
 ) -> None:
     """Refuses what torch.nn.MultiheadAttention refuses, with its exception types and wording."""
-    if query.is_nested or key.is_nested or value.is_nested:
-        raise AssertionError(
-            "MultiHeadAttention does not support NestedTensor: pass padded tensors and key_padding_mask "
-            "(replace_attention turns off torch.nn.TransformerEncoder's conversion to nested tensors)"
-        )
     dims = query.dim()
     if dims not in (2, 3):
         raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {dims}-D query tensor")
@@ -291,6 +334,12 @@ def _check_inputs(
                 "`generate_square_subsequent_mask` to create this mask."
             )
         return
+    if isinstance(attn_mask, PreparedMask):
+        if key_padding_mask is not None:
+            raise ValueError(
+                "key_padding_mask must not be given beside a PreparedMask: give it to prepare_mask as key_mask, True = may attend"
+            )
+        return
     _check_mask_dtype(attn_mask, "attn_mask")
     if attn_mask.dim() not in (2, 3):
         raise AssertionError(
@@ -300,9 +349,58 @@ def _check_inputs(
     if attn_mask.shape != expected:
         if dims == 2 and attn_mask.dim() == 3:
             raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}")
+        if not mask_is_read:
+            return
         raise RuntimeError(f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}.")
 
 
 def _check_mask_dtype(mask: Tensor, name: str) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise AssertionError(f"only bool and floating types of {name} are supported")
+
+
+def _check_nested(
+    module: MultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | PreparedMask | None,
+) -> None:
+    inputs = (query, key, value)
+    for wrong, reason in (
+        (not all(tensor.is_nested for tensor in inputs), "query, key and value must all be nested"),
+        (len({tensor.layout for tensor in inputs}) > 1, "query, key and value must have one layout"),
+        (not module.batch_first, "batch_first must be True"),
+        (attn_mask is not None, "attn_mask must be None"),
+        (key_padding_mask is not None, "key_padding_mask must be None: a sequence ends where it ends"),
+        (need_weights, "need_weights must be False"),
+        (module._num_extra_keys() > 0, "add_bias_kv and add_zero_attn must be off"),
+        (any(tensor.dim() != 3 for tensor in inputs), f"they must be 3-D, got {[tensor.dim() for tensor in inputs]}"),
+    ):
+        if wrong:
+            raise AssertionError(f"MultiHeadAttention with NestedTensor: {reason}")
+    if query.size(-1) != module.embed_dim:
+        raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.size(-1)}")
+
+
+def _as_jagged(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Nested tensors of layout torch.strided as ones of layout torch.jagged, which know their offsets; others as they are."""
+    if query.layout is torch.jagged:
+        return query, key, value
+    queries = _jagged(query)
+    keys = queries if key is query else _jagged(key)
+    if value is key:
+        return queries, keys, keys
+    if not torch.equal(key._nested_tensor_size()[:, 0], value._nested_tensor_size()[:, 0]):
+        raise AssertionError("key's sequence lengths do not match value's")
+    return queries, keys, torch.nested.nested_tensor_from_jagged(torch.cat(value.unbind()), keys.offsets())
+
+
+def _jagged(tensor: Tensor) -> Tensor:
+    sequences = tensor.unbind()
+    offsets = torch.tensor([0, *[len(sequence) for sequence in sequences]], device=tensor.device).cumsum(0)
+    return torch.nested.nested_tensor_from_jagged(torch.cat(sequences), offsets)

@@ -1,9 +1,15 @@
-"""replace_attention: turns the torch.nn.MultiheadAttention modules of an existing model into MultiHeadAttention."""
+"""replace_attention turns the torch.nn.MultiheadAttention modules of an existing model into MultiHeadAttention, restore_attention
+turns them back, and attention_calls counts which of them run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
@@ -17,47 +23,46 @@ class ReplacementReport:
     """What replace_attention did, by qualified module name: "" is the model itself, a shared module has its first name.
 
     replaced: the modules that it made MultiHeadAttention.
-    left: the attention modules that it did not touch, and why.
-    nested_tensor_off: the torch.nn.TransformerEncoder modules that no longer turn padded input into nested tensors.
+    left: the modules that it did not touch although they are attention, or look like it, and why.
     """
 
     replaced: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    nested_tensor_off: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)} attention modules, left {len(self.left)}"]
         lines += [f"  replaced {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"  left {name or '(the model itself)'}: {reason}" for name, reason in self.left.items()]
-        lines += [f"  nested tensors off in {name or '(the model itself)'}" for name in self.nested_tensor_off]
         return "\n".join(lines)
 
 
 def replace_attention(model: torch.nn.Module) -> ReplacementReport:
     """Swaps every exact torch.nn.MultiheadAttention in `model`, or `model` itself if it is one, for MultiHeadAttention.
 
-    The swap changes the class of each module object and nothing else. So parameters (an optimizer built before still
-    trains them), buffers, hooks and their handles, requires_grad, dtype, device, the training flag and every reference
-    to the module stay as they are; a module used in several places stays shared; the state_dict keeps its keys.
+    The swap changes the class of each module object, and adds a forward pre-hook that does nothing, which keeps torch's
+    encoder layers from bypassing the module. So parameters (an optimizer built before still trains them), buffers, hooks
+    and their handles, requires_grad, dtype, device, the training flag and every reference to the module stay as they
+    are; a module used in several places stays shared; the state_dict keeps its keys. `restore_attention` goes back.
 
     Left as they are and reported: subclasses of torch.nn.MultiheadAttention, modules with parametrizations on their own
     parameters, modules whose forward is overridden on the instance, scripted modules, and modules whose out_proj has
     forward hooks or a forward of its own, which torch never calls: running them would change the output.
 
-    torch.nn.TransformerEncoder in eval mode without grad turns padded input into nested tensors, for a kernel that
-    bypasses its layers' attention. That is switched off in the encoders that hold a MultiHeadAttention.
+    Reported too: modules of other classes whose code calls torch.nn.functional.scaled_dot_product_attention or
+    multi_head_attention_forward, in a method or in a function that a method calls by name.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
         ValueError: a module is configured in a way MultiHeadAttention does not support; nothing has been changed then.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
+    _check_model(model)
     report = ReplacementReport()
     to_replace = []
     for name, module in model.named_modules():
         if not _is_attention(module):
+            function = _attention_function_called_by(type(module))
+            if function is not None:
+                report.left[name] = f"is a {type(module).__qualname__}, which calls {function} itself"
             continue
         reason = _reason_to_leave(module)
         if reason is not None:
@@ -71,13 +76,66 @@ def replace_attention(model: torch.nn.Module) -> ReplacementReport:
 
     for module in to_replace:
         module.__class__ = MultiHeadAttention
-        module._keep_forward_in_use()
-
-    for name, encoder in _encoders(model):
-        if any(isinstance(module, MultiHeadAttention) for module in encoder.modules()):
-            encoder.enable_nested_tensor = encoder.use_nested_tensor = False
-            report.nested_tensor_off.append(name)
+        module._take_torchs_place()
     return report
+
+
+def restore_attention(model: torch.nn.Module) -> list[str]:
+    """Turns every exact MultiHeadAttention in `model`, swapped or built as one, into a torch.nn.MultiheadAttention again.
+
+    Parameters, hooks and references stay, as in `replace_attention`.
+
+    Returns:
+        the qualified names of the modules; "" is the model itself.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    _check_model(model)
+    ours = {name: module for name, module in model.named_modules() if type(module) is MultiHeadAttention}
+    for module in ours.values():
+        module._leave_torchs_place()
+        module.__class__ = torch.nn.MultiheadAttention
+    return list(ours)
+
+
+@contextlib.contextmanager
+def attention_calls(model: torch.nn.Module) -> Iterator[dict[str, int]]:
+    """How many times each MultiHeadAttention in `model` runs, by qualified name, while the context is open.
+
+        with attention_calls(model) as calls:
+            model(x)
+        never_ran = [name for name, count in calls.items() if count == 0]
+
+    A model that reads the weights of an attention module, instead of calling it, leaves a 0. Code that torch.compile
+    compiled before does not run the hooks that count: ask the model before it is compiled.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: there is no MultiHeadAttention in model, or model is compiled.
+    """
+    _check_model(model)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, MultiHeadAttention)}
+    if not modules:
+        raise ValueError("model has no MultiHeadAttention whose calls could be counted")
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("model is compiled, and compiled code does not run the hooks that count: ask the model that was compiled")
+    calls = dict.fromkeys(modules, 0)
+
+    def count(name: str, *_: Any) -> None:
+        calls[name] += 1
+
+    handles = [module.register_forward_pre_hook(functools.partial(count, name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
@@ -116,7 +174,31 @@ def _unsupported_configuration(module: torch.nn.MultiheadAttention) -> str | Non
     return None
 
 
-def _encoders(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.TransformerEncoder]]:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.TransformerEncoder) and not isinstance(module, torch.jit.ScriptModule):
-            yield name, module
+_ATTENTION_FUNCTIONS = ("scaled_dot_product_attention", "multi_head_attention_forward")
+
+
+@functools.cache
+def _attention_function_called_by(kind: type[torch.nn.Module]) -> str | None:
+    """The attention function of torch that a method of the class calls, or a function that the method names."""
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] in ("torch", "builtins"):
+            continue
+        for method in vars(base).values():
+            method = getattr(method, "__func__", method)  # of a staticmethod or classmethod
+            if not isinstance(method, FunctionType):
+                continue
+            names = _names_in(method.__code__)
+            called = [method.__globals__.get(name) for name in names]
+            for function in called:
+                if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
+                    names = names | _names_in(function.__code__)
+            for name in _ATTENTION_FUNCTIONS:
+                if name in names:
+                    return name
+    return None
+
+
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names of globals and attributes in a function and the functions inside it."""
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(code.co_names).union(*inner)

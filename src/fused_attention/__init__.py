@@ -14,7 +14,7 @@ from fused_attention.kernels.scaled_dot_product_attention import scaled_dot_prod
 from fused_attention.transformer.attention import MultiHeadAttention
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.model import Transformer
-from fused_attention.transformer.replace import replace_attention
+from fused_attention.transformer.replace import attention_calls, replace_attention, restore_attention
 
 __version__ = "0.1.0"
 
@@ -25,11 +25,13 @@ __all__ = [
     "PreparedMask",
     "Transformer",
     "attention",
+    "attention_calls",
     "attention_decode",
     "attention_varlen",
     "attention_weights",
     "explain",
     "prepare_mask",
     "replace_attention",
+    "restore_attention",
     "scaled_dot_product_attention",
 ]
