@@ -12,6 +12,7 @@ from test_multi_head_attention import EMBED, HEADS, make_inputs, make_masks, pai
 from torch.testing import assert_close
 
 from fused_attention.transformer.attention import MultiHeadAttention
+from fused_attention.transformer.replace import restore_attention
 
 BAD_CALLS = {
     "1-D query": lambda t: ((t(6), t(5, 6), t(5, 6)), {}),
@@ -139,10 +140,13 @@ def test_torchs_function_takes_the_modules_attributes():
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*deprecated")
-def test_quantizable_attention_is_made_from_it():
+def test_quantizable_attention_is_made_from_it_once_restored():
+    """torch.ao asks for the very class, torch.nn.MultiheadAttention."""
     _, ours = pair(EMBED, HEADS)
-    ours.qconfig = None
-    observed = torch.ao.nn.quantizable.MultiheadAttention.from_float(ours.eval())
+    restored = copy.deepcopy(ours)
+    restore_attention(restored)
+    restored.qconfig = None
+    observed = torch.ao.nn.quantizable.MultiheadAttention.from_float(restored.eval())
     x = torch.randn(5, 2, EMBED)
     assert_close(observed(x, x, x)[0], ours(x, x, x)[0])
 

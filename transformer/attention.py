@@ -107,6 +107,8 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         """
         if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
             # torch.onnx.export(dynamo=False) knows the operators of torch's own forward only.
+            if isinstance(attn_mask, PreparedMask):
+                raise TypeError("attn_mask must be a torch.Tensor in torch.onnx.export(dynamo=False), got a PreparedMask")
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
             _check_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask)
@@ -129,7 +131,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             seqlen_dim = 0 if sequence_first else 1
             seqlens = query.shape[seqlen_dim], key.shape[seqlen_dim]
             attn_mask, causal = torch.ones(seqlens, dtype=torch.bool, device=query.device).triu(1), False
-        options = {"is_causal": True} if causal else _mask_options(key_padding_mask, attn_mask, self.num_heads, extra_keys)
+        options: dict[str, Any] = {"is_causal": True} if causal else _mask_options(key_padding_mask, attn_mask, self.num_heads, extra_keys)
         if self.training and self.dropout > 0.0:
             options["dropout_p"] = self.dropout
             if need_weights:
@@ -211,7 +213,8 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
     def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         """Attends within the sequences of nested tensors (N, ragged, E); the output is nested like query."""
         queries, keys, values = _as_jagged(query, key, value)
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight: Tensor | None = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (
