@@ -68,9 +68,21 @@ def _device_reason(device: torch.device | None) -> str | None:
     return None
 
 
+def _bfloat16_reason() -> str | None:
+    """Why Triton's interpreter cannot run kernels on bfloat16."""
+    if not interpreted() or _module("launch").multiplies_bfloat16():
+        return None
+    return "Triton's interpreter multiplies the bit patterns of bfloat16 instead of its numbers"
+
+
+_bfloat16_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the Triton kernels cannot run this problem here; empty when they can."""
     machine = _machine_reason(problem.query.device)
+    if machine is None and problem.query.dtype is torch.bfloat16:
+        machine = _bfloat16_reason()
     return [machine, *uncovered(problem)] if machine else uncovered(problem)
 
 

@@ -26,6 +26,18 @@ INTERPRETED = triton.knobs.runtime.interpret
 FAST_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # whose CompiledKernel.run takes what _run_compiled passes
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the interpreter multiplies the numbers of bfloat16: that of Triton 3.6 to 3.9 multiplies their bit patterns."""
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    one = TensorHandle(np.array([[0x3F80]], np.uint16), tl.bfloat16)
+    nothing = TensorHandle(np.zeros((1, 1), np.float32), tl.float32)
+    return bool(InterpreterBuilder().create_dot(one, one, nothing, 0, 0).data.item() == 1.0)
+
+
 class Tile(NamedTuple):
     BLOCK_M: int  # query rows
     BLOCK_N: int  # keys

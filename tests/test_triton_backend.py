@@ -158,3 +158,20 @@ def test_kernels_run_with_the_tensors_device_current(monkeypatch: pytest.MonkeyP
     assert seen == [("forward", 1), ("backward", 1), ("attention_weights", 1), ("prepared_tiles", 1)]
     assert current == [0]
     assert not triton_backend._is_elsewhere(torch.zeros(1))
+
+
+def test_the_interpreter_is_not_trusted_with_bfloat16() -> None:
+    """Unless its products are mended first, as tests/triton_interpreter.py does."""
+    pytest.importorskip("triton")
+    program = """
+import torch
+from fused_attention.kernels import triton_backend
+from fused_attention.kernels.problem import make_problem
+for dtype in (torch.float16, torch.bfloat16):
+    query = torch.zeros(1, 1, 4, 16, dtype=dtype)
+    print(triton_backend.unsupported_reasons(make_problem("separate", (query, query, query))))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found[0] == "[]"
+    assert "bit patterns of bfloat16" in found[1]
