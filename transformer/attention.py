@@ -25,6 +25,7 @@ from fused_attention.kernels.attention import (
     attention_weights,
 )
 from fused_attention.kernels.prepared_mask import PreparedMask
+from fused_attention.kernels.torch_internals import tracing_state
 
 _HOOK = -1  # the hook's place among the forward pre-hooks; those that torch hands out start at 0
 
@@ -105,7 +106,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             TypeError: attn_mask is something else.
             ValueError: a PreparedMask of another size, or beside key_padding_mask.
         """
-        if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        if tracing_state() is not None and torch.onnx.is_in_onnx_export():
             # torch.onnx.export(dynamo=False) knows the operators of torch's own forward only.
             if isinstance(attn_mask, PreparedMask):
                 raise TypeError("attn_mask must be a torch.Tensor in torch.onnx.export(dynamo=False), got a PreparedMask")
