@@ -22,6 +22,8 @@ SPLIT, WHOLE = A100, SMALL._replace(multiprocessors=1)  # many processors share 
 FEATURES: dict[str, dict[str, Any]] = {
     "full": {"is_causal": False},
     "causal": {},
+    "causal behind 130 keys": {"is_causal": True, "diagonal": 130},
+    "diagonal before the keys, alibi": {"is_causal": False, "diagonal": -5, "alibi_slopes": "H"},
     "key_lengths": {"key_lengths": (700, 3)},
     "key_lengths zero, too long": {"key_lengths": (0, 2000)},
     "key_mask": {"key_mask": "holes"},
