@@ -24,6 +24,7 @@ from fused_attention import (
     attention_varlen,
     attention_weights,
     prepare_mask,
+    replace_attention,
     scaled_dot_product_attention,
 )
 from fused_attention.kernels import native
@@ -312,6 +313,18 @@ def test_exported_weights_and_back_from_a_file(tmp_path: Path) -> None:
     x, _ = batch(2, 5)
     torch.export.save(torch.export.export(module, (x, x, x)), tmp_path / "weights.pt2")
     assert_close(torch.export.load(tmp_path / "weights.pt2").module()(x, x, x), module(x, x, x))
+
+
+def test_a_swapped_decoder_whose_mask_must_be_looked_at_to_know_that_it_is_causal() -> None:
+    """torch's decoder asks the values of tgt_mask; with its own attention the answer is a guard that cannot be made."""
+    layer = torch.nn.TransformerDecoderLayer(32, 4, 32, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerDecoder(layer, 1)
+    replace_attention(model)
+    tgt, memory = torch.randn(2, 4, 32), torch.randn(2, 5, 32)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tgt_mask in (mask, 0.5 * torch.ones(4, 4).tril()):
+        assert_close(compiled(tgt, memory, tgt_mask=tgt_mask), model(tgt, memory, tgt_mask=tgt_mask))
 
 
 class Operation(torch.nn.Module):
