@@ -63,7 +63,7 @@ codegen-cuda: build ## inspect every CUDA kernel, for every GPU (6 minutes)
 codegen-cuda-table: build ## write docs/cuda-codegen.md, which codegen-cuda compares with
 	$(BIN)/python tests/cuda_codegen_gate.py --write
 
-codegen-triton: install .venv-triton-oldest/installed ## inspect every Triton kernel for every GPU, with the newest and oldest Triton; compiles what changed and a tenth of the rest
+codegen-triton: install .venv-triton-oldest/installed ## inspect every Triton kernel for every GPU, with the newest and oldest Triton; compiles what changed and a tenth of the rest (GATE="--minutes 9": for so long each)
 	$(BIN)/python tests/triton_codegen_gate.py --report build/triton-codegen.txt $(GATE)
 	.venv-triton-oldest/bin/python tests/triton_codegen_gate.py --report build/triton-codegen-oldest.txt $(GATE)
 

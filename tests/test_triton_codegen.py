@@ -176,6 +176,8 @@ def test_what_is_on_record_is_compiled_only_in_a_sample(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(triton_codegen_record, "FOLDER", tmp_path)
+    status, report = run_gate(monkeypatch, capsys, "--write-record", "--minutes", "0")
+    assert (status, "1 were NOT compiled: out of time (--minutes 0)" in report, triton_codegen_record.read()) == (0, True, {})
     status, report = run_gate(monkeypatch, capsys, "--write-record")
     assert (status, "0 did not change and are on record, 1 were compiled" in report) == (0, True)
     ((key, found),) = triton_codegen_record.read().items()

@@ -3,6 +3,7 @@
     python tests/triton_codegen_gate.py                 check; one line for each kernel; exit status 1 if one may not be shipped
     python tests/triton_codegen_gate.py --sample 1      the same, and compile also what did not change since the record was written
     python tests/triton_codegen_gate.py --write-record  check what changed, and keep what was found (triton_codegen_record.py)
+    ... --minutes 10                                    in an order at random, and compile nothing more after so long: the rest is counted
     python tests/triton_codegen_gate.py --choose        take the first candidate of each row that passes, and write the table
     python tests/triton_codegen_gate.py --choose --keep the same, from the table's tiles on: they stay unless they fail
     ... --choose --also PYTHON                          candidates must also pass with that interpreter's Triton
@@ -17,9 +18,11 @@ for one another. float16 compiles like bfloat16 and is not repeated; nor is a ro
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -124,9 +127,11 @@ _keys: dict[Binary, str] = {}  # of all that was compiled: Triton keeps it as lo
 class Compiler:
     """Finds what kernels take: of those on record without compiling them."""
 
-    def __init__(self, known: dict[str, Resources] | None = None, *, count: bool = True) -> None:
+    def __init__(self, known: dict[str, Resources] | None = None, *, count: bool = True, until: float = math.inf) -> None:
         self.known = known or {}
         self.count = count
+        self.until = until  # on time.time(): nothing is compiled after it
+        self.too_late: set[str] = set()  # keys of what was not
 
     def of_task(self, task: Task, form: str, names: set[str]) -> dict[str, tuple[str, Resources]]:
         """{key: (kernel, what it takes)} of the kernels that a task's problem launches, with the table's tiles; of those that have a
@@ -140,10 +145,13 @@ class Compiler:
 
         def is_known(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool:
             key = triton_codegen_record.key(fn.jit_function, compile["specialization_data"], arch)
-            if key not in self.known:
+            if key in self.known:
+                found[key] = kernel_of(fn.name), self.known[key]
+            elif time.time() > self.until:
+                self.too_late.add(key)
+            else:
                 compiled_now.append(key)
                 return False
-            found[key] = kernel_of(fn.name), self.known[key]
             return True
 
         def add(launched: Launch) -> None:
@@ -175,7 +183,7 @@ def check(task: Task, compiler: Compiler | None = None, *, every: bool = True) -
             tile = tile_table()[task_rows[name]] if name in task_rows else None
             lines.append(Line(task, name, tile, found, failures(found, arch, warpgroups=warpgroups), form, key))
         missing = names - {line.kernel_name for line in lines if line.form == form}
-        if missing:
+        if missing and not compiler.too_late:
             raise RuntimeError(f"{task}: no kernel ran for {missing}, {form}")
     return sorted(lines, key=lambda line: line.tile is None)
 
@@ -296,13 +304,15 @@ def write_tiles(lines: list[Line]) -> None:
     tune.write_table(tile_table())
 
 
-def attempt(tasks: list[Task], options: argparse.Namespace, known: dict[str, Resources]) -> tuple[list[Line], list[str]]:
-    """In a worker process: the lines of tasks, easy ones first, and the texts of errors."""
+def attempt(
+    tasks: list[Task], options: argparse.Namespace, known: dict[str, Resources], until: float
+) -> tuple[list[Line], list[str], set[str]]:
+    """In a worker process: the lines of tasks, easy ones first, the texts of errors, and the keys of what there was no time for."""
     lines: list[Line] = []
     errors = []
     failed: set[Failed] = set()
     others = [OtherTriton(options.also)] if options.also else []
-    compiler = Compiler(known, count=options.count)
+    compiler = Compiler(known, count=options.count, until=until)
     for task in tasks:
         start = time.monotonic()
         try:
@@ -316,7 +326,7 @@ def attempt(tasks: list[Task], options: argparse.Namespace, known: dict[str, Res
         lines += added
     for other in others:
         other.end()
-    return lines, errors
+    return lines, errors, compiler.too_late
 
 
 HEADING = (
@@ -363,6 +373,7 @@ def main() -> None:
     parser.add_argument("--sample", type=float, default=0.1, metavar="SHARE", help="of the kernels on record, to compile all the same")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the sample, to repeat it")
     parser.add_argument("--write-record", action="store_true", help="keep what was found, without a sample")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="compile nothing more after so long")
     parser.add_argument("--count", action="store_true", help="compile everything and count its instructions")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the lines there too")
     options = parser.parse_args()
@@ -371,6 +382,9 @@ def main() -> None:
         return
     if options.write_record and (options.count or options.choose):
         parser.error("--write-record: the record holds no numbers of instructions, which --count and --choose find")
+    if options.choose and options.minutes < math.inf:
+        parser.error("--choose: a tile is chosen once all candidates before it were compiled, however long that takes")
+    until = time.time() + 60 * options.minutes
     start = time.monotonic()
     groups: dict[tuple, list[Task]] = {}
     for task in tasks(options.only):
@@ -385,11 +399,16 @@ def main() -> None:
     known = {key: found for key, found in record.items() if key not in repeated}
     results: dict[tuple, list[Line]] = {}
     errors = []
+    too_late: set[str] = set()
+    order = list(groups)
+    if options.minutes < math.inf:  # every kernel has its turn in one run or another
+        random.Random(options.seed).shuffle(order)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(attempt, group, options, known): key for key, group in groups.items()}
+        pending = {pool.submit(attempt, groups[key], options, known, until): key for key in order}
         for future in as_completed(pending):
-            results[pending[future]], its_errors = future.result()
+            results[pending[future]], its_errors, its_too_late = future.result()
             errors += its_errors
+            too_late |= its_too_late
             if options.choose:
                 write_tiles(results[pending[future]])
     all_lines = [line for key in groups for line in results[key]]
@@ -404,6 +423,7 @@ def main() -> None:
     heading = [
         f"triton {triton.__version__}: {len(lines)} kernels, {failed} fail; {time.monotonic() - start:.0f} s",
         f"{on_record} did not change and are on record, {len(found) - on_record} were compiled (--seed {options.seed}).",
+        *([f"{len(too_late - found.keys())} were NOT compiled: out of time (--minutes {options.minutes:g})."] if too_late else []),
         "A line without a tile is a kernel that needs none of the table. wgmma: in the PTX. Numbers a/b: instructions in the whole kernel",
         "/ in its hot loops, with --count and where there is a stack frame; a kernel without one has no local memory.",
         "",

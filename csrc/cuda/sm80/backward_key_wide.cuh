@@ -66,7 +66,8 @@ FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
   const uint32_t line = blockIdx.x / block_columns;
   const int start_n = static_cast<int>(blockIdx.x % block_columns) * kBlockN, key_head = static_cast<int>(line % num_heads_kv);
   const int batch = static_cast<int>(line / num_heads_kv);
-  const Sequence sequence(problem, batch);
+  Sequence sequence(problem, batch);
+  sequence.window_right = min(sequence.window_right, kUnlimited);  // no other number, but ptxas spills where it is read from the arguments
   const int keys = problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
   if (start_n >= keys) return;
   const WarpPair pair;
