@@ -221,6 +221,7 @@ def _empty_gradient(tensor: Tensor) -> Tensor:
 _library = torch.library.Library("fused_attention", "DEF")
 _REGISTERED: dict[str, Any] = {}
 _REGISTERED_BACKWARD: dict[str, Any] = {}
+_FAKES: dict[Layout, Any] = {}
 
 
 def _register(layout: Layout) -> None:
@@ -269,6 +270,7 @@ def _register(layout: Layout) -> None:
     torch.library.register_fake(f"fused_attention::{name}", fake_forward, lib=_library)
     torch.library.register_fake(f"fused_attention::{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(f"fused_attention::{name}", differentiate, setup_context=setup_context, lib=_library)
+    _FAKES[layout] = fake_forward
     _REGISTERED[layout] = getattr(torch.ops.fused_attention, name).default
 
 
@@ -307,9 +309,13 @@ def _register_decompositions() -> None:
     from torch._decomp import register_decomposition
 
     def register(layout: Layout) -> None:
-        @register_decomposition(getattr(torch.ops.fused_attention, f"attention_{layout}").default)
+        operator = getattr(torch.ops.fused_attention, f"attention_{layout}").default
+
+        @register_decomposition(operator)
         def decompose(*arguments: Any) -> tuple[Tensor, Tensor]:
             return attention_reference(Problem.from_op_arguments(layout, arguments[:-1]))
+
+        register_decomposition(operator, type="meta")(_FAKES[layout])  # or fake tensors of symbolic sizes run the formula too
 
     for layout in NUM_INPUTS:
         register(layout)

@@ -129,6 +129,19 @@ def test_sizes_that_only_values_tell(case: str, backend: str) -> None:
             assert_close(*[torch.autograd.grad(out.square().sum(), x) for out in (ours, expected)])
 
 
+def test_symbolic_sizes_do_not_run_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is registered as what ONNX writes in the operator's place, where fake tensors of symbolic sizes look first."""
+
+    def formula(problem: Any) -> None:
+        raise AssertionError("the formula ran")
+
+    monkeypatch.setattr("fused_attention.kernels.ops.attention_reference", formula)
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 9):
+        query = torch.randn(2, 3, length, 16)
+        assert_close(compiled(query, query, query), scaled_dot_product_attention(query, query, query))
+
+
 def test_a_diagonal_that_moves_from_call_to_call() -> None:
     counter = CompileCounter()
     compiled = torch.compile(lambda q, k, n: attention(q, k, k, is_causal=True, diagonal=n), backend=counter, fullgraph=True, dynamic=True)
