@@ -259,6 +259,47 @@ def test_nested_tensors_are_sequences_without_padding(kind, layout):
     assert_close(gradients, torch.autograd.grad(sum(x.square().sum() for x in expected), leaves), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_weights_of_nested_tensors_are_torchs(average, layout):
+    theirs, ours = pair(8, 2, batch_first=True)  # torch takes an even number of heads
+    parts = [torch.randn(length, 8, requires_grad=True) for length in (3, 5, 1)]
+    x = torch.nested.as_nested_tensor(parts, layout=layout)
+    output, weights = ours(x, x, x, average_attn_weights=average)
+    assert output.layout is layout
+    assert (x + output).is_nested
+    with torch.no_grad():
+        strided = torch.nested.as_nested_tensor(parts, layout=torch.strided)
+        expected_output, expected_weights = theirs.eval()(strided, strided, strided, average_attn_weights=average)
+    assert_close(list(output.unbind()), list(expected_output.unbind()))
+    assert_close(weights, expected_weights)  # 0 where there is no query or no key
+    alone = [ours(part, part, part, average_attn_weights=average) for part in parts]
+    loss = sum(x.square().sum() for x in output.unbind()) + weights.square().sum()
+    expected_loss = sum(out.square().sum() + of_one.square().sum() for out, of_one in alone)
+    gradients, expected = (torch.autograd.grad(total, [*parts, *ours.parameters()]) for total in (loss, expected_loss))
+    assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_weights_of_nested_tensors_between_sequences_of_other_lengths(layout):
+    _, ours = pair(EMBED, HEADS, batch_first=True)
+    queries, others = ([torch.randn(length, EMBED) for length in lengths] for lengths in ((3, 5, 1), (2, 4, 6)))
+    query, key = (torch.nested.as_nested_tensor(parts, layout=layout) for parts in (queries, others))
+    output, weights = ours(query, key, key, is_causal=True)
+    assert weights.shape == (3, 5, 6)
+    for index, (x, y) in enumerate(zip(queries, others, strict=True)):
+        blocked = torch.ones(len(x), len(y), dtype=torch.bool).triu(1)
+        alone, alone_weights = ours(x, y, y, attn_mask=blocked, is_causal=True)
+        assert_close(output.unbind()[index], alone)
+        assert_close(weights[index, : len(x), : len(y)], alone_weights)
+    assert_close(weights.sum(dim=-1), torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]))
+    value = torch.nested.as_nested_tensor(others[::-1], layout=layout)
+    with pytest.raises(AssertionError, match="key's sequence lengths do not match value's"):
+        ours(query, key, value)
+
+
 def test_is_causal_with_appended_keys_keeps_them_visible():
     # torch's own is_causal=True hides the appended keys when need_weights=False: a hint must not change the result.
     theirs, ours = pair(EMBED, HEADS, batch_first=True, add_bias_kv=True, add_zero_attn=True, dtype=torch.float64)

@@ -12,7 +12,7 @@ from test_multi_head_attention import EMBED, HEADS, make_inputs, make_masks, pai
 from torch.testing import assert_close
 
 from fused_attention.transformer.attention import MultiHeadAttention
-from fused_attention.transformer.replace import restore_attention
+from fused_attention.transformer.replace import replace_attention, restore_attention
 
 BAD_CALLS = {
     "1-D query": lambda t: ((t(6), t(5, 6), t(5, 6)), {}),
@@ -54,8 +54,11 @@ def test_other_refusals_are_clear():
     with pytest.raises(AssertionError, match="key's batch size 4 does not match query's 2"):
         module(torch.ones(2, 3, 6), torch.ones(4, 3, 6), torch.ones(4, 3, 6))
     nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
-    with pytest.raises(AssertionError, match="NestedTensor: need_weights must be False"):
-        module(nested, nested, nested)
+    with pytest.raises(AssertionError, match="NestedTensor: attn_mask must be None"):
+        module(nested, nested, nested, attn_mask=torch.zeros(3, 3))
+    for need_weights in (False, True):
+        with pytest.raises(AssertionError, match="key's batch size 1 does not match query's 2"):
+            module(nested, *[torch.nested.nested_tensor([torch.ones(3, 6)])] * 2, need_weights=need_weights)
     with pytest.raises(AssertionError, match="NestedTensor: query, key and value must all be nested"):
         module(nested, torch.ones(2, 3, 6), torch.ones(2, 3, 6), need_weights=False)
     for scripted in (module, torch.nn.Sequential(module)):
@@ -140,15 +143,50 @@ def test_torchs_function_takes_the_modules_attributes():
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz", "ignore:.*deprecated")
-def test_quantizable_attention_is_made_from_it_once_restored():
-    """torch.ao asks for the very class, torch.nn.MultiheadAttention."""
-    _, ours = pair(EMBED, HEADS)
-    restored = copy.deepcopy(ours)
-    restore_attention(restored)
-    restored.qconfig = None
-    observed = torch.ao.nn.quantizable.MultiheadAttention.from_float(restored.eval())
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16], ids=str)
+def test_dynamic_quantization_around_it_is_that_around_torchs(dtype):
+    """torch quantizes the linear layers beside the attention and leaves out_proj, before the swap or after it."""
+    # In training mode: in eval mode torch's encoder layer fails on quantized weights.
+    model = torch.nn.TransformerEncoderLayer(EMBED, HEADS, 8, dropout=0.0, batch_first=True)
+    swapped = copy.deepcopy(model)
+    replace_attention(swapped)
+    theirs, ours = (torch.ao.quantization.quantize_dynamic(layer, dtype=dtype) for layer in (model, swapped))
+    assert isinstance(ours.linear1, torch.ao.nn.quantized.dynamic.Linear)
+    assert isinstance(ours.self_attn, MultiHeadAttention)
+    assert ours.self_attn.out_proj.weight.dtype is torch.float32
+    x = torch.randn(2, 5, EMBED)
+    assert_close(ours(x), theirs(x))
+    expected = theirs(x)
+    assert replace_attention(theirs).replaced == ["self_attn"]
+    assert_close(theirs(x), expected)
+
+
+class Quantized(torch.nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.quantize, self.attention, self.dequantize = torch.ao.quantization.QuantStub(), attention, torch.ao.quantization.DeQuantStub()
+        self.qconfig = torch.ao.quantization.get_default_qconfig(torch.backends.quantized.engine)
+
+    def forward(self, x):
+        x = self.quantize(x)
+        return self.dequantize(self.attention(x, x, x)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_static_quantization_takes_it_once_restored():
+    """torch.ao looks for the very class, torch.nn.MultiheadAttention."""
+    theirs, ours = pair(EMBED, HEADS)
+    restore_attention(ours)
     x = torch.randn(5, 2, EMBED)
-    assert_close(observed(x, x, x)[0], ours(x, x, x)[0])
+
+    def quantized(attention):
+        observed = torch.ao.quantization.prepare(Quantized(attention).eval())
+        observed(x)
+        return torch.ao.quantization.convert(observed)
+
+    model = quantized(ours)
+    assert isinstance(model.attention, torch.ao.nn.quantized.MultiheadAttention)
+    assert_close(model(x), quantized(theirs)(x), rtol=0, atol=0)
 
 
 class Onnx(torch.nn.Module):

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fused_attention.kernels.attention import (
     attention,
@@ -24,7 +25,7 @@ from fused_attention.kernels.attention import (
     attention_qkv_packed,
     attention_weights,
 )
-from fused_attention.kernels.prepared_mask import PreparedMask
+from fused_attention.kernels.prepared_mask import PreparedMask, prepare_mask
 from fused_attention.kernels.torch_internals import tracing_state
 
 _HOOK = -1  # the hook's place among the forward pre-hooks; those that torch hands out start at 0
@@ -91,13 +92,13 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             is_causal: promises that attn_mask is the causal mask (query i sees keys j <= i). It is then not read, as in torch,
                 unless it is a PreparedMask, key_padding_mask is given or weights are returned. Requires attn_mask.
 
-        query, key and value may be nested tensors, (N, ragged L or S, E), if batch_first: without masks, weights and appended
-        keys, and is_causal then needs no attn_mask.
+        query, key and value may be nested tensors, (N, ragged L or S, E), if batch_first: without masks and appended keys, and
+        is_causal then needs no attn_mask. With need_weights they are padded for the call; with False they never are.
 
         Returns:
             The output in query's layout, and None or, if need_weights, the weights after dropout: (N, L, S) averaged or
-            (N, H, L, S), without N for input without a batch. Both are differentiable. add_bias_kv and add_zero_attn
-            append a key each, which every query sees, to S.
+            (N, H, L, S), without N for input without a batch, and of nested tensors padded with 0 to the longest sequences.
+            Both are differentiable. add_bias_kv and add_zero_attn append a key each, which every query sees, to S.
 
         Raises:
             AssertionError: wrong number of dimensions, embedding or padding mask size; integer masks; nested tensors with
@@ -112,7 +113,9 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
                 raise TypeError("attn_mask must be a torch.Tensor in torch.onnx.export(dynamo=False), got a PreparedMask")
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
-            _check_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask)
+            _check_nested(self, query, key, value, key_padding_mask, attn_mask)
+            if need_weights:
+                return self._forward_padded(query, key, value, average_attn_weights, is_causal)
             return self._forward_nested(query, key, value, is_causal), None
         # torch.compile may not know is_causal, which torch's decoder finds out from the values of the mask: then the mask is read.
         causal = is_causal is True and key_padding_mask is None and not need_weights and not isinstance(attn_mask, PreparedMask)
@@ -225,7 +228,37 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         out = attention(q, k, v, is_causal=bool(is_causal), dropout_p=self.dropout if self.training else 0.0)
         assert isinstance(out, Tensor)
         output = self.out_proj(out.transpose(1, 2).flatten(-2))
-        return output if query.layout is torch.jagged else torch.nested.as_nested_tensor(list(output.unbind()), layout=query.layout)
+        return _nested_like(query, list(output.unbind())) if query.layout is torch.strided else output
+
+    def _forward_padded(
+        self, query: Tensor, key: Tensor, value: Tensor, average_attn_weights: bool, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Nested tensors (N, ragged, E) padded to their longest sequences, of which the weights have the size; the output is nested."""
+        queries, keys, values = (list(tensor.unbind()) for tensor in (query, key, value))
+        if [len(sequence) for sequence in keys] != [len(sequence) for sequence in values]:
+            raise AssertionError("key's sequence lengths do not match value's")
+        padded_query = pad_sequence(queries, batch_first=True)
+        padded_key = padded_query if key is query else pad_sequence(keys, batch_first=True)
+        padded_value = padded_key if value is key else pad_sequence(values, batch_first=True)
+        query_lengths, key_lengths = (torch.tensor([len(x) for x in parts], device=query.device) for parts in (queries, keys))
+        mask = prepare_mask(
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            is_causal=bool(is_causal),
+            seqlen_q=padded_query.shape[1],
+            seqlen_k=padded_key.shape[1],
+            gradients=torch.is_grad_enabled(),
+        )
+        output, weights = self.forward(padded_query, padded_key, padded_value, attn_mask=mask, average_attn_weights=average_attn_weights)
+        sequences = [row[: len(sequence)] for row, sequence in zip(output, queries, strict=True)]
+        return _nested_like(query, sequences), weights
+
+
+def _nested_like(query: Any, sequences: list[Tensor]) -> Tensor:
+    """Sequences (L, E), as long as those of the nested tensor query, in its layout; a jagged one's ragged size is query's own."""
+    if query.layout is torch.jagged and query.lengths() is None:
+        return torch.nested.nested_tensor_from_jagged(torch.cat(sequences), query.offsets())
+    return torch.nested.as_nested_tensor(sequences, layout=query.layout)
 
 
 def _keep_forward_in_use(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -254,9 +287,8 @@ def _mask_options(
     if attn_mask is not None:
         if attn_mask.dtype is torch.bool:
             attn_mask = ~attn_mask
-        if attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, num_heads))
-        attn_mask = _pad_open(attn_mask, extra_keys)
+        by_head = attn_mask.unflatten(0, (-1, num_heads)) if attn_mask.dim() == 3 else attn_mask
+        attn_mask = _pad_open(by_head, extra_keys)
 
     if key_padding_mask is not None:
         if key_padding_mask.dtype is torch.bool:
@@ -371,7 +403,6 @@ def _check_nested(
     key: Tensor,
     value: Tensor,
     key_padding_mask: Tensor | None,
-    need_weights: bool,
     attn_mask: Tensor | PreparedMask | None,
 ) -> None:
     inputs = (query, key, value)
@@ -381,12 +412,13 @@ def _check_nested(
         (not module.batch_first, "batch_first must be True"),
         (attn_mask is not None, "attn_mask must be None"),
         (key_padding_mask is not None, "key_padding_mask must be None: a sequence ends where it ends"),
-        (need_weights, "need_weights must be False"),
         (module._num_extra_keys() > 0, "add_bias_kv and add_zero_attn must be off"),
         (any(tensor.dim() != 3 for tensor in inputs), f"they must be 3-D, got {[tensor.dim() for tensor in inputs]}"),
     ):
         if wrong:
             raise AssertionError(f"MultiHeadAttention with NestedTensor: {reason}")
+    if key.size(0) != query.size(0):
+        raise AssertionError(f"key's batch size {key.size(0)} does not match query's {query.size(0)}")
     if query.size(-1) != module.embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.size(-1)}")
 
@@ -396,7 +428,7 @@ def _as_jagged(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     if query.layout is torch.jagged:
         return query, key, value
     queries = _jagged(query)
-    keys = queries if key is query else _jagged(key)
+    keys: Any = queries if key is query else _jagged(key)
     if value is key:
         return queries, keys, keys
     if not torch.equal(key._nested_tensor_size()[:, 0], value._nested_tensor_size()[:, 0]):

@@ -60,7 +60,7 @@ def replace_attention(model: torch.nn.Module) -> ReplacementReport:
     to_replace = []
     for name, module in model.named_modules():
         if not _is_attention(module):
-            function = _attention_function_called_by(type(module))
+            function = _attention_function_called_by(module.__class__)
             if function is not None:
                 report.left[name] = f"is a {type(module).__qualname__}, which calls {function} itself"
             continue
@@ -83,7 +83,8 @@ def replace_attention(model: torch.nn.Module) -> ReplacementReport:
 def restore_attention(model: torch.nn.Module) -> list[str]:
     """Turns every exact MultiHeadAttention in `model`, swapped or built as one, into a torch.nn.MultiheadAttention again.
 
-    Parameters, hooks and references stay, as in `replace_attention`.
+    Parameters, hooks and references stay, as in `replace_attention`. Code that looks for the very class, such as torch.ao's
+    static quantization, finds it then.
 
     Returns:
         the qualified names of the modules; "" is the model itself.
@@ -95,7 +96,7 @@ def restore_attention(model: torch.nn.Module) -> list[str]:
     ours = {name: module for name, module in model.named_modules() if type(module) is MultiHeadAttention}
     for module in ours.values():
         module._leave_torchs_place()
-        module.__class__ = torch.nn.MultiheadAttention
+        module.__class__ = torch.nn.MultiheadAttention  # type: ignore[assignment]
     return list(ours)
 
 
