@@ -384,3 +384,73 @@ def test_causal_decoder_and_encoder_without_bias(norm_first, bias):
         "tgt_mask": torch.nn.Transformer.generate_square_subsequent_mask(4),
     }
     assert_close(ours(src, tgt, **kwargs), theirs(src, tgt, **kwargs))
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(D_MODEL, D_MODEL)
+        self.attention = torch.nn.MultiheadAttention(D_MODEL, HEADS, batch_first=True)
+        self.last = torch.nn.Linear(D_MODEL, D_MODEL)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.attention(x, x, x)[0])
+
+
+def test_lora_takes_the_swapped_module():
+    """PEFT's LoRA adapts in_proj_weight by the module's attributes, and out_proj as a module."""
+    peft = pytest.importorskip("peft")
+    model, x = Block(), torch.randn(2, 5, D_MODEL)
+    config = peft.LoraConfig(r=4, target_modules=["attention", "last"], init_lora_weights=False)
+    theirs, ours = (peft.get_peft_model(block, config) for block in (copy.deepcopy(model), swapped(model)))
+    assert isinstance(ours.base_model.model.attention.base_layer, MultiHeadAttention)
+    ours.load_state_dict(theirs.state_dict())
+    expected = theirs(x)
+    assert (expected - model(x)).abs().max() > 0.1
+    assert_close(ours(x), expected)
+    gradients, expected_gradients = (
+        torch.autograd.grad(adapted(x).square().mean(), [p for p in adapted.parameters() if p.requires_grad]) for adapted in (ours, theirs)
+    )
+    assert_close(gradients, expected_gradients)
+    merged = ours.merge_and_unload()
+    assert isinstance(merged.attention, MultiHeadAttention)
+    assert_close(merged(x), expected)
+
+
+def test_lora_on_the_output_projection_is_not_passed_over():
+    """torch's attention reads out_proj's weight and leaves the adapter out; this one calls out_proj."""
+    peft = pytest.importorskip("peft")
+    model, x = swapped(Block()), torch.randn(2, 5, D_MODEL)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["attention.out_proj"], init_lora_weights=False))
+    output = adapted(x)
+    assert_close(adapted.merge_and_unload()(x), output)
+
+
+@pytest.mark.parametrize(("mode", "frozen"), [("hooks", True), ("ew", True), ("ew", False)])
+@pytest.mark.filterwarnings("ignore")
+def test_opacus_per_sample_gradients(mode, frozen):
+    """Around a frozen attention by either way, of the attention itself by expanded weights."""
+    grad_sample = pytest.importorskip("opacus.grad_sample")
+    model, x = Block(), torch.randn(3, 5, D_MODEL)
+    model.attention.requires_grad_(not frozen)
+    ours = swapped(model)
+    wrapped = grad_sample.wrap_model(ours, grad_sample_mode=mode, loss_reduction="sum", batch_first=True)
+    wrapped(x).square().sum().backward()
+    trained = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    for index in range(3):
+        expected = torch.autograd.grad(model(x[index : index + 1]).square().sum(), [model.get_parameter(name) for name in trained])
+        assert_close([ours.get_parameter(name).grad_sample[index] for name in trained], list(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opacus_replaces_the_attention_once_restored():
+    """It trains attention by a class of its own, which it puts in the place of the very class torch.nn.MultiheadAttention."""
+    validators = pytest.importorskip("opacus.validators")
+    model, x = Block(), torch.randn(3, 5, D_MODEL)
+    restored = swapped(model)
+    restore_attention(restored)
+    fixed, expected = (validators.ModuleValidator.fix(block) for block in (restored, model))
+    assert type(fixed.attention) is type(expected.attention)
+    assert not isinstance(fixed.attention, torch.nn.MultiheadAttention)
+    assert_close(fixed(x), expected(x))

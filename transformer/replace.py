@@ -84,7 +84,7 @@ def restore_attention(model: torch.nn.Module) -> list[str]:
     """Turns every exact MultiHeadAttention in `model`, swapped or built as one, into a torch.nn.MultiheadAttention again.
 
     Parameters, hooks and references stay, as in `replace_attention`. Code that looks for the very class, such as torch.ao's
-    static quantization, finds it then.
+    static quantization and Opacus's ModuleValidator, finds it then.
 
     Returns:
         the qualified names of the modules; "" is the model itself.
