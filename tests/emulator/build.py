@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
@@ -16,12 +15,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))
+from compiled import CXX, compiled  # noqa: E402
+
 from csrc.cuda.toolkit import find_nvcc  # noqa: E402
 
 __all__ = ["compile_ptx", "find_nvcc", "library", "why_not_buildable"]
 
 BUILD = HERE.parents[1] / "build" / "emulator"
-CXX = os.environ.get("CXX", "g++")
 
 
 def why_not_buildable() -> str | None:
@@ -34,31 +34,14 @@ def why_not_buildable() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The emulator, compiled through ninja: only what changed since the last time."""
+    """The emulator, compiled where it changed since the last time."""
     reason = why_not_buildable()
     if reason is not None:
         raise RuntimeError(reason)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    sources = sorted(HERE.glob("*.cpp"))
     # Contraction would fuse the kernel's separate multiplications and additions.
     flags = "-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra"
-    lines = [
-        "rule compile",
-        f"  command = {CXX} {flags} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {CXX} -shared $in -o $out",
-        *(f"build {source.stem}.o: compile {source}" for source in sources),
-        f"build emulator.so: link {' '.join(f'{source.stem}.o' for source in sources)}",
-    ]
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
-        ninja = subprocess.run([sys.executable, "-m", "ninja", "-C", BUILD, "emulator.so"], capture_output=True, text=True)
-    if ninja.returncode != 0:
-        raise RuntimeError(f"the emulator does not compile:\n{ninja.stdout}{ninja.stderr}")
-    return ctypes.CDLL(str(BUILD / "emulator.so"))
+    sources = dict.fromkeys(sorted(HERE.glob("*.cpp")), "")
+    return ctypes.CDLL(str(compiled(BUILD / "emulator.so", sources, flags, "-shared")))
 
 
 def compile_ptx(source: Path, architecture: str, *, include: Sequence[Path] = (), flags: Sequence[str] = ()) -> str:
