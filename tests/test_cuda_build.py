@@ -158,7 +158,7 @@ class SmallBuild:
         self.folder, self.csrc = folder / "build", folder / "csrc"
         self.csrc.mkdir()
         self.shared = self.csrc / "shared.h"
-        self.shared.write_text("#pragma once\n#include <cuda_bf16.h>\n#include <cuda_fp16.h>\nconstexpr float kNumber = 3;\n")
+        self.shared.write_text("#pragma once\nconstexpr float kNumber = 3;\n")
         rows = [row for row in INSTANCES if row.name in ("sm80_forward_64x64_bf16_plain", "sm80_forward_64x64_fp16_plain")]
         self.rows = [replace(row, header=f"{row.dtype}.cuh") for row in rows]
         for row in self.rows:
