@@ -54,7 +54,7 @@ def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and problem.requires_grad():
             return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
         return KERNEL_BACKENDS[backend].forward(problem)
-    if _transformed(problem):
+    if _transformed(problem) or torch.onnx.is_in_onnx_export():  # ONNX has the formula's operators, not ours
         return _formula(problem)
     if problem.rng_state is not None and sharding.is_sharded(problem.inputs[0]) and not sharding.is_sharded(problem.rng_state):
         problem.rng_state = sharding.on_all_processes(problem.rng_state, problem.inputs[0])
@@ -221,7 +221,6 @@ def _empty_gradient(tensor: Tensor) -> Tensor:
 _library = torch.library.Library("fused_attention", "DEF")
 _REGISTERED: dict[str, Any] = {}
 _REGISTERED_BACKWARD: dict[str, Any] = {}
-_FAKES: dict[Layout, Any] = {}
 
 
 def _register(layout: Layout) -> None:
@@ -270,7 +269,6 @@ def _register(layout: Layout) -> None:
     torch.library.register_fake(f"fused_attention::{name}", fake_forward, lib=_library)
     torch.library.register_fake(f"fused_attention::{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(f"fused_attention::{name}", differentiate, setup_context=setup_context, lib=_library)
-    _FAKES[layout] = fake_forward
     _REGISTERED[layout] = getattr(torch.ops.fused_attention, name).default
 
 
@@ -304,23 +302,5 @@ def _register_sharding() -> None:
         sharding.register(layout, *[getattr(torch.ops.fused_attention, name).default for name in names])
 
 
-def _register_decompositions() -> None:
-    """What torch.onnx.export writes in place of the operators, which ONNX does not have: the formula, in operators that it has."""
-    from torch._decomp import register_decomposition
-
-    def register(layout: Layout) -> None:
-        operator = getattr(torch.ops.fused_attention, f"attention_{layout}").default
-
-        @register_decomposition(operator)
-        def decompose(*arguments: Any) -> tuple[Tensor, Tensor]:
-            return attention_reference(Problem.from_op_arguments(layout, arguments[:-1]))
-
-        register_decomposition(operator, type="meta")(_FAKES[layout])  # or fake tensors of symbolic sizes run the formula too
-
-    for layout in NUM_INPUTS:
-        register(layout)
-
-
-when_imported("torch._decomp", _register_decompositions)
 when_imported("torch.utils.flop_counter", _register_flop_formulas)
 when_imported("torch.distributed.tensor", _register_sharding)

@@ -2,7 +2,7 @@
 
 The rule, so that nobody keeps a list: of a function's cases a share is taken, one at least. Those come first that show the most values of
 its parameters for the first time (each instruction set, each backend, each feature), and among equals it is a checksum of the name that
-decides: always the same ones.
+decides: always the same ones. A case is added for every backend and the like (KINDS) that no function's share shows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 
 PARTS = ("sample", "rest")
 SHARE = 1 / 8
+KINDS = ("instruction_set", "backend", "dtype", "function", "seed")  # parameters whose every value is in the sample
 
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # of which a part was kept
 
@@ -37,8 +38,14 @@ def chosen(cases: Mapping[str, Values]) -> set[str]:
 def sample(items: Iterable[pytest.Item]) -> set[str]:
     """The names of the tests in the sample."""
     names: set[str] = set()
-    for _, cases in groupby(sorted(items, key=function_of), key=function_of):
+    items = sorted(items, key=function_of)
+    for _, cases in groupby(items, key=function_of):
         names |= chosen({item.nodeid: values_of(item) for item in cases})
+    shown = {kind for item in items if item.nodeid in names for kind in kinds_of(item)}
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        if not kinds_of(item) <= shown:
+            names.add(item.nodeid)
+            shown |= kinds_of(item)
     return names
 
 
@@ -48,6 +55,12 @@ def function_of(item: pytest.Item) -> str:
 
 def values_of(item: pytest.Item) -> Values:
     return frozenset(item.callspec.indices.items()) if hasattr(item, "callspec") else frozenset()
+
+
+def kinds_of(item: pytest.Item) -> set[tuple[str, str]]:
+    """(parameter, value) of KINDS."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return {(name, repr(params[name])) for name in KINDS if name in params}
 
 
 def keep_part(config: pytest.Config, items: list[pytest.Item], part: str) -> None:

@@ -120,6 +120,7 @@ def test_cell(compare, request, seconds):
 
 def test_later(compare):
     if "INTERRUPT" in os.environ:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore the signal
         os.kill(os.getpid(), signal.SIGINT)
     compare(taking(0.1), taking(0.3), check=lambda: None, group="h", case={"s": "0.1"}, measure="forward")
 """

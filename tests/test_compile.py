@@ -130,7 +130,7 @@ def test_sizes_that_only_values_tell(case: str, backend: str) -> None:
 
 
 def test_symbolic_sizes_do_not_run_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is registered as what ONNX writes in the operator's place, where fake tensors of symbolic sizes look first."""
+    """As a registered decomposition would, where fake tensors of symbolic sizes look first."""
 
     def formula(problem: Any) -> None:
         raise AssertionError("the formula ran")
