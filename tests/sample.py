@@ -14,7 +14,7 @@ from itertools import groupby
 import pytest
 
 PARTS = ("sample", "rest")
-SHARE = 1 / 8
+SHARE = 1 / 12
 KINDS = ("instruction_set", "backend", "dtype", "function", "seed")  # parameters whose every value is in the sample
 
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # of which a part was kept

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import sample
 
-KINDS = {(f"backend-{b}-{n}"): frozenset({("backend", b), ("number", n)}) for b, n in product(range(4), range(10))}
+KINDS = {(f"backend-{b}-{n}"): frozenset({("backend", b), ("number", n)}) for b, n in product(range(4), range(20))}
 
 
 def test_one_case_at_least_and_otherwise_the_share() -> None:
@@ -68,5 +68,4 @@ def test_this_run_has_every_function_and_every_kind_of_kernel(request: pytest.Fi
     collected, run = request.config.stash[sample.COLLECTED], request.session.items
     assert {sample.function_of(item) for item in run} == {sample.function_of(item) for item in collected}
     kinds = {kind for item in collected for kind in sample.kinds_of(item)}
-    assert {name for name, _ in kinds} == set(sample.KINDS)
     assert {kind for item in run for kind in sample.kinds_of(item)} == kinds
