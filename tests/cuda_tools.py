@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from csrc.cuda.toolkit import find_nvcc
-
-USUAL = Path("/usr/local/cuda")
+from csrc.cuda.toolkit import USUAL_FOLDER, find_nvcc
 
 
 def find_cuda_tool(name: str) -> Path | None:
@@ -30,4 +28,4 @@ def _folders(name: str) -> Iterator[Path]:
         yield Path(found).parent
     if nvcc := find_nvcc():
         yield from (Path(nvcc).parent, Path(nvcc).resolve().parent)
-    yield from (USUAL / "bin", USUAL / "compute-sanitizer")
+    yield from (USUAL_FOLDER / "bin", USUAL_FOLDER / "compute-sanitizer")

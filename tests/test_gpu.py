@@ -370,7 +370,7 @@ def test_a_torch_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_programs_of_the_toolkit_are_found_where_they_usually_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_tools, "USUAL", tmp_path)
+    monkeypatch.setattr(cuda_tools, "USUAL_FOLDER", tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     assert cuda_tools.find_cuda_tool("compute-sanitizer-of-a-test") is None

@@ -194,12 +194,16 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
                 q = heads_first(F.linear(query, q_weight, q_bias))
                 return q, split_heads(F.linear(key, kv_weight, kv_bias), 2)
 
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (heads_first(F.linear(x, w, b)) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (heads_first(F.linear(x, w, b)) for x, (w, b) in zip((query, key, value), self._separate_projections(bias), strict=True))
         if extra_keys:
             k, v = self._append_keys(k, self.bias_k), self._append_keys(v, self.bias_v)
         return q, k, v
+
+    def _separate_projections(self, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of q, k and v, whether their parameters are packed or not; bias: (3 * embed_dim,)."""
+        weight: Tensor | None = self.in_proj_weight
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
+        return list(zip(weights, (None, None, None) if bias is None else bias.chunk(3), strict=True))
 
     def _num_extra_keys(self) -> int:
         return int(self.bias_k is not None) + int(self.add_zero_attn)
@@ -217,13 +221,9 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
     def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         """Attends within the sequences of nested tensors (N, ragged, E); the output is nested like query."""
         queries, keys, values = _as_jagged(query, key, value)
-        weight: Tensor | None = self.in_proj_weight
-        bias: Tensor | None = self.in_proj_bias
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (
             F.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for x, w, b in zip((queries, keys, values), weights, biases, strict=True)
+            for x, (w, b) in zip((queries, keys, values), self._separate_projections(self.in_proj_bias), strict=True)
         )
         out = attention(q, k, v, is_causal=bool(is_causal), dropout_p=self.dropout if self.training else 0.0)
         assert isinstance(out, Tensor)
