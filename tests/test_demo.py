@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_translation import tiny_config, write_corpus
 
-from fused_attention.transformer import demo, report, swap_demo
+from fused_attention.transformer import demo, heartbeat, report, swap_demo
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
 from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, ParallelText, load_corpus
 from fused_attention.transformer.swap_demo import swap_attention
@@ -40,16 +43,48 @@ def small_swap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def spoken_steps() -> list[str]:
+    """The steps during which the demonstration of `demo_folder` would have told that it still ran, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory, spoken_steps: list[str]) -> Path:
     """The output of one short demonstration."""
+
+    @contextlib.contextmanager
+    def recorded(step: str) -> Iterator[None]:
+        spoken_steps.append(step)
+        yield
+
     base = tmp_path_factory.mktemp("demo")
     data = write_corpus(base / "data")
     with pytest.MonkeyPatch.context() as patch:
         for name, size in {"D_MODEL": 32, "NUM_HEADS": 4, "LENGTH": 16, "REPETITIONS": 1}.items():
             patch.setattr(swap_demo, name, size)
         patch.setattr(demo, "demo_config", lambda corpus, device, minutes: tiny_config(data, minutes=minutes, num_decoder_layers=2))
+        patch.setattr(demo, "heartbeat", recorded)
         demo.run_demo(base / "out", minutes=0.02, data=str(data))
     return base / "out"
+
+
+class TestProgress:
+    def test_a_long_step_says_that_it_goes_on(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(heartbeat, "SECONDS", 0.02)
+        with heartbeat.heartbeat("waiting"):
+            deadline = time.monotonic() + 30
+            said = ""
+            while said.count("... waiting: 0 s\n") < 2 and time.monotonic() < deadline:
+                said += capfd.readouterr().err
+        assert said.count("... waiting: 0 s\n") >= 2
+        capfd.readouterr()
+        time.sleep(0.1)
+        assert capfd.readouterr().err == ""
+
+    @pytest.mark.usefixtures("demo_folder")
+    def test_every_step_but_the_training_with_its_bar(self, spoken_steps: list[str]) -> None:
+        replacing = "replacing the attention of a stock torch.nn.Transformer"
+        assert spoken_steps == ["getting the text", "preparing the text", "translating test", replacing, "writing the report"]
 
 
 class TestOutput:

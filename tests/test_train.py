@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed_training
 import numpy as np
@@ -153,6 +155,14 @@ class TestLearning:
         trainer.run()
         assert trainer.history.losses[-1] < trainer.history.losses[0]
         assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+    def test_the_bar_goes_on_while_it_validates(self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trainer = start_training(tmp_path / "run", data, steps=1)
+        updates = []
+        bar = SimpleNamespace(total=1, n=0, set_postfix_str=lambda *_, **__: None, update=updates.append)
+        monkeypatch.setattr(trainer, "_progress_bar", lambda: contextlib.nullcontext(bar))
+        trainer.run()
+        assert updates.count(0) >= len(list(trainer.validation.once())) > 0
 
     def test_time_budget_ends_training(self, tmp_path: Path, data: Path) -> None:
         trainer = start_training(tmp_path / "run", data, minutes=0.02, cooldown=0.5)

@@ -147,6 +147,7 @@ def run_info(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
     from fused_attention.transformer.data import NAMED_CORPORA, load_corpus
+    from fused_attention.transformer.heartbeat import heartbeat
     from fused_attention.transformer.output_folder import claim_output_folder
     from fused_attention.transformer.precision import choose_device
     from fused_attention.transformer.train import Trainer
@@ -169,16 +170,20 @@ def run_train(options: argparse.Namespace) -> None:
         claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
         config = with_budget(replace(RECIPES[options.recipe or "multi30k"], **given), budget)
 
-    corpus = load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words)
-    if options.resume:
-        trainer = Trainer.resume(checkpoint, config, corpus, device)
-    else:
-        trainer = Trainer(config, corpus, options.output, device)
+    with heartbeat("getting the text"):
+        corpus = load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words)
+    with heartbeat("preparing the text"):
+        if options.resume:
+            trainer = Trainer.resume(checkpoint, config, corpus, device)
+        else:
+            trainer = Trainer(config, corpus, options.output, device)
     print(trainer.data_summary(), file=sys.stderr)
     trainer.run()
     name, text = corpus.held_out()
     translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
-    print(f"{name}: {translator.score(text)[0]}")
+    with heartbeat(f"translating {name}"):
+        scores, _ = translator.score(text)
+    print(f"{name}: {scores}")
 
 
 def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfig:

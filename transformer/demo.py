@@ -19,6 +19,7 @@ from fused_attention.transformer.atomic_write import atomic_write
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
 from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, load_corpus
 from fused_attention.transformer.embedding import sinusoidal_positions
+from fused_attention.transformer.heartbeat import heartbeat
 from fused_attention.transformer.machine import backend_lines, machine_facts, machine_report
 from fused_attention.transformer.optional_modules import optional_module
 from fused_attention.transformer.output_folder import claim_output_folder
@@ -59,11 +60,13 @@ def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = N
     claim_output_folder(folder, (REPORT_NAME, CHECKPOINT_NAME), overwrite=overwrite)
     print(machine_report(), flush=True)
 
-    corpus = load_corpus(data) if data is not None else find_corpus()
+    with heartbeat("getting the text"):
+        corpus = load_corpus(data) if data is not None else find_corpus()
     minutes = DEFAULT_MINUTES.get(chosen.type, DEFAULT_MINUTES["cpu"]) if minutes is None else minutes
     print(f"\ntraining {minutes:g} minutes on {corpus.name}", flush=True)
     try:
-        trainer = Trainer(demo_config(corpus, chosen, minutes), corpus, folder, chosen)
+        with heartbeat("preparing the text"):
+            trainer = Trainer(demo_config(corpus, chosen, minutes), corpus, folder, chosen)
         print(trainer.data_summary(), flush=True)
         trainer.run()
     except (DataError, TrainingError) as error:
@@ -72,18 +75,21 @@ def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = N
 
     translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
     test_name, test = corpus.held_out()
-    scores, translated = translator.score(test)
+    with heartbeat(f"translating {test_name}"):
+        scores, translated = translator.score(test)
     print(f"\n{test_name}: {scores}")
     examples = [Example(test.source[i], translated[i], test.target[i]) for i in choose_examples(test.source)]
     for example in examples:
         print(f"\n  {example.source}\n  -> {example.translation}")
 
-    swap = swap_attention(chosen)
+    with heartbeat("replacing the attention of a stock torch.nn.Transformer"):
+        swap = swap_attention(chosen)
     print("\nthe attention of a stock torch.nn.Transformer, replaced")
     for label, value in swap.rows().items():
         print(f"  {label:<27} {value}")
     path = folder / REPORT_NAME
-    atomic_write(path, demo_report(trainer, translator, test_name, scores, examples, swap).encode())
+    with heartbeat("writing the report"):
+        atomic_write(path, demo_report(trainer, translator, test_name, scores, examples, swap).encode())
     print(f"\nreport: {path}\ntranslate more: fused-attention translate {folder} < text.{corpus.source_language}")
     return path
 

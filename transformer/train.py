@@ -147,7 +147,7 @@ class Trainer:
                 if len(self._unread_losses) >= STEPS_PER_LOSS_READ:
                     self._read_losses()
                 if self.step % self.config.validate_every == 0:
-                    self._validate()
+                    self._validate(bar)
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
                 self._show_progress(bar)
@@ -156,7 +156,7 @@ class Trainer:
                     break
             self._read_losses()
             if not interrupted() and (not self.history.validations or self.history.validations[-1][0] != self.step):
-                self._validate()
+                self._validate(bar)
             self.save()
             self._show_progress(bar)
         if interrupted():
@@ -192,7 +192,7 @@ class Trainer:
         if losses and not torch.isfinite(torch.tensor(losses)).all():
             raise TrainingError(f"the loss is not finite at about step {self.step}; lower learning_rate_scale")
 
-    def _validate(self) -> None:
+    def _validate(self, bar: Any) -> None:
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
@@ -203,6 +203,7 @@ class Trainer:
                 tokens = int((batch.tgt_out != PAD_ID).sum())
                 total += tokens * token_loss(logits, batch.tgt_out, label_smoothing=0.0).item()
                 count += tokens
+                bar.update(0)  # time goes on
         self.model.train()
         self.history.validations.append((self.step, total / count))
 
@@ -264,7 +265,8 @@ class Trainer:
             desc="training",
             dynamic_ncols=True,
             # In a log file every refresh is a line of its own.
-            mininterval=0.5 if sys.stderr.isatty() else 8.0,
+            mininterval=0.5 if sys.stderr.isatty() else 5.0,
+            miniters=0,  # however little was done in that time
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}",
         )
 
