@@ -259,6 +259,15 @@ def test_nested_tensors_are_sequences_without_padding(kind, layout):
     assert_close(gradients, torch.autograd.grad(sum(x.square().sum() for x in expected), leaves), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensors_do_not_become_jagged_ones(monkeypatch):
+    """torch logs a warning where it makes these, and torch's encoder makes strided ones of any padded batch."""
+    monkeypatch.setattr(torch.nested, "nested_tensor_from_jagged", None)
+    x = torch.nested.as_nested_tensor([torch.randn(3, EMBED), torch.randn(5, EMBED)], layout=torch.strided)
+    _, ours = pair(EMBED, HEADS, batch_first=True)
+    assert ours(x, x, x, need_weights=False)[0].layout is torch.strided
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

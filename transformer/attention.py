@@ -12,6 +12,7 @@ the output projection's bias, never NaN; training, evaluation and no_grad run th
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +24,7 @@ from fused_attention.kernels.attention import (
     attention,
     attention_kv_packed,
     attention_qkv_packed,
+    attention_varlen,
     attention_weights,
 )
 from fused_attention.kernels.prepared_mask import PreparedMask, prepare_mask
@@ -220,15 +222,23 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
 
     def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         """Attends within the sequences of nested tensors (N, ragged, E); the output is nested like query."""
-        queries, keys, values = _as_jagged(query, key, value)
-        q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for x, (w, b) in zip((queries, keys, values), self._separate_projections(self.in_proj_bias), strict=True)
-        )
-        out = attention(q, k, v, is_causal=bool(is_causal), dropout_p=self.dropout if self.training else 0.0)
+        options: dict[str, Any] = {"is_causal": bool(is_causal), "dropout_p": self.dropout if self.training else 0.0}
+        if query.layout is torch.jagged:
+            out = attention(*(x.transpose(1, 2) for x in self._heads_of(query, key, value)), **options)
+            assert isinstance(out, Tensor)
+            return self.out_proj(out.transpose(1, 2).flatten(-2))
+        queries, keys, values = (list(x.unbind()) for x in (query, key, value))  # (L, E) each
+        if [len(x) for x in keys] != [len(x) for x in values]:
+            raise AssertionError("key's sequence lengths do not match value's")
+        starts = [torch.tensor([0, *accumulate(map(len, sequences))], device=query.device) for sequences in (queries, keys)]
+        out = attention_varlen(*self._heads_of(torch.cat(queries), torch.cat(keys), torch.cat(values)), *starts, **options)
         assert isinstance(out, Tensor)
-        output = self.out_proj(out.transpose(1, 2).flatten(-2))
-        return _nested_like(query, list(output.unbind())) if query.layout is torch.strided else output
+        return _nested_like(query, list(self.out_proj(out.flatten(-2)).split([len(x) for x in queries])))
+
+    def _heads_of(self, *inputs: Tensor) -> list[Tensor]:
+        """query, key and value (..., E) projected: (..., H, D) each."""
+        projections = self._separate_projections(self.in_proj_bias)
+        return [F.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)) for x, (w, b) in zip(inputs, projections, strict=True)]
 
     def _forward_padded(
         self, query: Tensor, key: Tensor, value: Tensor, average_attn_weights: bool, is_causal: bool
@@ -421,22 +431,3 @@ def _check_nested(
         raise AssertionError(f"key's batch size {key.size(0)} does not match query's {query.size(0)}")
     if query.size(-1) != module.embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.size(-1)}")
-
-
-def _as_jagged(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nested tensors of layout torch.strided as ones of layout torch.jagged, which know their offsets; others as they are."""
-    if query.layout is torch.jagged:
-        return query, key, value
-    queries = _jagged(query)
-    keys: Any = queries if key is query else _jagged(key)
-    if value is key:
-        return queries, keys, keys
-    if not torch.equal(key._nested_tensor_size()[:, 0], value._nested_tensor_size()[:, 0]):
-        raise AssertionError("key's sequence lengths do not match value's")
-    return queries, keys, torch.nested.nested_tensor_from_jagged(torch.cat(value.unbind()), keys.offsets())
-
-
-def _jagged(tensor: Tensor) -> Tensor:
-    sequences = tensor.unbind()
-    offsets = torch.tensor([0, *[len(sequence) for sequence in sequences]], device=tensor.device).cumsum(0)
-    return torch.nested.nested_tensor_from_jagged(torch.cat(sequences), offsets)
