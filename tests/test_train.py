@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_translation import start_training, tiny_config, trained_folder, write_corpus
+from tiny_translation import one_thread, start_training, tiny_config, trained_folder, write_corpus
 
 from fused_attention.transformer.atomic_write import atomic_write
 from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint
@@ -36,13 +36,10 @@ def data(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "data")
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Bit-identical results need equal thread counts on both sides of a comparison."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def resume(folder: Path, **changes: object) -> Trainer:
@@ -219,15 +216,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     base = tmp_path_factory.mktemp("uninterrupted")
     data = write_corpus(base / "data")
     trainer = start_training(base / "run", data, steps=killed_training.STEPS, checkpoint_every=killed_training.CHECKPOINT_EVERY)
-    # The other runs have one thread from their first step on; this fixture is set up before the function's.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer.run()
-    torch.set_num_threads(threads)
     return data, trainer.history.losses, trainer.model.state_dict()
 
 
-@pytest.mark.usefixtures("one_thread")
 class TestResume:
     @pytest.mark.parametrize("kill_point", ["mid-step", "mid-write", "before rename"])
     def test_after_sigkill_the_losses_are_those_of_an_uninterrupted_run(self, tmp_path: Path, uninterrupted, kill_point: str) -> None:
@@ -273,7 +265,6 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.usefixtures("one_thread")
 class TestInterrupt:
     STEP = 3
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -57,11 +59,21 @@ def start_training(folder: Path, data: Path, **changes: object) -> Trainer:
     return Trainer(config, load_corpus(config.data), folder, torch.device("cpu"))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations as small as a tiny model's take longer in several threads, whose number also decides the last bits of results."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def trained_folder() -> Path:
     """The folder of a run that has learned its training sentences by heart, made once for all tests of a session."""
     base = Path(tempfile.mkdtemp(prefix="fused-attention-tests-"))
     data = write_corpus(base / "data", count=30)
     changes = {"steps": 250, "dropout": 0.0, "cooldown": 0.5, "label_smoothing": 0.0, "learning_rate_scale": 0.3}
-    start_training(base / "run", data, **changes).run()
+    with one_thread():
+        start_training(base / "run", data, **changes).run()
     return base / "run"
