@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,20 @@ TINY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _started_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the variable the command sets it and starts anew, importing torch a second time."""
+    monkeypatch.setenv(cli.SPIN_VARIABLE, "2000")
+
+
 def run_command(*arguments: object, text: str = "", environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """`python -m fused_attention` in a process of its own."""
     command = [sys.executable, "-m", "fused_attention", *map(str, arguments)]
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def stdin_of(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -210,6 +221,19 @@ class TestTrain:
 
 
 class TestTranslate:
+    @pytest.fixture
+    def translate(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], tuple[str, str]]:
+        """Runs the command on this stdin and gives what is on stdout and stderr."""
+
+        def run(stdin: bytes) -> tuple[str, str]:
+            arguments = ["translate", str(trained_folder())]
+            capsys.readouterr()  # what training has printed
+            monkeypatch.setattr(sys, "stdin", stdin_of(stdin))
+            assert cli.main(arguments) == 0
+            return capsys.readouterr()
+
+        return run
+
     def test_stdin_to_stdout(self) -> None:
         train = load_corpus(read_checkpoint(trained_folder()).config["data"]).train
         finished = run_command("translate", trained_folder(), text=f"{train.source[4]}\n\n{train.source[2]}")
@@ -217,22 +241,21 @@ class TestTranslate:
         assert finished.stdout == f"{train.target[4]}\n\n{train.target[2]}\n"
         assert finished.stderr == ""
 
-    def test_empty_input(self) -> None:
-        finished = run_command("translate", trained_folder())
-        assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+    def test_empty_input(self, translate: Callable[[bytes], tuple[str, str]]) -> None:
+        assert translate(b"") == ("", "")
 
-    def test_long_line_is_named(self) -> None:
-        finished = run_command("translate", trained_folder(), text="cat\n" + "big dog " * 90)
-        assert finished.returncode == 0
-        assert finished.stderr.splitlines()[0] == "fused-attention: longer than 31 tokens and cut: line 2"
-        assert len(finished.stdout.splitlines()) == 2
+    def test_long_line_is_named(self, translate: Callable[[bytes], tuple[str, str]]) -> None:
+        output, errors = translate(b"cat\n" + b"big dog " * 90)
+        assert errors.splitlines()[0] == "fused-attention: longer than 31 tokens and cut: line 2"
+        assert len(output.splitlines()) == 2
 
-    def test_translations_that_do_not_end_are_counted(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_translations_that_do_not_end_are_counted(
+        self, translate: Callable[[bytes], tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("fused_attention.transformer.translate.LENGTH_LIMIT", (0, 1))
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n" + b"cat\n" * 12)))
-        assert cli.main(["translate", str(trained_folder())]) == 0
+        _, errors = translate(b"\n" + b"cat\n" * 12)
         numbers = ", ".join(map(str, range(2, 12)))
-        assert capsys.readouterr().err == f"fused-attention: translation cut before its end: 12 lines ({numbers}, ...)\n"
+        assert errors == f"fused-attention: translation cut before its end: 12 lines ({numbers}, ...)\n"
 
     def test_corrupt_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / CHECKPOINT_NAME
@@ -242,11 +265,10 @@ class TestTranslate:
     def test_missing_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert error_line(capsys, "translate", tmp_path) == f"no checkpoint {tmp_path / CHECKPOINT_NAME}"
 
-    def test_stdin_that_is_not_text(self) -> None:
-        command = [sys.executable, "-m", "fused_attention", "translate", trained_folder()]
-        finished = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=120)
-        assert finished.returncode == 2
-        assert finished.stderr.decode() == "fused-attention: stdin is not UTF-8 text: invalid continuation byte at byte 3\n"
+    def test_stdin_that_is_not_text(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", stdin_of(b"caf\xe9\n"))
+        message = error_line(capsys, "translate", trained_folder())
+        assert message == "stdin is not UTF-8 text: invalid continuation byte at byte 3"
 
 
 class TestBench:
