@@ -168,3 +168,15 @@ def test_a_cache_goes_on_outside_inference_mode() -> None:
     with torch.no_grad():
         steps = [model.decode(target[:, step : step + 1], memory, cache) for step in (2, 3)]
         assert_close(torch.cat(steps, 1), model(source, target)[:, 2:])
+
+
+def test_compiled_training_ends_as_with_torchs_attention() -> None:
+    """A graph saves its inputs itself, and torch refuses these to save; outside training they are taken."""
+    _, options = both_ways(OPTIONS["float mask"])
+    inputs = torch.randn(2, 4, 6, 8)
+    for function in (torch.nn.functional.scaled_dot_product_attention, attention):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager")
+        assert_close(compiled(inputs, inputs, inputs, **options), function(inputs, inputs, inputs, **options))
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            compiled(inputs.clone().requires_grad_(), inputs, inputs, **options)
