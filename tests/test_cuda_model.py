@@ -1,27 +1,18 @@
-"""docs/model.py: counts by hand, bounds that must hold, and the comparison with the machine code that was built."""
+"""cuda_model.py: counts by hand, bounds that must hold, and the comparison with the machine code that was built."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import cuda_codegen_gate as gate
+import cuda_model as model
 import pytest
 from cuda_resources import expected
 
 from csrc.cuda.instances.manifest import INSTANCES
-
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("cuda_model", ROOT / "docs/model.py")
-assert spec
-assert spec.loader
-model = importlib.util.module_from_spec(spec)
-sys.modules["cuda_model"] = model
-spec.loader.exec_module(model)
 
 FORWARD = [row for row in INSTANCES if row.pass_name == "forward"]
 PLAIN = {row.head_dim_qk: row for row in FORWARD if row.name.endswith("_bf16_plain") and row.head_dim_qk == row.head_dim_v}
@@ -105,11 +96,11 @@ def test_the_page_shows_what_the_model_says() -> None:
     page = model.PAGE.read_text()
     tables = model.page_tables()
     for name in ("tile", "cells", "short cells"):
-        assert "\n".join(tables[name]) in page, "docs/cuda-kernels.md is out of date: python docs/model.py --write"
+        assert "\n".join(tables[name]) in page, "docs/cuda-kernels.md is out of date: python tests/cuda_model.py --write"
 
 
 def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["model.py", "--only", "128x128_bf16_plain$", "--seqlen", "2048", "--causal"])
+    monkeypatch.setattr(sys, "argv", ["cuda_model.py", "--only", "128x128_bf16_plain$", "--seqlen", "2048", "--causal"])
     model.main()
     heading, _, line = capsys.readouterr().out.splitlines()
     assert heading == "| instance | batch, heads, seqlen | A100 | RTX 4090 | H200 |"

@@ -165,9 +165,9 @@ def test_without_an_order_additions_are_not_ordered() -> None:
 
 
 def test_the_table_of_waits_is_what_its_program_prints() -> None:
-    docs = Path(__file__).resolve().parents[1] / "docs"
-    printed = subprocess.run([sys.executable, docs / "addition_order.py"], capture_output=True, text=True, check=True).stdout
-    assert f"<!-- begin: order -->\n{printed}<!-- end: order -->" in (docs / "cuda-kernels.md").read_text()
+    root = Path(__file__).resolve().parents[1]
+    printed = subprocess.run([sys.executable, root / "tests/cuda_addition_order.py"], capture_output=True, text=True, check=True).stdout
+    assert f"<!-- begin: order -->\n{printed}<!-- end: order -->" in (root / "docs/cuda-kernels.md").read_text()
 
 
 def test_the_benchmark_reaches_every_way(monkeypatch: pytest.MonkeyPatch) -> None:

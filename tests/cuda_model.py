@@ -1,10 +1,10 @@
 """What bounds the CUDA forward kernels: the work of one tile of keys, counted from the tile, against published throughputs.
 
-    python docs/model.py                                              the time of every cell, and what limits it
-    python docs/model.py --batch 4 --num-heads 16 --seqlen 4096 --causal --only 64x64
-    python docs/model.py --tile                                       cycles of every unit for one tile
-    python docs/model.py --deviations                                 counts against those of the machine code that was built
-    python docs/model.py --write                                      all three, into docs/cuda-kernels.md
+    python tests/cuda_model.py                    the time of every cell, and what limits it
+    python tests/cuda_model.py --batch 4 --num-heads 16 --seqlen 4096 --causal --only 64x64
+    python tests/cuda_model.py --tile             cycles of every unit for one tile
+    python tests/cuda_model.py --deviations       counts against those of the machine code that was built
+    python tests/cuda_model.py --write            all three, into docs/cuda-kernels.md
 
 The inputs are csrc/cuda/instances/manifest.py and GPUS below; nothing is fitted. Units work side by side, so that the busiest one alone
 decides: a bound on speed that a kernel with perfect overlap would reach, not a forecast. Without prologue, epilogue and launch.
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/cuda-kernels.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT))
 from csrc.cuda.instances.manifest import INSTANCES, Instance  # noqa: E402
 
 

@@ -1,8 +1,8 @@
-"""What bounds the CUDA backward: the work of one step of each of its kernels, by the tables and the rules of model.py.
+"""What bounds the CUDA backward: the work of one step of each of its kernels, by the tables and the rules of cuda_model.py.
 
-    python docs/backward_model.py                    the time of every way through the backward, and what limits its kernels
-    python docs/backward_model.py --deviations       counts against those of the machine code that was built
-    python docs/backward_model.py --write            both, into docs/cuda-kernels.md
+    python tests/cuda_backward_model.py                    the time of every way through the backward, and what limits its kernels
+    python tests/cuda_backward_model.py --deviations       counts against those of the machine code that was built
+    python tests/cuda_backward_model.py --write            both, into docs/cuda-kernels.md
 
 A step is one tile of scores: what a block of keys does for a tile of rows, or the other way round. Plain instances with 16 bits an element;
 kernels run one after the other, so that their times add up. Without launches, which cost a few microseconds each.
@@ -16,19 +16,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from math import ceil
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
-import model  # noqa: E402
-from cuda_resources import expected, num_hot_loops  # noqa: E402
-from model import FAMILIES, GPUS, HMMA_MULTIPLY_ADDS, WARP, WIDE_ACCESS, Deviation, Gpu, Instance  # noqa: E402
-
-from csrc.cuda.instances.manifest import INSTANCES  # noqa: E402
+import cuda_model as model
+from cuda_model import FAMILIES, GPUS, HMMA_MULTIPLY_ADDS, INSTANCES, WARP, WIDE_ACCESS, Deviation, Gpu, Instance
+from cuda_resources import expected, num_hot_loops
 
 LDS_BYTES = 8 * WARP  # lse or delta of two rows for each lane
 OPCODES = {"HMMA.16816.F32": "HMMA", "LDSM.16.M88.4": "LDSM", "LDSM.16.MT88.4": "LDSM", "MUFU.EX2": "EX2", "RED.E.ADD.F32": "RED"}
-# Beside model.py's: loads of row statistics from shared memory, of operands that warps exchange; additions to global memory.
+# Beside cuda_model.py's: loads of row statistics from shared memory, of operands that warps exchange; additions to global memory.
 BACKWARD_FAMILIES = {"LDS": (r"LDS(\.|$)", "shared"), "STS": (r"STS", "shared"), "RED": (r"RED\.", None)} | FAMILIES
 WAYS = {
     "one pass": ("backward",),

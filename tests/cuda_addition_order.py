@@ -1,6 +1,6 @@
 """How long blocks of keys wait for their turns in the backward in one pass, in steps: one tile of rows times one block of keys.
 
-    python docs/addition_order.py    the table of docs/cuda-kernels.md
+    python tests/cuda_addition_order.py    the table of docs/cuda-kernels.md
 
 A block takes a processor when one is free, in the order of tickets. A step takes as long everywhere; the block adds in its second half, and
 not before the block whose turn came before it at the same tile of rows has.
