@@ -1,4 +1,4 @@
-"""Trains a tiny model and kills itself with SIGKILL. Arguments: kill point, data folder, output folder.
+"""Trains a tiny model and kills it with SIGKILL, at each kill point in turn. Arguments: data folder, folder for the outputs.
 
 The first checkpoint, after step 4, is written undisturbed; the kill comes with step 7 or with the second checkpoint, after
 step 8.
@@ -19,6 +19,7 @@ from tiny_translation import start_training
 from fused_attention.transformer import atomic_write
 from fused_attention.transformer.train import Trainer
 
+KILL_POINTS = ("mid-step", "mid-write", "before rename")
 STEPS, CHECKPOINT_EVERY, KILLED_STEP = 12, 4, 7
 
 
@@ -44,9 +45,7 @@ def truncate_and_die(descriptor: int) -> None:
     die()
 
 
-def main(kill_point: str, data: Path, output: Path) -> None:
-    torch.set_num_threads(1)
-    trainer = start_training(output, data, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY)
+def train(trainer: Trainer, kill_point: str) -> None:
     if kill_point == "mid-step":
         trainer.optimizer.step = on_call(KILLED_STEP, die, trainer.optimizer.step)
     elif kill_point == "mid-write":
@@ -54,8 +53,21 @@ def main(kill_point: str, data: Path, output: Path) -> None:
         atomic_write.os.fsync = on_call(3, truncate_and_die, os.fsync)
     elif kill_point == "before rename":
         atomic_write.os.replace = on_call(2, die, os.replace)
-    Trainer.run(trainer)
+    trainer.run()
+
+
+def main(data: Path, output: Path) -> None:
+    """Each training dies in a fork of this process, so that imports are paid for once. Ends with an error if one lives on."""
+    torch.set_num_threads(1)
+    for kill_point in KILL_POINTS:
+        trainer = start_training(output / kill_point, data, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY)
+        child = os.fork()
+        if child == 0:
+            train(trainer, kill_point)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, f"{kill_point}: {status}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

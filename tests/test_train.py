@@ -220,23 +220,31 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     return data, trainer.history.losses, trainer.model.state_dict()
 
 
+@pytest.fixture(scope="module")
+def killed(uninterrupted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each kill point, with what a training that was killed there has left."""
+    outputs = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, killed_training.__file__, uninterrupted[0], outputs]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    return outputs
+
+
 class TestResume:
-    @pytest.mark.parametrize("kill_point", ["mid-step", "mid-write", "before rename"])
-    def test_after_sigkill_the_losses_are_those_of_an_uninterrupted_run(self, tmp_path: Path, uninterrupted, kill_point: str) -> None:
-        data, losses, weights = uninterrupted
-        command = [sys.executable, killed_training.__file__, kill_point, data, tmp_path]
-        killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        left_behind = {path.name for path in tmp_path.iterdir()} - {CHECKPOINT_NAME}
+    @pytest.mark.parametrize("kill_point", killed_training.KILL_POINTS)
+    def test_after_sigkill_the_losses_are_those_of_an_uninterrupted_run(self, uninterrupted, killed: Path, kill_point: str) -> None:
+        _, losses, weights = uninterrupted
+        folder = killed / kill_point
+        left_behind = {path.name for path in folder.iterdir()} - {CHECKPOINT_NAME}
         assert bool(left_behind) == (kill_point != "mid-step")
 
-        trainer = resume(tmp_path)
+        trainer = resume(folder)
         assert trainer.step == killed_training.CHECKPOINT_EVERY
         assert trainer.history.losses == losses[: killed_training.CHECKPOINT_EVERY]
         trainer.run()
         assert trainer.history.losses == losses
         assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items())
-        assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT_NAME}
+        assert {path.name for path in folder.iterdir()} == {CHECKPOINT_NAME}
 
     def test_in_the_middle_of_the_second_epoch(self, tmp_path: Path, data: Path) -> None:
         whole = start_training(tmp_path / "whole", data, steps=20)
