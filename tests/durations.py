@@ -1,5 +1,5 @@
 """`pytest --processor-seconds FILE`: what every test costs in seconds of processor time, its child processes with it, which a busy machine
-does not add to. A line for each test as it ends, and the slowest twenty at the end of the run.
+adds little to. A line for each test as it ends, and the slowest twenty at the end of the run.
 """
 
 from __future__ import annotations
