@@ -1,4 +1,4 @@
-"""The ways in which the CUDA backend can compute a backward, against each other: the number behind kOperationsPerAddedByte (plan.h).
+"""The ways in which the CUDA backend can compute a backward, against each other: what kOperationsPerAddedByte (sm80/plan.cpp) follows from.
 
     python -m fused_attention.benchmarks.cuda_backward
 

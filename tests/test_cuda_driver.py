@@ -154,7 +154,9 @@ def test_a_gpu_that_is_not_there(driver: Path) -> None:
 
 
 def test_an_architecture_without_an_image(driver: Path) -> None:
-    (reason,) = ask(driver, WHY_NOT, capability=75)
+    reason, launched, counted = ask(driver, WHY_NOT, FORWARD, "calls()", capability=75)
+    assert launched == "RuntimeError: the CUDA kernels need compute capability 8.0, this GPU has 7.5"
+    assert counted[:2] == (0, 0)
     assert reason == "no image for GPU 0 (Stand-in, compute capability 7.5): the kernels need compute capability 8.0"
 
 

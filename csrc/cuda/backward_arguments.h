@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward kernels on a GPU take as its only parameter; made by plan.cpp, read by the kernels as a grid constant.
+// What the backward kernels on a GPU take as its only parameter; made by a family's plan.cpp, read by the kernels as a grid constant.
 #pragma once
 #include "forward_arguments.h"
 

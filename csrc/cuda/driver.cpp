@@ -304,7 +304,7 @@ FunctionHandle* loaded_function(Device& device, const Image& image) {
 std::string why_not_on(const Device& device) {
   const int capability = device.limits.compute_capability;
   bool has_code = false;
-  for (int i = 0; i < kNumImages; ++i) has_code |= kImages[i].family <= capability;
+  for (int i = 0; i < kNumImages; ++i) has_code |= runs_on(kImages[i].family, capability);
   if (!has_code) return "no image for " + device_text(device) + ": the kernels need compute capability 8.0";
   if (!has_machine_code(capability) && driver().version < kToolkitVersion) {
     return "the NVIDIA driver is too old for " + device_text(device) + ", for which this build has no machine code: " + versions_text() +

@@ -25,7 +25,7 @@ enum class Pass : int {
 
 struct Image {
   const char* name;  // of the instance and of its entry point
-  int family;        // 80 or 90: ten times the oldest compute capability that it runs on
+  int family;        // of kernels, named after ten times a compute capability: see runs_on
   Pass pass;
   int head_dim_qk, head_dim_v;
   Dtype dtype;
@@ -34,6 +34,13 @@ struct Image {
   int block_m, block_n, num_threads, shared_bytes;  // a block's rows and keys, its threads and its dynamic shared memory
   const unsigned char *begin, *end;                 // a fatbin: machine code and PTX
 };
+
+// Whether the kernels of a family run on a GPU. Those of 80 are PTX for compute capability 8.0, which every newer GPU runs; any other
+// family is there for instructions that later GPUs do not have, and runs on its own compute capability alone.
+constexpr int kPortableFamily = 80;
+constexpr bool runs_on(int family, int compute_capability) {
+  return family == kPortableFamily ? compute_capability >= family : compute_capability == family;
+}
 
 // An architecture that every image has machine code for. {90, 'a'} is sm_90a, which runs on 9.0 alone; {103, 'f'} is sm_103f, which runs on
 // its family: from 10.3 on within the same major version, as plain code does.

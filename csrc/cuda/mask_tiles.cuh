@@ -36,7 +36,8 @@ __device__ inline void write_list(int32_t* list, int64_t num_tiles, KindOf kind_
   if (lane < 2) list[lane] = lane == 0 ? num_full : num_mixed;
 }
 
-// Where a line of the lists stands. There are fewer lines and tiles than 2^31 (plan.cpp): no division of 64-bit numbers, which is a call.
+// Where a line of the lists stands. There are fewer lines and tiles than 2^31 (planner.cpp): no division of 64-bit numbers, which is a
+// call.
 struct Line {
   int batch, head, row_block;
 

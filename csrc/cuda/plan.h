@@ -27,25 +27,12 @@ struct Plan {
   std::vector<Launch> launches;  // in order; without its workspace a plan that wants one must not be launched
 };
 
-constexpr int kMaxDecodeRows = 64;  // query rows to a key head, all query heads together
-constexpr int kMaxSplits = 128;     // of the keys of a decoding call
-constexpr int kKeysPerSplit = 256;  // at least, so that combining costs little
-constexpr int kMaxShortKeys = 128;  // of a head, which kernels for short sequences keep in shared memory
-constexpr int kMaxShortRows = 512;  // rows of a head; in the backward of all query heads of a key head
-constexpr int kMaxRowTilesInFlight = 4;
-constexpr int kShortBlockWarps = 4;     // of a block of several problems
-constexpr int kShortNotesBytes = 128;   // of a group of warps, beside its tiles
-constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
-
 // Whether kernels for short sequences are used where they can be; returns whether they were. For tests and measurements: what a problem
 // wants of workspace changes with it.
 bool set_short_kernels(bool used);
 
-// How many operations of the tensor cores take as long as adding a byte of float32 numbers to memory: the backward in one pass has fewer of
-// the former and more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
-constexpr int kOperationsPerAddedByte = 256;
-
-// Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no room for the kernel.
+// workspace: its address, or null to ask what is wanted.
+// Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no kernel for it.
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace);
 
 // two_passes: backward_query and backward_key, which are deterministic; one_pass: backward, which adds to dquery from all keys at once.
