@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every forward and decoding kernel on a GPU takes as its only parameter; made by a family's plan.cpp, read by the kernels as a grid constant.
+// What every forward and decoding kernel on a GPU takes as its only parameter; made by a family's plan.cpp, read by the kernels as a grid
+// constant.
 #pragma once
 #include "../problem.h"
 
