@@ -80,7 +80,8 @@ def packages() -> dict[str, object]:
     """The top-level folders are linked under src/fused_attention; a checkout without symlinks maps them explicitly."""
     if all((ROOT / "src/fused_attention" / name).is_dir() for name in LINKED_PACKAGES):
         return {"packages": find_namespace_packages("src"), "package_dir": {"": "src"}}
-    package_dir = {"fused_attention": "src/fused_attention"} | {f"fused_attention.{name}": name for name in LINKED_PACKAGES}
+    inside = [package for name in LINKED_PACKAGES for package in (name, *(f"{name}.{p}" for p in find_namespace_packages(name)))]
+    package_dir = {"fused_attention": "src/fused_attention"} | {f"fused_attention.{p}": p.replace(".", "/") for p in inside}
     return {"packages": list(package_dir), "package_dir": package_dir}
 
 

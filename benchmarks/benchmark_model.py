@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_attention.transformer import layers
-from fused_attention.transformer.batches import Batch, BatchSource
 from fused_attention.transformer.embedding import sinusoidal_positions
 from fused_attention.transformer.model import Transformer
+from fused_attention.transformer.translation.batches import Batch, BatchSource
 
 VOCAB, PAD_ID, BOS_ID = 8000, 0, 1
 TRAINED: dict[str, Any] = {"d_model": 512, "num_heads": 8, "num_encoder_layers": 3, "num_decoder_layers": 3, "dim_feedforward": 2048}

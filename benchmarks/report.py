@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from fused_attention.kernels import native
-from fused_attention.transformer.atomic_write import atomic_write
-from fused_attention.transformer.machine import processor_name
+from fused_attention.transformer.translation.machine import processor_name
+from fused_attention.transformer.translation.output_files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from tiny_translation import start_training
 
-from fused_attention.transformer import atomic_write
-from fused_attention.transformer.train import Trainer
+from fused_attention.transformer.translation import output_files
+from fused_attention.transformer.translation.train import Trainer
 
 KILL_POINTS = ("mid-step", "mid-write", "before rename")
 STEPS, CHECKPOINT_EVERY, KILLED_STEP = 12, 4, 7
@@ -50,9 +50,9 @@ def train(trainer: Trainer, kill_point: str) -> None:
         trainer.optimizer.step = on_call(KILLED_STEP, die, trainer.optimizer.step)
     elif kill_point == "mid-write":
         # A checkpoint takes two calls, for the file and for its folder, so the third is the second checkpoint's file.
-        atomic_write.os.fsync = on_call(3, truncate_and_die, os.fsync)
+        output_files.os.fsync = on_call(3, truncate_and_die, os.fsync)
     elif kill_point == "before rename":
-        atomic_write.os.replace = on_call(2, die, os.replace)
+        output_files.os.replace = on_call(2, die, os.replace)
     trainer.run()
 
 

@@ -176,7 +176,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_what_was_there(tmp_path: Path, m
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+    monkeypatch.setattr("fused_attention.transformer.translation.output_files.os.fsync", no_space)
     with pytest.raises(OSError, match="No space left") as error_info:
         append(file, "two", CELL)
     assert error_info.value.filename == str(file)

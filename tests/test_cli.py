@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from tiny_translation import trained_folder, write_corpus
 
-from fused_attention.transformer import cli, optional_modules
-from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
-from fused_attention.transformer.data import load_corpus
-from fused_attention.transformer.train import Trainer
+from fused_attention.transformer.translation import cli, machine
+from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.train import Trainer
 
 TINY = (
     *("--steps", "3", "--vocab-size", "60", "--d-model", "16", "--num-heads", "2", "--dim-feedforward", "16"),
@@ -146,7 +146,7 @@ class TestTrain:
             if stat.S_ISREG(os.fstat(descriptor).st_mode) and os.fstat(descriptor).st_size > 0:  # the probe of the folder is empty
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+        monkeypatch.setattr("fused_attention.transformer.translation.output_files.os.fsync", no_space)
         assert cli.main(["train", str(tmp_path / "run"), "--data", str(data), *TINY]) == 2
         message = capsys.readouterr().err.splitlines()[-1]
         assert message == f"fused-attention: {tmp_path / 'run' / CHECKPOINT_NAME}: No space left on device"
@@ -216,8 +216,8 @@ class TestTrain:
         message = error_line(capsys, "train", tmp_path / "run", "--data", data, *TINY)
         assert message.startswith("sentencepiece cannot be imported")
         assert message.endswith("install it with: pip install 'fused-attention[translation]'")
-        with pytest.raises(optional_modules.MissingModuleError):
-            optional_modules.optional_module("sentencepiece")
+        with pytest.raises(machine.MissingModuleError):
+            machine.optional_module("sentencepiece")
 
 
 class TestTranslate:
@@ -252,7 +252,7 @@ class TestTranslate:
     def test_translations_that_do_not_end_are_counted(
         self, translate: Callable[[bytes], tuple[str, str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("fused_attention.transformer.translate.LENGTH_LIMIT", (0, 1))
+        monkeypatch.setattr("fused_attention.transformer.translation.translate.LENGTH_LIMIT", (0, 1))
         _, errors = translate(b"\n" + b"cat\n" * 12)
         numbers = ", ".join(map(str, range(2, 12)))
         assert errors == f"fused-attention: translation cut before its end: 12 lines ({numbers}, ...)\n"
@@ -294,7 +294,7 @@ class TestBench:
 def test_without_the_optional_packages_the_rest_works() -> None:
     script = (
         "import sys; sys.modules.update(dict.fromkeys(('sentencepiece', 'sacrebleu', 'safetensors', 'tqdm', 'matplotlib'))); "
-        "import fused_attention; from fused_attention.transformer import cli; sys.exit(cli.main(['info']))"
+        "import fused_attention; from fused_attention.transformer.translation import cli; sys.exit(cli.main(['info']))"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr

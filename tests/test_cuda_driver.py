@@ -325,7 +325,7 @@ def test_info_tells_of_each_gpu(driver: Path) -> None:
 UNINITIALIZED = """
 import ctypes, torch, fused_attention
 from fused_attention.kernels import cuda_backend
-from fused_attention.transformer.machine import backend_lines, machine_report
+from fused_attention.transformer.translation.machine import backend_lines, machine_report
 
 def initialized():
     numbers = (ctypes.c_int * 6)()

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_translation import made_up_text, write_corpus, write_text
 
-from fused_attention.transformer import data, libreoffice_help
-from fused_attention.transformer.batches import BatchSource, Position
-from fused_attention.transformer.data import DataError, ParallelText, left_out_text, load_corpus, read_parallel
-from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
+from fused_attention.transformer.translation import corpora, data, libreoffice_help
+from fused_attention.transformer.translation.batches import BatchSource, Position
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.data import DataError, ParallelText, left_out_text, read_parallel
+from fused_attention.transformer.translation.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
 
 
 class TestReading:
@@ -145,7 +146,7 @@ class TestMulti30k:
             asked.append(address.rpartition("/")[2])
             return io.BytesIO(gzip.compress(f"{address[-5:]}\n".encode()))
 
-        monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+        monkeypatch.setattr(corpora.urllib.request, "urlopen", answer)
         corpus = load_corpus("multi30k", "en", "de")
         assert corpus.train == ParallelText(["en.gz"], ["de.gz"])
         assert corpus.held_out()[0] == "test_2016_flickr"
@@ -161,19 +162,19 @@ class TestMulti30k:
                 raise urllib.error.URLError("Network is unreachable")
             return io.BytesIO(gzip.compress(b"a\n"))
 
-        monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+        monkeypatch.setattr(corpora.urllib.request, "urlopen", answer)
         with pytest.raises(DataError, match="cannot download .*Network is unreachable; set FUSED_ATTENTION_DATA"):
             load_corpus("multi30k")
         assert list((tmp_path / "cache" / "fused_attention").iterdir()) == []
 
     def test_full_disk_names_the_file_and_leaves_no_corpus_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
-        monkeypatch.setattr(data.urllib.request, "urlopen", lambda address, timeout: io.BytesIO(gzip.compress(b"a\n")))
+        monkeypatch.setattr(corpora.urllib.request, "urlopen", lambda address, timeout: io.BytesIO(gzip.compress(b"a\n")))
 
         def no_space(descriptor: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+        monkeypatch.setattr("fused_attention.transformer.translation.output_files.os.fsync", no_space)
         with pytest.raises(OSError, match="No space left on device") as error_info:
             load_corpus("multi30k")
         assert str(error_info.value.filename).endswith("train.en.gz")

@@ -15,12 +15,13 @@ import pytest
 import torch
 from tiny_translation import tiny_config, write_corpus
 
-from fused_attention.transformer import demo, heartbeat, report, swap_demo
-from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
-from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, ParallelText, load_corpus
-from fused_attention.transformer.swap_demo import swap_attention
-from fused_attention.transformer.train import TrainingError
-from fused_attention.transformer.translate import Translator
+from fused_attention.transformer.translation import demo, report, swap_demo, terminal
+from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.data import DATA_VARIABLE, Corpus, DataError, ParallelText
+from fused_attention.transformer.translation.swap_demo import swap_attention
+from fused_attention.transformer.translation.train import TrainingError
+from fused_attention.transformer.translation.translate import Translator
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Counts images and errors, and writes the counts where --dump-dom shows them.
@@ -70,8 +71,8 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory, spoken_steps: list[str
 
 class TestProgress:
     def test_a_long_step_says_that_it_goes_on(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setattr(heartbeat, "SECONDS", 0.02)
-        with heartbeat.heartbeat("waiting"):
+        monkeypatch.setattr(terminal, "HEARTBEAT_SECONDS", 0.02)
+        with terminal.heartbeat("waiting"):
             deadline = time.monotonic() + 30
             said = ""
             while said.count("... waiting: 0 s\n") < 2 and time.monotonic() < deadline:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 import matplotlib.image
 
-from fused_attention.transformer import plots
 from fused_attention.transformer.embedding import sinusoidal_positions
-from fused_attention.transformer.train import History
+from fused_attention.transformer.translation import plots
+from fused_attention.transformer.translation.train import History
 
 
 @given(st.lists(st.floats(-10, 10), max_size=50), st.integers(1, 60))

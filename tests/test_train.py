@@ -23,12 +23,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_translation import one_thread, start_training, tiny_config, trained_folder, write_corpus
 
-from fused_attention.transformer.atomic_write import atomic_write
-from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint
-from fused_attention.transformer.data import load_corpus
-from fused_attention.transformer.train import Trainer, TrainingError, TrainingInterrupted, stop_on_interrupt, token_loss
-from fused_attention.transformer.training_config import RECIPES, TrainingConfig, learning_rate
-from fused_attention.transformer.translate import Translator
+from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.output_files import atomic_write
+from fused_attention.transformer.translation.terminal import stop_on_interrupt
+from fused_attention.transformer.translation.train import Trainer, TrainingError, TrainingInterrupted, token_loss
+from fused_attention.transformer.translation.training_config import RECIPES, TrainingConfig, learning_rate
+from fused_attention.transformer.translation.translate import Translator
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ class TestLearning:
         assert not (tmp_path / "run" / CHECKPOINT_NAME).exists()
 
     def test_what_is_left_out_is_counted(self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fused_attention.transformer.train.VALIDATION_PAIRS", 8)
+        monkeypatch.setattr("fused_attention.transformer.translation.train.VALIDATION_PAIRS", 8)
         with (data / "train.en").open("a") as source, (data / "train.fr").open("a") as target:
             source.write("\n" + "red cat " * 40 + "\ncat\n")
             target.write("chat\nchat\nchat\n")
@@ -393,7 +394,7 @@ class TestCheckpointFiles:
         def no_space(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("fused_attention.transformer.atomic_write.os.fsync", no_space)
+        monkeypatch.setattr("fused_attention.transformer.translation.output_files.os.fsync", no_space)
         with pytest.raises(OSError, match="No space left") as error_info:
             atomic_write(path, b"new")
         assert error_info.value.filename == str(path)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_translation import WORDS, trained_folder
 
-from fused_attention.transformer import translate
-from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
-from fused_attention.transformer.data import ParallelText, load_corpus
-from fused_attention.transformer.translate import Translator, score
+from fused_attention.transformer.translation import translate
+from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.data import ParallelText
+from fused_attention.transformer.translation.translate import Translator, score
 
 
 @pytest.fixture(scope="module")

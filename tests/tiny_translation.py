@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fused_attention.transformer.data import ParallelText, load_corpus
-from fused_attention.transformer.train import Trainer
-from fused_attention.transformer.training_config import TrainingConfig
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.data import ParallelText
+from fused_attention.transformer.translation.train import Trainer
+from fused_attention.transformer.translation.training_config import TrainingConfig
 
 WORDS = {"red": "rouge", "blue": "bleu", "big": "grand", "cat": "chat", "dog": "chien", "sees": "voit", "eats": "mange"}
 

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fused_attention.kernels.attention import (
+from ..kernels.attention import (
     attention,
     attention_kv_packed,
     attention_qkv_packed,
     attention_varlen,
     attention_weights,
 )
-from fused_attention.kernels.prepared_mask import PreparedMask, prepare_mask
-from fused_attention.kernels.torch_internals import tracing_state
+from ..kernels.prepared_mask import PreparedMask, prepare_mask
+from ..kernels.torch_internals import tracing_state
 
 _HOOK = -1  # the hook's place among the forward pre-hooks; those that torch hands out start at 0
 

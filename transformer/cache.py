@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attention.kernels.problem import checked_integer
+from ..kernels.problem import checked_integer
 
 
 class LayerCache:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_attention.transformer.layers import dropout
+from .layers import dropout
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_attention.transformer.cache import KVCache
+from .cache import KVCache
 
 if TYPE_CHECKING:
-    from fused_attention.transformer.model import Transformer
+    from .model import Transformer
 
 
 def greedy(model: Transformer, src: Tensor, max_new_tokens: int) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
-from fused_attention.kernels.torch_internals import functorch_interpreter
-from fused_attention.transformer.cache import LayerCache
+from ..kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
+from ..kernels.torch_internals import functorch_interpreter
+from .cache import LayerCache
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

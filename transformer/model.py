@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_attention.kernels.prepared_mask import prepare_mask
-from fused_attention.kernels.problem import checked_integer
-from fused_attention.transformer import generate
-from fused_attention.transformer.cache import KVCache
-from fused_attention.transformer.embedding import TokenEmbedding
-from fused_attention.transformer.layers import (
+from ..kernels.prepared_mask import prepare_mask
+from ..kernels.problem import checked_integer
+from . import generate
+from .cache import KVCache
+from .embedding import TokenEmbedding
+from .layers import (
     CrossAttention,
     Decoder,
     DecoderLayer,

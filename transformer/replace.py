@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from fused_attention.kernels.problem import FLOAT_DTYPES
-from fused_attention.transformer.attention import MultiHeadAttention
+from ..kernels.problem import FLOAT_DTYPES
+from .attention import MultiHeadAttention
 
 
 @dataclass

@@ -1,11 +1,13 @@
-"""Files that are either complete or not there, whatever kills the process and whenever."""
+"""Output files that are complete or not there, whatever kills the process, in folders that are checked before the work starts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PROBE_NAME = ".write-test"
 
 
 @contextmanager
@@ -46,3 +48,22 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def claim_output_folder(folder: Path, file_names: Iterable[str], *, overwrite: bool) -> None:
+    """Create `folder` if needed and write a file to it as a test.
+
+    Raises FileExistsError if one of the files is there and `overwrite` is False, IsADirectoryError if a folder has the name of
+    one, OSError if the folder cannot be written.
+    """
+    paths = [folder / name for name in file_names]
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; choose another output folder")
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"{existing[0]} exists; choose another folder or allow overwriting with --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / PROBE_NAME
+    atomic_write(probe, b"")
+    probe.unlink()

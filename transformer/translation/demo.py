@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 
-from fused_attention.transformer import plots, report
-from fused_attention.transformer.atomic_write import atomic_write
-from fused_attention.transformer.checkpoint import CHECKPOINT_NAME
-from fused_attention.transformer.data import DATA_VARIABLE, Corpus, DataError, load_corpus
-from fused_attention.transformer.embedding import sinusoidal_positions
-from fused_attention.transformer.heartbeat import heartbeat
-from fused_attention.transformer.machine import backend_lines, machine_facts, machine_report
-from fused_attention.transformer.optional_modules import optional_module
-from fused_attention.transformer.output_folder import claim_output_folder
-from fused_attention.transformer.precision import choose_device
-from fused_attention.transformer.swap_demo import SwapResult, swap_attention
-from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID
-from fused_attention.transformer.train import Trainer, TrainingError
-from fused_attention.transformer.training_config import TrainingConfig
-from fused_attention.transformer.translate import Scores, Translator
+from ..embedding import sinusoidal_positions
+from . import plots, report
+from .checkpoint import CHECKPOINT_NAME
+from .corpora import load_corpus
+from .data import DATA_VARIABLE, Corpus, DataError
+from .machine import backend_lines, choose_device, machine_facts, machine_report, optional_module
+from .output_files import atomic_write, claim_output_folder
+from .swap_demo import SwapResult, swap_attention
+from .terminal import heartbeat
+from .tokenizer import BOS_ID, EOS_ID
+from .train import Trainer, TrainingError
+from .training_config import TrainingConfig
+from .translate import Scores, Translator
 
 REPORT_NAME = "report.html"
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "cs": "Czech"}

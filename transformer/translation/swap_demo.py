@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fused_attention.transformer.precision import autocast, bf16_pays
-from fused_attention.transformer.replace import replace_attention
+from ..replace import replace_attention
+from .machine import autocast, bf16_pays
 
 # The model and batch of the measurement.
 D_MODEL, NUM_HEADS, NUM_LAYERS, DIM_FEEDFORWARD, DROPOUT = 512, 8, 3, 2048, 0.1

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_attention.transformer.data import DataError
-from fused_attention.transformer.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from .data import DataError
+from .tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 # Batches are as wide as a multiple of this. oneDNN compiles code for every new shape: with a few dozen shapes in place of one
 # a batch, a bf16 training step of a small model takes three quarters of the time, for a few percent more padding.

@@ -7,7 +7,7 @@ import operator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fused_attention.transformer.precision import AUTOCAST_CHOICES
+from .machine import AUTOCAST_CHOICES
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,9 @@ when Ctrl-C ends the run.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_attention.transformer.batches import BatchSource, Position
-from fused_attention.transformer.checkpoint import (
+from ..model import Transformer
+from .batches import BatchSource, Position
+from .checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
     CheckpointError,
@@ -33,12 +29,11 @@ from fused_attention.transformer.checkpoint import (
     save_checkpoint,
     tokenizer_tensors,
 )
-from fused_attention.transformer.data import Corpus, left_out_text
-from fused_attention.transformer.model import Transformer
-from fused_attention.transformer.optional_modules import optional_module
-from fused_attention.transformer.precision import autocast
-from fused_attention.transformer.tokenizer import PAD_ID, Tokenizer
-from fused_attention.transformer.training_config import TrainingConfig, learning_rate
+from .data import Corpus, left_out_text
+from .machine import autocast, optional_module
+from .terminal import stop_on_interrupt
+from .tokenizer import PAD_ID, Tokenizer
+from .training_config import TrainingConfig, learning_rate
 
 # Losses stay on the device for this many steps, so that a GPU is not waited for at each of them.
 STEPS_PER_LOSS_READ = 10
@@ -280,31 +275,6 @@ class Trainer:
             speed = f"{self.history.tokens / max(seconds, 1e-9):,.0f} tokens/s"
             bar.set_postfix_str(f"step {self.step}, {loss}{validation}, {speed}", refresh=False)
         bar.update(done - bar.n)
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; the first one does no more than that, a second is KeyboardInterrupt.
-
-    Python allows this in the main thread only, and a handler that the caller has set stays: the function then says False.
-    """
-    pressed = False
-
-    def take_note(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(OSError):  # no stderr; written past its buffer, which the signal may have met half full
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, take_note)
-    try:
-        yield lambda: pressed
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer, Tokenizer]:

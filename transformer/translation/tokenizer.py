@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from fused_attention.transformer.data import DataError
-from fused_attention.transformer.optional_modules import optional_module
+from .data import DataError
+from .machine import optional_module
 
 # sentencepiece's signs for a space and for what is unknown. It trains on no sentence that holds the second one.
 SPACE_SIGN, UNKNOWN_SIGN = "▁", "▅"

@@ -1,29 +1,24 @@
 """Parallel text: sentences in a source language and their translations, one a line.
 
 A corpus is a folder with the files `train.<lang>`, `val.<lang>` and any number of `test*.<lang>`, plain or gzipped.
-Two real corpora can be fetched by name: "multi30k" (image captions, en/de/fr/cs) and "libreoffice-help" (en-fr).
+corpora.py fetches two by name.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import http.client
 import os
 import shutil
 import tempfile
-import urllib.request
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fused_attention.transformer.atomic_write import atomic_write, sync_folder
+from .output_files import sync_folder
 
 DATA_VARIABLE = "FUSED_ATTENTION_DATA"
-MULTI30K_ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
-MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")
-NAMED_CORPORA = ("multi30k", "libreoffice-help")
 
 
 class DataError(ValueError):
@@ -76,33 +71,6 @@ class Corpus:
     def held_out(self) -> tuple[str, ParallelText]:
         """The text that scores are reported on: the first test set by name, or the validation set if there is none."""
         return next(iter(self.tests.items()), ("val", self.validation))
-
-
-def load_corpus(name_or_folder: str, source_language: str = "en", target_language: str = "fr", *, max_words: int | None = None) -> Corpus:
-    """Load a corpus by name (fetched into the cache folder on first use) or from a folder.
-
-    "multi30k" is read from the folder in FUSED_ATTENTION_DATA when that is set. `max_words` drops pairs with a longer
-    side, from every split. Raises DataError.
-    """
-    if max_words is not None and max_words < 1:
-        raise DataError(f"max_words must be at least 1, not {max_words}")
-    if source_language == target_language:
-        raise DataError(f"source and target language are both {source_language!r}")
-    if name_or_folder == "multi30k":
-        given = os.environ.get(DATA_VARIABLE)
-        folder = Path(given) if given else fetch_multi30k(source_language, target_language)
-    elif name_or_folder == "libreoffice-help":
-        from fused_attention.transformer.libreoffice_help import fetch_libreoffice_help
-
-        if (source_language, target_language) != ("en", "fr"):
-            raise DataError(f"libreoffice-help is en-fr only, not {source_language}-{target_language}")
-        folder = fetch_libreoffice_help()
-    else:
-        folder = Path(name_or_folder)
-        if not folder.is_dir():
-            names = " or ".join(NAMED_CORPORA)
-            raise DataError(f"no corpus {name_or_folder!r}: neither a folder nor one of the names {names}")
-    return read_corpus(folder, source_language, target_language, name=name_or_folder, max_words=max_words)
 
 
 def read_corpus(
@@ -198,31 +166,3 @@ def fill_cache(name: str, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder.parent)
     return folder
-
-
-def fetch_multi30k(source_language: str, target_language: str) -> Path:
-    """Download the Multi30k texts (Elliott et al. 2016) of one language pair: train, val and test_2016_flickr.
-
-    From the public GitHub repository multi30k/dataset, whose texts are for research and education. Raises DataError.
-    """
-    for language in (source_language, target_language):
-        if language not in MULTI30K_LANGUAGES:
-            raise DataError(f"multi30k has no language {language!r}, only {', '.join(MULTI30K_LANGUAGES)}")
-
-    def download(folder: Path) -> None:
-        for split in ("train", "val", "test_2016_flickr"):
-            for language in (source_language, target_language):
-                file_name = f"{split}.{language}.gz"
-                atomic_write(folder / file_name, _download(f"{MULTI30K_ADDRESS}/{file_name}"))
-                read_lines(folder / file_name)
-
-    return fill_cache(f"multi30k-{source_language}-{target_language}", download)
-
-
-def _download(address: str) -> bytes:
-    try:
-        with urllib.request.urlopen(address, timeout=30) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise DataError(f"cannot download {address}: {reason}; set {DATA_VARIABLE} to a folder that holds the files instead") from error

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_attention.transformer.atomic_write import atomic_write
-from fused_attention.transformer.model import Transformer
-from fused_attention.transformer.optional_modules import optional_module
-from fused_attention.transformer.tokenizer import Tokenizer
-from fused_attention.transformer.training_config import TrainingConfig
+from ..model import Transformer
+from .machine import optional_module
+from .output_files import atomic_write
+from .tokenizer import Tokenizer
+from .training_config import TrainingConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FORMAT = "fused_attention checkpoint 1"

@@ -14,9 +14,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fused_attention.transformer.atomic_write import naming
-from fused_attention.transformer.optional_modules import optional_module
-from fused_attention.transformer.training_config import RECIPES, TrainingConfig
+from .machine import optional_module
+from .output_files import naming
+from .training_config import RECIPES, TrainingConfig
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 # Settings of TrainingConfig that are arguments of `train`, with their types; None stands for "as in the recipe".
@@ -139,19 +139,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    from fused_attention.transformer.machine import machine_report
+    from .machine import machine_report
 
     print(machine_report())
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from fused_attention.transformer.checkpoint import CHECKPOINT_NAME, read_checkpoint
-    from fused_attention.transformer.data import NAMED_CORPORA, load_corpus
-    from fused_attention.transformer.heartbeat import heartbeat
-    from fused_attention.transformer.output_folder import claim_output_folder
-    from fused_attention.transformer.precision import choose_device
-    from fused_attention.transformer.train import Trainer
-    from fused_attention.transformer.translate import Translator
+    from .checkpoint import CHECKPOINT_NAME, read_checkpoint
+    from .corpora import NAMED_CORPORA, load_corpus
+    from .machine import choose_device
+    from .output_files import claim_output_folder
+    from .terminal import heartbeat
+    from .train import Trainer
+    from .translate import Translator
 
     for name in ("sentencepiece", "safetensors", "tqdm", "sacrebleu"):
         optional_module(name)
@@ -192,7 +192,7 @@ def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfi
 
 
 def run_translate(options: argparse.Namespace) -> None:
-    from fused_attention.transformer.translate import Translator
+    from .translate import Translator
 
     translator = Translator.load(options.checkpoint, options.device)
     try:
@@ -221,7 +221,7 @@ def line_numbers(indices: Sequence[int], most: int = 10) -> str:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from fused_attention.transformer import demo
+    from . import demo
 
     demo.run_demo(options.output, minutes=options.minutes, data=options.data, overwrite=options.overwrite, device=options.device)
 

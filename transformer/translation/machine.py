@@ -1,21 +1,24 @@
-"""What this machine is and which attention backends run on it, for `info` and for reports."""
+"""What this machine is and has: its attention backends, the device and precision to run in, optional packages."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fused_attention.kernels import cuda_backend, native, torch_internals
-from fused_attention.kernels.routing import backend_status
-from fused_attention.transformer.precision import bf16_pays, choose_device
+from ...kernels import cuda_backend, native, torch_internals
+from ...kernels.routing import backend_status
+
+AUTOCAST_CHOICES = ("auto", "bf16", "off")
 
 
 class GpuFacts(NamedTuple):
@@ -40,7 +43,7 @@ def _asked() -> GpuFacts:
 
 @functools.cache
 def _asked_by_another_process() -> GpuFacts:
-    program = "import json; from fused_attention.transformer import machine; print(json.dumps(machine._asked()))"
+    program = "import json; from fused_attention.transformer.translation import machine; print(json.dumps(machine._asked()))"
     search = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], env=search, capture_output=True, text=True)
     if done.returncode != 0:
@@ -112,3 +115,48 @@ def memory_size() -> str:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     except (ValueError, OSError):
         return "unknown"
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The named device, or for "auto" the GPU if there is one. Raises ValueError if torch cannot use it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether bfloat16 autocast is faster than float32 there: GPUs with bf16 tensor cores, CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return native.status() is None and native.instruction_sets()[0] == "amx"
+    return False
+
+
+def autocast(device: torch.device, choice: str = "auto") -> contextlib.AbstractContextManager[object]:
+    """The autocast context for a choice of "auto" (bf16 where it pays), "bf16" or "off"."""
+    if choice not in AUTOCAST_CHOICES:
+        raise ValueError(f"autocast must be one of {', '.join(AUTOCAST_CHOICES)}, not {choice!r}")
+    if choice == "bf16" or (choice == "auto" and bf16_pays(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+class MissingModuleError(ImportError):
+    """A package of the optional extra `translation` is not installed."""
+
+
+def optional_module(name: str) -> Any:
+    """Return the module `name` (dotted names allowed); MissingModuleError names the pip extra when it is absent."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise MissingModuleError(
+            f"{package} cannot be imported ({error}); install it with: pip install 'fused-attention[translation]'"
+        ) from error

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_attention.transformer.optional_modules import optional_module
-from fused_attention.transformer.train import History
+from .machine import optional_module
+from .train import History
 
 TEXT, MUTED, ACCENT, SECOND = "#1f2937", "#94a3b8", "#2563eb", "#d97706"
 # White means exactly no attention; one hue, so that darker always means more.

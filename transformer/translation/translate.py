@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fused_attention.transformer.batches import pad
-from fused_attention.transformer.checkpoint import load_model, load_tokenizers, read_checkpoint
-from fused_attention.transformer.data import ParallelText, left_out_text
-from fused_attention.transformer.model import Transformer
-from fused_attention.transformer.optional_modules import optional_module
-from fused_attention.transformer.precision import autocast, choose_device
-from fused_attention.transformer.tokenizer import EOS_ID, Tokenizer
+from ..model import Transformer
+from .batches import pad
+from .checkpoint import load_model, load_tokenizers, read_checkpoint
+from .data import ParallelText, left_out_text
+from .machine import autocast, choose_device, optional_module
+from .tokenizer import EOS_ID, Tokenizer
 
 # Sentences decoded together; what is finished leaves the batch, so long ones do not hold up many.
 BATCH_SENTENCES = 64

@@ -16,8 +16,8 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
-from fused_attention.transformer.atomic_write import atomic_write
-from fused_attention.transformer.data import DATA_VARIABLE, DataError, ParallelText, fill_cache
+from .data import DATA_VARIABLE, DataError, ParallelText, fill_cache
+from .output_files import atomic_write
 
 PACKAGES = {"en": "libreoffice-help-en-us", "fr": "libreoffice-help-fr"}
 PAGE_FOLDERS = {"en": "usr/share/libreoffice/help/en-US/text", "fr": "usr/share/libreoffice/help/fr/text"}
