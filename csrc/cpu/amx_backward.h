@@ -10,6 +10,10 @@
 // Q and dO are packed once per head in both B layouts; K and V once per block of keys. (Dao 2023, algorithm 2, with the loops over
 // keys outside.)
 #pragma once
+#include "amx_bias.h"
+#include "backward_tasks.h"
+#include "dropout.h"
+#include "kernel_table.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -287,7 +291,7 @@ class AmxBackward {
     constexpr int kDegree = kScores == kBiased ? 4 : 3;  // gradients of mask and slopes are float32
     const __m512 scale = _mm512_set1_ps(kScores == kBiased ? 1.0f : score_scale_), dropout_scale = _mm512_set1_ps(problem_.dropout_scale());
     const bool keeps_dscores = kScores == kBiased && bias_.wants_gradients();
-    const float* slopes = kScores == kBiased && bias_.has_softcap() ? bias_.softcap_slopes() : nullptr;
+    const float* derivative = kScores == kBiased && bias_.has_softcap() ? bias_.softcap_derivative() : nullptr;
     const auto first_row = [&](int64_t key) { return key_present(key) ? first_row_seeing(bounds_, key) : kNever; };
     for (int64_t j = 0; j < round_up(keys, 32); j += 2) {
       const int64_t first0 = kScores == kMasked ? first_row(key0 + j) : 0, first1 = kScores == kMasked ? first_row(key0 + j + 1) : 0;
@@ -312,7 +316,8 @@ class AmxBackward {
         __m512 ds0 = _mm512_maskz_mul_ps(nonzero0, p0, _mm512_sub_ps(dp0, row_delta));
         __m512 ds1 = _mm512_maskz_mul_ps(nonzero1, p1, _mm512_sub_ps(dp1, row_delta));
         if (keeps_dscores) _mm512_store_ps(dweights_ + at0, ds0), _mm512_store_ps(dweights_ + at1, ds1);
-        if (slopes) ds0 = _mm512_mul_ps(ds0, _mm512_load_ps(slopes + at0)), ds1 = _mm512_mul_ps(ds1, _mm512_load_ps(slopes + at1));
+        if (derivative)
+          ds0 = _mm512_mul_ps(ds0, _mm512_load_ps(derivative + at0)), ds1 = _mm512_mul_ps(ds1, _mm512_load_ps(derivative + at1));
         __m512i both_p = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0));
         const __m512i both_ds = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(ds1, ds0));
         if constexpr (kDropping) both_p = _mm512_maskz_mov_epi16(kept, both_p);

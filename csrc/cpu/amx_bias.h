@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bias and soft cap of the AMX backward, whose blocks of scores are transposed, keys x rows: rows of ScoreBias are turned into columns
-// 16 x 16 at a time, and the gradients of mask and slopes are turned back. Included before amx_backward.h.
+// 16 x 16 at a time, and the gradients of mask and slopes are turned back.
 #pragma once
+#include "amx_tiles.h"
+#include "score_bias.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -30,7 +32,7 @@ class TransposedBias {
   bool wants_gradients() const { return dmask_ || problem_.dalibi_slopes; }
   double slope_sum() const { return slope_sum_; }  // of dS * distance over the head so far
   // 1 - tanh^2 after apply(), under a soft cap.
-  const float* softcap_slopes() const { return bias_t_; }
+  const float* softcap_derivative() const { return bias_t_; }
 
   // Products S^T (keys, rows) become scores in units of log2, -inf where unseen.
   void apply(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed, float* scores) {

@@ -7,6 +7,8 @@
 // and divides acc by the row sums at the end (Milakov and Gimelshein 2018; Dao 2023). Rows of S are reduced 16 at a time, so that
 // maxima, sums, rescaling factors and lse are vectors with one lane per row.
 #pragma once
+#include "amx_tiles.h"
+#include "few_rows_forward.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -91,7 +93,7 @@ class AmxForward {
     for (int64_t key0 = first_key; key0 < last_key; key0 += block_keys_) {
       // One block serves the whole head; of several, this task packs what its last row sees.
       const int64_t keys = min_of(block_keys_, (single_block_ ? bounds_.seqlen_k : last_key) - key0);
-      if (!single_block_ || packed_head_ != batch_ * problem_.num_heads_kv + kv_head_) pack_key_block(key0, keys);
+      if (!single_block_ || packed_head_ != batch_ * problem_.num_heads_kv + kv_head_) pack_keys(key0, keys);
       for (int64_t first = 0; first < live_rows; first += kRows) {
         const int64_t block_rows = min_of(kRows, live_rows - first), held = single_block_ ? 0 : first;
         if (key0 == first_key) {
@@ -145,7 +147,7 @@ class AmxForward {
     started_[held / kRows] = 0;
   }
 
-  void pack_key_block(int64_t key0, int64_t keys) {
+  void pack_keys(int64_t key0, int64_t keys) {
     const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
     const int64_t keys_padded = round_up(keys, 32), row = bounds_.first_key + key0;
     pack_pairs_along_head_dim(rows_of(problem_.key, batch_, kv_head_, row, keys, problem_.head_dim_qk, present), keys_padded, dim_qk_,

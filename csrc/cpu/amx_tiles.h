@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // AMX building blocks for bf16: tile configuration, packing of rows into the layouts that TDPBF16PS reads, the tile matmul, and
-// the vector functions that the AMX kernels share. Included after simd.h and matmul.h, for AVX-512 only.
+// the vector functions that the AMX kernels share. For AVX-512 only.
 //
 // A tile holds 16 rows of 64 bytes. TDPBF16PS computes C (16 x 16 fp32) += A (16 x 32 bf16) * B (32 x 16 bf16). A is stored as it
 // is; B as 16 rows of 16 pairs: element (k, n) lies in row k / 2, at position 2 * n + k % 2.
@@ -11,6 +11,8 @@
 //   pairs along the head dim    32 dims x 16 rows (the transpose)     pack_pairs_along_head_dim        B, depth = head dim
 //   pairs along the sequence    32 rows x 16 dims                     pack_pairs_along_sequence        B, depth = sequence
 #pragma once
+#include "dropout.h"
+#include "matmul.h"
 
 namespace fused_attention::cpu::FA_ISA {
 

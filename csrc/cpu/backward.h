@@ -10,8 +10,8 @@
 // of several query heads that share one key head add up in scratch. Where the three copies do not fit a level-2 cache, a block of rows
 // meets several blocks of keys in turn. As in FlashAttention (Dao et al., 2022), with the lse gradient folded into delta: d lse / d S = P.
 #pragma once
-
 #include "backward_tasks.h"
+#include "few_rows_forward.h"
 #include "softmax_gradient.h"
 
 namespace fused_attention::cpu::FA_ISA {
@@ -23,9 +23,9 @@ constexpr int64_t kBackwardRows = SoftmaxGradient::kRows, kBackwardKeys = kKeyTi
 // with their gradients.
 static int64_t key_blocks_together(const AttentionProblem& problem) {
   constexpr int64_t kRowsBytes = 4 << 20, kKeysBytes = 512 << 10, kSize = sizeof(float);
-  const int64_t query_columns = round_up(problem.head_dim_qk, 16), value_columns = round_up(problem.head_dim_v, 16);
-  if (has_diagonal(problem) || problem.seqlen_q * (2 * query_columns + value_columns) * kSize <= kRowsBytes) return 1;
-  const int64_t block_bytes = kBackwardKeys * (3 * query_columns + 2 * value_columns) * kSize;
+  const int64_t dim_qk = round_up(problem.head_dim_qk, 16), dim_v = round_up(problem.head_dim_v, 16);
+  if (has_diagonal(problem) || problem.seqlen_q * (2 * dim_qk + dim_v) * kSize <= kRowsBytes) return 1;
+  const int64_t block_bytes = kBackwardKeys * (3 * dim_qk + 2 * dim_v) * kSize;
   return max_of(min_of(kKeysBytes / block_bytes, (problem.seqlen_k + kBackwardKeys - 1) / kBackwardKeys), int64_t{1});
 }
 
@@ -37,21 +37,21 @@ class BackwardPass {
         arena_(scratch),
         tasks_(problem),
         group_(problem.num_heads / max_of(problem.num_heads_kv, int64_t{1})),
-        query_columns_(round_up(problem.head_dim_qk, 16)),
-        value_columns_(round_up(problem.head_dim_v, 16)),
+        dim_qk_(round_up(problem.head_dim_qk, 16)),
+        dim_v_(round_up(problem.head_dim_v, 16)),
         few_rows_(problem.seqlen_q <= kFewRows),
         row_blocks_((problem.seqlen_q + kBackwardRows - 1) / kBackwardRows),
         blocks_together_(key_blocks_together(problem)),
         held_keys_(group_ > 1 ? tasks_.most_keys() : blocks_together_ * kBackwardKeys),
         softmax_(problem, arena_) {
-    queries_ = arena_.take<float>(problem.seqlen_q * query_columns_);
-    douts_ = arena_.take<float>(problem.seqlen_q * value_columns_);
-    dqueries_ = arena_.take<float>(problem.seqlen_q * query_columns_);
-    keys_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
-    values_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * value_columns_);
-    keys_ = arena_.take<float>(blocks_together_ * kBackwardKeys * query_columns_);
-    dkeys_ = arena_.take<float>(held_keys_ * query_columns_);
-    dvalues_ = arena_.take<float>(held_keys_ * value_columns_);
+    query_rows_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
+    dout_rows_ = arena_.take<float>(problem.seqlen_q * dim_v_);
+    dquery_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
+    key_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * dim_qk_);
+    value_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * dim_v_);
+    key_rows_ = arena_.take<float>(blocks_together_ * kBackwardKeys * dim_qk_);
+    dkey_ = arena_.take<float>(held_keys_ * dim_qk_);
+    dvalue_ = arena_.take<float>(held_keys_ * dim_v_);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, kBackwardKeys) : 0);
     rows_started_ = arena_.take<uint8_t>(row_blocks_);
     keys_started_ = arena_.take<uint8_t>(held_keys_ / kBackwardKeys);
@@ -66,71 +66,73 @@ class BackwardPass {
   }
 
  private:
-  static constexpr int64_t kScoresRow = SoftmaxGradient::kScoresRow, kSize = sizeof(T);
+  static constexpr int64_t kScoreStride = SoftmaxGradient::kScoreStride, kSize = sizeof(T);
 
   void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
-    enter(b, h_kv);
+    set_key_head(b, h_kv);
     const KeyRange range = tasks_.keys(task, bounds_.seqlen_k);
     for (int64_t n = 0; n < held_keys_ / kBackwardKeys; ++n) keys_started_[n] = 0;
     for (int64_t h = h_kv * group_; h < (h_kv + 1) * group_; ++h) {
       const bool last_head = h + 1 == (h_kv + 1) * group_;
-      enter_head(task, h);
-      load_rows();
+      set_head(task, h);
+      pack_query_side();
       if (problem_.dsinks && tasks_.split(task) == 0)
-        store_sink_gradient(problem_, b_, h_, problem_.lse + lse_offset(problem_, bounds_, b_, h_), softmax_.delta(), bounds_.seqlen_q);
+        store_sink_gradient(problem_, batch_, head_, problem_.lse + lse_offset(problem_, bounds_, batch_, head_), softmax_.delta(),
+                            bounds_.seqlen_q);
       plan_prefetch(more && last_head);
       for (int64_t key0 = range.first; key0 < range.last; key0 += blocks_together_ * kBackwardKeys) {
         const int64_t keys = min_of(blocks_together_ * kBackwardKeys, range.last - key0);
         held_ = group_ > 1 ? key0 - range.first : 0;
         for (int64_t n = 0; group_ == 1 && n < blocks_together_; ++n) keys_started_[n] = 0;
         attend(key0, keys);
-        for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys) write_keys(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
+        for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys)
+          store_key_gradients(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
       }
       if (problem_.dalibi_slopes) problem_.dalibi_slopes[batch_head_ * problem_.num_key_splits + tasks_.split(task)] = softmax_.dslope();
-      write_queries(task);
+      store_dquery(task);
     }
     if (tasks_.split(task) + 1 == problem_.num_key_splits) {
-      write_rows(key_row(problem_.dkey, 0), problem_.dkey.row, bounds_.seqlen_k, bounds_.keys, problem_.head_dim_qk, nullptr, 0, 0.0f);
-      write_rows(key_row(problem_.dvalue, 0), problem_.dvalue.row, bounds_.seqlen_k, bounds_.keys, problem_.head_dim_v, nullptr, 0, 0.0f);
+      store_rows(key_row(problem_.dkey, 0), problem_.dkey.row, bounds_.seqlen_k, bounds_.keys, problem_.head_dim_qk, nullptr, 0, 0.0f);
+      store_rows(key_row(problem_.dvalue, 0), problem_.dvalue.row, bounds_.seqlen_k, bounds_.keys, problem_.head_dim_v, nullptr, 0, 0.0f);
     }
   }
 
-  T* query_row(const StridedTensor& tensor, int64_t row) const { return row_ptr<T>(tensor, b_, h_, bounds_.first_query + row); }
-  T* key_row(const StridedTensor& tensor, int64_t key) const { return row_ptr<T>(tensor, b_, h_kv_, bounds_.first_key + key); }
+  T* query_row(const StridedTensor& tensor, int64_t row) const { return row_ptr<T>(tensor, batch_, head_, bounds_.first_query + row); }
+  T* key_row(const StridedTensor& tensor, int64_t key) const { return row_ptr<T>(tensor, batch_, kv_head_, bounds_.first_key + key); }
 
-  void enter(int64_t b, int64_t h_kv) {
-    h_kv_ = h_kv;
-    if (b == b_) return;
-    b_ = b;
+  void set_key_head(int64_t b, int64_t h_kv) {
+    kv_head_ = h_kv;
+    if (b == batch_) return;
+    batch_ = b;
     bounds_ = sequence_bounds(problem_, b);
-    if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, kBackwardKeys));
+    if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, kBackwardKeys));
   }
 
-  void enter_head(int64_t task, int64_t h) {
-    h_ = h;
-    batch_head_ = b_ * problem_.num_heads + h;
+  void set_head(int64_t task, int64_t h) {
+    head_ = h;
+    batch_head_ = batch_ * problem_.num_heads + h;
     float* dmask = tasks_.mask_gradient(task);
-    if (dmask) dmask += b_ * problem_.dattn_mask_batch + h * problem_.dattn_mask_head;
-    softmax_.enter(bounds_, b_, h, holes_ ? key_bias_ : nullptr, dmask);
+    if (dmask) dmask += batch_ * problem_.dattn_mask_batch + h * problem_.dattn_mask_head;
+    softmax_.enter(bounds_, batch_, h, has_holes_ ? key_bias_ : nullptr, dmask);
     for (int64_t block = 0; block < row_blocks_; ++block) {
       rows_started_[block] = 0;
-      if (tile_kinds_) expand_tiles(problem_.row_tiles, b_, h, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
+      if (tile_kinds_) expand_tiles(problem_.row_tiles, batch_, h, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
     }
   }
 
   // Packs Q and dout, and computes delta.
-  void load_rows() {
+  void pack_query_side() {
     const int64_t rows = bounds_.seqlen_q;
-    pack_rows<T>(query_row(problem_.query, 0), problem_.query.row, rows, problem_.head_dim_qk, queries_, query_columns_);
-    pack_rows<T>(query_row(problem_.dout, 0), problem_.dout.row, rows, problem_.head_dim_v, douts_, value_columns_);
-    const int64_t offset = lse_offset(problem_, bounds_, b_, h_);
+    pack_rows<T>(query_row(problem_.query, 0), problem_.query.row, rows, problem_.head_dim_qk, query_rows_, dim_qk_);
+    pack_rows<T>(query_row(problem_.dout, 0), problem_.dout.row, rows, problem_.head_dim_v, dout_rows_, dim_v_);
+    const int64_t offset = lse_offset(problem_, bounds_, batch_, head_);
     const float *lse = problem_.lse + offset, *dlse = problem_.dlse ? problem_.dlse + offset : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
-      float* dout = douts_ + i * value_columns_;
+      float* dout = dout_rows_ + i * dim_v_;
       if (lse[i] == -kInfinity) {  // the row sees nothing: no gradient, whatever is stored in it
         softmax_.enter_row_that_sees_nothing(i);
-        for (int64_t d = 0; d < value_columns_; d += kLanes) store(dout + d, broadcast(0.0f));
-        for (int64_t d = 0; d < query_columns_; d += kLanes) store(queries_ + i * query_columns_ + d, broadcast(0.0f));
+        for (int64_t d = 0; d < dim_v_; d += kLanes) store(dout + d, broadcast(0.0f));
+        for (int64_t d = 0; d < dim_qk_; d += kLanes) store(query_rows_ + i * dim_qk_ + d, broadcast(0.0f));
         continue;
       }
       const T* out = query_row(problem_.out, i);
@@ -144,15 +146,15 @@ class BackwardPass {
   }
 
   // Packs a block of keys as the one at `place`, in keys, of those that are together.
-  void load_keys(int64_t key0, int64_t keys, int64_t place) {
-    const float* absent = holes_ ? key_bias_ + key0 : nullptr;
+  void pack_keys(int64_t key0, int64_t keys, int64_t place) {
+    const float* absent = has_holes_ ? key_bias_ + key0 : nullptr;
     const T *key = key_row(problem_.key, key0), *value = key_row(problem_.value, key0);
-    pack_rows(key, problem_.key.row, keys, problem_.head_dim_qk, keys_ + place * query_columns_, query_columns_, absent);
+    pack_rows(key, problem_.key.row, keys, problem_.head_dim_qk, key_rows_ + place * dim_qk_, dim_qk_, absent);
     if (few_rows_) {
-      pack_rows(value, problem_.value.row, keys, problem_.head_dim_v, values_t_ + place * value_columns_, value_columns_, absent);
+      pack_rows(value, problem_.value.row, keys, problem_.head_dim_v, value_t_ + place * dim_v_, dim_v_, absent);
     } else {
-      pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, keys_t_ + place * query_columns_, absent);
-      pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, values_t_ + place * value_columns_, absent);
+      pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, key_t_ + place * dim_qk_, absent);
+      pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, value_t_ + place * dim_v_, absent);
     }
   }
 
@@ -181,8 +183,8 @@ class BackwardPass {
                   key_blocks = (bounds_.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
     const int64_t blocks = is_causal(problem_) ? (row_blocks * key_blocks + 1) / 2 : row_blocks * key_blocks;
     prefetcher_.spread_over(blocks * (matmul_ticks(kBackwardRows, kBackwardKeys, problem_.head_dim_qk + problem_.head_dim_v) +
-                                      matmul_ticks(kBackwardKeys, query_columns_ + value_columns_, kBackwardRows) +
-                                      matmul_ticks(kBackwardRows, query_columns_, kBackwardKeys)));
+                                      matmul_ticks(kBackwardKeys, dim_qk_ + dim_v_, kBackwardRows) +
+                                      matmul_ticks(kBackwardRows, dim_qk_, kBackwardKeys)));
   }
 
   // All rows that see some of the keys, which are blocks_together_ blocks or fewer.
@@ -197,71 +199,67 @@ class BackwardPass {
         if (kind == kEmptyTile) continue;
         const int64_t block_keys = min_of(kBackwardKeys, keys - place);
         const uint32_t bit = uint32_t{1} << (place / kBackwardKeys);
-        if (!(loaded & bit)) load_keys(key0 + place, block_keys, place), loaded |= bit;
+        if (!(loaded & bit)) pack_keys(key0 + place, block_keys, place), loaded |= bit;
         accumulate(row0, min_of(kBackwardRows, bounds_.seqlen_q - row0), key0 + place, block_keys, place, kind == kMixedTile);
       }
   }
 
   // One block of P and dS, and its share of dV, dK and dQ.
   void accumulate(int64_t row0, int64_t rows, int64_t key0, int64_t keys, int64_t place, bool mixed) {
-    const float *q = queries_ + row0 * query_columns_, *dout = douts_ + row0 * value_columns_,
-                *packed_keys = keys_ + place * query_columns_, *keys_t = keys_t_ + place * query_columns_,
-                *values_t = values_t_ + place * value_columns_;
+    const float *q = query_rows_ + row0 * dim_qk_, *dout = dout_rows_ + row0 * dim_v_, *packed_keys = key_rows_ + place * dim_qk_,
+                *keys_t = key_t_ + place * dim_qk_, *values_t = value_t_ + place * dim_v_;
     float *weights = softmax_.weights(), *dscores = softmax_.dscores();
     const int64_t columns = round_up(keys, kLanes), held = held_ + place;
     if (few_rows_) {
-      matmul_few_rows(rows, keys, query_columns_, q, query_columns_, packed_keys, query_columns_, weights, kScoresRow);
-      matmul_few_rows(rows, keys, value_columns_, dout, value_columns_, values_t, value_columns_, dscores, kScoresRow);
+      matmul_few_rows(rows, keys, dim_qk_, q, dim_qk_, packed_keys, dim_qk_, weights, kScoreStride);
+      matmul_few_rows(rows, keys, dim_v_, dout, dim_v_, values_t, dim_v_, dscores, kScoreStride);
     } else {
-      matmul(rows, columns, problem_.head_dim_qk, q, query_columns_, 1, keys_t, kBackwardKeys, weights, kScoresRow, false, &prefetcher_);
-      matmul(rows, columns, problem_.head_dim_v, dout, value_columns_, 1, values_t, kBackwardKeys, dscores, kScoresRow, false,
-             &prefetcher_);
+      matmul(rows, columns, problem_.head_dim_qk, q, dim_qk_, 1, keys_t, kBackwardKeys, weights, kScoreStride, false, &prefetcher_);
+      matmul(rows, columns, problem_.head_dim_v, dout, dim_v_, 1, values_t, kBackwardKeys, dscores, kScoreStride, false, &prefetcher_);
     }
     softmax_.apply(row0, rows, key0, keys, mixed);
     uint8_t &keys_started = keys_started_[held / kBackwardKeys], &rows_started = rows_started_[row0 / kBackwardRows];
-    matmul(keys, value_columns_, rows, weights, 1, kScoresRow, dout, value_columns_, dvalues_ + held * value_columns_, value_columns_,
-           keys_started != 0, &prefetcher_);
-    matmul(keys, query_columns_, rows, dscores, 1, kScoresRow, q, query_columns_, dkeys_ + held * query_columns_, query_columns_,
-           keys_started != 0, &prefetcher_);
-    matmul(rows, query_columns_, keys, dscores, kScoresRow, 1, packed_keys, query_columns_, dqueries_ + row0 * query_columns_,
-           query_columns_, rows_started != 0, &prefetcher_);
+    matmul(keys, dim_v_, rows, weights, 1, kScoreStride, dout, dim_v_, dvalue_ + held * dim_v_, dim_v_, keys_started != 0, &prefetcher_);
+    matmul(keys, dim_qk_, rows, dscores, 1, kScoreStride, q, dim_qk_, dkey_ + held * dim_qk_, dim_qk_, keys_started != 0, &prefetcher_);
+    matmul(rows, dim_qk_, keys, dscores, kScoreStride, 1, packed_keys, dim_qk_, dquery_ + row0 * dim_qk_, dim_qk_, rows_started != 0,
+           &prefetcher_);
     keys_started = rows_started = 1;
   }
 
-  void write_keys(int64_t key0, int64_t keys, int64_t held) {
-    const float* absent = holes_ ? key_bias_ + key0 : nullptr;
+  void store_key_gradients(int64_t key0, int64_t keys, int64_t held) {
+    const float* absent = has_holes_ ? key_bias_ + key0 : nullptr;
     const bool seen = keys_started_[held / kBackwardKeys] != 0;
-    write_rows(key_row(problem_.dkey, 0), problem_.dkey.row, key0, key0 + keys, problem_.head_dim_qk,
-               seen ? dkeys_ + held * query_columns_ : nullptr, query_columns_, problem_.softmax_scale, absent);
-    write_rows(key_row(problem_.dvalue, 0), problem_.dvalue.row, key0, key0 + keys, problem_.head_dim_v,
-               seen ? dvalues_ + held * value_columns_ : nullptr, value_columns_, problem_.dropout_scale(), absent);
+    store_rows(key_row(problem_.dkey, 0), problem_.dkey.row, key0, key0 + keys, problem_.head_dim_qk,
+               seen ? dkey_ + held * dim_qk_ : nullptr, dim_qk_, problem_.softmax_scale, absent);
+    store_rows(key_row(problem_.dvalue, 0), problem_.dvalue.row, key0, key0 + keys, problem_.head_dim_v,
+               seen ? dvalue_ + held * dim_v_ : nullptr, dim_v_, problem_.dropout_scale(), absent);
   }
 
   // dQ of the head, or its share by this task's keys.
-  void write_queries(int64_t task) {
+  void store_dquery(int64_t task) {
     const bool shared = problem_.num_key_splits > 1;
     for (int64_t row0 = 0; row0 < bounds_.seqlen_q; row0 += kBackwardRows) {
       const int64_t end = min_of(row0 + kBackwardRows, bounds_.seqlen_q);
-      const float* source = rows_started_[row0 / kBackwardRows] ? dqueries_ + row0 * query_columns_ : nullptr;
+      const float* source = rows_started_[row0 / kBackwardRows] ? dquery_ + row0 * dim_qk_ : nullptr;
       if (shared)
-        write_rows(tasks_.dquery_part(task, bounds_, b_, h_), problem_.head_dim_qk, row0, end, problem_.head_dim_qk, source, query_columns_,
+        store_rows(tasks_.dquery_part(task, bounds_, batch_, head_), problem_.head_dim_qk, row0, end, problem_.head_dim_qk, source, dim_qk_,
                    problem_.softmax_scale);
       else
-        write_rows(query_row(problem_.dquery, 0), problem_.dquery.row, row0, end, problem_.head_dim_qk, source, query_columns_,
+        store_rows(query_row(problem_.dquery, 0), problem_.dquery.row, row0, end, problem_.head_dim_qk, source, dim_qk_,
                    problem_.softmax_scale);
     }
     if (!shared)
-      write_rows(query_row(problem_.dquery, 0), problem_.dquery.row, bounds_.seqlen_q, bounds_.rows, problem_.head_dim_qk, nullptr, 0,
+      store_rows(query_row(problem_.dquery, 0), problem_.dquery.row, bounds_.seqlen_q, bounds_.rows, problem_.head_dim_qk, nullptr, 0,
                  0.0f);
   }
 
   // Rows [begin, end) of a gradient that starts at `gradient` = factor * source, or 0 where there is no source or the key is absent.
   template <class U>
-  static void write_rows(U* gradient, int64_t stride, int64_t begin, int64_t end, int64_t head_dim, const float* source, int64_t source_row,
+  static void store_rows(U* gradient, int64_t stride, int64_t begin, int64_t end, int64_t head_dim, const float* source, int64_t source_row,
                          float factor, const float* absent = nullptr) {
     for (int64_t row = begin; row < end; ++row) {
       const bool zero = !source || is_absent(absent, row - begin);
-      write_row(gradient + row * stride, zero ? nullptr : source + (row - begin) * source_row, factor, head_dim);
+      store_row(gradient + row * stride, zero ? nullptr : source + (row - begin) * source_row, factor, head_dim);
     }
   }
 
@@ -269,26 +267,26 @@ class BackwardPass {
   Arena arena_;
   const BackwardTasks tasks_;
   const int64_t group_;  // query heads to a key head
-  const int64_t query_columns_, value_columns_;
+  const int64_t dim_qk_, dim_v_;
   const bool few_rows_;
   const int64_t row_blocks_;
   const int64_t blocks_together_;  // of keys
   const int64_t held_keys_;        // whose dK and dV are held at a time: those blocks, or all of the task for several query heads
   SoftmaxGradient softmax_;
 
-  float *queries_, *dqueries_;             // (seqlen_q, query_columns)
-  float* douts_;                           // (seqlen_q, value_columns)
-  float *keys_t_, *values_t_;              // (blocks_together, head_dim, kBackwardKeys), keys transposed; V as it is for a few rows
-  float* keys_;                            // (blocks_together, kBackwardKeys, query_columns)
-  float* dkeys_;                           // (held_keys, query_columns)
-  float* dvalues_;                         // (held_keys, value_columns)
+  float *query_rows_, *dquery_;            // (seqlen_q, dim_qk)
+  float* dout_rows_;                       // (seqlen_q, dim_v)
+  float *key_t_, *value_t_;                // (blocks_together, head_dim, kBackwardKeys), keys transposed; V as it is for a few rows
+  float* key_rows_;                        // (blocks_together, kBackwardKeys, dim_qk)
+  float* dkey_;                            // (held_keys, dim_qk)
+  float* dvalue_;                          // (held_keys, dim_v)
   float* key_bias_;                        // (seqlen_k,) 0 or -inf
-  uint8_t *rows_started_, *keys_started_;  // per block: dqueries_, dkeys_ and dvalues_ hold something
+  uint8_t *rows_started_, *keys_started_;  // per block: dquery_, dkey_ and dvalue_ hold something
   uint8_t* tile_kinds_ = nullptr;          // (row_blocks, tiles) of the head
 
-  int64_t b_ = -1, h_ = 0, h_kv_ = 0, batch_head_ = 0, held_ = 0;
+  int64_t batch_ = -1, head_ = 0, kv_head_ = 0, batch_head_ = 0, held_ = 0;
   SequenceBounds bounds_{};
-  bool holes_ = false;
+  bool has_holes_ = false;
   RowPrefetcher prefetcher_;
 };
 

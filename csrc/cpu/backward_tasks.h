@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a backward pass is cut into tasks: the query heads of one key head, and of its keys one range where heads are fewer than
 // threads. With a gradient of attn_mask, the heads that share a slice of the mask follow each other in a task, so that it has the
-// slice, or its part of the slice's gradient, to itself. Every task adds up in a fixed order; included by backward.h.
+// slice, or its part of the slice's gradient, to itself. Every task adds up in a fixed order.
 #pragma once
+#include "mask.h"
 
 namespace fused_attention::cpu::FA_ISA {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which weights dropout keeps, as bits, 16 x 16 weights from 32 draws of the generator of philox.h. Included by mask.h.
+// Which weights dropout keeps, as bits, 16 x 16 weights from 32 draws of the generator of philox.h.
 //
 // A counter is (x, y, batch_head, offset) with x from the key and y from the row, so half of what each of the first rounds computes
 // depends on only one of key and row. With vectors of counters those halves are computed once per 16 keys (PhiloxColumns) and once
@@ -7,6 +7,9 @@
 //
 //   round 1   multiplies x and batch_head;   round 2   the words of x and of y, separately;   round 3   one word of x, one of both
 #pragma once
+#include "../philox.h"
+#include "../problem.h"
+#include "simd.h"
 
 namespace fused_attention::cpu::FA_ISA {
 

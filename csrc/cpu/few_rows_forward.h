@@ -4,9 +4,11 @@
 // of kBlockKeys, four keys of every head at a time: heads that lie next to each other in memory are read as long pieces, which
 // the hardware prefetcher follows, and cost one address translation together. For each block:
 //   1. S = Q K^T          2. the online softmax, line by line          3. O = O * rescale + P V
-// A line is a row of a query head. Tiles that a PreparedMask leaves empty are not read. Included by forward.h.
+// A line is a row of a query head. Tiles that a PreparedMask leaves empty are not read.
 #pragma once
-
+#include "dropout.h"
+#include "kernel_table.h"
+#include "matmul.h"
 #include "online_softmax.h"
 
 namespace fused_attention::cpu::FA_ISA {
@@ -22,20 +24,20 @@ class FewRowsForward {
         heads_per_task_(heads_per_task),
         tasks_per_sequence_((problem.num_heads_kv + heads_per_task - 1) / heads_per_task),
         group_(problem.num_heads / problem.num_heads_kv),
-        query_columns_(round_up(problem.head_dim_qk, 16)),
-        value_columns_(round_up(problem.head_dim_v, 16)),
-        scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, 16)) + 16),
+        dim_qk_(round_up(problem.head_dim_qk, 16)),
+        dim_v_(round_up(problem.head_dim_v, 16)),
+        score_stride_(min_of(kBlockKeys, round_up(problem.seqlen_k, 16)) + 16),
         arena_(scratch),
-        softmax_(problem, arena_, scores_row_) {
+        softmax_(problem, arena_, score_stride_) {
     const int64_t lines = heads_per_task * group_ * problem.seqlen_q;
-    queries_ = arena_.take<float>(lines * query_columns_);
-    out_ = arena_.take<float>(lines * value_columns_);
-    scores_ = arena_.take<float>(lines * scores_row_);
+    query_rows_ = arena_.take<float>(lines * dim_qk_);
+    acc_ = arena_.take<float>(lines * dim_v_);
+    scores_ = arena_.take<float>(lines * score_stride_);
     row_max_ = arena_.take<float>(lines + kLanes);
     row_sum_ = arena_.take<float>(lines + kLanes);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
     zero_row_ = arena_.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
-    keep_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits come for 16 rows at a time
+    keep_bits_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits come for 16 rows at a time
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(heads_per_task * group_ * problem.row_tiles.num_tiles);
   }
 
@@ -52,11 +54,11 @@ class FewRowsForward {
   void run(int64_t first_task, int64_t last_task) {
     __builtin_memset(zero_row_, 0, static_cast<size_t>(max_of(problem_.head_dim_qk, problem_.head_dim_v)) * sizeof(T));
     for (int64_t task = first_task; task < last_task; ++task) {
-      enter(task);
+      set_task(task);
       const int64_t keys_end = rows_ > 0 ? visible_keys(bounds_, rows_ - 1) : 0;
       for (int64_t key0 = rows_ > 0 ? first_visible_key(bounds_, 0) / 64 * 64 : 0; key0 < keys_end; key0 += kBlockKeys)
         attend(key0, min_of(kBlockKeys, keys_end - key0));
-      write();
+      store_rows();
     }
   }
 
@@ -65,27 +67,27 @@ class FewRowsForward {
 
   int64_t first_line(int64_t head) const { return head * problem_.seqlen_q; }  // of a query head of the task
 
-  void enter(int64_t task) {
-    if (const int64_t b = task / tasks_per_sequence_; b != b_) {
-      b_ = b;
+  void set_task(int64_t task) {
+    if (const int64_t b = task / tasks_per_sequence_; b != batch_) {
+      batch_ = b;
       bounds_ = sequence_bounds(problem_, b);
-      if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+      if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
     }
     rows_ = bounds_.seqlen_q;
     head0_ = task % tasks_per_sequence_ * heads_per_task_;
     heads_ = min_of(heads_per_task_, problem_.num_heads_kv - head0_);
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
-      pack_rows(row_ptr<const T>(problem_.query, b_, h, bounds_.first_query), problem_.query.row, rows_, problem_.head_dim_qk,
-                queries_ + line0 * query_columns_, query_columns_);
+      pack_rows(row_ptr<const T>(problem_.query, batch_, h, bounds_.first_query), problem_.query.row, rows_, problem_.head_dim_qk,
+                query_rows_ + line0 * dim_qk_, dim_qk_);
       for (int64_t line = line0; line < line0 + problem_.seqlen_q; ++line) {
         const bool has_sink = problem_.sinks && line - line0 < rows_;
         row_max_[line] = has_sink ? problem_.sinks[h] * kLog2e : -kInfinity;
         row_sum_[line] = has_sink && problem_.sinks[h] != -kInfinity ? 1.0f : 0.0f;
       }
-      if (tile_kinds_) expand_tiles(problem_.row_tiles, b_, h, 0, tile_kinds_ + head * problem_.row_tiles.num_tiles);
+      if (tile_kinds_) expand_tiles(problem_.row_tiles, batch_, h, 0, tile_kinds_ + head * problem_.row_tiles.num_tiles);
     }
-    for (int64_t i = 0; i < heads_ * group_ * problem_.seqlen_q * value_columns_; i += kLanes) store(out_ + i, broadcast(0.0f));
+    for (int64_t i = 0; i < heads_ * group_ * problem_.seqlen_q * dim_v_; i += kLanes) store(acc_ + i, broadcast(0.0f));
   }
 
   uint8_t tile_kind(int64_t head, int64_t key) const {
@@ -94,11 +96,11 @@ class FewRowsForward {
 
   void attend(int64_t key0, int64_t keys) {
     visit_keys(problem_.key, problem_.value, key0, keys, problem_.head_dim_qk, [&](int64_t line, int64_t j, const T* const rows[4]) {
-      dot_products(queries_ + line * query_columns_, rows, problem_.head_dim_qk, scores_ + line * scores_row_ + j);
+      dot_products(query_rows_ + line * dim_qk_, rows, problem_.head_dim_qk, scores_ + line * score_stride_ + j);
     });
     softmax(key0, keys);
     visit_keys(problem_.value, problem_.key, key0, keys, problem_.head_dim_v, [&](int64_t line, int64_t j, const T* const rows[4]) {
-      add_weighted(out_ + line * value_columns_, scores_ + line * scores_row_ + j, rows, problem_.head_dim_v);
+      add_weighted(acc_ + line * dim_v_, scores_ + line * score_stride_ + j, rows, problem_.head_dim_v);
     });
   }
 
@@ -107,8 +109,8 @@ class FewRowsForward {
   template <class Visit>
   FA_MEMBER_INLINE void visit_keys(const StridedTensor& tensor, const StridedTensor& next, int64_t key0, int64_t keys, int64_t head_dim,
                                    Visit&& visit) {
-    const T *first = row_ptr<const T>(tensor, b_, head0_, bounds_.first_key + key0),
-            *next_first = row_ptr<const T>(next, b_, head0_, bounds_.first_key + key0);
+    const T *first = row_ptr<const T>(tensor, batch_, head0_, bounds_.first_key + key0),
+            *next_first = row_ptr<const T>(next, batch_, head0_, bounds_.first_key + key0);
     for (int64_t j = 0; j < keys; j += 4)
       for (int64_t head = 0; head < heads_; ++head) {
         bool seen = !tile_kinds_;
@@ -120,7 +122,7 @@ class FewRowsForward {
           const T* line = ahead < keys ? first + ahead * tensor.row + head * tensor.head
                                        : next_first + min_of(ahead - keys, keys - 1) * next.row + head * next.head;
           for (int64_t d = 0; d < head_dim; d += 64 / kSize) __builtin_prefetch(line + d, 0, 2);
-          const bool absent = j + n >= keys || (holes_ && is_absent(key_bias_, key0 + j + n));
+          const bool absent = j + n >= keys || (has_holes_ && is_absent(key_bias_, key0 + j + n));
           rows[n] = absent ? zero_row_ : first + (j + n) * tensor.row + head * tensor.head;
         }
         for (int64_t member = head * group_; member < (head + 1) * group_; ++member)
@@ -136,13 +138,14 @@ class FewRowsForward {
       bool mixed = false;
       for (int64_t j = 0; j < keys; j += 64) mixed |= tile_kind(head, key0 + j) != kFullTile;
       if (problem_.dropout_threshold)
-        dropout_keep_bits(problem_, b_ * problem_.num_heads + h, 0, rows_, key0, (keys + 15) / 16, keep_, kKeepWords);
-      softmax_.enter(bounds_, b_, h, holes_ ? key_bias_ : nullptr);
+        dropout_keep_bits(problem_, batch_ * problem_.num_heads + h, 0, rows_, key0, (keys + 15) / 16, keep_bits_, kKeepWords);
+      softmax_.enter(bounds_, batch_, h, has_holes_ ? key_bias_ : nullptr);
       softmax_.enter_block(0, key0, keys, mixed);
       for (int64_t i = 0; i < rows_; ++i) {
         const int64_t line = first_line(head) + i;
-        const float rescale = softmax_.weights(i, scores_ + line * scores_row_, row_max_[line], row_sum_[line], keep_ + i * kKeepWords);
-        if (rescale != 1.0f) scale_row(out_ + line * value_columns_, rescale, value_columns_);
+        const float rescale =
+            softmax_.weights(i, scores_ + line * score_stride_, row_max_[line], row_sum_[line], keep_bits_ + i * kKeepWords);
+        if (rescale != 1.0f) scale_row(acc_ + line * dim_v_, rescale, dim_v_);
       }
     }
   }
@@ -159,38 +162,38 @@ class FewRowsForward {
   }
 
   // out and lse; rows that see nothing, absent ones included, get 0 and -inf.
-  void write() {
+  void store_rows() {
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
       for (int64_t i = 0; i < bounds_.rows; ++i) {
         const float sum = row_sum_[line0 + i];
-        write_row(row_ptr<T>(problem_.out, b_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : out_ + (line0 + i) * value_columns_,
+        store_row(row_ptr<T>(problem_.out, batch_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_,
                   problem_.dropout_scale() / sum, problem_.head_dim_v);
       }
       const Vec sums = select(first_lanes(bounds_.rows), load(row_sum_ + line0), broadcast(1.0f));  // those past the last line are unset
-      store_first(problem_.lse + lse_offset(problem_, bounds_, b_, h), natural_lse(load(row_max_ + line0), sums), bounds_.rows);
+      store_first(problem_.lse + lse_offset(problem_, bounds_, batch_, h), natural_lse(load(row_max_ + line0), sums), bounds_.rows);
     }
   }
 
   const AttentionProblem& problem_;
   const int64_t heads_per_task_, tasks_per_sequence_;
   const int64_t group_;  // query heads to a key head
-  const int64_t query_columns_, value_columns_, scores_row_;
+  const int64_t dim_qk_, dim_v_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 
-  float* queries_;                 // (lines, query_columns)
-  float* out_;                     // (lines, value_columns), not yet normalised
-  float* scores_;                  // (lines, scores_row)
+  float* query_rows_;              // (lines, dim_qk)
+  float* acc_;                     // (lines, dim_v), not yet normalised
+  float* scores_;                  // (lines, score_stride)
   float *row_max_, *row_sum_;      // (lines,) the maxima in units of log2
   float* key_bias_;                // (seqlen_k,) 0 or -inf
   T* zero_row_;                    // (head_dim,)
-  uint16_t* keep_;                 // (16, kKeepWords) dropout bits of one head
+  uint16_t* keep_bits_;            // (16, kKeepWords) dropout bits of one head
   uint8_t* tile_kinds_ = nullptr;  // (query heads, tiles)
 
-  int64_t b_ = -1, head0_ = 0, heads_ = 0, rows_ = 0;
+  int64_t batch_ = -1, head0_ = 0, heads_ = 0, rows_ = 0;
   SequenceBounds bounds_{};
-  bool holes_ = false;
+  bool has_holes_ = false;
 };
 
 }  // namespace fused_attention::cpu::FA_ISA

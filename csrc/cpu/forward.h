@@ -12,7 +12,6 @@
 // each run of full or mixed ones takes steps 2 to 4 on its own.
 // The blocks and their recurrence are those of FlashAttention (Dao et al., 2022).
 #pragma once
-
 #include "few_rows_forward.h"
 
 namespace fused_attention::cpu::FA_ISA {
@@ -46,21 +45,21 @@ class ForwardPass {
         block_rows_(forward_block_rows(problem)),
         rows_per_task_(rows_per_task),
         tasks_per_head_((problem.seqlen_q + rows_per_task - 1) / rows_per_task),
-        query_columns_(round_up(problem.head_dim_qk, 16)),
-        value_columns_(round_up(problem.head_dim_v, 16)),
-        scores_row_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
+        dim_qk_(round_up(problem.head_dim_qk, 16)),
+        dim_v_(round_up(problem.head_dim_v, 16)),
+        score_stride_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
         arena_(scratch),
-        softmax_(problem, arena_, scores_row_) {
+        softmax_(problem, arena_, score_stride_) {
     const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
-    keys_t_ = arena_.take<float>(block_keys * problem.head_dim_qk);
-    values_ = arena_.take<float>(block_keys * value_columns_);
-    packed_queries_ = arena_.take<float>(rows_per_task * query_columns_);
-    out_ = arena_.take<float>(rows_per_task * value_columns_);
-    scores_ = arena_.take<float>(block_rows_ * scores_row_);  // NOTE: a row stride that is a multiple of 2 KiB would thrash L1
+    key_t_ = arena_.take<float>(block_keys * problem.head_dim_qk);
+    value_rows_ = arena_.take<float>(block_keys * dim_v_);
+    packed_query_ = arena_.take<float>(rows_per_task * dim_qk_);
+    acc_ = arena_.take<float>(rows_per_task * dim_v_);
+    scores_ = arena_.take<float>(block_rows_ * score_stride_);  // NOTE: a row stride that is a multiple of 2 KiB would thrash L1
     row_max_ = arena_.take<float>(rows_per_task);
     row_sum_ = arena_.take<float>(rows_per_task);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
-    keep_ = arena_.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
+    keep_bits_ = arena_.take<uint16_t>(problem.dropout_threshold ? block_rows_ * kKeepWords : 0);
     started_ = arena_.take<uint8_t>((rows_per_task + block_rows_ - 1) / block_rows_);
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>((rows_per_task + 63) / 64 * problem.row_tiles.num_tiles);
   }
@@ -70,19 +69,19 @@ class ForwardPass {
 
   void run(int64_t first_task, int64_t last_task) {
     for (int64_t task = first_task; task < last_task; ++task) {
-      enter(task);
+      set_task(task);
       const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
       if (rows_present > 0) {
-        load_queries(rows_present);
+        pack_queries(rows_present);
         const int64_t first_key = first_visible_key(bounds_, row0_), keys_end = visible_keys(bounds_, row0_ + rows_present - 1);
         for (int64_t key0 = first_key / kBlockKeys * kBlockKeys; key0 < keys_end; key0 += kBlockKeys) {
           if (!sees_any(rows_present, key0, min_of(kBlockKeys, keys_end - key0))) continue;
-          load_keys(key0);
+          pack_keys(key0);
           plan_prefetch(task, last_task, key0, keys_end, rows_present);
           for (int64_t row = 0; row < rows_present; row += block_rows_) attend(row, min_of(block_rows_, rows_present - row), key0);
         }
       }
-      write_rows();
+      store_rows();
     }
   }
 
@@ -91,9 +90,11 @@ class ForwardPass {
 
   template <class U>
   U* query_row(const StridedTensor& tensor, int64_t row) const {
-    return row_ptr<U>(tensor, b_, h_, bounds_.first_query + row);
+    return row_ptr<U>(tensor, batch_, head_, bounds_.first_query + row);
   }
-  const T* key_row(const StridedTensor& tensor, int64_t key) const { return row_ptr<const T>(tensor, b_, h_kv_, bounds_.first_key + key); }
+  const T* key_row(const StridedTensor& tensor, int64_t key) const {
+    return row_ptr<const T>(tensor, batch_, kv_head_, bounds_.first_key + key);
+  }
   // Of the rows from `row` of the task on and the keys from key0 on; null without a PreparedMask.
   const uint8_t* tile_kinds(int64_t row, int64_t key0) const {
     return tile_kinds_ ? tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles + key0 / 64 : nullptr;
@@ -105,19 +106,19 @@ class ForwardPass {
     return any;
   }
 
-  void enter(int64_t task) {
+  void set_task(int64_t task) {
     batch_head_ = task / tasks_per_head_;
-    h_ = batch_head_ % problem_.num_heads;
-    h_kv_ = key_head(problem_, h_);
-    if (const int64_t b = batch_head_ / problem_.num_heads; b != b_) {
-      b_ = b;
+    head_ = batch_head_ % problem_.num_heads;
+    kv_head_ = key_head(problem_, head_);
+    if (const int64_t b = batch_head_ / problem_.num_heads; b != batch_) {
+      batch_ = b;
       bounds_ = sequence_bounds(problem_, b);
-      if (problem_.key_mask) holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+      if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
     }
     row0_ = task % tasks_per_head_ * rows_per_task_;
     rows_ = min_of(rows_per_task_, bounds_.rows - row0_);
-    softmax_.enter(bounds_, b_, h_, holes_ ? key_bias_ : nullptr);
-    const float sink = problem_.sinks ? problem_.sinks[h_] * kLog2e : -kInfinity;
+    softmax_.enter(bounds_, batch_, head_, has_holes_ ? key_bias_ : nullptr);
+    const float sink = problem_.sinks ? problem_.sinks[head_] * kLog2e : -kInfinity;
     for (int64_t i = 0; i < rows_per_task_; i += kLanes) {
       const LaneMask present = first_lanes(sink == -kInfinity ? 0 : bounds_.seqlen_q - row0_ - i);
       store(row_max_ + i, select(present, broadcast(sink), broadcast(-kInfinity)));
@@ -125,37 +126,37 @@ class ForwardPass {
     }
     for (int64_t row = 0; row < rows_; row += block_rows_) started_[row / block_rows_] = 0;
     for (int64_t row = 0; tile_kinds_ && row < rows_; row += 64)
-      expand_tiles(problem_.row_tiles, b_, h_, (row0_ + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
+      expand_tiles(problem_.row_tiles, batch_, head_, (row0_ + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
   }
 
   // With one block of keys each query is read once or twice: float32 ones where they lie.
-  void load_queries(int64_t rows) {
+  void pack_queries(int64_t rows) {
     const T* source = query_row<const T>(problem_.query, row0_);
     if constexpr (sizeof(T) == sizeof(float)) {
       if (problem_.seqlen_k <= kBlockKeys) {
-        queries_ = source, queries_row_ = problem_.query.row;
+        query_rows_ = source, query_stride_ = problem_.query.row;
         return;
       }
     }
-    pack_rows(source, problem_.query.row, rows, problem_.head_dim_qk, packed_queries_, query_columns_);
-    queries_ = packed_queries_, queries_row_ = query_columns_;
+    pack_rows(source, problem_.query.row, rows, problem_.head_dim_qk, packed_query_, dim_qk_);
+    query_rows_ = packed_query_, query_stride_ = dim_qk_;
   }
 
-  void load_keys(int64_t key0) {
-    const int64_t head = b_ * problem_.num_heads_kv + h_kv_;
+  void pack_keys(int64_t key0) {
+    const int64_t head = batch_ * problem_.num_heads_kv + kv_head_;
     if (packed_head_ == head && packed_key0_ == key0) return;
     packed_head_ = head, packed_key0_ = key0;
     const int64_t keys = min_of(kBlockKeys, bounds_.seqlen_k - key0);
-    const float* absent = holes_ ? key_bias_ + key0 : nullptr;
-    pack_transposed(key_row(problem_.key, key0), problem_.key.row, keys, problem_.head_dim_qk, keys_t_, absent);
-    pack_rows(key_row(problem_.value, key0), problem_.value.row, keys, problem_.head_dim_v, values_, value_columns_, absent);
+    const float* absent = has_holes_ ? key_bias_ + key0 : nullptr;
+    pack_transposed(key_row(problem_.key, key0), problem_.key.row, keys, problem_.head_dim_qk, key_t_, absent);
+    pack_rows(key_row(problem_.value, key0), problem_.value.row, keys, problem_.head_dim_v, value_rows_, dim_v_, absent);
   }
 
   // What the products of this key block fetch ahead: the next key block, or what the next task reads and writes.
   void plan_prefetch(int64_t task, int64_t last_task, int64_t key0, int64_t keys_end, int64_t rows) {
     prefetcher_.clear();
     if (key0 + kBlockKeys < keys_end) {
-      prefetch_keys(b_, h_kv_, bounds_.first_key + key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
+      prefetch_keys(batch_, kv_head_, bounds_.first_key + key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
     } else if (task + 1 < last_task) {
       const int64_t next_head = (task + 1) / tasks_per_head_, part = task % tasks_per_head_,
                     row = (task + 1) % tasks_per_head_ * rows_per_task_;
@@ -174,7 +175,7 @@ class ForwardPass {
       }
     }
     const int64_t keys = min_of(kBlockKeys, keys_end - key0);
-    prefetcher_.spread_over(matmul_ticks(rows, keys, problem_.head_dim_qk) + matmul_ticks(rows, value_columns_, keys));
+    prefetcher_.spread_over(matmul_ticks(rows, keys, problem_.head_dim_qk) + matmul_ticks(rows, dim_v_, keys));
   }
 
   void prefetch_keys(int64_t b, int64_t h_kv, int64_t key0, int64_t keys) {
@@ -192,64 +193,66 @@ class ForwardPass {
 
   // The same with keys [first, first + keys) of the block.
   void attend_run(int64_t row, int64_t rows, int64_t key0, int64_t first, int64_t keys, bool mixed) {
-    const float* keys_t = keys_t_ + first * problem_.head_dim_qk;
+    const float* keys_t = key_t_ + first * problem_.head_dim_qk;
     for (int64_t j = 0; j < keys; j += kKeyTile)
-      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, queries_ + row * queries_row_, queries_row_, 1,
-             keys_t + j * problem_.head_dim_qk, kKeyTile, scores_ + j, scores_row_, false, &prefetcher_);
+      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, query_rows_ + row * query_stride_, query_stride_, 1,
+             keys_t + j * problem_.head_dim_qk, kKeyTile, scores_ + j, score_stride_, false, &prefetcher_);
     softmax_rows(row, rows, key0 + first, keys, mixed);
     uint8_t& started = started_[row / block_rows_];
-    matmul(rows, value_columns_, keys, scores_, scores_row_, 1, values_ + first * value_columns_, value_columns_,
-           out_ + row * value_columns_, value_columns_, started != 0, &prefetcher_);
+    matmul(rows, dim_v_, keys, scores_, score_stride_, 1, value_rows_ + first * dim_v_, dim_v_, acc_ + row * dim_v_, dim_v_, started != 0,
+           &prefetcher_);
     started = 1;
   }
 
   // scores_ of rows [row, row + rows) and `keys` keys from key0 on become weights.
   void softmax_rows(int64_t row, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
-    if (problem_.dropout_threshold) dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_, kKeepWords);
+    if (problem_.dropout_threshold)
+      dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_bits_, kKeepWords);
     softmax_.enter_block(row0_ + row, key0, keys, mixed);
     const bool started = started_[row / block_rows_] != 0;
     for (int64_t i = row; i < row + rows; ++i) {
       const int64_t line = i - row;
-      const float rescale = softmax_.weights(row0_ + i, scores_ + line * scores_row_, row_max_[i], row_sum_[i], keep_ + line * kKeepWords);
-      if (started && rescale != 1.0f) scale_row(out_ + i * value_columns_, rescale, value_columns_);
+      const float rescale =
+          softmax_.weights(row0_ + i, scores_ + line * score_stride_, row_max_[i], row_sum_[i], keep_bits_ + line * kKeepWords);
+      if (started && rescale != 1.0f) scale_row(acc_ + i * dim_v_, rescale, dim_v_);
     }
   }
 
   // out and lse of all rows of the task; rows that see nothing, absent ones included, get 0 and -inf.
-  void write_rows() {
+  void store_rows() {
     for (int64_t i = 0; i < rows_; ++i) {
-      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // then out_ may never have been written
-      write_row(query_row<T>(problem_.out, row0_ + i), empty ? nullptr : out_ + i * value_columns_, problem_.dropout_scale() / row_sum_[i],
+      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // then acc_ may never have been written
+      store_row(query_row<T>(problem_.out, row0_ + i), empty ? nullptr : acc_ + i * dim_v_, problem_.dropout_scale() / row_sum_[i],
                 problem_.head_dim_v);
     }
-    float* lse = problem_.lse + lse_offset(problem_, bounds_, b_, h_) + row0_;
+    float* lse = problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row0_;
     for (int64_t i = 0; i < rows_; i += kLanes) store_first(lse + i, natural_lse(load(row_max_ + i), load(row_sum_ + i)), rows_ - i);
   }
 
   static constexpr int64_t kSize = sizeof(T);
   const AttentionProblem& problem_;
-  const int64_t block_rows_, rows_per_task_, tasks_per_head_, query_columns_, value_columns_, scores_row_;
+  const int64_t block_rows_, rows_per_task_, tasks_per_head_, dim_qk_, dim_v_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 
-  float* keys_t_;                  // (tiles, head_dim_qk, kKeyTile), the key block transposed
-  float* values_;                  // (keys, value_columns)
-  float* packed_queries_;          // (rows_per_task, query_columns)
-  float* out_;                     // (rows_per_task, value_columns), not yet normalised
-  float* scores_;                  // (block_rows, scores_row)
+  float* key_t_;                   // (tiles, head_dim_qk, kKeyTile), the key block transposed
+  float* value_rows_;              // (keys, dim_v)
+  float* packed_query_;            // (rows_per_task, dim_qk)
+  float* acc_;                     // (rows_per_task, dim_v), not yet normalised
+  float* scores_;                  // (block_rows, score_stride)
   float* row_max_;                 // (rows_per_task,) in units of log2
   float* row_sum_;                 // (rows_per_task,)
   float* key_bias_;                // (seqlen_k,) 0 or -inf
-  uint16_t* keep_;                 // (block_rows, kKeepWords) dropout bits
-  uint8_t* started_;               // per block of rows: out_ holds something
+  uint16_t* keep_bits_;            // (block_rows, kKeepWords) dropout bits
+  uint8_t* started_;               // per block of rows: acc_ holds something
   uint8_t* tile_kinds_ = nullptr;  // (rows_per_task / 64, tiles)
 
-  int64_t b_ = -1, h_ = 0, h_kv_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
+  int64_t batch_ = -1, head_ = 0, kv_head_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
   int64_t packed_head_ = -1, packed_key0_ = -1;
-  const float* queries_ = nullptr;  // of the task, packed or not
-  int64_t queries_row_ = 0;
+  const float* query_rows_ = nullptr;  // of the task, packed or not
+  int64_t query_stride_ = 0;
   SequenceBounds bounds_{};
-  bool holes_ = false;
+  bool has_holes_ = false;
   RowPrefetcher prefetcher_;
 };
 

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of an instruction set on which every dtype is computed in float32. Included last.
+// The table of an instruction set on which every dtype is computed in float32.
 #pragma once
+#include "backward.h"
+#include "forward.h"
+#include "kernel_table.h"
+#include "weights.h"
 
 namespace fused_attention::cpu::FA_ISA {
 

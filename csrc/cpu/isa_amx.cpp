@@ -28,15 +28,8 @@ bool amx_available() {
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,amx-tile,amx-bf16")
 #define FA_ISA amx
 #define FA_AVX512
-#include "simd.h"
-#include "mask.h"
-#include "matmul.h"
-#include "forward.h"
-#include "backward.h"
-#include "amx_tiles.h"
-#include "amx_forward.h"
-#include "amx_bias.h"
 #include "amx_backward.h"
+#include "amx_forward.h"
 
 namespace fused_attention::cpu {
 

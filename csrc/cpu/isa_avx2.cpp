@@ -10,12 +10,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #define FA_ISA avx2
 #define FA_LANES 8
-#include "simd.h"
-#include "mask.h"
-#include "matmul.h"
-#include "forward.h"
-#include "backward.h"
-#include "weights.h"
 #include "fp32_compute_table.h"
 
 namespace fused_attention::cpu {

@@ -13,12 +13,6 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi2")
 #define FA_ISA avx512
 #define FA_AVX512
-#include "simd.h"
-#include "mask.h"
-#include "matmul.h"
-#include "forward.h"
-#include "backward.h"
-#include "weights.h"
 #include "fp32_compute_table.h"
 
 namespace fused_attention::cpu {

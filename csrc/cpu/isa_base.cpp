@@ -7,12 +7,6 @@
 
 #define FA_ISA base
 #define FA_LANES 4
-#include "simd.h"
-#include "mask.h"
-#include "matmul.h"
-#include "forward.h"
-#include "backward.h"
-#include "weights.h"
 #include "fp32_compute_table.h"
 
 namespace fused_attention::cpu {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rows and keys of a sequence exist and which keys a row sees by its position. Included after simd.h; brings dropout.h with it.
+// Which rows and keys of a sequence exist and which keys a row sees by its position.
 #pragma once
+#include "../problem.h"
+#include "simd.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -104,6 +106,3 @@ static inline bool fill_key_bias(const AttentionProblem& problem, int64_t b, int
 }
 
 }  // namespace fused_attention::cpu::FA_ISA
-
-#include "dropout.h"
-#include "score_bias.h"

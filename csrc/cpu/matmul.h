@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the float32-compute kernels are made of: a matrix product in register tiles, the packing of strided rows of any storage
-// type into float32 blocks, a prefetcher and the scratch arena. Included after simd.h.
+// type into float32 blocks, a prefetcher and the scratch arena.
 #pragma once
+#include "simd.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -78,7 +79,7 @@ constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 constexpr int64_t kTickSteps = 32;  // steps in depth of a register tile between two prefetches
 
 // The prefetches of a product.
-static int64_t matmul_ticks(int64_t rows, int64_t columns, int64_t depth) {
+[[maybe_unused]] static int64_t matmul_ticks(int64_t rows, int64_t columns, int64_t depth) {
   constexpr int64_t kTileColumns = kTileVecs * kLanes;
   return (rows + kTileRows - 1) / kTileRows * ((columns + kTileColumns - 1) / kTileColumns) * ((depth + kTickSteps - 1) / kTickSteps);
 }
@@ -136,8 +137,9 @@ FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64
 constexpr int64_t kDepthBlock = 8192 / (kTileVecs * kLanes);
 
 // c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; columns must be a multiple of kLanes.
-static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                   int64_t b_row, float* c, int64_t c_row, bool accumulate, RowPrefetcher* prefetcher = nullptr) {
+[[maybe_unused]] static void matmul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col,
+                                    const float* b, int64_t b_row, float* c, int64_t c_row, bool accumulate,
+                                    RowPrefetcher* prefetcher = nullptr) {
   for (int64_t j = 0; j < columns; j += kTileVecs * kLanes) {
     const int64_t vecs = min_of((columns - j) / kLanes, int64_t{kTileVecs});
     for (int64_t k = 0; k == 0 || k < depth; k += kDepthBlock) {
@@ -170,8 +172,8 @@ static void dot_products(const float* a, const T* const b[4], int64_t depth, flo
 
 // c[rows][columns] = a[rows][depth] * b[columns][depth]^T for a few rows, which are not worth a packed transpose of b. Rows of b up to
 // the next multiple of 4 are read, and their products written.
-static void matmul_few_rows(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                            float* c, int64_t c_row) {
+[[maybe_unused]] static void matmul_few_rows(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b,
+                                             int64_t b_row, float* c, int64_t c_row) {
   for (int64_t j = 0; j < columns; j += 4) {
     const float* b_rows[4] = {b + j * b_row, b + (j + 1) * b_row, b + (j + 2) * b_row, b + (j + 3) * b_row};
     for (int64_t i = 0; i < rows; ++i) dot_products(a + i * a_row, b_rows, depth, c + i * c_row + j);

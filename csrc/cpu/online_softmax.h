@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // From raw products of one query row to the weights that multiply V: scale, soft cap, bias, dropout and the online softmax of
-// Milakov and Gimelshein (2018). Scores are in units of log2: one multiply-add, exp2. Included by forward.h.
+// Milakov and Gimelshein (2018). Scores are in units of log2: one multiply-add, exp2.
 #pragma once
+#include "dropout.h"
+#include "matmul.h"
+#include "score_bias.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
 class OnlineSoftmax {
  public:
-  OnlineSoftmax(const AttentionProblem& problem, Arena& arena, int64_t scores_row)
-      : dropout_(problem.dropout_threshold != 0),
-        log2_scale_(problem.softmax_scale * kLog2e),
+  OnlineSoftmax(const AttentionProblem& problem, Arena& arena, int64_t score_stride)
+      : dropping_(problem.dropout_threshold != 0),
+        score_scale_(problem.softmax_scale * kLog2e),
         softcap_(problem),
         score_bias_(problem),
-        bias_(arena.take<float>(scores_row)) {}
+        bias_(arena.take<float>(score_stride)) {}
 
   // key_bias: of fill_key_bias, null when all keys below seqlen_k are present.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias) {
@@ -37,9 +40,9 @@ class OnlineSoftmax {
  private:
   FA_MEMBER_INLINE float plain_weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) const {
     const int64_t visible = min_of(visible_keys(*bounds_, row) - key0_, keys_);
-    float scale = log2_scale_, block_max = leading_max(scores, visible) * log2_scale_;
+    float scale = score_scale_, block_max = leading_max(scores, visible) * score_scale_;
     if (__builtin_fabsf(block_max) > kScaleFirstAbove) {
-      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(log2_scale_)));
+      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(score_scale_)));
       scale = 1.0f, block_max = leading_max(scores, visible);
     }
     return update(scores, visible, keys_, block_max, scale, row_max, row_sum, keep);
@@ -57,7 +60,7 @@ class OnlineSoftmax {
     const Vec max = with_bias(score_bias_, mask, bias, visible, 1, [&](auto added) FA_LAMBDA_INLINE {
       Vec highest = broadcast(-kInfinity);
       for (int64_t j = 0; j < visible; j += kLanes) {
-        const Vec x = biased_scores(load(scores + j), log2_scale_, softcap_, added(j));
+        const Vec x = biased_scores(load(scores + j), score_scale_, softcap_, added(j));
         store(scores + j, x);
         highest = max_of(highest, select(first_lanes(visible - j), x, highest));
       }
@@ -70,8 +73,8 @@ class OnlineSoftmax {
                                 const uint16_t* keep) const {
     const float old_max = row_max, new_max = max_of(old_max, block_max);
     const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
-    const float sum = dropout_ ? exponentials<true>(scores, visible, keys, scale, shift, keep)
-                               : exponentials<false>(scores, visible, keys, scale, shift, keep);
+    const float sum = dropping_ ? exponentials<true>(scores, visible, keys, scale, shift, keep)
+                                : exponentials<false>(scores, visible, keys, scale, shift, keep);
     const float rescale = row_sum == 0.0f || new_max == old_max ? 1.0f : __builtin_exp2f(old_max - shift);
     row_max = new_max;
     row_sum = row_sum * rescale + sum;
@@ -91,12 +94,12 @@ class OnlineSoftmax {
 
   // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before
   // dropout.
-  template <bool kDropout>
+  template <bool kDropping>
   static float exponentials(float* scores, int64_t visible, int64_t keys, float scale, float shift, const uint16_t* keep) {
     const Vec vscale = broadcast(scale), minus_shift = broadcast(-shift);
     const auto weights = [&](int64_t j) __attribute__((always_inline)) { return exp2(fmadd(load(scores + j), vscale, minus_shift)); };
     const auto put = [&](int64_t j, Vec weight) __attribute__((always_inline)) {
-      if constexpr (kDropout) weight = keep_where(lanes_of_bits(keep[j / 16], static_cast<int>(j % 16)), weight);
+      if constexpr (kDropping) weight = keep_where(lanes_of_bits(keep[j / 16], static_cast<int>(j % 16)), weight);
       store(scores + j, weight);
     };
     Vec even = broadcast(0.0f), odd = even;
@@ -115,11 +118,11 @@ class OnlineSoftmax {
     return reduce_add(add(even, odd));
   }
 
-  const bool dropout_;
-  const float log2_scale_;
+  const bool dropping_;
+  const float score_scale_;
   const Softcap softcap_;
   ScoreBias score_bias_;
-  float* bias_;  // (scores_row,) of one row, or of all
+  float* bias_;  // (score_stride,) of one row, or of all
   const SequenceBounds* bounds_ = nullptr;
   int64_t key0_ = 0, keys_ = 0;
   bool mixed_ = false, biased_ = false, same_bias_ = false;
@@ -134,7 +137,7 @@ FA_INLINE Vec natural_lse(Vec row_max, Vec row_sum) {
 
 // to: (head_dim,) = factor * from, or 0 without `from`. from is padded to whole vectors.
 template <class T>
-static void write_row(T* to, const float* from, float factor, int64_t head_dim) {
+static void store_row(T* to, const float* from, float factor, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     const Vec value = from ? mul(load(from + d), broadcast(factor)) : broadcast(0.0f);
     if (d + kLanes <= head_dim)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What is added to the scores of one row, in units of log2: attn_mask of any dtype and stride, ALiBi, and -inf wherever the row may not
 // attend - masked or absent keys, bits of a PreparedMask, keys outside the diagonal's bounds. Masks alone are read where they lie, in
-// their own dtype (MaskRow); everything together comes as a row of float32 (fill), which the kernels read instead. Included by mask.h.
+// their own dtype (MaskRow); everything together comes as a row of float32 (fill), which the kernels read instead.
 #pragma once
+#include "mask.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -36,7 +37,7 @@ class ScoreBias {
 
   // key_bias: of fill_key_bias, null when all keys below seqlen_k are present.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias) {
-    bounds_ = &bounds, b_ = b, h_ = h, key_bias_ = key_bias;
+    bounds_ = &bounds, batch_ = b, head_ = h, key_bias_ = key_bias;
     slope_ = problem_.alibi_slopes ? problem_.alibi_slopes[b * problem_.alibi_slopes_batch + h * problem_.alibi_slopes_head] : 0.0f;
   }
 
@@ -95,9 +96,9 @@ class ScoreBias {
 
  private:
   const char* attn_mask(int64_t row, int64_t key) const {
-    return static_cast<const char*>(problem_.attn_mask.data) +
-           (b_ * problem_.attn_mask.batch + h_ * problem_.attn_mask.head + row * problem_.attn_mask.row + key * problem_.attn_mask_key) *
-               mask_element_;
+    return static_cast<const char*>(problem_.attn_mask.data) + (batch_ * problem_.attn_mask.batch + head_ * problem_.attn_mask.head +
+                                                                row * problem_.attn_mask.row + key * problem_.attn_mask_key) *
+                                                                   mask_element_;
   }
   bool mask_elements_lie_apart() const { return problem_.attn_mask.data && problem_.attn_mask_key != 1; }
 
@@ -106,7 +107,7 @@ class ScoreBias {
     const char* mask = problem_.attn_mask.data ? attn_mask(row, key0) : nullptr;
     const bool plain = problem_.attn_mask_dtype == MaskDtype::float32 && !key_bias_ && !mixed;
     return {mask, key_bias_ ? key_bias_ + key0 : nullptr,
-            mixed ? bits.data + b_ * bits.batch + h_ * bits.head + row * bits.line + key0 / 32 : nullptr, key0 % 32,
+            mixed ? bits.data + batch_ * bits.batch + head_ * bits.head + row * bits.line + key0 / 32 : nullptr, key0 % 32,
             plain ? reinterpret_cast<const float*>(mask) : nullptr};
   }
 
@@ -163,7 +164,7 @@ class ScoreBias {
   const AttentionProblem& problem_;
   const int64_t mask_element_;  // bytes of an element of attn_mask
   const SequenceBounds* bounds_ = nullptr;
-  int64_t b_ = 0, h_ = 0;
+  int64_t batch_ = 0, head_ = 0;
   const float* key_bias_ = nullptr;
   float slope_ = 0.0f;
 };

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vector layer: one float vector `Vec` of kLanes lanes and the few operations that the kernels need.
 //
-// Included after `#pragma GCC target(...)` with FA_ISA naming the namespace of the instruction set:
+// Included, by itself or by any other header here, after `#pragma GCC target(...)` with FA_ISA naming the namespace of the instruction set:
 //   FA_AVX512 defined         AVX-512 intrinsics, 16 lanes
 //   FA_LANES defined (4, 8)   GNU vector extensions: AVX2 with 8 lanes, SSE2 or NEON with 4
 // No std function may be used below: an inline std function instantiated here would be compiled for this instruction set, and
-// the linker could pick that copy for every caller on every machine.
+// the linker could pick that copy for every caller on every machine. So isa_*.cpp include what is not of this folder before the pragma, and
+// including it again here does nothing.
 #pragma once
+#include <cstdint>
+
+#include "../problem.h"
 
 #define FA_INLINE static inline __attribute__((always_inline))
 #define FA_MEMBER_INLINE inline __attribute__((always_inline))

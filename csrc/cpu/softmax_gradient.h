@@ -5,29 +5,32 @@
 //   dB = P * (dropout(dP) - delta)                                      the gradient of what is added to the scores
 //   dS = dB, times 1 - tanh^2 under a soft cap
 //
-// on the way adding up the gradients of attn_mask and alibi_slopes. Included by backward.h.
+// on the way adding up the gradients of attn_mask and alibi_slopes.
 #pragma once
+#include "dropout.h"
+#include "matmul.h"
+#include "score_bias.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
 class SoftmaxGradient {
  public:
-  static constexpr int64_t kRows = 64, kScoresRow = kKeyTile + 16;
+  static constexpr int64_t kRows = 64, kScoreStride = kKeyTile + 16;
 
   SoftmaxGradient(const AttentionProblem& problem, Arena& arena)
-      : problem_(problem), log2_scale_(problem.softmax_scale * kLog2e), softcap_(problem), score_bias_(problem) {
+      : problem_(problem), score_scale_(problem.softmax_scale * kLog2e), softcap_(problem), score_bias_(problem) {
     row_shift_ = arena.take<float>(problem.seqlen_q);
     row_factor_ = arena.take<float>(problem.seqlen_q);
     delta_ = arena.take<float>(problem.seqlen_q);
-    weights_ = arena.take<float>(kRows * kScoresRow);
-    dscores_ = arena.take<float>(kRows * kScoresRow);
-    bias_ = arena.take<float>(kScoresRow);
-    keep_ = arena.take<uint16_t>(kRows * kKeepWords);
+    weights_ = arena.take<float>(kRows * kScoreStride);
+    dscores_ = arena.take<float>(kRows * kScoreStride);
+    bias_ = arena.take<float>(kScoreStride);
+    keep_bits_ = arena.take<uint16_t>(kRows * kKeepWords);
   }
 
-  // (kRows, kScoresRow) in: S. Out: dropout(P) / dropout_scale.
+  // (kRows, kScoreStride) in: S. Out: dropout(P) / dropout_scale.
   float* weights() const { return weights_; }
-  // (kRows, kScoresRow) in: dP. Out: dS.
+  // (kRows, kScoreStride) in: dP. Out: dS.
   float* dscores() const { return dscores_; }
   const float* delta() const { return delta_; }  // (seqlen_q,)
 
@@ -52,7 +55,7 @@ class SoftmaxGradient {
 
   FA_NOINLINE_MEMBER void apply(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
     if (problem_.dropout_threshold) {
-      dropout_keep_bits(problem_, batch_head_, row0, rows, key0, kKeepWords, keep_, kKeepWords);
+      dropout_keep_bits(problem_, batch_head_, row0, rows, key0, kKeepWords, keep_bits_, kKeepWords);
       apply_to_rows<true>(row0, rows, key0, keys, mixed);
     } else {
       apply_to_rows<false>(row0, rows, key0, keys, mixed);
@@ -63,10 +66,10 @@ class SoftmaxGradient {
   static constexpr int64_t kKeepWords = kKeyTile / 16;
   static constexpr int64_t kMaskRowsAhead = 8;  // a row of a block takes less time than memory
 
-  template <bool kDropout>
+  template <bool kDropping>
   void apply_to_rows(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
     if (!softcap_ && !score_bias_.needed(mixed)) {
-      for (int64_t i = 0; i < rows; ++i) weights_row<kDropout>(i, row0 + i, key0, keys);
+      for (int64_t i = 0; i < rows; ++i) weights_row<kDropping>(i, row0 + i, key0, keys);
       return;
     }
     const bool same = score_bias_.same_for_all_rows(mixed);
@@ -76,26 +79,26 @@ class SoftmaxGradient {
       const MaskRow mask = same ? MaskRow{} : score_bias_.mask_row(row0 + i, key0, mixed);
       if (!same && !mask) score_bias_.fill(row0 + i, key0, keys, mixed, bias_);
       with_bias(score_bias_, mask, bias_, visible_keys(*bounds_, row0 + i) - key0, kMaskRowsAhead,
-                [&](auto added) FA_LAMBDA_INLINE { biased_weights_row<kDropout>(i, row0 + i, key0, keys, added, slope_sum); });
+                [&](auto added) FA_LAMBDA_INLINE { biased_weights_row<kDropping>(i, row0 + i, key0, keys, added, slope_sum); });
     }
     slope_sum_ += reduce_add(slope_sum);
   }
 
   // Row i of the block: scores -> dropout(P) / dropout_scale in weights_, dP -> dS in dscores_; both 0 where the row does not see the key.
-  template <bool kDropout>
+  template <bool kDropping>
   FA_MEMBER_INLINE void weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys) {
-    float *weights = weights_ + i * kScoresRow, *dscores = dscores_ + i * kScoresRow;
+    float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
     const bool empty = row_shift_[row] == kInfinity;
     const int64_t visible = empty ? 0 : min_of(visible_keys(*bounds_, row) - key0, keys);
-    const Vec scale = broadcast(log2_scale_), shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]),
+    const Vec scale = broadcast(score_scale_), shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]),
               delta = broadcast(delta_[row]), dropout_scale = broadcast(problem_.dropout_scale());
     int64_t j = 0;
     for (; j < visible; j += kLanes) {
       const LaneMask seen = first_lanes(visible - j);
       Vec weight = keep_where(seen, mul(exp2(fmsub(load(weights + j), scale, shift)), factor)), dweight = load(dscores + j);
-      if constexpr (kDropout) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
+      if constexpr (kDropping) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
       store(dscores + j, keep_where(seen, mul(weight, sub(dweight, delta))));
-      if constexpr (kDropout) weight = keep_where(kept(i, j), weight);
+      if constexpr (kDropping) weight = keep_where(kept(i, j), weight);
       store(weights + j, weight);
     }
     for (; j < keys; j += kLanes) {
@@ -105,9 +108,9 @@ class SoftmaxGradient {
   }
 
   // The same with a soft cap or with something added to the scores, whose gradients are added up on the way.
-  template <bool kDropout, class Added>
+  template <bool kDropping, class Added>
   void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const Added& added, Vec& slope_sum) {
-    float *weights = weights_ + i * kScoresRow, *dscores = dscores_ + i * kScoresRow;
+    float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
     const bool empty = row_shift_[row] == kInfinity;
     const Vec shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]), delta = broadcast(delta_[row]),
               dropout_scale = broadcast(problem_.dropout_scale()), zero = broadcast(0.0f);
@@ -118,12 +121,12 @@ class SoftmaxGradient {
       const Vec bias = select(first_lanes(visible - j), added(j), broadcast(-kInfinity));
       const LaneMask masked = less_than(bias, broadcast(kMaskedBelow));
       Vec tanh_of_score = zero;
-      const Vec score = biased_scores(load(weights + j), log2_scale_, softcap_, bias, &tanh_of_score);
+      const Vec score = biased_scores(load(weights + j), score_scale_, softcap_, bias, &tanh_of_score);
       Vec weight = select(masked, zero, mul(exp2(sub(score, shift)), factor)), dweight = load(dscores + j);
-      if constexpr (kDropout) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
+      if constexpr (kDropping) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
       const Vec dbias = select(masked, zero, mul(weight, sub(dweight, delta)));
       store(dscores + j, softcap_ ? mul(dbias, sub(broadcast(1.0f), mul(tanh_of_score, tanh_of_score))) : dbias);
-      if constexpr (kDropout) weight = keep_where(kept(i, j), weight);
+      if constexpr (kDropping) weight = keep_where(kept(i, j), weight);
       store(weights + j, weight);
       if (dmask && problem_.dattn_mask_key == 0) row_sum = add(row_sum, dbias);
       if (dmask && problem_.dattn_mask_key != 0) add_to(dmask + j, dbias, keys - j);
@@ -140,18 +143,18 @@ class SoftmaxGradient {
   }
 
   FA_MEMBER_INLINE LaneMask kept(int64_t i, int64_t j) const {
-    return lanes_of_bits(keep_[i * kKeepWords + j / 16], static_cast<int>(j % 16));
+    return lanes_of_bits(keep_bits_[i * kKeepWords + j / 16], static_cast<int>(j % 16));
   }
 
   const AttentionProblem& problem_;
-  const float log2_scale_;
+  const float score_scale_;
   const Softcap softcap_;
   ScoreBias score_bias_;
 
   float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *weights_, *dscores_;                // (kRows, kScoresRow)
+  float *weights_, *dscores_;                // (kRows, kScoreStride)
   float* bias_;                              // (kKeyTile,) of one row, or of all
-  uint16_t* keep_;                           // (kRows, kKeepWords) dropout bits
+  uint16_t* keep_bits_;                      // (kRows, kKeepWords) dropout bits
 
   const SequenceBounds* bounds_ = nullptr;
   int64_t batch_head_ = 0;
