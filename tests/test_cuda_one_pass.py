@@ -198,7 +198,7 @@ MISTAKES: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
     "the order of the keys turned around": (
         "sm80/backward.cuh", "descending ? block_columns - 1 - place : place", "place", WINDOW, "livelock",
     ),
-    "no ticket": ("sm80/backward.cuh", "number = *ticket;", "number = gridDim.x - 1 - blockIdx.x;", {}, "livelock"),
+    "no ticket": ("sm80/backward.cuh", "ticket = *shared;", "ticket = gridDim.x - 1 - blockIdx.x;", {}, "livelock"),
     "no acquire": ("ptx.cuh", "ld.acquire.gpu.global.u32", "ld.relaxed.gpu.global.u32", {}, "unordered-addition"),
     "no release": ("ptx.cuh", "red.release.gpu.global.add.u32", "red.relaxed.gpu.global.add.u32", {}, "unordered-addition"),
     "no barrier before the release": (

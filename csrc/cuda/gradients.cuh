@@ -6,6 +6,7 @@
 #pragma once
 #include "backward_arguments.h"
 #include "dropout.cuh"
+#include "row_block.cuh"
 #include "scores.cuh"
 
 namespace fused_attention::cuda {
@@ -23,26 +24,6 @@ FA_DEVICE float add_dot(float sum, uint4 left, uint4 right) {
     sum = fmaf(as_float(left_words[i] >> 16), as_float(right_words[i] >> 16), sum);
   }
   return sum;
-}
-
-// products become scores with softcap, times the factor that is returned; slopes: what softcap multiplies gradients by.
-template <int MATRICES, int BLOCKS>
-FA_DEVICE float cap_with_slopes(const ScoreTransform& transform, Accumulators<MATRICES, BLOCKS>& products,
-                                Accumulators<MATRICES, BLOCKS>& slopes) {
-  if (transform.softcap_log2 == 0.0f) return transform.factor;
-#pragma unroll
-  for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float capped = accurate_tanh(products[m][n][e] * transform.factor);
-        slopes[m][n][e] = fmaf(-capped, capped, 1.0f);
-        products[m][n][e] = capped * transform.softcap_log2;
-      }
-    }
-  }
-  return 1.0f;
 }
 
 // scores, times scale in log2 units, become weights.
@@ -83,6 +64,12 @@ FA_DEVICE void weights_to_score_gradients(Accumulators<MATRICES, BLOCKS>& dweigh
       }
     }
   }
+}
+
+// Weights that dropout marked by a minus sign become 0.
+template <int BLOCKS>
+FA_DEVICE void drop_marked(Accumulators<1, BLOCKS>& weights) {
+  for_each_element(weights, [](float& weight, int, int) { weight = weight < 0.0f ? 0.0f : weight; });
 }
 
 // Stores gradients of scores, of rows below num_rows, where they are those of a float mask.
@@ -154,6 +141,146 @@ FA_DEVICE void mask_transposed(const ScoreMask& mask, Accumulators<1, BLOCKS>& s
       if ((allowed[e / 2][n / 4] >> (n % 4 * 8 + e % 2) & 1) == 0) scores[0][n][e] = -kInfinity;
     }
   }
+}
+
+// From a warp's products Q K^T and dO V^T to the gradients of its scores, on a tile of 16 lines of one head. Lines are rows and columns
+// keys, or the other way around where TRANSPOSED.
+template <FeatureClass CLASS, bool TRANSPOSED>
+struct ScoreGradientStep {
+  static constexpr bool kPlain = CLASS == FeatureClass::plain, kBias = CLASS == FeatureClass::bias, kTransposed = TRANSPOSED;
+
+  const BackwardArguments& arguments;
+  const ScoreMask& head_mask;
+  int first_line, first_column;  // of the tile, in the sequence
+  bool drops;                    // whether there is dropout
+  int lane;
+
+  // Products become scores, times the factor that is returned: softcap, float mask, ALiBi. write_derivative: called where there is a
+  // softcap, as soon as its derivative is known.
+  template <int BLOCKS, class WriteDerivative>
+  FA_DEVICE float transform(Accumulators<1, BLOCKS>& scores, Accumulators<1, BLOCKS>& softcap_derivative,
+                            WriteDerivative write_derivative) const {
+    if constexpr (kPlain) {
+      return arguments.score_scale;
+    } else {
+      const AttentionProblem& problem = arguments.problem;
+      const Sequence& sequence = head_mask.sequence;
+      const ScoreTransform of_head(arguments, head_mask.batch, head_mask.head);
+      float scale = of_head.cap(scores, softcap_derivative);
+      if (arguments.softcap_log2 != 0.0f) write_derivative();
+      if constexpr (kBias) {
+        Bias<1, BLOCKS, TRANSPOSED> bias(problem, head_mask.batch, head_mask.head);
+        bias.load(first_line, (TRANSPOSED ? static_cast<int>(problem.seqlen_k) : sequence.rows_present) - 1, first_column);
+        bias.add_to(scores, scale);
+        scale = 1.0f;
+      }
+      return of_head.add_alibi(scores, scale, TRANSPOSED ? -sequence.offset : sequence.offset, first_line, first_column);
+    }
+  }
+  template <int BLOCKS>
+  FA_DEVICE float transform(Accumulators<1, BLOCKS>& scores, Accumulators<1, BLOCKS>& softcap_derivative) const {
+    return transform(scores, softcap_derivative, [] {});
+  }
+
+  // Scores that count for nothing become -inf.
+  template <int BLOCKS>
+  FA_DEVICE void mask(Accumulators<1, BLOCKS>& scores) const {
+    if constexpr (TRANSPOSED) {
+      mask_transposed<kPlain>(head_mask, scores, first_line, first_column);
+    } else {
+      head_mask.apply<kPlain>(scores, [&](int, int half) { return first_line + 8 * half + lane / 4; }, first_column);
+    }
+  }
+
+  // P, with a minus sign where dropout drops. lse_of(m, n, e): of the row of that element, +inf where it attends to nothing.
+  template <int BLOCKS, class LseOf>
+  FA_DEVICE void to_weights(Accumulators<1, BLOCKS>& scores, float scale, LseOf lse_of) const {
+    scores_to_weights<kBias>(scores, scale, lse_of);
+    if (!drops) return;
+    const Dropout dropout(arguments.problem, head_mask.batch, head_mask.head);
+    if constexpr (TRANSPOSED) {
+      dropout.mark_transposed(scores, first_line, first_column);
+    } else {
+      dropout.mark(scores, first_line, first_column);
+    }
+  }
+
+  // dP becomes dS, and weights lose their marks.
+  //   SELECT: as in weights_to_score_gradients, where scores may be masked
+  //   delta_of(m, n, e): of the row of that element
+  template <bool SELECT, int BLOCKS, class DeltaOf>
+  FA_DEVICE void to_gradients(Accumulators<1, BLOCKS>& gradients, Accumulators<1, BLOCKS>& weights, DeltaOf delta_of) const {
+    weights_to_score_gradients<SELECT || kBias>(gradients, weights, drops, arguments.kept_scale, delta_of);
+  }
+
+  // Gradients of scores become those of products, but for their scale. read_derivative: called where there is a softcap, before its
+  // derivative is needed.
+  template <int BLOCKS, class ReadDerivative>
+  FA_DEVICE void through_softcap(Accumulators<1, BLOCKS>& gradients, const Accumulators<1, BLOCKS>& softcap_derivative,
+                                 ReadDerivative read_derivative) const {
+    if constexpr (!kPlain) {
+      if (arguments.softcap_log2 == 0.0f) return;
+      read_derivative();
+#pragma unroll
+      for (int n = 0; n < BLOCKS; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) gradients[0][n][e] *= softcap_derivative[0][n][e];
+      }
+    }
+  }
+  template <int BLOCKS>
+  FA_DEVICE void through_softcap(Accumulators<1, BLOCKS>& gradients, const Accumulators<1, BLOCKS>& softcap_derivative) const {
+    through_softcap(gradients, softcap_derivative, [] {});
+  }
+};
+
+// What a lane sums of gradients of scores while its warp walks along its lines.
+struct ScoreGradientSums {
+  float lines[2] = {};  // this lane's part of two lines
+  float slope = 0.0f;   // of the gradient of the head's slope
+
+  template <int BLOCKS>
+  FA_DEVICE void add_lines(Accumulators<1, BLOCKS>& gradients) {
+    for_each_element(gradients, [&](float& gradient, int line, int) { lines[line / 8] += gradient; });
+  }
+  template <int BLOCKS, class Step>
+  FA_DEVICE void add_slope(Accumulators<1, BLOCKS>& gradients, const Step& step) {
+    const int offset = step.head_mask.sequence.offset;
+    const int diagonal = step.first_line + (Step::kTransposed ? -offset : offset) - step.first_column;
+    for_each_element(gradients,
+                     [&](float& gradient, int line, int column) { slope -= gradient * static_cast<float>(abs(column - line - diagonal)); });
+  }
+
+  // target: (num_lines,), from the warp's first line on.
+  FA_DEVICE void store_lines(float* target, int num_lines) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int line = 8 * half + lane / 4;
+      const float sum = quad_sum(lines[half]);
+      if (lane % 4 == 0 && line < num_lines) target[line] = sum;
+    }
+  }
+};
+
+// Stores the part that a block of rows has in the gradient of its head's slope. A whole block calls it.
+//   slope: this lane's share of it
+//   part: the number of this warp among the NUM_PARTS that have a share, NUM_PARTS if it has none
+//   shared: room for NUM_PARTS numbers
+template <int NUM_PARTS, int BLOCK_M>
+FA_DEVICE void store_slope_part(const BackwardArguments& arguments, const RowBlock<BLOCK_M>& block, float slope, int part, void* shared) {
+  static_assert(BLOCK_M == kRowsPerSlopePart);
+  float* const sums = static_cast<float*>(shared);
+  const float of_warp = sum_of_lanes(slope);
+  if (threadIdx.x % 32 == 0 && part < NUM_PARTS) sums[part] = of_warp;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < NUM_PARTS; ++i) sum += sums[i];
+  const AttentionProblem& problem = arguments.problem;
+  const int64_t row_blocks = (problem.seqlen_q + BLOCK_M - 1) / BLOCK_M;
+  arguments.slope_sums[(block.batch * problem.num_heads + block.head) * row_blocks + block.start_m / BLOCK_M] = sum;
 }
 
 }  // namespace fused_attention::cuda

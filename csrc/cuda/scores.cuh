@@ -17,7 +17,7 @@ struct ScoreTransform {
     }
   }
 
-  // Returns the factor that is left.
+  // Softcap. Returns the factor that is left.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE float cap(Accumulators<MATRICES, BLOCKS>& scores) const {
     if (softcap_log2 == 0.0f) return factor;
@@ -25,9 +25,29 @@ struct ScoreTransform {
     return 1.0f;
   }
 
-  // factor_left: by which scores have yet to be multiplied. Returns the same.
+  // The same, with softcap's derivative where there is a softcap: what it multiplies gradients by.
   template <int MATRICES, int BLOCKS>
-  FA_DEVICE float add_slopes(Accumulators<MATRICES, BLOCKS>& scores, float factor_left, int offset, int first_row, int start_n) const {
+  FA_DEVICE float cap(Accumulators<MATRICES, BLOCKS>& scores, Accumulators<MATRICES, BLOCKS>& softcap_derivative) const {
+    if (softcap_log2 == 0.0f) return factor;
+#pragma unroll
+    for (int m = 0; m < MATRICES; ++m) {
+#pragma unroll
+      for (int n = 0; n < BLOCKS; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float capped = accurate_tanh(scores[m][n][e] * factor);
+          softcap_derivative[m][n][e] = fmaf(-capped, capped, 1.0f);
+          scores[m][n][e] = capped * softcap_log2;
+        }
+      }
+    }
+    return 1.0f;
+  }
+
+  // factor_left: by which scores have yet to be multiplied. Returns the same. On a transposed tile, keys x rows, "row" is a key, "key" a
+  // row and the offset negative.
+  template <int MATRICES, int BLOCKS>
+  FA_DEVICE float add_alibi(Accumulators<MATRICES, BLOCKS>& scores, float factor_left, int offset, int first_row, int start_n) const {
     if (slope_log2 == 0.0f) return factor_left;
     const int diagonal = first_row + offset - start_n;
     for_each_element(scores, [&](float& score, int row, int key) {

@@ -21,6 +21,14 @@ FA_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(kWholeWarp, x, 2);
 }
 
+// Of LANES lanes that follow each other, in each of them.
+template <int LANES = 32>
+FA_DEVICE float sum_of_lanes(float x) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWholeWarp, x, distance);
+  return x;
+}
+
 // float32, to float32 accuracy also where tanh(x) is about x.
 FA_DEVICE float accurate_tanh(float x) {
   const float square = x * x;

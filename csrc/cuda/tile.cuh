@@ -162,6 +162,18 @@ FA_DEVICE void pack_weights(PackedWeights<BLOCKS>& packed, const Accumulators<1,
   }
 }
 
+// Stores them in a tile, from its row first_row on.
+template <class Tile, int BLOCKS>
+FA_DEVICE void store_packed(const PackedWeights<BLOCKS>& packed, unsigned char* tile, int first_row, int lane) {
+#pragma unroll
+  for (int n = 0; n < BLOCKS; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<uint32_t*>(tile + Tile::offset(first_row + 8 * half + lane / 4, n) + 4 * (lane % 4)) = packed[n][half];
+    }
+  }
+}
+
 // multiply_add of packed weights.
 template <Dtype DTYPE, int BLOCKS, int OUT_BLOCKS, class ValueTile>
 FA_DEVICE void multiply_add_packed(Accumulators<1, OUT_BLOCKS>& out, const PackedWeights<BLOCKS>& weights,

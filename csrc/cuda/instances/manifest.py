@@ -171,7 +171,7 @@ def _wide_backward(head_dims: tuple[int, int], dtype: str, feature_class: str, d
         rows, steps = (tile.block_m, tile.block_n) if of_query else (tile.block_n, tile.block_m)
         held = sum(head_dims if of_query else WIDE_KEY_HELD[head_dims])
         operands = 2 * max(rows * held, tile.stages * steps * sum(head_dims)) + 2 * rows * (sum(head_dims) - held)
-        exchanged = 4 * rows * steps * (1 if feature_class == "plain" else 2)  # weights, softcap's slopes
+        exchanged = 4 * rows * steps * (1 if feature_class == "plain" else 2)  # weights, softcap's derivative
         others = 2 * rows * steps if of_query else tile.stages * 8 * steps  # gradients of scores; lse and delta
         name = f"sm80_{pass_name}_{suffix}"
         yield Instance(

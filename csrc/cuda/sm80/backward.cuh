@@ -41,6 +41,15 @@ struct BackwardConfig {
       KeyTile::kBytes + ValueTile::kBytes + ScoreTile::kBytes + STAGES * (QueryTile::kBytes + GradientTile::kBytes + kStatisticsBytes);
 };
 
+// The next number of a counter, for a whole block. shared: room for it.
+FA_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t* shared) {
+  if (threadIdx.x == 0) *shared = ptx::atomic_add(counter, 1);
+  __syncthreads();
+  const uint32_t ticket = *shared;
+  __syncthreads();
+  return ticket;
+}
+
 template <class Config>
 FA_DEVICE void backward(const OnePassArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
@@ -67,14 +76,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
   // Which keys: the last ones first where they are seen by the fewest rows, so that blocks that add first have the least to do before it.
   const AttentionProblem& problem = arguments.problem;
   const bool in_order = arguments.turns != nullptr;
-  uint32_t number = blockIdx.x;
-  if (in_order) {
-    auto* const ticket = reinterpret_cast<uint32_t*>(shared);
-    if (threadIdx.x == 0) *ticket = ptx::atomic_add(arguments.turns, 1);
-    __syncthreads();
-    number = *ticket;
-    __syncthreads();
-  }
+  const uint32_t number = in_order ? take_ticket(arguments.turns, reinterpret_cast<uint32_t*>(shared)) : blockIdx.x;
   // Where every row sees every key, by position, and additions need no order, blocks spread over the rows.
   const bool spreads = !in_order && problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;
   const bool descending = problem.window_right < kUnlimited;
@@ -189,27 +191,14 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       // P^T and dS^T
       const auto differentiate = [&](auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
-        [[maybe_unused]] Accumulators<1, kBlocks> slopes;
-        float scale = arguments.score_scale;
-        if constexpr (!kPlain) {
-          const ScoreTransform transform(arguments, batch, head);
-          scale = cap_with_slopes(transform, scores, slopes);
-          scale = transform.add_slopes(scores, scale, -sequence.offset, ptx::again(first_key), start_m);
-        }
-        if constexpr (kMasked) mask_transposed<kPlain>(mask, scores, ptx::again(first_key), start_m);
-        scores_to_weights<false>(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
-        if (drops) Dropout(problem, batch, head).mark_transposed(scores, ptx::again(first_key), start_m);
-        weights_to_score_gradients<kMasked>(gradients, scores, drops, arguments.kept_scale,
-                                            [&](int, int n, int e) { return delta[column(n, e)]; });
-        if constexpr (!kPlain) {
-          if (arguments.softcap_log2 != 0.0f) {
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) gradients[0][n][e] *= slopes[0][n][e];
-            }
-          }
-        }
+        [[maybe_unused]] Accumulators<1, kBlocks> softcap_derivative;
+        const ScoreGradientStep<Config::kClass, true> of_scores{arguments, mask,  static_cast<int>(ptx::again(first_key)),
+                                                                start_m,   drops, lane};
+        const float scale = of_scores.transform(scores, softcap_derivative);
+        if constexpr (kMasked) of_scores.mask(scores);
+        of_scores.to_weights(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
+        of_scores.template to_gradients<kMasked>(gradients, scores, [&](int, int n, int e) { return delta[column(n, e)]; });
+        of_scores.through_softcap(gradients, softcap_derivative);
       };
       if (visit.is_full) {
         differentiate(std::false_type());
@@ -219,17 +208,8 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       PackedWeights<kBlocks> weights, dscores;
       pack_weights<kDtype>(weights, scores);
       pack_weights<kDtype>(dscores, gradients);
-      unsigned char* const ds_tile = shared + (ds_smem - k_smem);
       const uint32_t later = ptx::again(threadIdx.x);
-      const int its_lane = static_cast<int>(later % 32);
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<uint32_t*>(ds_tile + ScoreTile::offset(warp_key + 8 * half + its_lane / 4, n) + 4 * (its_lane % 4)) =
-              dscores[n][half];
-        }
-      }
+      store_packed<ScoreTile>(dscores, shared + (ds_smem - k_smem), warp_key, static_cast<int>(later % 32));
 
       // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
       multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>::by_rows(do_tile, 0, 0, later));

@@ -35,8 +35,7 @@ FA_DEVICE void backward_delta(const OnePassArguments& arguments) {
   for (int column = lane * kChunk; attends && column < problem.head_dim_v; column += kLanes * kChunk) {
     sum = add_dot<DTYPE>(sum, *reinterpret_cast<const uint4*>(out + column), *reinterpret_cast<const uint4*>(dout + column));
   }
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
+  sum = sum_of_lanes<kLanes>(sum);
   if (lane == 0 && row < length) {
     if (attends && problem.dlse != nullptr) sum -= problem.dlse[place];
     arguments.row_lse[place] = attends ? lse * kLog2E : kInfinity;

@@ -97,7 +97,7 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
     const uint16_t* const dout = head_of(problem.dout, batch, head) + sequence.first_row * problem.dout.row;     // (Lq, Dv)
     const int64_t place = statistics_of(problem, sequence, batch, head);
     const float *const row_lse = arguments.row_lse + place, *const row_delta = arguments.row_delta + place;  // (Lq,)
-    float column_sum[2] = {};                                                                                // of this lane's keys
+    ScoreGradientSums sums;
 
     // Loads: every call is one group of cp.async, an empty one past the last block.
     const auto load = [&](int step) {
@@ -136,7 +136,7 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
 
       // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
       Accumulators<1, kBlocks> scores;
-      [[maybe_unused]] Accumulators<1, kBlocks> gradients, slopes;
+      [[maybe_unused]] Accumulators<1, kBlocks> gradients, softcap_derivative;
       multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
           scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
           LaneAddress<QueryTile>{q_columns.first + slot * QueryTile::kBytes});
@@ -147,40 +147,18 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
       }
 
       // P^T and dS^T
-      float scale = arguments.score_scale;
-      if constexpr (!kPlain) {
-        const ScoreTransform transform(arguments, batch, head);
-        scale = cap_with_slopes(transform, scores, slopes);
-        if constexpr (kBias) {
-          Bias<1, kBlocks, true> bias(problem, batch, head);
-          bias.load(first_key, static_cast<int>(problem.seqlen_k) - 1, start_m);
-          bias.add_to(scores, scale);
-          scale = 1.0f;
-        }
-        scale = transform.add_slopes(scores, scale, -sequence.offset, first_key, start_m);
-      }
-      if constexpr (kMasked) mask_transposed<kPlain>(mask, scores, first_key, start_m);
-      scores_to_weights<kBias>(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
-      if (drops) Dropout(problem, batch, head).mark_transposed(scores, first_key, start_m);
+      const ScoreGradientStep<Config::kClass, true> of_scores{arguments, mask, first_key, start_m, drops, lane};
+      const float scale = of_scores.transform(scores, softcap_derivative);
+      if constexpr (kMasked) of_scores.mask(scores);
+      of_scores.to_weights(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
       if constexpr (Config::kDkey) {
-        weights_to_score_gradients<kMasked || kBias>(gradients, scores, drops, arguments.kept_scale,
-                                                     [&](int, int n, int e) { return delta[column(n, e)]; });
+        of_scores.template to_gradients<kMasked>(gradients, scores, [&](int, int n, int e) { return delta[column(n, e)]; });
         if constexpr (kBias) {
-          if (arguments.column_sums != nullptr) {
-            for_each_element(gradients, [&](float& gradient, int row, int) { column_sum[row / 8] += gradient; });
-          }
+          if (arguments.column_sums != nullptr) sums.add_lines(gradients);
         }
-        if constexpr (!kPlain) {
-          if (arguments.softcap_log2 != 0.0f) {
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) gradients[0][n][e] *= slopes[0][n][e];
-            }
-          }
-        }
+        of_scores.through_softcap(gradients, softcap_derivative);
       } else if (drops) {
-        for_each_element(scores, [](float& weight, int, int) { weight = weight < 0.0f ? 0.0f : weight; });
+        drop_marked(scores);
       }
 
       // dV += P^T dO (BLOCK_N, HEAD_DIM_V) and dK += dS^T Q (BLOCK_N, HEAD_DIM_QK)
@@ -197,12 +175,7 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
     for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
     if constexpr (Config::kDkey && kBias) {
       if (arguments.column_sums != nullptr) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int key = first_key + 8 * half + lane / 4;
-          const float sum = quad_sum(column_sum[half]);
-          if (lane % 4 == 0 && key < keys) arguments.column_sums[(batch * problem.num_heads + head) * problem.seqlen_k + key] = sum;
-        }
+        sums.store_lines(arguments.column_sums + (batch * problem.num_heads + head) * problem.seqlen_k + first_key, keys - first_key);
       }
     }
   }

@@ -35,7 +35,7 @@ struct BackwardKeyWideConfig {
   static constexpr int kHeldBytes = LeftKey::HeldTile::kBytes + LeftValue::HeldTile::kBytes;
   static constexpr int kStageBytes = QueryTile::kBytes + GradientTile::kBytes;
   static constexpr int kTileBytes = kRestBytes + (kHeldBytes > STAGES * kStageBytes ? kHeldBytes : STAGES * kStageBytes);
-  static constexpr int kScoreBytes = BLOCK_M * BLOCK_N * 4;  // float32, of weights, and of softcap's slopes in classes that have it
+  static constexpr int kScoreBytes = BLOCK_M * BLOCK_N * 4;  // float32, of weights, and of softcap's derivative in classes that have it
   static constexpr int kStatisticsBytes = 2 * BLOCK_M * 4;   // lse and delta
   static constexpr int kSharedBytes = kTileBytes + (CLASS == FeatureClass::plain ? 1 : 2) * kScoreBytes + STAGES * kStatisticsBytes;
   static_assert(KeyTile::kBytes + ValueTile::kBytes <= kTileBytes);
@@ -58,7 +58,7 @@ FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
   const uint32_t held_smem = q_smem;                                                // (BLOCK_N, HELD_QK) and (BLOCK_N, HELD_V), before
   float* const statistics = reinterpret_cast<float*>(shared + Config::kTileBytes);  // STAGES x (2, BLOCK_M)
   unsigned char* const weights_smem = shared + Config::kTileBytes + kStages * Config::kStatisticsBytes;
-  unsigned char* const slopes_smem = weights_smem + Config::kScoreBytes;
+  unsigned char* const derivative_smem = weights_smem + Config::kScoreBytes;
 
   const AttentionProblem& problem = arguments.problem;
   const auto block_columns = static_cast<uint32_t>((problem.seqlen_k + kBlockN - 1) / kBlockN);
@@ -115,7 +115,7 @@ FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
       const int64_t place = statistics_of(problem, sequence, batch, head);
       const float* const row_lse = arguments.row_lse + place;                               // (Lq,)
       const float* const row_statistic = kWeights ? row_lse : arguments.row_delta + place;  // (Lq,)
-      float column_sum[2] = {};                                                             // of this lane's keys
+      ScoreGradientSums sums;
 
       // Loads: every call is one group of cp.async, an empty one past the last block. Each half of the block's threads loads one tensor.
       const auto load = [&](int step) {
@@ -153,29 +153,17 @@ FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
 
         // S^T = K Q^T or dP^T = V dO^T (BLOCK_N, BLOCK_M), each pair its own keys.
         Accumulators<1, kBlocks> scores;
+        const ScoreGradientStep<Config::kClass, true> of_scores{arguments, mask, first_key, start_m, drops, pair.lane};
         if constexpr (kWeights) {
           multiply_transposed<kDtype, Config::kHeadDimQk / 16>(scores, left,
                                                                LaneAddress<QueryTile>{q_columns.first + slot * QueryTile::kBytes});
-          float scale = arguments.score_scale;
-          if constexpr (!kPlain) {
-            const ScoreTransform transform(arguments, batch, head);
-            Accumulators<1, kBlocks> slopes;
-            scale = cap_with_slopes(transform, scores, slopes);
-            if (arguments.softcap_log2 != 0.0f) pair.put(slopes_smem, slopes);
-            if constexpr (kBias) {
-              Bias<1, kBlocks, true> bias(problem, batch, head);
-              bias.load(first_key, static_cast<int>(problem.seqlen_k) - 1, start_m);
-              bias.add_to(scores, scale);
-              scale = 1.0f;
-            }
-            scale = transform.add_slopes(scores, scale, -sequence.offset, first_key, start_m);
-          }
-          if constexpr (kMasked) mask_transposed<kPlain>(mask, scores, first_key, start_m);
-          scores_to_weights<kBias>(scores, scale, of_row);
-          if (drops) Dropout(problem, batch, head).mark_transposed(scores, first_key, start_m);
+          Accumulators<1, kBlocks> softcap_derivative;
+          const float scale = of_scores.transform(scores, softcap_derivative, [&] { pair.put(derivative_smem, softcap_derivative); });
+          if constexpr (kMasked) of_scores.mask(scores);
+          of_scores.to_weights(scores, scale, of_row);
           pair.put(weights_smem, scores);
           pair.announce(kWeightsReady);
-          if (drops) for_each_element(scores, [](float& weight, int, int) { weight = weight < 0.0f ? 0.0f : weight; });
+          if (drops) drop_marked(scores);
           // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
           multiply_add<kDtype>(acc, scores, LaneAddress<GradientTile>{do_rows.first + slot * GradientTile::kBytes});
         } else {
@@ -184,22 +172,11 @@ FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
           Accumulators<1, kBlocks> others;
           pair.await(kWeightsReady);
           pair.take(weights_smem, others);
-          weights_to_score_gradients<kMasked || kBias>(scores, others, drops, arguments.kept_scale, of_row);
+          of_scores.template to_gradients<kMasked>(scores, others, of_row);
           if constexpr (kBias) {
-            if (arguments.column_sums != nullptr) {
-              for_each_element(scores, [&](float& gradient, int row, int) { column_sum[row / 8] += gradient; });
-            }
+            if (arguments.column_sums != nullptr) sums.add_lines(scores);
           }
-          if constexpr (!kPlain) {
-            if (arguments.softcap_log2 != 0.0f) {
-              pair.take(slopes_smem, others);
-#pragma unroll
-              for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) scores[0][n][e] *= others[0][n][e];
-              }
-            }
-          }
+          of_scores.through_softcap(scores, others, [&] { pair.take(derivative_smem, others); });
           // dK += dS^T Q (BLOCK_N, HEAD_DIM_QK)
           multiply_add<kDtype>(acc, scores, LaneAddress<QueryTile>{q_rows.first + slot * QueryTile::kBytes});
         }
@@ -211,12 +188,7 @@ FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
       for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
       if constexpr (!kWeights && kBias) {
         if (arguments.column_sums != nullptr) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int key = first_key + 8 * half + pair.lane / 4;
-            const float sum = quad_sum(column_sum[half]);
-            if (pair.lane % 4 == 0 && key < keys) arguments.column_sums[(batch * problem.num_heads + head) * problem.seqlen_k + key] = sum;
-          }
+          sums.store_lines(arguments.column_sums + (batch * problem.num_heads + head) * problem.seqlen_k + first_key, keys - first_key);
         }
       }
     }

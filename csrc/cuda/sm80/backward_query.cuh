@@ -93,7 +93,7 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
   const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem);
   const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
   Accumulators<1, kOutBlocks> acc = {};
-  float row_sum[2] = {}, slope_sum = 0.0f;
+  ScoreGradientSums sums;
 
   const auto step_over = [&](int step, auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
@@ -103,7 +103,7 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
 
     // S = Q K^T and dP = dO V^T (BLOCK_M, BLOCK_N), each warp its own rows.
     Accumulators<1, kBlocks> scores, gradients;
-    [[maybe_unused]] Accumulators<1, kBlocks> slopes;
+    [[maybe_unused]] Accumulators<1, kBlocks> softcap_derivative;
     multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
         scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, q_lane.at(0, i)); },
         LaneAddress<KeyTile>{k_columns.first + slot * KeyTile::kBytes});
@@ -112,48 +112,21 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
         LaneAddress<ValueTile>{v_columns.first + slot * ValueTile::kBytes});
 
     // P and dS
-    float scale = arguments.score_scale;
-    if constexpr (!kPlain) {
-      const ScoreTransform transform(arguments, block.batch, block.head);
-      scale = cap_with_slopes(transform, scores, slopes);
-      if constexpr (kBias) {
-        Bias<1, kBlocks> bias(problem, block.batch, block.head);
-        bias.load(first_row, sequence.rows_present - 1, start_n);
-        bias.add_to(scores, scale);
-        scale = 1.0f;
-      }
-      scale = transform.add_slopes(scores, scale, sequence.offset, first_row, start_n);
-    }
-    if constexpr (kMasked) {
-      mask.apply<kPlain>(scores, [&](int, int half) { return first_row + 8 * half + lane / 4; }, start_n);
-    }
-    scores_to_weights<kBias>(scores, scale, [&](int, int, int e) { return lse[e / 2]; });
-    if (drops) Dropout(problem, block.batch, block.head).mark(scores, first_row, start_n);
-    weights_to_score_gradients<kMasked || kBias>(gradients, scores, drops, arguments.kept_scale,
-                                                 [&](int, int, int e) { return delta[e / 2]; });
+    const ScoreGradientStep<Config::kClass, false> of_scores{arguments, mask, first_row, start_n, drops, lane};
+    const float scale = of_scores.transform(scores, softcap_derivative);
+    if constexpr (kMasked) of_scores.mask(scores);
+    of_scores.to_weights(scores, scale, [&](int, int, int e) { return lse[e / 2]; });
+    of_scores.template to_gradients<kMasked>(gradients, scores, [&](int, int, int e) { return delta[e / 2]; });
     if constexpr (kBias) {
       if (arguments.dattn_mask.data != nullptr) {
         store_mask_gradient(arguments, gradients, block.batch, block.head, first_row, sequence.rows, start_n);
       }
-      if (arguments.row_sums != nullptr) {
-        for_each_element(gradients, [&](float& gradient, int row, int) { row_sum[row / 8] += gradient; });
-      }
+      if (arguments.row_sums != nullptr) sums.add_lines(gradients);
     }
     if constexpr (!kPlain) {
-      if (arguments.slope_sums != nullptr) {
-        const int diagonal = first_row + sequence.offset - start_n;
-        for_each_element(gradients, [&](float& gradient, int row, int place) {
-          slope_sum -= gradient * static_cast<float>(abs(place - row - diagonal));
-        });
-      }
-      if (arguments.softcap_log2 != 0.0f) {
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) gradients[0][n][e] *= slopes[0][n][e];
-        }
-      }
+      if (arguments.slope_sums != nullptr) sums.add_slope(gradients, of_scores);
     }
+    of_scores.through_softcap(gradients, softcap_derivative);
 
     // dQ += dS K (BLOCK_M, HEAD_DIM_QK)
     multiply_add<kDtype>(acc, gradients, LaneAddress<KeyTile>{k_rows.first + slot * KeyTile::kBytes});
@@ -171,27 +144,12 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
   const int rows = sequence.rows - block.start_m;
   store_rows<kDtype, QueryTile>(acc, problem.softmax_scale, shared, warp_row, rows, block.rows_of(problem.dquery), problem.dquery.row,
                                 static_cast<int>(problem.head_dim_qk));
-  if (arguments.row_sums != nullptr) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 8 * half + lane / 4;
-      const float sum = quad_sum(row_sum[half]);
-      if (lane % 4 == 0 && row < rows) arguments.row_sums[block.statistics(problem) + row] = sum;
-    }
+  if constexpr (kBias) {
+    if (arguments.row_sums != nullptr) sums.store_lines(arguments.row_sums + block.statistics(problem) + warp_row, rows - warp_row);
   }
   if (arguments.slope_sums != nullptr) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) slope_sum += __shfl_xor_sync(kWholeWarp, slope_sum, distance);
     __syncthreads();  // dquery was stored from shared memory
-    float* const sums = reinterpret_cast<float*>(shared);
-    if (lane == 0) sums[threadIdx.x / 32] = slope_sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float sum = 0.0f;
-      for (int warp = 0; warp < Config::kThreads / 32; ++warp) sum += sums[warp];
-      const int64_t row_blocks = (problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
-      arguments.slope_sums[(block.batch * problem.num_heads + block.head) * row_blocks + block.start_m / Config::kBlockM] = sum;
-    }
+    store_slope_part<Config::kThreads / 32>(arguments, block, sums.slope, threadIdx.x / 32, shared);
   }
 }
 

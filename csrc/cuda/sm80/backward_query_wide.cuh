@@ -31,7 +31,7 @@ struct BackwardQueryWideConfig {
   static constexpr int kRowBytes = LeftQuery::HeldTile::kBytes + LeftGradient::HeldTile::kBytes;
   static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
   static constexpr int kTileBytes = kRowBytes > STAGES* kStageBytes ? kRowBytes : STAGES * kStageBytes;
-  static constexpr int kScoreBytes = BLOCK_M * BLOCK_N * 4;  // float32, of weights, and of softcap's slopes in classes that have it
+  static constexpr int kScoreBytes = BLOCK_M * BLOCK_N * 4;  // float32, of weights, and of softcap's derivative in classes that have it
   static constexpr int kSharedBytes = kTileBytes + (CLASS == FeatureClass::plain ? 1 : 2) * kScoreBytes + kScoreBytes / 2;
 };
 
@@ -50,7 +50,7 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
   const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V); before, behind Q, (BLOCK_M, HEAD_DIM_V)
   unsigned char* const gradients_smem = shared + Config::kTileBytes;  // (BLOCK_M, BLOCK_N) dscores, 16 bits
   unsigned char* const weights_smem = gradients_smem + Config::kScoreBytes / 2;
-  unsigned char* const slopes_smem = weights_smem + Config::kScoreBytes;
+  unsigned char* const derivative_smem = weights_smem + Config::kScoreBytes;
 
   const AttentionProblem& problem = arguments.problem;
   const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
@@ -65,7 +65,7 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
 
   const int rows = sequence.rows - block.start_m;
   const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
-  float slope_sum = 0.0f;
+  ScoreGradientSums sums;  // of the gradients' warps
 
   // What one of a pair's warps does.
   const auto walk = [&](auto of_weights) {
@@ -112,7 +112,6 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
     const auto v_columns = LaneAddress<ValueTile>::by_columns(v_smem);
     const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem);
     Accumulators<1, kHalf / 8> acc = {};
-    float row_sum[2] = {};
 
     const auto step_over = [&](int step, auto masked) {
       constexpr bool kMasked = decltype(masked)::value;
@@ -123,27 +122,14 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
 
       // S = Q K^T or dP = dO V^T (BLOCK_M, BLOCK_N), each pair its own rows.
       Accumulators<1, kBlocks> scores;
+      const ScoreGradientStep<Config::kClass, false> of_scores{arguments, mask, first_row, start_n, drops, pair.lane};
+      const auto of_row = [&](int, int, int e) { return statistic[e / 2]; };
       if constexpr (kWeights) {
         multiply_transposed<kDtype, Config::kHeadDimQk / 16>(scores, left, LaneAddress<KeyTile>{k_columns.first + slot * KeyTile::kBytes});
-        float scale = arguments.score_scale;
-        if constexpr (!kPlain) {
-          const ScoreTransform transform(arguments, block.batch, block.head);
-          Accumulators<1, kBlocks> slopes;
-          scale = cap_with_slopes(transform, scores, slopes);
-          if (arguments.softcap_log2 != 0.0f) pair.put(slopes_smem, slopes);
-          if constexpr (kBias) {
-            Bias<1, kBlocks> bias(problem, block.batch, block.head);
-            bias.load(first_row, sequence.rows_present - 1, start_n);
-            bias.add_to(scores, scale);
-            scale = 1.0f;
-          }
-          scale = transform.add_slopes(scores, scale, sequence.offset, first_row, start_n);
-        }
-        if constexpr (kMasked) {
-          mask.apply<kPlain>(scores, [&](int, int half) { return first_row + 8 * half + pair.lane / 4; }, start_n);
-        }
-        scores_to_weights<kBias>(scores, scale, [&](int, int, int e) { return statistic[e / 2]; });
-        if (drops) Dropout(problem, block.batch, block.head).mark(scores, first_row, start_n);
+        Accumulators<1, kBlocks> softcap_derivative;
+        const float scale = of_scores.transform(scores, softcap_derivative, [&] { pair.put(derivative_smem, softcap_derivative); });
+        if constexpr (kMasked) of_scores.mask(scores);
+        of_scores.to_weights(scores, scale, of_row);
         pair.put(weights_smem, scores);
         pair.announce(kWeightsReady);
         pair.await(kGradientsReady);
@@ -153,32 +139,17 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
         Accumulators<1, kBlocks> others;
         pair.await(kWeightsReady);
         pair.take(weights_smem, others);
-        weights_to_score_gradients<kMasked || kBias>(scores, others, drops, arguments.kept_scale,
-                                                     [&](int, int, int e) { return statistic[e / 2]; });
+        of_scores.template to_gradients<kMasked>(scores, others, of_row);
         if constexpr (kBias) {
           if (arguments.dattn_mask.data != nullptr) {
             store_mask_gradient(arguments, scores, block.batch, block.head, first_row, sequence.rows, start_n);
           }
-          if (arguments.row_sums != nullptr) {
-            for_each_element(scores, [&](float& gradient, int row, int) { row_sum[row / 8] += gradient; });
-          }
+          if (arguments.row_sums != nullptr) sums.add_lines(scores);
         }
         if constexpr (!kPlain) {
-          if (arguments.slope_sums != nullptr) {
-            const int diagonal = first_row + sequence.offset - start_n;
-            for_each_element(scores, [&](float& gradient, int row, int place) {
-              slope_sum -= gradient * static_cast<float>(abs(place - row - diagonal));
-            });
-          }
-          if (arguments.softcap_log2 != 0.0f) {
-            pair.take(slopes_smem, others);
-#pragma unroll
-            for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) scores[0][n][e] *= others[0][n][e];
-            }
-          }
+          if (arguments.slope_sums != nullptr) sums.add_slope(scores, of_scores);
         }
+        of_scores.through_softcap(scores, others, [&] { pair.take(derivative_smem, others); });
       }
 
       // dQ += dS K (BLOCK_M, HEAD_DIM_QK / 2)
@@ -209,13 +180,8 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
     store_rows<kDtype, HalfTile>(acc, problem.softmax_scale, shared + (kWeights ? 0 : HalfTile::kBytes), warp_row, rows,
                                  block.rows_of(problem.dquery) + kFirstColumn, problem.dquery.row,
                                  static_cast<int>(problem.head_dim_qk) - kFirstColumn);
-    if (!kWeights && arguments.row_sums != nullptr) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 8 * half + pair.lane / 4;
-        const float sum = quad_sum(row_sum[half]);
-        if (pair.lane % 4 == 0 && row < rows) arguments.row_sums[block.statistics(problem) + row] = sum;
-      }
+    if constexpr (kBias && !kWeights) {
+      if (arguments.row_sums != nullptr) sums.store_lines(arguments.row_sums + block.statistics(problem) + warp_row, rows - warp_row);
     }
   };
   if (pair.has_weights) {
@@ -225,17 +191,8 @@ FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
   }
   if constexpr (!kPlain) {
     if (arguments.slope_sums != nullptr) {
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) slope_sum += __shfl_xor_sync(kWholeWarp, slope_sum, distance);
       __syncthreads();  // dquery was stored from shared memory
-      float* const sums = reinterpret_cast<float*>(shared);
-      if (!pair.has_weights && pair.lane == 0) sums[pair.number] = slope_sum;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        const int64_t row_blocks = (problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
-        arguments.slope_sums[(block.batch * problem.num_heads + block.head) * row_blocks + block.start_m / Config::kBlockM] =
-            sums[0] + sums[1] + sums[2] + sums[3];
-      }
+      store_slope_part<kPairs>(arguments, block, sums.slope, pair.has_weights ? kPairs : pair.number, shared);
     }
   }
 }

@@ -23,8 +23,7 @@ FA_DEVICE void combine(const ForwardArguments& arguments) {
   const auto weight = [&](int split) { return ptx::ex2((partial_lse[split * lines] - shift) * kLog2E); };
   float sum = 0.0f;
   for (int split = lane; split < num_splits; split += 32) sum += weight(split);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
+  sum = sum_of_lanes(sum);
   const float reciprocal = sum != 0.0f ? ptx::rcp(sum) : 0.0f;
   if (lane == 0) problem.lse[line] = sum != 0.0f ? shift + ptx::lg2(sum) * kLn2 : -kInfinity;
 

@@ -150,7 +150,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
       bias.add_to(scores, scale);
       scale = 1.0f;
     }
-    if constexpr (!kPlain) scale = transform.add_slopes(scores, scale, sequence.offset, first_row, start_n);
+    if constexpr (!kPlain) scale = transform.add_alibi(scores, scale, sequence.offset, first_row, start_n);
     if constexpr (kMasked) {
       mask.apply<kPlain>(
           scores, [&](int m, int half) { return first_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x % 32 / 4); }, start_n);

@@ -6,7 +6,7 @@
 //   for every head whose tile is not empty:
 //     S = Q K^T, dP = dO V^T      in chunks of 64 columns: one instance takes every head dim
 //     P, dS                       as in the other backward kernels, from lse and delta
-//     sum += dS                   the mask comes after softcap, whose slope has no part in this
+//     sum += dS                   the mask comes after softcap, whose derivative has no part in this
 #pragma once
 #include "../gradients.cuh"
 #include "../row_block.cuh"
@@ -191,23 +191,15 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
       multiply_chunks(gradients, v_chunks, static_cast<int>(problem.head_dim_v));
 
       // P, dS and their sum
-      const ScoreTransform transform(arguments, visit.batch, visit.head);
       const ScoreMask mask{sequence, problem, visit.batch, visit.head};
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        const int first_key = start_n + 32 * piece;
-        float scale = transform.cap(scores[piece]);
-        Bias<1, 4> bias(problem, mask_batch, mask_head);
-        bias.load(first_row, static_cast<int>(problem.seqlen_q) - 1, first_key);
-        bias.add_to(scores[piece], scale);
-        scale = transform.add_slopes(scores[piece], 1.0f, sequence.offset, first_row, first_key);
-        if (!visit.all_count) {
-          mask.apply<false>(scores[piece], [&](int, int half) { return first_row + 8 * half + lane / 4; }, first_key);
-        }
-        scores_to_weights<true>(scores[piece], scale, [&](int, int, int e) { return lse[e / 2]; });
-        if (drops) Dropout(problem, visit.batch, visit.head).mark(scores[piece], first_row, first_key);
-        weights_to_score_gradients<true>(gradients[piece], scores[piece], drops, arguments.kept_scale,
-                                         [&](int, int, int e) { return delta[e / 2]; });
+        const ScoreGradientStep<FeatureClass::bias, false> of_scores{arguments, mask, first_row, start_n + 32 * piece, drops, lane};
+        Accumulators<1, 4> softcap_derivative;
+        const float scale = of_scores.transform(scores[piece], softcap_derivative);
+        if (!visit.all_count) of_scores.mask(scores[piece]);
+        of_scores.to_weights(scores[piece], scale, [&](int, int, int e) { return lse[e / 2]; });
+        of_scores.template to_gradients<true>(gradients[piece], scores[piece], [&](int, int, int e) { return delta[e / 2]; });
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
 #pragma unroll

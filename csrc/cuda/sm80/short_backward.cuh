@@ -55,86 +55,120 @@ struct KeysOfWarp {
   }
 };
 
+// The shared memory of a group of warps.
 template <class Config>
-FA_DEVICE void short_backward(const BackwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kBlockM = Config::kBlockM, kBlocks = kBlockM / 8, kDims = Config::kHeadDimQk;
-  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+struct ShortBackwardMemory {
+  unsigned char *keys, *values, *scores;  // of each warp: (16, HEAD_DIM_QK), (16, HEAD_DIM_V), (16, BLOCK_M)
+  unsigned char* rows;                    // row_tiles_in_flight times Q, dO, lse and delta of BLOCK_M rows
+  int* has_gradients;                     // (warps,)
+  float* slope_parts;                     // (warps,)
+
+  FA_DEVICE ShortBackwardMemory(unsigned char* shared, const WarpGroup& group, const ShortUnits& units)
+      : keys(shared + group.number * units.shared_bytes),
+        values(keys + group.num_warps * Config::KeyTile::kBytes),
+        scores(values + group.num_warps * Config::ValueTile::kBytes),
+        rows(scores + group.num_warps * Config::ScoreTile::kBytes),
+        has_gradients(reinterpret_cast<int*>(rows + units.row_tiles_in_flight * Config::kRowTileBytes)),
+        slope_parts(reinterpret_cast<float*>(has_gradients + group.num_warps)) {}
+
+  // Of the row tile in a slot.
+  FA_DEVICE unsigned char* query(int slot) const { return rows + slot * Config::kRowTileBytes; }
+  FA_DEVICE unsigned char* dout(int slot) const { return query(slot) + Config::QueryTile::kBytes; }
+  FA_DEVICE float* lse(int slot) const { return reinterpret_cast<float*>(dout(slot) + Config::GradientTile::kBytes); }
+  FA_DEVICE float* delta(int slot) const { return lse(slot) + Config::kBlockM; }
+};
+
+// What a warp works on: its keys, and in steps the rows of the heads that share them. A step is a tile of BLOCK_M rows of one head.
+template <class Config>
+struct ShortBackwardUnit {
+  static constexpr Dtype kDtype = Config::kDtype;
+  static constexpr FeatureClass kClass = Config::kClass;
+  static constexpr int kBlockM = Config::kBlockM, kBlocks = kBlockM / 8, kDims = Config::kHeadDimQk;
+  static constexpr bool kPlain = kClass == FeatureClass::plain, kBias = kClass == FeatureClass::bias;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
   using ScoreTile = typename Config::ScoreTile;
   using QueryTile = typename Config::QueryTile;
   using GradientTile = typename Config::GradientTile;
-  extern __shared__ __align__(128) unsigned char shared[];
 
-  const AttentionProblem& problem = arguments.problem;
-  const WarpGroup group(arguments.units);
-  if (!group.has_work) return;
-  const int lane = threadIdx.x % 32, warp = group.warp, num_warps = group.num_warps;
-  const int tiles_in_flight = arguments.units.row_tiles_in_flight;
-  unsigned char* const keys_at = shared + group.number * arguments.units.shared_bytes;  // warps x (16, HEAD_DIM_QK)
-  unsigned char* const values_at = keys_at + num_warps * KeyTile::kBytes;               // warps x (16, HEAD_DIM_V)
-  unsigned char* const scores_at = values_at + num_warps * ValueTile::kBytes;           // warps x (16, BLOCK_M)
-  unsigned char* const rows_at = scores_at + num_warps * ScoreTile::kBytes;             // Q, dO, lse, delta of BLOCK_M rows; and again
-  auto* const has_gradients = reinterpret_cast<int*>(rows_at + tiles_in_flight * Config::kRowTileBytes);  // (warps,)
-  auto* const slope_parts = reinterpret_cast<float*>(has_gradients + num_warps);                          // (warps,)
-  const uint32_t k_smem = ptx::shared_address(keys_at), v_smem = ptx::shared_address(values_at), rows_smem = ptx::shared_address(rows_at);
-  const auto statistics_of_tile = [&](int slot) {
-    return reinterpret_cast<float*>(rows_at + slot * Config::kRowTileBytes + QueryTile::kBytes + GradientTile::kBytes);
-  };
+  const BackwardArguments& arguments;
+  const AttentionProblem& problem;
+  const WarpGroup& group;
+  const KeysOfWarp& keys;
+  const Sequence& sequence;
+  const ShortBackwardMemory<Config> memory;
+  const int lane, first_head, row_tiles, num_steps;
+  const bool drops, stores_mask_gradient;
 
-  const KeysOfWarp of_warp(problem, group);
-  const int batch = of_warp.batch, key_head = of_warp.key_head, first_key = of_warp.first_key;
-  const Sequence& sequence = of_warp.sequence;
-  const int first_head = key_head * arguments.heads_per_group, keys_word = first_key / kKeysPerWord * kKeysPerWord;
-  const uint32_t word =
-      kPlain ? bits_of({0, sequence.keys_present}, keys_word) : existing_keys(problem, batch, sequence.keys_present, keys_word);
-  const uint32_t existing = sequence.rows_present > 0 ? word >> first_key % kKeysPerWord & 0xffff : 0;  // of this warp's keys
-  const auto exists = [&](int row) { return (existing >> row & 1) != 0; };
-  copy_rows_async<KeyTile, 32>(k_smem + warp * KeyTile::kBytes, of_warp.rows_of(problem.key), problem.key.row,
-                               static_cast<int>(problem.head_dim_qk), lane, exists);
-  copy_rows_async<ValueTile, 32>(v_smem + warp * ValueTile::kBytes, of_warp.rows_of(problem.value), problem.value.row,
-                                 static_cast<int>(problem.head_dim_v), lane, exists);
-  ptx::cp_async_commit();
+  FA_DEVICE ShortBackwardUnit(const BackwardArguments& given, const WarpGroup& warps, const KeysOfWarp& of_warp, unsigned char* shared)
+      : arguments(given),
+        problem(given.problem),
+        group(warps),
+        keys(of_warp),
+        sequence(of_warp.sequence),
+        memory(shared, warps, given.units),
+        lane(threadIdx.x % 32),
+        first_head(of_warp.key_head * given.heads_per_group),
+        row_tiles((sequence.rows_present + kBlockM - 1) / kBlockM),
+        num_steps(row_tiles * given.heads_per_group),
+        drops(kPlain ? Config::kDropout : problem.dropout_threshold != 0),
+        stores_mask_gradient(kBias && given.dattn_mask.data != nullptr) {}
 
-  // A step is a tile of rows of one head.
-  const int row_tiles = (sequence.rows_present + kBlockM - 1) / kBlockM, num_steps = row_tiles * arguments.heads_per_group;
-  const auto head_of_step = [&](int step) {
+  FA_DEVICE int head_of_step(int step) const {
     return first_head + static_cast<int>(static_cast<uint32_t>(step) / static_cast<uint32_t>(row_tiles));
-  };
-  const auto start_of_step = [&](int step) {
+  }
+  FA_DEVICE int start_of_step(int step) const {
     return static_cast<int>(static_cast<uint32_t>(step) % static_cast<uint32_t>(row_tiles)) * kBlockM;
-  };
+  }
 
-  // Loads of steps, those that there are, by all warps of the group: 8 rows of Q in turn, and of dO as many as a warp's lanes hold at once.
-  const auto load_steps = [&](int first_step, int count, int first_slot, auto unroll) {
+  // K and V of the warp, one group of cp.async. existing: bit b where key b of the 16 counts.
+  FA_DEVICE void load_keys(uint32_t existing) const {
+    const auto exists = [&](int row) { return (existing >> row & 1) != 0; };
+    copy_rows_async<KeyTile, 32>(ptx::shared_address(memory.keys) + group.warp * KeyTile::kBytes, keys.rows_of(problem.key),
+                                 problem.key.row, static_cast<int>(problem.head_dim_qk), lane, exists);
+    copy_rows_async<ValueTile, 32>(ptx::shared_address(memory.values) + group.warp * ValueTile::kBytes, keys.rows_of(problem.value),
+                                   problem.value.row, static_cast<int>(problem.head_dim_v), lane, exists);
+    ptx::cp_async_commit();
+  }
+
+  // Rows of steps, those that there are, by all warps of the group. UNROLL: of the loop over rows of dO.
+  template <int UNROLL>
+  FA_DEVICE void load_steps(int first_step, int count, int first_slot) const {
     count = min(count, num_steps - first_step);
+    load_queries(first_step, count, first_slot);
+    load_douts<UNROLL>(first_step, count, first_slot);
+  }
+
+  // Q, 8 rows in turn: one group of cp.async.
+  FA_DEVICE void load_queries(int first_step, int count, int first_slot) const {
     using Piece = SharedTile<8, kDims>;
 #pragma unroll 1
-    for (int piece = warp; piece < kBlockM / 8 * count; piece += num_warps) {
+    for (int piece = group.warp; piece < kBlockM / 8 * count; piece += group.num_warps) {
       const int of_step = piece / (kBlockM / 8), row_in_tile = piece % (kBlockM / 8) * 8, step = first_step + of_step;
       const int first_row = start_of_step(step) + row_in_tile;
       const uint16_t* const query =
-          head_of(problem.query, batch, head_of_step(step)) + (sequence.first_row + first_row) * problem.query.row;
-      copy_rows_async<Piece, 32>(rows_smem + (first_slot + of_step) * Config::kRowTileBytes + row_in_tile * QueryTile::kPitch, query,
-                                 problem.query.row, static_cast<int>(problem.head_dim_qk), lane,
-                                 [&](int row) { return first_row + row < sequence.rows_present; });
+          head_of(problem.query, keys.batch, head_of_step(step)) + (sequence.first_row + first_row) * problem.query.row;
+      copy_rows_async<Piece, 32>(
+          ptx::shared_address(memory.rows) + (first_slot + of_step) * Config::kRowTileBytes + row_in_tile * QueryTile::kPitch, query,
+          problem.query.row, static_cast<int>(problem.head_dim_qk), lane, [&](int row) { return first_row + row < sequence.rows_present; });
     }
     ptx::cp_async_commit();
+  }
+
+  // dO through registers, as many rows as a warp's lanes hold at once, and with it lse and delta = rowsum(dO * O) - dlse.
+  template <int UNROLL>
+  FA_DEVICE void load_douts(int first_step, int count, int first_slot) const {
     constexpr int kLanes = GradientTile::kPermuted, kRowsAtOnce = 32 / kLanes, kChunks = Config::kHeadDimV / (kLanes * kChunk);
-    constexpr int kUnroll = decltype(unroll)::value;
-#pragma unroll(kUnroll)
-    for (int item = warp * kRowsAtOnce + lane / kLanes; item < kBlockM * count; item += num_warps * kRowsAtOnce) {
+#pragma unroll(UNROLL)
+    for (int item = group.warp * kRowsAtOnce + lane / kLanes; item < kBlockM * count; item += group.num_warps * kRowsAtOnce) {
       const int of_step = item / kBlockM, row_in_tile = item % kBlockM, slot = first_slot + of_step, step = first_step + of_step;
       const int head = head_of_step(step), row = start_of_step(step) + row_in_tile;
       const bool present = row < sequence.rows_present;
-      const int64_t place = statistics_of(problem, sequence, batch, head) + row;
+      const int64_t place = statistics_of(problem, sequence, keys.batch, head) + row;
       const float row_lse = present ? problem.lse[place] : -kInfinity;
       const bool attends = row_lse != -kInfinity;  // else its dO may be anything
-      const uint16_t* const out = head_of(problem.out, batch, head) + (sequence.first_row + row) * problem.out.row;
-      const uint16_t* const dout = head_of(problem.dout, batch, head) + (sequence.first_row + row) * problem.dout.row;
-      unsigned char* const dout_tile = rows_at + slot * Config::kRowTileBytes + QueryTile::kBytes;
-      float* const statistics = statistics_of_tile(slot);
+      const uint16_t* const out = head_of(problem.out, keys.batch, head) + (sequence.first_row + row) * problem.out.row;
+      const uint16_t* const dout = head_of(problem.dout, keys.batch, head) + (sequence.first_row + row) * problem.dout.row;
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
@@ -145,157 +179,110 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
           right = *reinterpret_cast<const uint4*>(dout + column);
         }
         if (!attends) right = {};
-        *reinterpret_cast<uint4*>(dout_tile + GradientTile::offset(row_in_tile, chunk)) = right;
+        *reinterpret_cast<uint4*>(memory.dout(slot) + GradientTile::offset(row_in_tile, chunk)) = right;
         sum = add_dot<kDtype>(sum, left, right);
       }
-#pragma unroll
-      for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
+      sum = sum_of_lanes<kLanes>(sum);
       if (lane % kLanes == 0) {
         if (attends && problem.dlse != nullptr) sum -= problem.dlse[place];
-        statistics[row_in_tile] = attends ? row_lse * kLog2E : kInfinity;
-        statistics[kBlockM + row_in_tile] = attends ? sum : 0.0f;
+        memory.lse(slot)[row_in_tile] = attends ? row_lse * kLog2E : kInfinity;
+        memory.delta(slot)[row_in_tile] = attends ? sum : 0.0f;
       }
     }
-  };
-  load_steps(0, tiles_in_flight, 0, std::integral_constant<int, 2>());
+  }
 
-  const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem + warp * KeyTile::kBytes);
-  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem + warp * ValueTile::kBytes);
-  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
-  const bool stores_mask_gradient = kBias && arguments.dattn_mask.data != nullptr;
-  Accumulators<1, kDims / 8> dkey = {};
-  Accumulators<1, kDims / 8> dvalue = {};
-  [[maybe_unused]] float column_sum[2] = {}, slope_sum = 0.0f;  // of one head
-
-  int head = first_head, start_m = 0, slot = 0;
-#pragma unroll 1
-  for (int step = 0; step < num_steps; ++step) {
-    ptx::cp_async_wait<0>();  // these rows have landed, K and V before them; the groups behind them had a product to arrive in
-    group.sync();
-    const ScoreMask mask{sequence, problem, batch, head};
-    const uint32_t q_smem = rows_smem + slot * Config::kRowTileBytes, do_smem = q_smem + QueryTile::kBytes;
-    const float *const lse = statistics_of_tile(slot), *const delta = lse + kBlockM;
+  // P^T and dS^T of a tile (16, BLOCK_M), dS^T in shared memory too, for the other warps; adds to the sums.
+  //   allowed: of row `lane`, bit b where it may attend to key b of the 16
+  FA_DEVICE void compute_gradients(const ScoreMask& mask, uint32_t allowed, int start_m, int slot, Accumulators<1, kBlocks>& weights,
+                                   Accumulators<1, kBlocks>& gradients, ScoreGradientSums& sums) const {
     const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
-    const bool last_of_head = start_m + kBlockM >= sequence.rows_present;
+    const float *const lse = memory.lse(slot), *const delta = memory.delta(slot);
+    const auto k_lane = LaneAddress<KeyTile>::by_rows(ptx::shared_address(memory.keys) + group.warp * KeyTile::kBytes);
+    const auto v_lane = LaneAddress<ValueTile>::by_rows(ptx::shared_address(memory.values) + group.warp * ValueTile::kBytes);
+    const ScoreGradientStep<kClass, true> of_scores{arguments, mask, keys.first_key, start_m, drops, lane};
+    [[maybe_unused]] Accumulators<1, kBlocks> softcap_derivative;
 
-    // Bit b: whether this lane's row may attend to key first_key + b.
-    const uint32_t allowed =
-        existing == 0 ? 0 : allowed_keys<kPlain>(mask, start_m + lane, keys_word, word) >> first_key % kKeysPerWord & 0xffff;
-    const bool visits = __any_sync(kWholeWarp, allowed != 0);
-    if (visits) {
-      // S^T = K Q^T (16, BLOCK_M)
-      Accumulators<1, kBlocks> scores, gradients;
-      [[maybe_unused]] Accumulators<1, kBlocks> slopes;
-      multiply_transposed<kDtype, kDims / 16>(
-          scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); }, LaneAddress<QueryTile>::by_columns(q_smem));
-
-      // P^T
-      float scale = arguments.score_scale;
-      if constexpr (!kPlain) {
-        const ScoreTransform transform(arguments, batch, head);
-        scale = cap_with_slopes(transform, scores, slopes);
-        if constexpr (kBias) {
-          Bias<1, kBlocks, true> bias(problem, batch, head);
-          bias.load(first_key, static_cast<int>(problem.seqlen_k) - 1, start_m);
-          bias.add_to(scores, scale);
-          scale = 1.0f;
-        }
-        scale = transform.add_slopes(scores, scale, -sequence.offset, first_key, start_m);
-      }
-      if (!__all_sync(kWholeWarp, allowed == 0xffff)) {
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const uint32_t of_row = __shfl_sync(kWholeWarp, allowed, column(n, e)) >> lane / 4;
-            if ((of_row & 1) == 0) scores[0][n][e] = -kInfinity;
-            if ((of_row >> 8 & 1) == 0) scores[0][n][e + 2] = -kInfinity;
-          }
-        }
-      }
-      scores_to_weights<kBias>(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
-      if (drops) Dropout(problem, batch, head).mark_transposed(scores, first_key, start_m);
-
-      // dP^T = V dO^T (16, BLOCK_M), and with it dS^T; late, so that what made P^T needs no registers any more
-      multiply_transposed<kDtype, kDims / 16>(
-          gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
-          LaneAddress<GradientTile>::by_columns(do_smem));
-      weights_to_score_gradients<true>(gradients, scores, drops, arguments.kept_scale,
-                                       [&](int, int n, int e) { return delta[column(n, e)]; });
-      if constexpr (kBias) {
-        if (stores_mask_gradient) store_mask_gradient_transposed(arguments, gradients, batch, head, first_key, start_m);
-        if (arguments.column_sums != nullptr) {
-          for_each_element(gradients, [&](float& gradient, int row, int) { column_sum[row / 8] += gradient; });
-        }
-      }
-      if constexpr (!kPlain) {
-        if (arguments.slope_sums != nullptr) {
-          const int diagonal = first_key - sequence.offset - start_m;
-          for_each_element(
-              gradients, [&](float& gradient, int key, int row) { slope_sum -= gradient * static_cast<float>(abs(row - key - diagonal)); });
-        }
-        if (arguments.softcap_log2 != 0.0f) {
-#pragma unroll
-          for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) gradients[0][n][e] *= slopes[0][n][e];
-          }
-        }
-      }
-
-      // dS^T for the others (16, BLOCK_M)
+    // S^T = K Q^T (16, BLOCK_M), and P^T
+    multiply_transposed<kDtype, kDims / 16>(
+        weights, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
+        LaneAddress<QueryTile>::by_columns(ptx::shared_address(memory.query(slot))));
+    const float scale = of_scores.transform(weights, softcap_derivative);
+    if (!__all_sync(kWholeWarp, allowed == 0xffff)) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<uint32_t*>(scores_at + warp * ScoreTile::kBytes + ScoreTile::offset(8 * half + lane / 4, n) + 4 * (lane % 4)) =
-              ptx::pack<kDtype>(gradients[0][n][2 * half], gradients[0][n][2 * half + 1]);
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t of_row = __shfl_sync(kWholeWarp, allowed, column(n, e)) >> lane / 4;
+          if ((of_row & 1) == 0) weights[0][n][e] = -kInfinity;
+          if ((of_row >> 8 & 1) == 0) weights[0][n][e + 2] = -kInfinity;
         }
       }
+    }
+    of_scores.to_weights(weights, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
 
-      // dV += P^T dO (16, HEAD_DIM_V) and dK += dS^T Q (16, HEAD_DIM_QK)
-      multiply_add<kDtype>(dvalue, scores, LaneAddress<GradientTile>::by_rows(do_smem));
-      multiply_add<kDtype>(dkey, gradients, LaneAddress<QueryTile>::by_rows(q_smem));
-    } else if (stores_mask_gradient) {
-      const Accumulators<1, kBlocks> none = {};
-      store_mask_gradient_transposed(arguments, none, batch, head, first_key, start_m);
+    // dP^T = V dO^T (16, BLOCK_M), and dS^T; late, so that what made P^T needs no registers any more
+    multiply_transposed<kDtype, kDims / 16>(
+        gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
+        LaneAddress<GradientTile>::by_columns(ptx::shared_address(memory.dout(slot))));
+    of_scores.template to_gradients<true>(gradients, weights, [&](int, int n, int e) { return delta[column(n, e)]; });
+    if constexpr (kBias) {
+      if (stores_mask_gradient) store_mask_gradient_transposed(arguments, gradients, keys.batch, mask.head, keys.first_key, start_m);
+      if (arguments.column_sums != nullptr) sums.add_lines(gradients);
     }
     if constexpr (!kPlain) {
-      if (arguments.slope_sums != nullptr && last_of_head) {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) slope_sum += __shfl_xor_sync(kWholeWarp, slope_sum, distance);
-        if (lane == 0) slope_parts[warp] = slope_sum;
-        slope_sum = 0.0f;
+      if (arguments.slope_sums != nullptr) sums.add_slope(gradients, of_scores);
+    }
+    of_scores.through_softcap(gradients, softcap_derivative);
+
+    PackedWeights<kBlocks> packed;
+    pack_weights<kDtype>(packed, gradients);
+    store_packed<ScoreTile>(packed, memory.scores + group.warp * ScoreTile::kBytes, 0, lane);
+  }
+
+  // After the last rows of a head: the sums over them are stored and start again.
+  FA_DEVICE void finish_sums(int head, ScoreGradientSums& sums) const {
+    if constexpr (!kPlain) {
+      if (arguments.slope_sums != nullptr) {
+        const float of_warp = sum_of_lanes(sums.slope);
+        if (lane == 0) memory.slope_parts[group.warp] = of_warp;
+        sums.slope = 0.0f;
       }
     }
     if constexpr (kBias) {
-      if (arguments.column_sums != nullptr && last_of_head) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int key = first_key + 8 * half + lane / 4;
-          const float sum = quad_sum(column_sum[half]);
-          if (lane % 4 == 0 && key < of_warp.keys) arguments.column_sums[(batch * problem.num_heads + head) * problem.seqlen_k + key] = sum;
-          column_sum[half] = 0.0f;
-        }
+      if (arguments.column_sums != nullptr) {
+        sums.store_lines(arguments.column_sums + (keys.batch * problem.num_heads + head) * problem.seqlen_k + keys.first_key,
+                         keys.keys - keys.first_key);
+        sums.lines[0] = sums.lines[1] = 0.0f;
       }
     }
-    if (lane == 0) has_gradients[warp] = visits;
-    group.sync();  // dS is complete, and every warp is past its products with these rows
-    load_steps(step + tiles_in_flight, 1, slot, std::integral_constant<int, kDims <= 64 ? 2 : 1>());
+  }
 
-    // dQ = scale * dS K (BLOCK_M, HEAD_DIM_QK), pieces of 16 x 32 to a warp.
+  // The slope's gradient, of the warps' parts.
+  FA_DEVICE void store_slope_gradient(int head) const {
+    if constexpr (!kPlain) {
+      if (arguments.slope_sums == nullptr || group.warp != 0 || lane != 0) return;
+      float sum = 0.0f;
+      for (int from = 0; from < group.num_warps; ++from) sum += memory.slope_parts[from];
+      const int64_t parts = (problem.seqlen_q + kRowsPerSlopePart - 1) / kRowsPerSlopePart;
+      arguments.slope_sums[(keys.batch * problem.num_heads + head) * parts] = sum;
+    }
+  }
+
+  // dQ = scale * dS K (BLOCK_M, HEAD_DIM_QK) of all warps' keys, pieces of 16 x 32 to a warp.
+  FA_DEVICE void store_dquery(int head, int start_m) const {
     const int rows_left = sequence.rows - start_m, rows_present_left = sequence.rows_present - start_m;
-    uint16_t* const dquery = head_of(problem.dquery, batch, head) + (sequence.first_row + start_m) * problem.dquery.row;
-    const auto ds_lane = LaneAddress<ScoreTile>::by_columns(ptx::shared_address(scores_at));  // transposed: rows of dS are its columns
-    const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem);
+    uint16_t* const dquery = head_of(problem.dquery, keys.batch, head) + (sequence.first_row + start_m) * problem.dquery.row;
+    // Transposed: rows of dS are columns of the tile.
+    const auto ds_lane = LaneAddress<ScoreTile>::by_columns(ptx::shared_address(memory.scores));
+    const auto k_rows = LaneAddress<KeyTile>::by_rows(ptx::shared_address(memory.keys));
 #pragma unroll 1
-    for (int piece = warp; piece < kBlockM / 16 * (kDims / 32); piece += num_warps) {
+    for (int piece = group.warp; piece < kBlockM / 16 * (kDims / 32); piece += group.num_warps) {
       const int upper_rows = piece % (kBlockM / 16), columns = piece / (kBlockM / 16);  // in sixteens, in thirty-twos
       if (16 * upper_rows >= rows_left) continue;
       Accumulators<1, 4> acc = {};
 #pragma unroll 2
-      for (int from = 0; from < num_warps; ++from) {
-        if (has_gradients[from] == 0) continue;
+      for (int from = 0; from < group.num_warps; ++from) {
+        if (memory.has_gradients[from] == 0) continue;
         uint32_t a[4];
         ptx::ldmatrix_x4_trans(a, ds_lane.at(16 * from, upper_rows));
 #pragma unroll
@@ -322,14 +309,92 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
         }
       }
     }
-    if constexpr (!kPlain) {
-      if (arguments.slope_sums != nullptr && last_of_head && warp == 0 && lane == 0) {
-        float sum = 0.0f;
-        for (int from = 0; from < num_warps; ++from) sum += slope_parts[from];
-        const int64_t parts = (problem.seqlen_q + kRowsPerSlopePart - 1) / kRowsPerSlopePart;
-        arguments.slope_sums[(batch * problem.num_heads + head) * parts] = sum;
+  }
+
+  // dV and dK, through the warp's rows of V, which it has read.
+  FA_DEVICE void store_key_gradients(const Accumulators<1, Config::kHeadDimV / 8>& dvalue, const Accumulators<1, kDims / 8>& dkey) const {
+    const int keys_left = keys.keys - keys.first_key;
+    unsigned char* const tile = memory.values + group.warp * ValueTile::kBytes;
+    __syncwarp();
+    store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, tile, 0, keys_left, keys.rows_of(problem.dvalue), problem.dvalue.row,
+                                  static_cast<int>(problem.head_dim_v));
+    __syncwarp();
+    store_rows<kDtype, ValueTile>(dkey, problem.softmax_scale, tile, 0, keys_left, keys.rows_of(problem.dkey), problem.dkey.row,
+                                  static_cast<int>(problem.head_dim_qk));
+  }
+
+  // Rows of no tile: gradients of query and of the mask are 0.
+  FA_DEVICE void clear_absent_rows() const {
+    const int first_absent = row_tiles * kBlockM;
+    for (int head = first_head; head < first_head + arguments.heads_per_group; ++head) {
+      uint16_t* const dquery = head_of(problem.dquery, keys.batch, head) + sequence.first_row * problem.dquery.row;
+      for (int row = first_absent + group.warp; row < sequence.rows; row += group.num_warps) {
+        for (int column = lane * kChunk; column < problem.head_dim_qk; column += 32 * kChunk) {
+          *reinterpret_cast<uint4*>(dquery + row * problem.dquery.row + column) = uint4{};
+        }
       }
+      if (!stores_mask_gradient) continue;
+      for (int start_m = first_absent; start_m < sequence.rows; start_m += kBlockM) store_no_mask_gradient(head, start_m);
     }
+  }
+
+  FA_DEVICE void store_no_mask_gradient(int head, int start_m) const {
+    const Accumulators<1, kBlocks> none = {};
+    store_mask_gradient_transposed(arguments, none, keys.batch, head, keys.first_key, start_m);
+  }
+};
+
+template <class Config>
+FA_DEVICE void short_backward(const BackwardArguments& arguments) {
+  using Unit = ShortBackwardUnit<Config>;
+  constexpr int kBlockM = Config::kBlockM;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const AttentionProblem& problem = arguments.problem;
+  const WarpGroup group(arguments.units);
+  if (!group.has_work) return;
+  const KeysOfWarp keys(problem, group);
+  const Unit unit(arguments, group, keys, shared);
+  const Sequence& sequence = keys.sequence;
+  const int tiles_in_flight = arguments.units.row_tiles_in_flight;
+
+  // Which keys exist: of the 32 that the warp's 16 are among, then of the 16.
+  const int keys_word = keys.first_key / kKeysPerWord * kKeysPerWord, shift = keys.first_key % kKeysPerWord;
+  const uint32_t word =
+      Unit::kPlain ? bits_of({0, sequence.keys_present}, keys_word) : existing_keys(problem, keys.batch, sequence.keys_present, keys_word);
+  const uint32_t existing = sequence.rows_present > 0 ? word >> shift & 0xffff : 0;
+  unit.load_keys(existing);
+  unit.template load_steps<2>(0, tiles_in_flight, 0);
+
+  Accumulators<1, Config::kHeadDimQk / 8> dkey = {};
+  Accumulators<1, Config::kHeadDimV / 8> dvalue = {};
+  ScoreGradientSums sums;  // of one head
+  int head = unit.first_head, start_m = 0, slot = 0;
+#pragma unroll 1
+  for (int step = 0; step < unit.num_steps; ++step) {
+    ptx::cp_async_wait<0>();  // these rows have landed, K and V before them; the groups behind them had a product to arrive in
+    group.sync();
+    const ScoreMask mask{sequence, problem, keys.batch, head};
+    const bool last_of_head = start_m + kBlockM >= sequence.rows_present;
+    // Bit b: whether this lane's row may attend to key b of the 16.
+    const uint32_t allowed = existing == 0 ? 0 : allowed_keys<Unit::kPlain>(mask, start_m + unit.lane, keys_word, word) >> shift & 0xffff;
+    const bool visits = __any_sync(kWholeWarp, allowed != 0);
+    if (visits) {
+      Accumulators<1, Unit::kBlocks> weights, gradients;
+      unit.compute_gradients(mask, allowed, start_m, slot, weights, gradients, sums);
+      // dV += P^T dO (16, HEAD_DIM_V) and dK += dS^T Q (16, HEAD_DIM_QK)
+      multiply_add<Config::kDtype>(dvalue, weights,
+                                   LaneAddress<typename Config::GradientTile>::by_rows(ptx::shared_address(unit.memory.dout(slot))));
+      multiply_add<Config::kDtype>(dkey, gradients,
+                                   LaneAddress<typename Config::QueryTile>::by_rows(ptx::shared_address(unit.memory.query(slot))));
+    } else if (unit.stores_mask_gradient) {
+      unit.store_no_mask_gradient(head, start_m);
+    }
+    if (last_of_head) unit.finish_sums(head, sums);
+    if (unit.lane == 0) unit.memory.has_gradients[group.warp] = visits;
+    group.sync();  // dS is complete, and every warp is past its products with these rows
+    unit.template load_steps<Config::kHeadDimQk <= 64 ? 2 : 1>(step + tiles_in_flight, 1, slot);
+    unit.store_dquery(head, start_m);
+    if (last_of_head) unit.store_slope_gradient(head);
     slot = slot + 1 == tiles_in_flight ? 0 : slot + 1;
     start_m += kBlockM;
     if (last_of_head) start_m = 0, ++head;
@@ -338,33 +403,10 @@ FA_DEVICE void short_backward(const BackwardArguments& arguments) {
 
   // Where a warp works is found anew, so that the loop above need not remember it.
   const WarpGroup done(arguments.units, ptx::again(threadIdx.x));
-  const KeysOfWarp keys(problem, done);
-  const int keys_left = keys.keys - keys.first_key;
-  unsigned char* const tile = shared + done.number * arguments.units.shared_bytes + done.num_warps * KeyTile::kBytes +
-                              done.warp * ValueTile::kBytes;  // the warp's rows of V, which it has read
-  __syncwarp();
-  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, tile, 0, keys_left, keys.rows_of(problem.dvalue), problem.dvalue.row,
-                                static_cast<int>(problem.head_dim_v));
-  __syncwarp();
-  store_rows<kDtype, ValueTile>(dkey, problem.softmax_scale, tile, 0, keys_left, keys.rows_of(problem.dkey), problem.dkey.row,
-                                static_cast<int>(problem.head_dim_qk));
-
-  // Rows of no tile: gradients of query and of the mask are 0.
-  const int first_absent = (keys.sequence.rows_present + kBlockM - 1) / kBlockM * kBlockM;
-  for (int row_head = keys.key_head * arguments.heads_per_group; row_head < (keys.key_head + 1) * arguments.heads_per_group; ++row_head) {
-    uint16_t* const dquery = head_of(problem.dquery, keys.batch, row_head) + keys.sequence.first_row * problem.dquery.row;
-    for (int row = first_absent + done.warp; row < keys.sequence.rows; row += done.num_warps) {
-      for (int column = lane * kChunk; column < problem.head_dim_qk; column += 32 * kChunk) {
-        *reinterpret_cast<uint4*>(dquery + row * problem.dquery.row + column) = uint4{};
-      }
-    }
-    if (stores_mask_gradient) {
-      const Accumulators<1, kBlocks> none = {};
-      for (int start = first_absent; start < keys.sequence.rows; start += kBlockM) {
-        store_mask_gradient_transposed(arguments, none, keys.batch, row_head, keys.first_key, start);
-      }
-    }
-  }
+  const KeysOfWarp keys_done(problem, done);
+  const Unit unit_done(arguments, done, keys_done, shared);
+  unit_done.store_key_gradients(dvalue, dkey);
+  unit_done.clear_absent_rows();
 }
 
 }  // namespace fused_attention::cuda::sm80

@@ -133,7 +133,7 @@ FA_DEVICE void short_forward(const ForwardArguments& arguments) {
         bias.add_to(piece_of_row, scale);
         scale = 1.0f;
       }
-      if constexpr (!kPlain) scale = transform.add_slopes(piece_of_row, scale, sequence.offset, first_row, first_key);
+      if constexpr (!kPlain) scale = transform.add_alibi(piece_of_row, scale, sequence.offset, first_row, first_key);
       const bool all_allowed = __all_sync(kWholeWarp, lane >= 16 || allowed[w] == kAllKeys);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
