@@ -15,6 +15,7 @@ from .ops import run
 from .prepared_mask import PreparedMask
 from .problem import OutMemory, as_number, causal_bias, make_problem
 from .routing import choose
+from .torch_internals import RESULTS_LIKE_3D_QUERIES
 
 
 def scaled_dot_product_attention(
@@ -118,8 +119,9 @@ def _of_any_rank(
     full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
     if isinstance(attn_mask, Tensor) and not causal_bias(attn_mask):
         attn_mask = _mask_as_4d(attn_mask, full_shape)
-    # torch's fused kernels, which take four dims, keep the query's memory; where others are given, its results are contiguous.
-    out_memory: OutMemory = "like query" if query.dim() == 4 else "contiguous"
+    # torch's fused kernels, which take four dims and since torch 2.14 three, keep the query's memory; other results are contiguous.
+    like_query = query.dim() == 4 or (query.dim() == 3 and RESULTS_LIKE_3D_QUERIES)
+    out_memory: OutMemory = "like query" if like_query else "contiguous"
     out = _attention_in(out_memory, _as_4d(query), _as_4d(key), _as_4d(value), attn_mask, dropout_p, is_causal, scale)
     out = out.reshape(*full_shape[:-1], value.shape[-1])
     return out if head_dim_v else out[..., :0]

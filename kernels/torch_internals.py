@@ -18,14 +18,22 @@ from torch import Tensor
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 
 
+def release(version: str) -> tuple[int, ...]:
+    """(2, 10) of "2.10.0a0+b4e4ee8"."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def refuse_older(version: str) -> None:
     """ImportError of a torch older than the oldest that is supported: pip leaves one in place where it is told to."""
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:  # what follows may be a0+b4e4ee8, and says nothing
+    if release(version) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"fused_attention needs torch {oldest} or newer, this is torch {version}: pip install 'torch>={oldest}'")
 
 
 refuse_older(torch.__version__)
+
+# Whether the results of torch's scaled_dot_product_attention lie in memory as 3-D queries do; before, they were contiguous.
+RESULTS_LIKE_3D_QUERIES = release(torch.__version__) >= (2, 14)
 
 missing: list[str] = []
 
