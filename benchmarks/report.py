@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 from fused_attention.transformer.translation.machine import processor_name
 from fused_attention.transformer.translation.output_files import atomic_write
 
@@ -48,8 +48,8 @@ class Comparison:
 
 def machine_line() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
-    missing = native.status()
-    kernels = f"native kernels: {native.instruction_sets()[0]}" if missing is None else f"no native kernels ({missing})"
+    missing = cpu.status()
+    kernels = f"native kernels: {cpu.instruction_sets()[0]}" if missing is None else f"no native kernels ({missing})"
     return f"{processor_name()}, {torch.get_num_threads()} threads; torch {torch.__version__} ({capability}); {kernels}"
 
 

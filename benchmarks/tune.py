@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fused_attention.kernels import triton_backend, triton_launch
+from fused_attention.kernels import replay, triton_backend, triton_launch
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import Gradients, Problem, make_problem
-from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, forget_launches, tile_table
+from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, tile_table
 
 from .gpu_timing import GPU_LOST, is_lost, reason, timed, timing_stream
 from .journal import Journal, Key
@@ -201,7 +202,7 @@ def _score_options(num_heads: int, device: str) -> dict[str, Any]:
 def runner(row: Row, problem: Problem) -> Callable[[], object]:
     """Calls the backend so that the row's kernel runs."""
     if row.kernel_name in ("forward", "decode"):
-        return lambda: triton_backend.forward(problem)
+        return lambda: forward(triton_backend, problem)
     query, mask = problem.query, problem.attn_mask
     lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
     if row.kernel_name == "weights":
@@ -226,7 +227,7 @@ def key_of(row: Row, tile: Tile) -> Key:
 def measure(row: Row, tile: Tile, run: Callable[[], object]) -> float | str:
     """Milliseconds of the GPU with a tile, or why it is none to choose."""
     tile_table()[row] = tile
-    forget_launches()
+    replay.forget()
     try:
         run()
     except (OutOfResources, PTXASError) as error:
@@ -268,7 +269,7 @@ def _compile(row: Row, tile: Tile) -> str | None:
     """In a process of the pool: into Triton's cache on disk. Why it cannot be."""
     triton_launch._launch_through_triton = _compile_only
     tile_table()[row] = tile
-    forget_launches()
+    replay.forget()
     try:
         runner(row, representative(row, COMPILED, "cuda"))()
     except PTXASError as error:

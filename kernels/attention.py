@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import repeated, repeated_gradients
+from . import replay
 from .jagged import is_nested, packed_inputs
 from .ops import run
 from .prepared_mask import PreparedMask
-from .problem import Layout, OutMemory, Problem, check_dense, check_no_padding, make_problem
+from .problem import Layout, Problem, check_dense, check_no_padding, make_problem
 from .routing import Explanation, choose, explain_problem
 from .weights import weights_of
 
@@ -82,13 +82,14 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    arguments = (query, key, value, key_mask, key_lengths, is_causal, scale, backend, "attention", return_lse)
     repeatable = (
         attn_mask is query_lengths is window is diagonal is rng_state is softcap is alibi_slopes is sinks is deterministic is None
         and type(dropout_p) is float
         and dropout_p == 0.0
     )
     if repeatable:
-        results = repeat_call(query, key, value, key_mask, key_lengths, is_causal, scale, backend, "heads merged", return_lse)
+        results = replay.repeat(arguments)
         if results is not None:
             return results
     if is_nested(query):
@@ -136,50 +137,7 @@ def attention(
         sinks=sinks,
         deterministic=deterministic,
     )
-    if repeatable:
-        return first_call(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, return_lse)
-    return _run(problem, backend, return_lse)
-
-
-def repeat_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    is_causal: bool | str,
-    scale: float | None,
-    backend: str | None,
-    out_memory: OutMemory,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The results of a call like one before, without its checks; None where there was none."""
-    if type(query) is Tensor and query.requires_grad and torch.is_grad_enabled():
-        return repeated_gradients.run(query, key, value, key_mask, key_lengths, is_causal, scale, backend, out_memory, return_lse)
-    repeat = repeated.find(query, key, value, key_mask, key_lengths, is_causal, scale, backend, out_memory)
-    done = None if repeat is None else repeat(query, key, value, key_mask, key_lengths, return_lse)
-    return done if return_lse or done is None else done[0]  # type: ignore[return-value]  # a lse that was asked for is there
-
-
-def first_call(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    is_causal: bool | str,
-    scale: float | None,
-    backend: str | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs the problem of a call with these arguments, and remembers it for `repeat_call`."""
-    problem.repeatable = True
-    chosen = choose(problem, backend)
-    out, lse = run(problem, chosen)
-    repeated.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend)
-    repeated_gradients.remember(problem, query, key, value, key_mask, key_lengths, is_causal, scale, backend, chosen)
-    return (out, lse) if return_lse else out
+    return _run(problem, backend, return_lse, arguments if repeatable else None)
 
 
 def attention_qkv_packed(
@@ -310,13 +268,24 @@ def attention_decode(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
     """
-    check_dense("key_lengths", key_lengths)
+    arguments = (
+        query,
+        key_cache,
+        value_cache,
+        key_mask,
+        key_lengths,
+        "bottom_right",
+        scale,
+        backend,
+        "attention_decode",
+        return_lse,
+    )
     repeatable = window is softcap is alibi_slopes is sinks is None
     if repeatable:
-        repeat = repeated.find(query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend, "heads merged")
-        done = None if repeat is None else repeat(query, key_cache, value_cache, key_mask, key_lengths, return_lse)
-        if done is not None:
-            return done if return_lse else done[0]  # type: ignore[return-value]  # lse is there when asked for
+        results = replay.repeat(arguments)
+        if results is not None:
+            return results
+    check_dense("key_lengths", key_lengths)
     problem = make_problem(
         "separate",
         autocast_inputs(query, key_cache, value_cache),
@@ -333,11 +302,7 @@ def attention_decode(
         raise RuntimeError(
             "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
         )
-    problem.repeatable = repeatable
-    results = _run(problem, backend, return_lse)
-    if repeatable:
-        repeated.remember(problem, query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend)
-    return results
+    return _run(problem, backend, return_lse, arguments if repeatable else None)
 
 
 def attention_weights(
@@ -385,8 +350,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     return explain_problem(make_problem(layout, autocast_inputs(query, key, value), **options))
 
 
-def _run(problem: Problem, backend: str | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    out, lse = run(problem, choose(problem, backend))
+def _run(
+    problem: Problem, backend: str | None, return_lse: bool, arguments: replay.Arguments | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    out, lse = run(problem, choose(problem, backend), arguments)
     return (out, lse) if return_lse else out
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from . import native_problem, repeated
+from . import native_problem, replay
+from .call import Call, empty_strided
 from .dropout import dropout_threshold
 from .native_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, strides
-from .problem import Gradients, Problem, uncovered_numbers
-from .repeated import Repeat
+from .problem import Gradients, OptionalTensors, Problem, uncovered_numbers
 from .torch_internals import current_stream
 
 MAX_HEAD_DIM = 256
@@ -130,7 +131,7 @@ def _has_aligned_strides(tensor: Tensor) -> bool:
 
 
 def _address_if_known(tensor: Tensor) -> int:
-    """0 of what has no memory yet: fake tensors and those of functorch. Where such a call runs, `forward` copies what is unaligned."""
+    """0 of what has no memory yet: fake tensors and those of functorch. Where such a call runs, `ops.forward` copies what is unaligned."""
     if torch.compiler.is_compiling():
         return 0
     try:
@@ -143,69 +144,80 @@ def _address_if_known(tensor: Tensor) -> int:
 def short_kernels(used: bool) -> Iterator[None]:
     """Whether kernels for short sequences run where they can: to compare them with the others."""
     before = _native.cuda_set_short_kernels(used)
-    repeated.forget()
+    replay.forget()
     try:
         yield
     finally:
         _native.cuda_set_short_kernels(before)
-        repeated.forget()
+        replay.forget()
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
-    query, key, value = problem.query, problem.key, problem.value
-    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16:  # seen too late to choose another backend: in a compiled graph
-        return forward(_with_aligned_inputs(problem))
-    plain = _plain(problem)
-    out = query.new_empty_strided(plain.out_shape, plain.out_strides)
-    lse = query.new_empty_strided(plain.lse_shape, plain.lse_strides, dtype=torch.float32)
-    if problem.cu_seqlens_q is not None:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    side_tensors = native_problem.side_tensors(problem)
-    device, stream = _device_and_stream(query)
-    addresses = native_problem.addresses(problem, side_tensors, out, lse)
-    wanted = _run(plain.numbers, device, stream, 0, *addresses)
-    if wanted:
-        workspace = query.new_empty(wanted, dtype=torch.uint8)
-        _run(plain.numbers, device, stream, workspace.data_ptr(), *addresses)
-    if problem.repeatable and out.numel() and key.numel():
-        problem.repeat = _repeat(plain, query, lse, wanted)
-    if problem.dropout_p == 1.0:
-        out.zero_()
-    return out, lse
-
-
-def _repeat(plain: Plain, query: Tensor, lse: Tensor, workspace_bytes: int) -> Repeat:
-    """`forward` of calls like this one, of which only query, key, value, key_mask, key_lengths and what is returned differ."""
+def prepare(problem: Problem) -> Call:
+    """The forward pass of problems that differ from this one in their tensors' memory alone."""
+    plain = replay.prepared(_plain, problem)
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
     )  # fmt: skip
-    dtype, float32, empty = query.dtype, torch.float32, repeated.empty_strided(query)
-    with_lse, without_lse = (workspace_bytes // 2,), ((workspace_bytes + lse.nbytes) // 2,)  # in numbers of 16 bits
+    dtype, float32, empty, as_read = problem.query.dtype, torch.float32, empty_strided(problem.query), native_problem.as_read
+    is_packed, converts = problem.cu_seqlens_q is not None, not native_problem.are_as_read(problem.optional_tensors())
+    drops_all = problem.dropout_p == 1.0
+    lse_bytes, workspace_bytes = 4 * math.prod(lse_shape), 0  # of the workspace as the first launch says
 
-    def repeat(
-        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        nonlocal workspace_bytes
         q, k, v = query.data_ptr(), key.data_ptr(), value.data_ptr()
         if (q | k | v) % 16:
             return None
         out = empty(out_shape, out_strides, dtype)
         lse = workspace = None
-        if return_lse:
-            lse = empty(lse_shape, lse_strides, float32)
-        if workspace_bytes or not return_lse:
-            workspace = empty(with_lse if return_lse else without_lse, (1,), dtype)
-        scratch = 0 if workspace is None else workspace.data_ptr()
         # A lse that nobody asked for lies behind the workspace: an allocation takes as long as many checks.
-        lse_address = scratch + workspace_bytes if lse is None else lse.data_ptr()
+        if needs_lse:
+            lse = empty(lse_shape, lse_strides, float32)
+            if workspace_bytes:
+                workspace = empty((workspace_bytes // 2,), (1,), dtype)  # in numbers of 16 bits
+        else:
+            workspace = empty(((workspace_bytes + lse_bytes) // 2,), (1,), dtype)
+        if is_packed:
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-torch.inf)
+        if converts:
+            optional = as_read(optional)
+        mask, key_mask, key_lengths, query_lengths, slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, bits, _, tiles, _ = optional
+        scratch = 0 if workspace is None else workspace.data_ptr()
         device, stream = _device_and_stream(query)
-        mask = 0 if key_mask is None else key_mask.data_ptr()
-        lengths = 0 if key_lengths is None else key_lengths.data_ptr()
-        _run(numbers, device, stream, scratch, q, k, v, out.data_ptr(), lse_address, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0)
-        return out, lse
+        wanted = _run(
+            numbers,
+            device,
+            stream,
+            scratch if workspace_bytes else 0,
+            q,
+            k,
+            v,
+            out.data_ptr(),
+            scratch + workspace_bytes if lse is None else lse.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if key_mask is None else key_mask.data_ptr(),
+            0 if key_lengths is None else key_lengths.data_ptr(),
+            0 if query_lengths is None else query_lengths.data_ptr(),
+            0 if slopes is None else slopes.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+            0 if rng_state is None else rng_state.data_ptr(),
+            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+            0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+            0 if bits is None else bits.data_ptr(),
+            0 if tiles is None else tiles.data_ptr(),
+        )
+        if wanted:  # it launched nothing
+            workspace_bytes = wanted
+            return call(query, key, value, optional, needs_lse)
+        if drops_all:
+            out.zero_()
+        return out if lse is None else (out, lse)
 
-    return repeat
+    return call
 
 
 def backward(
@@ -229,7 +241,7 @@ def backward(
                 gradient.zero_()
         return
     if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16:
-        backward(_with_aligned_inputs(problem), out, lse, dout, dlse, gradients, kernels)
+        backward(problem.with_copied_inputs(), out, lse, dout, dlse, gradients, kernels)
         return
     if not _has_aligned_strides(dout) or dout.stride(3) != 1 or dout.data_ptr() % 16:
         dout = dout.clone(memory_format=torch.contiguous_format)
@@ -254,9 +266,9 @@ def backward(
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
-    side_tensors = native_problem.side_tensors(problem)
+    optional = native_problem.as_read(problem.optional_tensors())
     device, stream = _device_and_stream(query)
-    addresses = native_problem.addresses(problem, side_tensors, out, lse)
+    addresses = native_problem.addresses(query, key, value, optional, out, lse)
     gradient_addresses = (
         *native_problem.gradient_addresses(dout, dlse, gradients),
         address(stored),
@@ -266,7 +278,7 @@ def backward(
         address(problem.column_tiles),
     )
     call = _native.cuda_backward_problem(
-        _plain(problem).numbers,
+        replay.prepared(_plain, problem).numbers,
         strides(dout, 3),
         strides(gradients.query, 3),
         strides(gradients.key, 3),
@@ -307,7 +319,7 @@ def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: 
 
 
 def _run_backward(problem: bytes, device: int, stream: int, workspace: int, addresses: tuple[int, ...], gradients: tuple[int, ...]) -> int:
-    """Like _run, which see."""
+    """Launches the kernels, or returns how many bytes of workspace they want."""
     return _native.cuda_backward(problem, device, stream, workspace, addresses, gradients)
 
 
@@ -324,8 +336,3 @@ def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
 
 def _plain(problem: Problem) -> Plain:
     return native_problem.plain(problem, 0 if problem.rng_state is None else dropout_threshold(problem.dropout_p))
-
-
-def _with_aligned_inputs(problem: Problem) -> Problem:
-    inputs = tuple([tensor.clone(memory_format=torch.contiguous_format) for tensor in problem.inputs])
-    return Problem.from_op_arguments(problem.layout, (*inputs, *problem.op_arguments()[len(inputs) :]))

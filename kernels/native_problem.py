@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Problem, empty_lse, empty_output
+from .problem import Gradients, OptionalTensors, Problem, empty_lse, empty_output, without_repetition
 
 try:
     from fused_attention import _native
@@ -21,8 +21,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 UNLIMITED = 2**30  # a window side that no sequence reaches
 
-SideTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
-
 
 @dataclass(slots=True)
 class Plain:
@@ -35,35 +33,33 @@ class Plain:
     lse_strides: tuple[int, ...]
 
 
-MAX_REMEMBERED = 4096  # different problems
-_remembered: dict[tuple, Plain] = {}
-
-
 def plain(problem: Problem, dropout_threshold: int) -> Plain:
-    kind = dropout_threshold, problem.kind()
-    found = _remembered.get(kind)
-    if found is None:
-        if len(_remembered) >= MAX_REMEMBERED:
-            _remembered.clear()
-        found = _remembered[kind] = _new_plain(problem, dropout_threshold)
-    return found
-
-
-def _new_plain(problem: Problem, dropout_threshold: int) -> Plain:
     out, lse = empty_output(problem), empty_lse(problem.query)
     numbers = plain_numbers(problem, out, dropout_threshold)
     return Plain(numbers, tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride())
 
 
-def side_tensors(problem: Problem) -> SideTensors:
-    """attn_mask, alibi_slopes and sinks in dtypes that the kernels read; to be kept until they have run."""
-    return problem.as_native_kernels_take_them(MASK_DTYPES)
+def are_as_read(optional: OptionalTensors) -> bool:
+    """Whether `as_read` would convert nothing."""
+    attn_mask, _, _, _, alibi_slopes, sinks, *_ = optional
+    floats = [tensor for tensor in (alibi_slopes, sinks) if tensor is not None]
+    return (attn_mask is None or attn_mask.dtype in MASK_DTYPES) and all(tensor.dtype is torch.float32 for tensor in floats)
+
+
+def as_read(optional: OptionalTensors) -> OptionalTensors:
+    """In dtypes that the kernels read: alibi_slopes, sinks and an attn_mask of any other become float32. To be kept until they have run."""
+    attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, sinks, *others = optional
+    if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
+        attn_mask = without_repetition(attn_mask).float()  # an expanded mask stays small
+    alibi_slopes = None if alibi_slopes is None else alibi_slopes.float()
+    sinks = None if sinks is None else sinks.float()
+    return (attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, sinks, *others)
 
 
 def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> bytes:
     """An AttentionProblem without its addresses, whose results go to a tensor like `out`."""
     query, key, value = problem.query, problem.key, problem.value
-    attn_mask, alibi_slopes, _ = side_tensors(problem)
+    attn_mask, _, _, _, alibi_slopes, *_ = as_read(problem.optional_tensors())
     mask_strides = strides(attn_mask, 4)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
@@ -102,27 +98,10 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
     )
 
 
-def addresses(problem: Problem, side_tensors: SideTensors, out: Tensor, lse: Tensor) -> tuple[int, ...]:
-    """The 16 of a problem, in the order of csrc/module.cpp."""
-    attn_mask, alibi_slopes, sinks = side_tensors
-    return (
-        problem.query.data_ptr(),
-        problem.key.data_ptr(),
-        problem.value.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        address(attn_mask),
-        address(problem.key_mask),
-        address(problem.key_lengths),
-        address(problem.query_lengths),
-        address(alibi_slopes),
-        address(sinks),
-        address(problem.rng_state),
-        address(problem.cu_seqlens_q),
-        address(problem.cu_seqlens_k),
-        address(problem.mask_bits),
-        address(problem.row_tiles),
-    )
+def addresses(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, out: Tensor, lse: Tensor) -> tuple[int, ...]:
+    """The 16 of a problem, in the order of csrc/module.cpp; optional: `as_read`."""
+    *others, mask_bits, _, row_tiles, _ = optional
+    return tuple([address(tensor) for tensor in (query, key, value, out, lse, *others, mask_bits, row_tiles)])
 
 
 def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> tuple[int, ...]:

@@ -6,20 +6,24 @@ Eager calls on plain tensors skip torch's dispatcher (`_takes_cheap_path` says w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cuda_backend, native, sharding, triton_backend
+from . import cpu, cuda_backend, replay, sharding, triton_backend
+from .call import Call
 from .flops import backward_flops, forward_flops
 from .problem import (
-    DIFFERENTIABLE_SIDE_TENSORS,
+    DIFFERENTIABLE_OPTIONAL,
+    NO_OPTIONAL_TENSORS,
     NUM_INPUTS,
-    NUM_SIDE_TENSORS,
+    NUM_OPTIONAL,
     Gradients,
     Layout,
+    OptionalTensors,
     Problem,
     empty_output,
     has_contiguous_last_dim,
@@ -29,7 +33,7 @@ from .reference import attention_reference
 from .torch_internals import forward_mode, functorch_interpreter, has_storage, is_zero_tensor, num_dispatch_modes
 from .when_imported import when_imported
 
-KERNEL_BACKENDS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend, "cpu": native}
+KERNEL_BACKENDS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend, "cpu": cpu}
 
 _INPUT_SCHEMAS: dict[Layout, str] = {
     "separate": "Tensor query, Tensor key, Tensor value",
@@ -43,25 +47,46 @@ _PROBLEM_SCHEMA = (
     "Tensor? row_tiles, Tensor? column_tiles, float scale, int? window_left, int? window_right, SymInt diagonal, bool bottom_right, "
     "float? softcap, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str out_memory, str backend"
 )
-_WANTED_SCHEMA = "bool attn_mask_wanted, bool alibi_slopes_wanted, bool sinks_wanted"
+_NEEDS_GRAD_SCHEMA = "bool attn_mask_needs_grad, bool alibi_slopes_needs_grad, bool sinks_needs_grad"
 
 
-def run(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times."""
+def run(problem: Problem, backend: str, arguments: replay.Arguments | None = None) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times.
+
+    arguments: for replay.repeat to find calls like this one by; None of a call that it does not cover.
+    """
     if backend == "reference":
-        return _formula(problem)
+        return _reference(problem)
     if _takes_cheap_path(problem):
-        if torch.is_grad_enabled() and problem.requires_grad():
-            return _Attention.apply(problem, backend, *problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
-        return KERNEL_BACKENDS[backend].forward(problem)
-    if _transformed(problem) or torch.onnx.is_in_onnx_export():  # ONNX has the formula's operators, not ours
-        return _formula(problem)
+        needs_grad = torch.is_grad_enabled() and problem.requires_grad()
+        if needs_grad:
+            differentiable = (*problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
+            results = _Attention.apply((problem, backend), *differentiable)
+        else:
+            results = forward(KERNEL_BACKENDS[backend], problem)
+        if arguments is not None:
+            replay.remember(arguments, problem, lambda: _call_again(problem, backend, needs_grad))
+        return results
+    if _transformed(problem) or torch.onnx.is_in_onnx_export():  # ONNX has the reference's operators, not ours
+        return _reference(problem)
     if problem.rng_state is not None and sharding.is_sharded(problem.inputs[0]) and not sharding.is_sharded(problem.rng_state):
-        problem.rng_state = sharding.on_all_processes(problem.rng_state, problem.inputs[0])
+        problem = replace(problem, rng_state=sharding.on_all_processes(problem.rng_state, problem.inputs[0]))
     return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
 
 
-def _formula(problem: Problem) -> tuple[Tensor, Tensor]:
+def forward(kernels: Any, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a problem whose tensors have memory. kernels: a backend."""
+    query = problem.query
+    if query.is_cuda and query.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            return forward(kernels, problem)
+    call = replay.prepared(kernels.prepare, problem)
+    results = call(query, problem.key, problem.value, problem.optional_tensors(), True)
+    # Routing would have chosen another backend, but in a compiled graph addresses are known too late.
+    return forward(kernels, problem.with_copied_inputs()) if results is None else results
+
+
+def _reference(problem: Problem) -> tuple[Tensor, Tensor]:
     if not sharding.is_sharded(problem.inputs[0]):
         return attention_reference(problem)
     with sharding.plain_tensors_are_the_same_everywhere():
@@ -74,7 +99,8 @@ def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
 
 
 def _transformed(problem: Problem) -> bool:
-    """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the formula runs."""
+    """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the
+    reference runs."""
     if _differentiates_otherwise():
         return True
     return not torch.compiler.is_compiling() and any([is_zero_tensor(tensor) for tensor in problem.inputs])
@@ -92,7 +118,7 @@ _differentiates_otherwise._dynamo_marked_constant = True  # type: ignore[attr-de
 def _takes_cheap_path(problem: Problem) -> bool:
     if torch.compiler.is_compiling() or num_dispatch_modes() > 0 or _differentiates_otherwise():
         return False
-    return all([tensor is None or _is_plain(tensor) for tensor in (*problem.inputs, *problem.side_tensors())])
+    return all([tensor is None or _is_plain(tensor) for tensor in (*problem.inputs, *problem.optional_tensors())])
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -104,31 +130,79 @@ class _Attention(torch.autograd.Function):
     """The kernel with its gradient, straight from Python."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, backend: str, *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = KERNEL_BACKENDS[backend].forward(problem)
-        _save_for_backward(ctx, problem.layout, (*problem.op_arguments(), backend), out, lse)
+    def forward(ctx: Any, given: tuple[Problem, str], *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
+        """differentiable: the problem's inputs, attn_mask, alibi_slopes and sinks."""
+        problem, backend = given
+        out, lse = forward(KERNEL_BACKENDS[backend], problem)
+        ctx.kind = problem.layout, (*problem.options(), backend)
+        ctx.save_for_backward(out, lse, *problem.inputs, *problem.optional_tensors())
+        ctx.set_materialize_grads(False)  # of two results one may have no gradient
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        layout, options = ctx.kind
+        num_inputs = NUM_INPUTS[layout]
         out, lse, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[-len(DIFFERENTIABLE_SIDE_TENSORS) :]
-        return (None, None, *eager_gradients(ctx.layout, dout, dlse, out, lse, (*tensors, *ctx.options), wanted))
+        optional = NO_OPTIONAL_TENSORS if len(tensors) == num_inputs else ()
+        needs_grad = ctx.needs_input_grad[1 + num_inputs :] or (False,) * len(DIFFERENTIABLE_OPTIONAL)
+        gradients = _eager_gradients(layout, dout, dlse, out, lse, (*tensors, *optional, *options), needs_grad)
+        return (None, *gradients[: len(ctx.needs_input_grad) - 1])
 
 
-def eager_gradients(
-    layout: Layout, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, wanted: tuple[bool, ...]
+class _Replayed(_Attention):
+    """Of a call that replay knows: no optional tensor has a gradient, and lse may stay inside."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # every argument costs time, so that four come in one
+        ctx: Any, given: tuple[Call, tuple, OptionalTensors, bool], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        call, kind, optional, return_lse = given
+        results = call(query, key, value, optional, True)
+        if results is None:
+            layout, options = kind
+            problem = Problem.from_op_arguments(layout, (query, key, value, *optional, *options[:-1]))
+            results = forward(KERNEL_BACKENDS[options[-1]], problem)
+        out, lse = results
+        ctx.kind = kind
+        if optional is NO_OPTIONAL_TENSORS:
+            ctx.save_for_backward(out, lse, query, key, value)
+        else:
+            ctx.save_for_backward(out, lse, query, key, value, *optional)
+        if not return_lse:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+
+# torch.autograd.Function.apply without what it does for functorch, whose tensors replay's guard keeps out.
+_apply_replayed = super(torch.autograd.Function, _Replayed).apply
+
+
+def _call_again(problem: Problem, backend: str, needs_grad: bool) -> Call:
+    """The call that ran a problem with separate inputs and no other tensor that is differentiable."""
+    call = replay.prepared(KERNEL_BACKENDS[backend].prepare, problem)
+    kind = problem.layout, (*problem.options(), backend)
+
+    def differentiable(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Any:
+        return _apply_replayed((call, kind, optional, needs_lse), query, key, value)
+
+    return differentiable if needs_grad else call
+
+
+def _eager_gradients(
+    layout: Layout, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`_gradients` in the backward pass of an eager call."""
     # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
     readable = all(gradient is None or has_storage(gradient) for gradient in (dout, dlse))
     kernel_gradients = _kernel_gradients if readable else _registered_gradients
-    return _gradients(layout, dout, dlse, out, lse, arguments, wanted, kernel_gradients)
+    return _gradients(layout, dout, dlse, out, lse, arguments, needs_grad, kernel_gradients)
 
 
 def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
     ctx.layout = layout
-    num_tensors = NUM_INPUTS[layout] + NUM_SIDE_TENSORS
+    num_tensors = NUM_INPUTS[layout] + NUM_OPTIONAL
     ctx.options = arguments[num_tensors:]
     ctx.save_for_backward(out, lse, *arguments[:num_tensors])
     ctx.set_materialize_grads(False)
@@ -141,19 +215,19 @@ def _gradients(
     out: Tensor,
     lse: Tensor,
     arguments: tuple,
-    wanted: tuple[bool, ...],
+    needs_grad: tuple[bool, ...],
     kernel_gradients: Any,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a layout's inputs, then those of attn_mask, alibi_slopes and sinks, None where not wanted.
+    """The gradients of a layout's inputs, then those of attn_mask, alibi_slopes and sinks, None where not needed.
 
-    By the kernel, or by the formula when they will be differentiated again, are batched or have tangents. arguments: the operator's.
+    By the kernel, or by the reference when they will be differentiated again, are batched or have tangents. arguments: the operator's.
     """
     if dout is None and dlse is None:
-        return (None,) * (NUM_INPUTS[layout] + len(wanted))
+        return (None,) * (NUM_INPUTS[layout] + len(needs_grad))
     if torch.is_grad_enabled() or _differentiates_otherwise():
         return _recomputed_gradients(layout, dout, dlse, arguments)
     dout = torch.zeros_like(out) if dout is None else _in_memory(dout)
-    return kernel_gradients(layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, wanted)
+    return kernel_gradients(layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, needs_grad)
 
 
 def _in_memory(gradient: Tensor) -> Tensor:
@@ -166,47 +240,47 @@ def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | No
     tensors = list(arguments[:-1])
     with torch.enable_grad():
         # Aliases, because inputs may be one tensor, or computed from one another: each gets the gradient of its own part only.
-        places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE_SIDE_TENSORS))
+        places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE_OPTIONAL))
         for place in places:
             tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
-        out, lse = _formula(Problem.from_op_arguments(layout, tuple(tensors)))
+        out, lse = _reference(Problem.from_op_arguments(layout, tuple(tensors)))
     outputs = [(value, gradient) for value, gradient in ((out, dout), (lse, dlse)) if gradient is not None]
-    wanted = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
+    leaves = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
     gradients = torch.autograd.grad(
         [value for value, _ in outputs],
-        [tensors[place] for place in wanted],
+        [tensors[place] for place in leaves],
         [gradient for _, gradient in outputs],
         create_graph=higher,
         materialize_grads=True,
     )
-    by_place = dict(zip(wanted, gradients, strict=True))
+    by_place = dict(zip(leaves, gradients, strict=True))
     return tuple(by_place.get(place) for place in places)
 
 
 def _kernel_gradients(
-    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, wanted: tuple[bool, ...]
+    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     problem = Problem.from_op_arguments(layout, arguments[:-1])
-    gradients = _empty_gradients(problem, wanted)
-    inputs, side_tensors = gradients[: len(problem.inputs)], gradients[len(problem.inputs) :]
-    buffers = Gradients(*split(layout, inputs), *side_tensors)  # type: ignore[arg-type]  # inputs are never None
+    gradients = _empty_gradients(problem, needs_grad)
+    inputs, optional_tensors = gradients[: len(problem.inputs)], gradients[len(problem.inputs) :]
+    buffers = Gradients(*split(layout, inputs), *optional_tensors)  # type: ignore[arg-type]  # inputs are never None
     KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, buffers)
     return gradients
 
 
 def _registered_gradients(
-    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, wanted: tuple[bool, ...]
+    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, out, lse, *arguments, *wanted)
-    is_wanted = (*[True] * NUM_INPUTS[layout], *wanted)
-    return tuple(gradient if is_one else None for gradient, is_one in zip(gradients, is_wanted, strict=True))
+    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, out, lse, *arguments, *needs_grad)
+    needs_grad = (*[True] * NUM_INPUTS[layout], *needs_grad)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True))
 
 
-def _empty_gradients(problem: Problem, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Uninitialised gradients of the inputs, attn_mask, alibi_slopes and sinks; None for what is not wanted of the last three."""
+def _empty_gradients(problem: Problem, needs_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Uninitialised gradients of the inputs, attn_mask, alibi_slopes and sinks; None for what is not needed of the last three."""
     gradients: list[Tensor | None] = [_empty_gradient(tensor) for tensor in problem.inputs]
-    for tensor, is_wanted in zip((problem.attn_mask, problem.alibi_slopes, problem.sinks), wanted, strict=True):
-        gradients.append(None if tensor is None or not is_wanted else torch.empty_like(tensor, memory_format=torch.contiguous_format))
+    for tensor, needed in zip((problem.attn_mask, problem.alibi_slopes, problem.sinks), needs_grad, strict=True):
+        gradients.append(None if tensor is None or not needed else torch.empty_like(tensor, memory_format=torch.contiguous_format))
     return tuple(gradients)
 
 
@@ -226,15 +300,15 @@ _REGISTERED_BACKWARD: dict[str, Any] = {}
 def _register(layout: Layout) -> None:
     """Defines the forward and backward operators of one layout, their fakes and their autograd."""
     name, inputs, num_inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout], NUM_INPUTS[layout]
-    num_wanted = len(DIFFERENTIABLE_SIDE_TENSORS)
+    num_optional = len(DIFFERENTIABLE_OPTIONAL)
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
-    saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_wanted))
-    _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}, {_WANTED_SCHEMA}) -> ({returns})", tags=tags)
+    saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_optional))
+    _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}, {_NEEDS_GRAD_SCHEMA}) -> ({returns})", tags=tags)
     _REGISTERED_BACKWARD[layout] = getattr(torch.ops.fused_attention, f"{name}_backward").default
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return KERNEL_BACKENDS[arguments[-1]].forward(Problem.from_op_arguments(layout, arguments[:-1]))
+    def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return forward(KERNEL_BACKENDS[arguments[-1]], Problem.from_op_arguments(layout, arguments[:-1]))
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem = Problem.from_op_arguments(layout, arguments[:-1])
@@ -245,26 +319,26 @@ def _register(layout: Layout) -> None:
         return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # a schema knows no Tensor? return
 
     def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        arguments, wanted = arguments[:-num_wanted], arguments[-num_wanted:]
-        return returned(out, _kernel_gradients(layout, dout, dlse, out, lse, arguments, wanted))
+        arguments, needs_grad = arguments[:-num_optional], arguments[-num_optional:]
+        return returned(out, _kernel_gradients(layout, dout, dlse, out, lse, arguments, needs_grad))
 
     def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        arguments, wanted = arguments[:-num_wanted], arguments[-num_wanted:]
-        return returned(out, _empty_gradients(Problem.from_op_arguments(layout, arguments[:-1]), wanted))
+        arguments, needs_grad = arguments[:-num_optional], arguments[-num_optional:]
+        return returned(out, _empty_gradients(Problem.from_op_arguments(layout, arguments[:-1]), needs_grad))
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         _save_for_backward(ctx, layout, inputs, *output)
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE_SIDE_TENSORS)
+        needs_grad = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE_OPTIONAL)
         out, lse, *tensors = ctx.saved_tensors
-        gradients = _gradients(layout, dout, dlse, out, lse, (*tensors, *ctx.options), wanted, _registered_gradients)
-        by_place = dict(zip(DIFFERENTIABLE_SIDE_TENSORS, gradients[num_inputs:], strict=True))
-        side_tensors = (by_place.get(place) for place in range(NUM_SIDE_TENSORS))
-        return (*gradients[:num_inputs], *side_tensors, *[None] * len(ctx.options))
+        gradients = _gradients(layout, dout, dlse, out, lse, (*tensors, *ctx.options), needs_grad, _registered_gradients)
+        by_place = dict(zip(DIFFERENTIABLE_OPTIONAL, gradients[num_inputs:], strict=True))
+        optional_tensors = (by_place.get(place) for place in range(NUM_OPTIONAL))
+        return (*gradients[:num_inputs], *optional_tensors, *[None] * len(ctx.options))
 
     for device in ("CPU", "CUDA"):
-        _library.impl(name, forward, device)
+        _library.impl(name, run_forward, device)
         _library.impl(f"{name}_backward", backward, device)
     torch.library.register_fake(f"fused_attention::{name}", fake_forward, lib=_library)
     torch.library.register_fake(f"fused_attention::{name}_backward", fake_backward, lib=_library)
@@ -282,7 +356,7 @@ def _register_flop_formulas() -> None:
     def register(layout: Layout) -> None:
         forward = getattr(torch.ops.fused_attention, f"attention_{layout}")
         backward = getattr(torch.ops.fused_attention, f"attention_{layout}_backward")
-        not_the_forwards = 4, -len(DIFFERENTIABLE_SIDE_TENSORS)  # dout, dlse, out and lse come first, what is wanted last
+        not_the_forwards = 4, -len(DIFFERENTIABLE_OPTIONAL)  # dout, dlse, out and lse come first, needs_grad last
 
         @register_flop_formula(forward, get_raw=True)
         def count_forward(*arguments: Any, out_val: Any = None) -> int:

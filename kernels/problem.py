@@ -9,7 +9,6 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,11 +20,12 @@ from .torch_internals import is_functorch_tensor, is_torch_function_enabled, num
 
 if TYPE_CHECKING:
     from .prepared_mask import PreparedMask
-    from .repeated import Repeat
 
 Layout = Literal["separate", "qkv", "kv", "varlen"]
 # Where (B, H, L, D) results lie: so that merging the heads costs nothing, as the query does, or contiguous.
 OutMemory = Literal["heads merged", "like query", "contiguous"]
+
+OptionalTensors = tuple[Tensor | None, ...]  # as Problem.optional_tensors has them
 
 MAX_DIAGONAL = 2**29  # sums with it fit an int32
 
@@ -69,15 +69,6 @@ class Problem:
     out_memory: OutMemory = "heads merged"
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
-    repeatable: bool = field(default=False, init=False)  # a backend that runs it shall leave `repeat`
-    repeat: Repeat | None = field(default=None, init=False)  # left by a backend that ran: the call again, on other tensors like these
-
-    def as_native_kernels_take_them(self, mask_dtypes: Collection[torch.dtype]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """attn_mask, alibi_slopes and sinks: a mask of any other dtype and the two others become float32."""
-        attn_mask, alibi_slopes, sinks = self.attn_mask, self.alibi_slopes, self.sinks
-        if attn_mask is not None and attn_mask.dtype not in mask_dtypes:
-            attn_mask = without_repetition(attn_mask).float()  # an expanded mask stays small
-        return attn_mask, None if alibi_slopes is None else alibi_slopes.float(), None if sinks is None else sinks.float()
 
     @property
     def batch(self) -> int:
@@ -95,9 +86,9 @@ class Problem:
 
     def op_arguments(self) -> tuple:
         """The arguments of the registered op of this layout, in the order of its schema."""
-        return (*self.inputs, *self.side_tensors(), *self.options())
+        return (*self.inputs, *self.optional_tensors(), *self.options())
 
-    def side_tensors(self) -> tuple[Tensor | None, ...]:
+    def optional_tensors(self) -> OptionalTensors:
         return (
             self.attn_mask,
             self.key_mask,
@@ -132,8 +123,8 @@ class Problem:
     def kind(self) -> tuple:
         """What problems have in common that differ in their tensors' memory alone."""
         inputs = self.inputs_number or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in self.inputs])
-        side_tensors = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in self.side_tensors()]
-        return (self.layout, inputs, *side_tensors, *self.options())
+        optional = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in self.optional_tensors()]
+        return (self.layout, inputs, *optional, *self.options())
 
     @classmethod
     def from_op_arguments(cls, layout: Layout, arguments: tuple) -> Problem:
@@ -141,6 +132,11 @@ class Problem:
         num_inputs = NUM_INPUTS[layout]
         inputs = arguments[:num_inputs]
         return cls(layout, inputs, *split(layout, inputs), *arguments[num_inputs:])
+
+    def with_copied_inputs(self) -> Problem:
+        """On contiguous copies, which start where an allocation does."""
+        inputs = tuple([tensor.clone(memory_format=torch.contiguous_format) for tensor in self.inputs])
+        return Problem.from_op_arguments(self.layout, (*inputs, *self.optional_tensors(), *self.options()))
 
 
 @dataclass(slots=True)
@@ -156,8 +152,9 @@ class Gradients:
 
 
 NUM_INPUTS: dict[Layout, int] = {"separate": 3, "qkv": 1, "kv": 2, "varlen": 3}
-NUM_SIDE_TENSORS = 13  # what side_tensors() returns
-DIFFERENTIABLE_SIDE_TENSORS = (0, 4, 5)  # the places of attn_mask, alibi_slopes and sinks among them
+NUM_OPTIONAL = 13  # what optional_tensors() returns
+DIFFERENTIABLE_OPTIONAL = (0, 4, 5)  # the places of attn_mask, alibi_slopes and sinks among them
+NO_OPTIONAL_TENSORS: OptionalTensors = (None,) * NUM_OPTIONAL
 
 
 def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cuda_backend, native, reference, triton_backend
+from . import cpu, cuda_backend, reference, triton_backend
 from .problem import Problem
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -34,7 +34,7 @@ def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
         return cuda_backend.unsupported_reasons(problem)
     if backend == "triton":
         return triton_backend.unsupported_reasons(problem)
-    return native.unsupported_reasons(problem)
+    return cpu.unsupported_reasons(problem)
 
 
 def routed_reasons(backend: str, problem: Problem) -> list[str]:
@@ -47,7 +47,7 @@ def routed_reasons(backend: str, problem: Problem) -> list[str]:
 
 def backend_status() -> dict[str, str | None]:
     """For each backend None when this machine can run it, else the reason why not."""
-    return {"cuda": cuda_backend.status(), "triton": triton_backend.status(), "cpu": native.status(), "reference": None}
+    return {"cuda": cuda_backend.status(), "triton": triton_backend.status(), "cpu": cpu.status(), "reference": None}
 
 
 def choose(problem: Problem, backend: str | None) -> str:

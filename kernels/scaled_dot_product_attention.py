@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
-from .attention import attention, attention_varlen, autocast_inputs, first_call, repeat_call
+from . import replay
+from .attention import attention, attention_varlen, autocast_inputs
 from .jagged import of_strided_sequences
 from .ops import run
 from .prepared_mask import PreparedMask
@@ -138,16 +139,15 @@ def _attention_in(
     scale: float | None,
 ) -> Tensor:
     """`attention` of 4-D tensors, whose result lies as `out_memory` says."""
+    arguments = (query, key, value, None, None, is_causal, scale, None, out_memory, False)
     repeatable = attn_mask is None and dropout_p == 0.0
     if repeatable:
-        out = repeat_call(query, key, value, None, None, is_causal, scale, None, out_memory, False)
+        out = replay.repeat(arguments)
         if out is not None:
             return out  # type: ignore[return-value]  # without lse
     options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     problem = make_problem("separate", autocast_inputs(query, key, value), **options, out_memory=out_memory)
-    if repeatable:
-        return first_call(problem, query, key, value, None, None, is_causal, scale, None, False)  # type: ignore[return-value]
-    return run(problem, choose(problem, None))[0]
+    return run(problem, choose(problem, None), arguments if repeatable else None)[0]
 
 
 def _with_heads_of(query: Tensor, name: str, tensor: Tensor) -> Tensor:

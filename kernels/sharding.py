@@ -2,7 +2,7 @@
 
 What is sharded otherwise (over lengths or head_dim, or over heads so that a group of query heads would be torn from its key head), DTensor
 gathers first. So it does with dropout, whose masks count batch and heads from the first of all. Gradients of what all parts share (a mask
-for the whole batch, slopes, sinks) are sums over the processes. What no kernel takes runs by the formula, whose backward pass asks for
+for the whole batch, slopes, sinks) are sums over the processes. What no kernel takes runs by the reference, whose backward pass asks for
 torch.distributed.tensor.experimental.implicit_replication() around it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .problem import DIFFERENTIABLE_SIDE_TENSORS, NUM_INPUTS, NUM_SIDE_TENSORS, Layout
+from .problem import DIFFERENTIABLE_OPTIONAL, NUM_INPUTS, NUM_OPTIONAL, Layout
 
 Dims = tuple[int | None, int | None]  # the dims of a tensor that stand for the batch and for the heads
 
@@ -44,7 +44,7 @@ def on_all_processes(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def plain_tensors_are_the_same_everywhere() -> AbstractContextManager:
-    """In it, what the formula makes beside DTensors counts as replicated."""
+    """In it, what the reference makes beside DTensors counts as replicated."""
     from torch.distributed.tensor.experimental import implicit_replication
 
     return implicit_replication()
@@ -56,7 +56,7 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     num_inputs = NUM_INPUTS[layout]
-    num_wanted = len(DIFFERENTIABLE_SIDE_TENSORS)
+    num_wanted = len(DIFFERENTIABLE_OPTIONAL)
     result_dims = (0, 1)  # of out and lse, which for packed sequences have a batch dim of 1
 
     def place(spec: Any, dim: int | None, otherwise: Any) -> Any:
@@ -66,17 +66,17 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
         return otherwise if dim is None or spec.shape[dim] == 1 else Shard(dim)
 
     def dims_of(arguments: tuple) -> list[Dims]:
-        slopes = arguments[num_inputs + DIFFERENTIABLE_SIDE_TENSORS[1]]
+        slopes = arguments[num_inputs + DIFFERENTIABLE_OPTIONAL[1]]
         dims = [*INPUT_DIMS[layout], *SIDE_DIMS]
         if slopes is not None and slopes.ndim == 1:
-            dims[num_inputs + DIFFERENTIABLE_SIDE_TENSORS[1]] = (None, 0)
+            dims[num_inputs + DIFFERENTIABLE_OPTIONAL[1]] = (None, 0)
         if layout == "varlen":  # lengths and slopes go with sequences, which stay together
             dims[num_inputs:] = [(None, heads) for _, heads in dims[num_inputs:]]
         return dims
 
     def kinds(arguments: tuple) -> list[int]:
         """By what a call may be sharded: 0 the batch, 1 the heads."""
-        if 0.0 < arguments[num_inputs + NUM_SIDE_TENSORS + DROPOUT_P] < 1.0:
+        if 0.0 < arguments[num_inputs + NUM_OPTIONAL + DROPOUT_P] < 1.0:
             return []
         first, last = arguments[0], arguments[num_inputs - 1]
         num_heads, num_heads_kv = first.shape[INPUT_DIMS[layout][0][1]], last.shape[INPUT_DIMS[layout][-1][1]]
@@ -89,13 +89,13 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
 
     def tensors_placed(arguments: tuple, kind: int | None) -> list[Any]:
         if kind is None:
-            return [None if spec is None else Replicate() for spec in arguments[: num_inputs + NUM_SIDE_TENSORS]]
+            return [None if spec is None else Replicate() for spec in arguments[: num_inputs + NUM_OPTIONAL]]
         specs = zip(arguments, dims_of(arguments), strict=False)  # the options follow
         return [place(spec, dims[kind], Replicate()) for spec, dims in specs]
 
     @register_sharding(forward)
     def shard_forward(*arguments: Any) -> list[tuple[list, list]]:
-        options = [None] * (len(arguments) - num_inputs - NUM_SIDE_TENSORS)
+        options = [None] * (len(arguments) - num_inputs - NUM_OPTIONAL)
         ways: list[tuple[list, list]] = [([Replicate()] * 2, [*tensors_placed(arguments, None), *options])]
         for kind in kinds(arguments):
             ways.append(([Shard(result_dims[kind])] * 2, [*tensors_placed(arguments, kind), *options]))
@@ -104,14 +104,14 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     @register_sharding(backward)
     def shard_backward(*arguments: Any) -> list[tuple[list, list]]:
         saved, given, wanted = arguments[:4], arguments[4:-num_wanted], arguments[-num_wanted:]  # dout, dlse, out, lse; the forward's
-        options = [None] * (len(given) - num_inputs - NUM_SIDE_TENSORS + num_wanted)
+        options = [None] * (len(given) - num_inputs - NUM_OPTIONAL + num_wanted)
         replicated = [None if spec is None else Replicate() for spec in saved]
         results: list[Any] = [Replicate()] * (num_inputs + num_wanted)
         ways = [(results, [*replicated, *tensors_placed(given, None), *options])]
         for kind in kinds(given):
             dims = dims_of(given)
             results = [place(spec, dim[kind], None) for spec, dim in zip(given[:num_inputs], dims[:num_inputs], strict=True)]
-            for is_wanted, side in zip(wanted, DIFFERENTIABLE_SIDE_TENSORS, strict=True):
+            for is_wanted, side in zip(wanted, DIFFERENTIABLE_OPTIONAL, strict=True):
                 spec = given[num_inputs + side]
                 results.append(place(spec, dims[num_inputs + side][kind], Partial()) if is_wanted and spec is not None else Replicate())
             ways.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import cuda_backend, native, reference, triton_backend
+from . import cpu, cuda_backend, reference, triton_backend
 from .prepared_mask import prepare_mask
 from .problem import Problem, make_problem
 
@@ -15,7 +15,7 @@ UNCOVERED: dict[str, Callable[[Problem], list[str]]] = {  # what each backend's 
     "reference": reference.unsupported_reasons,
     "cuda": cuda_backend.uncovered,
     "triton": triton_backend.uncovered,
-    "cpu": native.unsupported_reasons,
+    "cpu": cpu.unsupported_reasons,
 }
 
 

@@ -1,8 +1,8 @@
 """The torch versions this library is for, and what it uses of torch's inner workings.
 
 Each private name is looked up here, once, with what does right without it. Where the question is whether anything but plain eager mode has
-a say in a call, the answer is then always yes: the call goes the way of torch.compile, or by the formula. `missing` has the names that this
-torch lacks, which cost speed and nothing else; `python -m fused_attention info` prints them.
+a say in a call, the answer is then always yes: the call goes the way of torch.compile, or the reference runs. `missing` has the names that
+this torch lacks, which cost speed and nothing else; `python -m fused_attention info` prints them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .dropout import dropout_threshold
-from .problem import Problem
+from .problem import OptionalTensors, Problem
 
 LOG2_E = math.log2(math.e)
 UNLIMITED = 2**30  # a window side that no sequence reaches; sums with it fit an int32
@@ -39,26 +39,14 @@ class Arguments(NamedTuple):
     constants: tuple[int | str | bool, ...]
 
 
-def sizes_and_options(problem: Problem, tiles: Tensor | None) -> tuple:
-    """Everything that a kernel's numbers and constexprs follow from: two problems that agree in it differ in their tensors alone."""
-    return problem.kind(), None if tiles is None else (tiles.shape, tiles.stride()), input_precision(problem.query.dtype)
-
-
-def common_tensors(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> tuple[Tensor | None, ...]:
+def common_tensors(optional: OptionalTensors, tiles: Tensor | None, mask_bits: Tensor | None) -> tuple[Tensor | None, ...]:
     """tiles and mask_bits as for `common_arguments`."""
-    attn_mask, key_mask = problem.attn_mask, problem.key_mask
-    return (
-        attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask,
-        None if key_mask is None else key_mask.view(torch.uint8),
-        problem.key_lengths,
-        problem.query_lengths,
-        problem.alibi_slopes,
-        problem.rng_state,
-        problem.cu_seqlens_q,
-        problem.cu_seqlens_k,
-        mask_bits,
-        tiles,
-    )
+    mask, key_mask, key_lengths, query_lengths, alibi_slopes, _, rng_state, cu_seqlens_q, cu_seqlens_k, _, _, _, _ = optional
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8)
+    return mask, key_mask, key_lengths, query_lengths, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, tiles
 
 
 def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> Arguments:
@@ -99,7 +87,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         mask_is_bool,
         input_precision(query.dtype),
     )
-    return Arguments(common_tensors(problem, tiles, mask_bits), numbers, constants)
+    return Arguments(common_tensors(problem.optional_tensors(), tiles, mask_bits), numbers, constants)
 
 
 def input_precision(dtype: torch.dtype) -> str:

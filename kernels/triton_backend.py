@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Problem, uncovered_numbers
+from .call import Call
+from .problem import Gradients, OptionalTensors, Problem, uncovered_numbers
 from .torch_internals import num_dispatch_modes
 
 MAX_HEAD_DIM = 256
@@ -98,13 +99,24 @@ def uncovered(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
-    if _is_elsewhere(problem.query):
-        with torch.cuda.device(problem.query.device):
-            return forward(problem)
+def prepare(problem: Problem) -> Call:
+    """The forward pass of problems that differ from this one in their tensors' memory alone."""
     decode = _module("decode")
-    return decode.decode_forward(problem) if decode.takes(problem) else _module("forward").forward(problem)
+    kernels = decode if decode.takes(problem) else _module("forward")
+    if problem.query.dtype != torch.float32:
+        return kernels.prepare(problem)
+    input_precision, options = _module("arguments").input_precision, problem.options()
+    calls: dict[str, Call] = {}  # by a setting of torch
+
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        precision = input_precision(torch.float32)
+        if precision not in calls:
+            calls[precision] = kernels.prepare(Problem.from_op_arguments("separate", (query, key, value, *optional, *options)))
+        return calls[precision](query, key, value, optional, needs_lse)
+
+    return call
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import repeated
-from .problem import Problem, empty_lse, empty_output
-from .repeated import Repeat
+from .call import Call, empty_strided
+from .problem import OptionalTensors, Problem, empty_lse, empty_output
 from .triton_arguments import (
     common_arguments,
     common_tensors,
@@ -27,9 +26,8 @@ from .triton_arguments import (
     kernel,
     padded_head_dim,
     rows_of,
-    sizes_and_options,
 )
-from .triton_launch import INTERPRETED, Launch, Tile, remembered_call, tile_for
+from .triton_launch import INTERPRETED, Launch, Tile, tile_for
 from .triton_tiles import (
     LN_2,
     LOG2_E,
@@ -51,93 +49,95 @@ COMBINE_TILE = Tile(1, 16, 4, 1)  # one row, and its splits at a time
 
 
 def takes(problem: Problem) -> bool:
-    """Whether decode_forward covers a problem: few rows, and masks that need nothing per row but its position."""
+    """Whether these kernels cover a problem: few rows, and masks that need nothing per row but its position."""
     rows = problem.query.shape[1] // max(problem.key.shape[1], 1) * problem.query.shape[2]
     absent = (problem.attn_mask, problem.row_tiles, problem.query_lengths, problem.cu_seqlens_q)
     return rows <= MAX_ROWS.value and problem.dropout_p == 0.0 and all(tensor is None for tensor in absent)
 
 
-def decode_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32."""
-    query, key, value = problem.query, problem.key, problem.value
-    batch, num_heads, seqlen_q, _ = query.shape
-    out = empty_output(problem)
-    lse = empty_lse(query)
-    if not lse.numel():
-        return out, lse
-    calls = remembered_call("decode", sizes_and_options(problem, None), lambda: _decode_calls(problem, out, lse))
-    splits = calls.splits
-    if splits == 1:
-        split_out, split_lse, sinks = out, lse, problem.sinks
-    else:  # sinks take part once, in combine
-        split_out = torch.empty(splits, batch, num_heads, seqlen_q, value.shape[3], dtype=torch.float32, device=query.device)
-        split_lse = torch.empty(splits, batch, num_heads, seqlen_q, dtype=torch.float32, device=query.device)
-        sinks = None
-    calls.decode((query, key, value, split_out, split_lse, sinks, *common_tensors(problem, None, None)))
-    if calls.combine is not None:
-        calls.combine((split_out, split_lse, out, lse, problem.sinks))
-    if problem.repeatable:
-        problem.repeat = _repeat(calls, out, lse)
-    return out, lse
+def prepare(problem: Problem) -> Call:
+    """The forward pass of problems that differ from this one in their tensors' memory alone, and agree in torch's setting for float32.
 
-
-def _repeat(calls: DecodeCalls, out: Tensor, lse: Tensor) -> Repeat | None:
-    """`decode_forward` of calls like this one, of which only query, key, value, key_mask and key_lengths differ; None where a setting of
-    torch counts.
+    One launch, or with more than one split two: sinks then take part in the second.
     """
-    if out.dtype == torch.float32:  # input_precision
-        return None
-    decode, combine = calls.decode, calls.combine
-    out_shape, out_strides, lse_shape, lse_strides = tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride()
-    dtype, float32, empty = out.dtype, torch.float32, repeated.empty_strided(out)
-    split_out_shape, split_lse_shape = (calls.splits * out.numel(),), (calls.splits * lse.numel(),)
+    out, lse = empty_output(problem), empty_lse(problem.query)
+    out_shape, out_strides = tuple(out.shape), out.stride()
+    lse_shape, lse_strides = tuple(lse.shape), lse.stride()
+    dtype, float32, empty = out.dtype, torch.float32, empty_strided(out)
+    splits, decode, combine = _launches(problem, out, lse) if lse.numel() else (1, None, None)
+    split_out_shape = (splits * out.numel(),)
+    split_lse_shape = (splits * lse.numel(),)
 
-    def repeat(
-        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        optional: OptionalTensors,
+        needs_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
-        mask = None if key_mask is None else key_mask.view(torch.uint8)
-        sides = None, None, mask, key_lengths, None, None, None, None, None, None, None  # sinks, then those of common_tensors
-        if combine is None:
-            decode((query, key, value, out, lse, *sides))
-        else:
-            split_out, split_lse = empty(split_out_shape, (1,), float32), empty(split_lse_shape, (1,), float32)
-            decode((query, key, value, split_out, split_lse, *sides))
-            combine((split_out, split_lse, out, lse, None))
-        return out, lse
+        sinks = optional[5]
+        common = common_tensors(optional, None, None)
+        if decode is not None and combine is not None:
+            split_out = empty(split_out_shape, (1,), float32)
+            split_lse = empty(split_lse_shape, (1,), float32)
+            decode((query, key, value, split_out, split_lse, None, *common))
+            combine((split_out, split_lse, out, lse, sinks))
+        elif decode is not None:
+            decode((query, key, value, out, lse, sinks, *common))
+        return (out, lse) if needs_lse else out
 
-    return repeat
+    return call
 
 
-class DecodeCalls(NamedTuple):
+class Launches(NamedTuple):
     splits: int
     decode: Launch
     combine: Launch | None  # with one split there is nothing to combine
 
 
-def _decode_calls(problem: Problem, out: Tensor, lse: Tensor) -> DecodeCalls:
+def _launches(problem: Problem, out: Tensor, lse: Tensor) -> Launches:
+    splits = num_splits(problem)
+    decode = _decode_launch(problem, out, lse, splits)
+    return Launches(splits, decode, _combine_launch(out, lse, splits) if splits > 1 else None)
+
+
+def _decode_launch(problem: Problem, out: Tensor, lse: Tensor, splits: int) -> Launch:
     query, key, value = problem.query, problem.key, problem.value
     batch, num_heads, seqlen_q, _ = query.shape
     head_dim_v = value.shape[3]
     num_groups = key.shape[1]
     rows = num_heads // num_groups * seqlen_q
-    tile = tile_for("decode", query.dtype, max(map(padded_head_dim, (query.shape[3], head_dim_v))), feature_class(problem))
+    head_dim = max(padded_head_dim(query.shape[3]), padded_head_dim(head_dim_v))
+    tile = tile_for("decode", query.dtype, head_dim, feature_class(problem))
     tile = tile._replace(BLOCK_M=max(16, min(tile.BLOCK_M, triton.next_power_of_2(rows))))
-    splits = num_splits(problem)
     if splits == 1:
-        split_out_strides, split_lse_strides, split_strides = rows_of(out), rows_of(lse)[:2], (0, 0)
-    else:  # contiguous
-        split_lse_strides = (num_heads * seqlen_q, seqlen_q)
+        split_out_strides, split_lse_strides = rows_of(out), rows_of(lse)[:2]
+        split_strides = (0, 0)
+    else:  # (num_splits, B, H, Lq, Dv) and (num_splits, B, H, Lq), contiguous
         split_out_strides = (num_heads * seqlen_q * head_dim_v, seqlen_q * head_dim_v, head_dim_v)
+        split_lse_strides = (num_heads * seqlen_q, seqlen_q)
         split_strides = (lse.numel() * head_dim_v, lse.numel())
     common = common_arguments(problem, None, None)
-    strides = (*rows_of(query), *rows_of(key), *rows_of(value), *split_out_strides, *split_lse_strides)
-    num_programs = triton.cdiv(rows, tile.BLOCK_M) * splits * batch * num_groups
-    decode = Launch(attention_decode, num_programs, (*strides, *common.numbers, *split_strides, splits), common.constants, tile)
-    if splits == 1:
-        return DecodeCalls(splits, decode, None)
-    sizes = (*rows_of(out), *rows_of(lse)[:2], lse.numel(), seqlen_q, num_heads, splits)
-    return DecodeCalls(splits, decode, Launch(combine, lse.numel(), sizes, (head_dim_v, padded_head_dim(head_dim_v)), COMBINE_TILE))
+    input_strides = (*rows_of(query), *rows_of(key), *rows_of(value))
+    return Launch(
+        attention_decode,
+        triton.cdiv(rows, tile.BLOCK_M) * splits * batch * num_groups,
+        (*input_strides, *split_out_strides, *split_lse_strides, *common.numbers, *split_strides, splits),
+        common.constants,
+        tile,
+    )
+
+
+def _combine_launch(out: Tensor, lse: Tensor, splits: int) -> Launch:
+    _, num_heads, seqlen_q, head_dim = out.shape
+    return Launch(
+        combine,
+        lse.numel(),  # one program for each row
+        (*rows_of(out), *rows_of(lse)[:2], lse.numel(), seqlen_q, num_heads, splits),
+        (head_dim, padded_head_dim(head_dim)),
+        COMBINE_TILE,
+    )
 
 
 def num_splits(problem: Problem) -> int:

@@ -16,19 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import repeated
-from .problem import Problem, empty_lse, empty_output
-from .repeated import Repeat
+from .call import Call, empty_strided
+from .problem import OptionalTensors, Problem, empty_lse, empty_output
 from .triton_arguments import (
     common_arguments,
     common_tensors,
     feature_class,
     kernel,
+    needs_tiles,
     padded_head_dim,
     rows_of,
-    sizes_and_options,
 )
-from .triton_launch import Launch, remembered_call, tile_for
+from .triton_launch import Launch, tile_for
 from .triton_mask import tile_lists
 from .triton_tiles import (
     LN_2,
@@ -48,40 +47,41 @@ from .triton_tiles import (
 )
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows past the last one are 0."""
-    query, value = problem.query, problem.value
-    out = empty_output(problem)
-    lse = empty_lse(query)
-    if problem.cu_seqlens_q is not None:
-        out.zero_()
-        lse.fill_(-torch.inf)
+def prepare(problem: Problem) -> Call:
+    """The forward pass of problems that differ from this one in their tensors' memory alone, and agree in torch's setting for float32."""
+    out, lse = empty_output(problem), empty_lse(problem.query)
+    out_shape, out_strides = tuple(out.shape), out.stride()
+    lse_shape, lse_strides = tuple(lse.shape), lse.stride()
+    dtype, float32, empty = out.dtype, torch.float32, empty_strided(out)
+    options, needs_lists = problem.options(), needs_tiles(problem)
+    is_packed = problem.cu_seqlens_q is not None
+    drops_all = problem.dropout_p == 1.0
     row_tiles, _ = tile_lists(problem, columns=False)
-    if out.numel():
-        run = remembered_call("forward", sizes_and_options(problem, row_tiles), lambda: _launch_for(problem, out, lse, row_tiles))
-        run((query, problem.key, value, out, lse, problem.sinks, *common_tensors(problem, row_tiles, problem.mask_bits)))
-        if problem.repeatable and row_tiles is None:
-            problem.repeat = _repeat(run, out, lse)
-    if problem.dropout_p == 1.0:
-        out.zero_()
-    return out, lse
+    launch = _launch_for(problem, out, lse, row_tiles) if out.numel() else None
 
-
-def _repeat(run: Launch, out: Tensor, lse: Tensor) -> Repeat | None:
-    """`forward` of calls like this one, of which only query, key, value and key_lengths differ; None where a setting of torch counts."""
-    if out.dtype == torch.float32:  # input_precision
-        return None
-    out_shape, out_strides, lse_shape, lse_strides = tuple(out.shape), out.stride(), tuple(lse.shape), lse.stride()
-    dtype, float32, empty = out.dtype, torch.float32, repeated.empty_strided(out)
-
-    def repeat(
-        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        optional: OptionalTensors,
+        needs_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
-        run((query, key, value, out, lse, None, None, None, key_lengths, None, None, None, None, None, None, None))
-        return out, lse
+        if is_packed:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        if launch is not None:
+            row_tiles = None
+            if needs_lists:
+                given = Problem.from_op_arguments("separate", (query, key, value, *optional, *options))
+                row_tiles, _ = tile_lists(given, columns=False)
+            sinks, mask_bits = optional[5], optional[9]
+            launch((query, key, value, out, lse, sinks, *common_tensors(optional, row_tiles, mask_bits)))
+        if drops_all:
+            out.zero_()
+        return (out, lse) if needs_lse else out
 
-    return repeat
+    return call
 
 
 def _launch_for(problem: Problem, out: Tensor, lse: Tensor, row_tiles: Tensor | None) -> Launch:

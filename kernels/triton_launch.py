@@ -10,17 +10,12 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-
-from . import repeated
-
-Prepared = TypeVar("Prepared")
 
 INTERPRETED = triton.knobs.runtime.interpret
 FAST_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # whose CompiledKernel.run takes what _run_compiled passes
@@ -115,9 +110,8 @@ class Launch:
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
         low_bits = 0
-        for pointer in pointers:
-            if pointer is not None:
-                low_bits |= pointer
+        for pointer in filter(None, pointers):
+            low_bits |= pointer
         key = device if low_bits % 16 == 0 else (device, *[pointer is None or pointer % 16 == 0 for pointer in pointers])
         compiled = self.compiled.get(key)
         elsewhere = compiled is not None and tensors[0].get_device() not in (device, -1)  # type: ignore[union-attr]
@@ -127,27 +121,6 @@ class Launch:
                 self.compiled[key] = compiled
             return
         _run_compiled(compiled, self.num_programs, driver.get_current_stream(device), (*pointers, *self.fixed))
-
-
-MAX_REMEMBERED = 4096  # different calls
-_remembered: dict[tuple, Any] = {}
-
-
-def remembered_call(name: str, sizes: tuple, make: Callable[[], Prepared]) -> Prepared:
-    """make()'s launches, made once for each name and `sizes`: all that they follow from, but for the tile table and the kind of GPU."""
-    call = (name, sizes)
-    found = _remembered.get(call)
-    if found is None:
-        if len(_remembered) >= MAX_REMEMBERED:
-            _remembered.clear()
-        found = _remembered[call] = make()
-    return found
-
-
-def forget_launches() -> None:
-    """To be called when the tile table has changed."""
-    _remembered.clear()
-    repeated.forget()
 
 
 def launch(

@@ -9,29 +9,29 @@ from torch import Tensor
 
 from . import routing
 from .ops import KERNEL_BACKENDS, reaches_kernels
-from .problem import NUM_INPUTS, NUM_SIDE_TENSORS, Problem, saveable
+from .problem import NUM_INPUTS, NUM_OPTIONAL, Problem, saveable
 from .reference import dropout, masked_scores, without_autocast
 
 BACKENDS = ("triton", "cpu")  # whose kernels compute weights
 
 
 def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """Weights after dropout: by a kernel where one runs, else by the formula, which also is where their gradient comes from."""
+    """Weights after dropout: by a kernel where one runs, else by the reference, which also is where their gradient comes from."""
     lse = saveable(lse)
     if lse.dtype == torch.float32 and reaches_kernels(problem, lse):
         for backend in BACKENDS:
             if not routing.routed_reasons(backend, problem):
                 differentiable = (lse, *problem.inputs[:2], problem.attn_mask, problem.alibi_slopes)
                 return _Weights.apply(problem, backend, average_heads, *differentiable)
-    return weights_by_formula(problem, lse, average_heads)
+    return reference_weights(problem, lse, average_heads)
 
 
 class _Weights(torch.autograd.Function):
-    """The kernel's weights; a gradient, where one ever comes, differentiates the formula."""
+    """The kernel's weights; a gradient, where one ever comes, differentiates the reference."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: str, average_heads: bool, lse: Tensor, *differentiable: Tensor | None) -> Tensor:
-        num_tensors = NUM_INPUTS[problem.layout] + NUM_SIDE_TENSORS
+        num_tensors = NUM_INPUTS[problem.layout] + NUM_OPTIONAL
         arguments = problem.op_arguments()
         ctx.layout, ctx.average_heads, ctx.options = problem.layout, average_heads, arguments[num_tensors:]
         ctx.save_for_backward(lse, *arguments[:num_tensors])
@@ -47,7 +47,7 @@ class _Weights(torch.autograd.Function):
             for place in places:  # aliases: one tensor may be another one, or be computed from it
                 tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
             problem = Problem.from_op_arguments(ctx.layout, (*tensors[1:], *ctx.options))
-            weights = weights_by_formula(problem, tensors[0], ctx.average_heads)
+            weights = reference_weights(problem, tensors[0], ctx.average_heads)
         wanted = [place for place in places if tensors[place] is not None and tensors[place].requires_grad]
         leaves = [tensors[place] for place in wanted]
         gradients = torch.autograd.grad(weights, leaves, dweights, create_graph=higher, materialize_grads=True)
@@ -55,7 +55,7 @@ class _Weights(torch.autograd.Function):
         return (None, None, None, *(by_place.get(place) for place in places))
 
 
-def weights_by_formula(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
+def reference_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) summed up head by head."""
     query, num_heads = problem.query, problem.query.shape[1]
     with without_autocast(query):

@@ -5,6 +5,7 @@ Inputs lie inside buffers full of NaN, gradients are written inside buffers full
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from accuracy import FLOAT_TENSORS, assert_accurate, assert_lse_accurate, exact_
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fused_attention.kernels.call import Call
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import Gradients, Problem, empty_output, make_problem
 from fused_attention.kernels.reference import present
@@ -271,9 +274,19 @@ def poisoned(problem: Problem, dout: Tensor, dlse: Tensor | None, lse: Tensor, s
     return replace(problem, layout="separate", inputs=(query, key, value), query=query, key=key, value=value), dout, dlse
 
 
+def watched(prepare: Callable[[Problem], Call], see: Callable[[], object]) -> Callable[[Problem], Call]:
+    """A backend's `prepare`; the calls that it makes tell when they run."""
+
+    def watched_prepare(problem: Problem) -> Call:
+        call = prepare(problem)
+        return lambda *arguments: (see(), call(*arguments))[1]
+
+    return watched_prepare
+
+
 def run(backend: Any, problem: Problem, dout: Tensor, dlse: Tensor | None, memory: tuple[str, ...] = CALL["memory"]) -> dict[str, Tensor]:
     """out, lse and every gradient, by name, computed by a backend; the gradients of query, key and value in these memory orders."""
-    out, lse = backend.forward(problem)
+    out, lse = forward(backend, problem)
     assert out.stride() == empty_output(problem).stride()
     buffers, gradients = [], {}
     for name in FLOAT_TENSORS:
@@ -309,7 +322,7 @@ def check(
     """Runs the backend forward and backward and holds every result against the accuracy rule; returns the results.
 
     stored: what absent keys, values and queries hold, and the output gradients of rows that attend to nothing.
-    prepare: the backend gets a PreparedMask, the formula the problem as it is.
+    prepare: the backend gets a PreparedMask, the reference the problem as it is.
     """
     assert backend.unsupported_reasons(problem) == []
     exact, eager = exact_and_eager(problem, dout, dlse)

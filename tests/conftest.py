@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import durations
-import formula_kernels
 import pytest
+import reference_kernels
 import sample
 import torch
 
-from fused_attention.kernels import cuda_backend, native, ops, repeated, routing
+from fused_attention.kernels import cpu, cuda_backend, ops, replay, routing
 
 pytest_plugins = ["pytester"]
 collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _as_at_first() -> None:
     torch.manual_seed(0)
-    repeated.forget()
+    replay.forget()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", poisoned(torch.Tensor.new_empty_strided))
-    monkeypatch.setattr(repeated, "allocators", {})
+    monkeypatch.setattr("fused_attention.kernels.call.allocators", {})
 
 
 @pytest.fixture
@@ -70,20 +70,20 @@ def no_short_kernels() -> Iterator[None]:
 
 
 @pytest.fixture
-def kernels_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula stands in for the Triton kernels, so that what surrounds kernels that cover everything runs without a GPU."""
-    monkeypatch.setitem(ops.KERNEL_BACKENDS, "triton", formula_kernels)
-    monkeypatch.setattr(routing, "triton_backend", formula_kernels)
+def kernels_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference stands in for the Triton kernels, so that what surrounds kernels that cover everything runs without a GPU."""
+    monkeypatch.setitem(ops.KERNEL_BACKENDS, "triton", reference_kernels)
+    monkeypatch.setattr(routing, "triton_backend", reference_kernels)
 
 
 @pytest.fixture(params=ALL_INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set in turn, forced; one that this machine lacks is a named skip."""
-    if native.status() is not None:
-        pytest.skip(f"no native kernels: {native.status()}")
-    available = native.instruction_sets()[1]
+    if cpu.status() is not None:
+        pytest.skip(f"no native kernels: {cpu.status()}")
+    available = cpu.instruction_sets()[1]
     if request.param not in available:
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", request.param)
-    assert native.instruction_sets()[0] == request.param
+    assert cpu.instruction_sets()[0] == request.param
     return request.param

@@ -25,8 +25,9 @@ from emulator import Module, Schedule, why_not_buildable
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fused_attention.kernels import cuda_backend, repeated
+from fused_attention.kernels import cuda_backend, replay
 from fused_attention.kernels.attention import attention
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import Problem, empty_output
 from fused_attention.kernels.reference import present
 
@@ -106,15 +107,15 @@ class EmulatedGpu(TorchFunctionMode):
         self._patches.setattr(cuda_backend, "_run", self._run)
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)
         self._patches.setattr(cuda_backend, "backward", functools.partial(self._backward, cuda_backend.backward))
-        repeated.forget()
-        self._patches.setattr(repeated, "allocators", {})
+        replay.forget()
+        self._patches.setattr("fused_attention.kernels.call.allocators", {})
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._patches.undo()
-        repeated.forget()
+        replay.forget()
         if exception[0] is None:
             for tensor, buffer in self._allocated:
                 guards = torch.cat((buffer[:GUARD_ELEMENTS], buffer[-GUARD_ELEMENTS:]))
@@ -199,7 +200,7 @@ def check(problem: Problem, *, schedule: int = 0, stored: float = torch.nan, pre
     """Runs `attention` on the CUDA kernels and holds out and lse against the accuracy rule.
 
     stored: what absent keys, values and queries hold.
-    prepare: the kernels get a PreparedMask, the formula the problem as it is.
+    prepare: the kernels get a PreparedMask, the reference the problem as it is.
     """
     shape = (*problem.query.shape[:3], problem.value.shape[3])
     exact, eager = exact_and_eager(problem, torch.zeros(shape, dtype=problem.query.dtype), None)
@@ -209,7 +210,7 @@ def check(problem: Problem, *, schedule: int = 0, stored: float = torch.nan, pre
     with EmulatedGpu(schedule, gpu) as emulated:
         assert cuda_backend.unsupported_reasons(problem) == []
         if prepare:
-            out, lse = cuda_backend.forward(prepared(problem, gradients=False))
+            out, lse = forward(cuda_backend, prepared(problem, gradients=False))
         else:
             out, lse = attention(*problem.inputs, **options_of(problem), return_lse=True, backend="cuda")
     assert out.stride() == empty_output(problem).stride()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
 HEADER = Path(__file__).with_suffix(".h")
 
 
 def can_emulate() -> bool:
     """Whether this machine has what the emulation is made of, and not the tiles themselves."""
-    if native.status() is not None:
+    if cpu.status() is not None:
         return False
-    available = native.instruction_sets()[1]
+    available = cpu.instruction_sets()[1]
     return "avx512" in available and "amx" not in available
 
 

@@ -13,10 +13,10 @@ from attention_calls import CALL, build, options_of
 from torch import Tensor
 
 from fused_attention import attention_decode, attention_varlen
-from fused_attention.kernels import ops, repeated
+from fused_attention.kernels import ops, replay
 from fused_attention.kernels.attention import attention
 from fused_attention.kernels.problem import Problem
-from fused_attention.kernels.weights import weights_by_formula
+from fused_attention.kernels.weights import reference_weights
 
 
 def leaves_of(problem: Problem) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ STARTS = ([0, 14], [-4, 6], [6, 2], [0, 10, 30])
 
 
 def check_starts(backend: str, starts: list[int], device: str) -> None:
-    """As in the formula they are clamped to the tokens there are; what stands around them is neither read nor written."""
+    """As in the reference they are clamped to the tokens there are; what stands around them is neither read nor written."""
     num_tokens, guard = 10, 6
     memory = torch.full((4, num_tokens + 2 * guard, 2, 16), torch.nan, device=device)
     inside = memory[:, guard:-guard]
@@ -134,7 +134,7 @@ def check_starts(backend: str, starts: list[int], device: str) -> None:
 
 
 def check_packed_sequences_with_everything(backend: str, device: str) -> None:
-    """Against the formula: dropout, whose numbers count within a sequence, lengths, sequences longer than promised, and side gradients."""
+    """Against the reference: dropout, whose numbers count within a sequence, lengths, sequences longer than promised, and every gradient."""
     _, (query, key, value, dout, dlse), sizes = packed_sequences({"sizes": (1, 2, 1)}, torch.float32, device)
     sizes["max_seqlen_q"], sizes["max_seqlen_k"] = 65, 64
     options = {
@@ -196,10 +196,10 @@ def check_weights(backend: Any, options: dict[str, Any], average_heads: bool, dt
     exact, _ = exact_and_eager(problem, dout, None)
     lse = exact["lse"].float()
     double = replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double())
-    expected = weights_by_formula(double, exact["lse"], average_heads)
+    expected = reference_weights(double, exact["lse"], average_heads)
     weights = backend.attention_weights(problem, lse, average_heads)
     assert weights.dtype == dtype
-    assert_accurate("weights", "out", weights, weights_by_formula(problem, lse, average_heads), expected)
+    assert_accurate("weights", "out", weights, reference_weights(problem, lse, average_heads), expected)
     assert torch.equal(weights == 0, expected.to(dtype) == 0)
 
 
@@ -220,7 +220,7 @@ def check_repeated_call(backend: str, options: Callable, dtype: torch.dtype, dev
     for seqlen_q in (5, 70):
         inputs, others = ([torch.randn(2, 2, n, 32, device=device).to(dtype) for n in (seqlen_q, 70, 70)] for _ in range(2))
         expected = attention(*others, **arguments, return_lse=True, backend=backend)
-        repeated.forget()
+        replay.forget()
         attention(*inputs, **arguments, return_lse=True, backend=backend)
         with monkeypatch.context() as patches:
             patches.setitem(ops.KERNEL_BACKENDS, backend, None)  # what goes all the way fails

@@ -130,7 +130,7 @@ def run_case(name: str, mesh: DeviceMesh) -> None:
     leaves = [key for key, tensor in whole.items() if tensor.requires_grad]
     expected = torch.autograd.grad((expected_out, expected_lse), [whole[key] for key in leaves], (dout, dlse))
     given = [distribute_tensor(gradient, mesh, result.placements) for gradient, result in ((dout, out), (dlse, lse))]
-    around = implicit_replication() if name == "float64" else nullcontext()  # the formula makes plain tensors, in its backward pass too
+    around = implicit_replication() if name == "float64" else nullcontext()  # the reference makes plain tensors, in its backward pass too
     with CommDebugMode() as communication, around:
         gradients = torch.autograd.grad((out, lse), [parts[key] for key in leaves], given)
     if alone:

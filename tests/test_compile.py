@@ -27,9 +27,9 @@ from fused_attention import (
     replace_attention,
     scaled_dot_product_attention,
 )
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
-pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
 
@@ -129,13 +129,13 @@ def test_sizes_that_only_values_tell(case: str, backend: str) -> None:
             assert_close(*[torch.autograd.grad(out.square().sum(), x) for out in (ours, expected)])
 
 
-def test_symbolic_sizes_do_not_run_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symbolic_sizes_do_not_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a registered decomposition would, where fake tensors of symbolic sizes look first."""
 
-    def formula(problem: Any) -> None:
-        raise AssertionError("the formula ran")
+    def reference(problem: Any) -> None:
+        raise AssertionError("the reference ran")
 
-    monkeypatch.setattr("fused_attention.kernels.ops.attention_reference", formula)
+    monkeypatch.setattr("fused_attention.kernels.ops.attention_reference", reference)
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (5, 9):
         query = torch.randn(2, 3, length, 16)
@@ -202,7 +202,7 @@ def test_autocast_around_and_inside(backend: str) -> None:
         assert_close(ours, expected)
         gradients = torch.autograd.grad(ours.float().sum(), inputs)
         expected_gradients = torch.autograd.grad(expected.float().sum(), inputs, retain_graph=True)
-        # The formula's backward pass is traced under the autocast of the forward pass, with its products in bfloat16.
+        # The reference's backward pass is traced under the autocast of the forward pass, with its products in bfloat16.
         tolerance = {"atol": 2e-2, "rtol": 2e-2} if backend == "reference" else {}
         assert_close(gradients, expected_gradients, **tolerance)
 

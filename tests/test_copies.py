@@ -27,12 +27,12 @@ from fused_attention import (
     explain,
     prepare_mask,
 )
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
 from fused_attention.transformer.embedding import TokenEmbedding
 from fused_attention.transformer.model import Memory, Padding
 
-needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 
 

@@ -17,6 +17,7 @@ from csrc.cuda.instances.manifest import INSTANCES, Instance
 from fused_attention import attention_varlen
 from fused_attention.kernels import cuda_backend
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.reference import attention_reference, dropout, padded
 
@@ -148,7 +149,7 @@ def test_nan_scores_give_nan_in_their_row_alone(num_rows: int) -> None:
     problem, _, _ = build({"dtype": torch.bfloat16, "softcap": 1.5, "seqlens": (num_rows, 75), "sizes": (1, 1, 1)}, "cpu")
     problem.query[0, 0, 1] = torch.nan
     with EmulatedGpu():
-        out, lse = cuda_backend.forward(problem)
+        out, lse = forward(cuda_backend, problem)
     for result in (out[0, 0].amax(-1), lse[0, 0]):
         assert result.isnan().nonzero().flatten().tolist() == [1]
 
@@ -192,7 +193,7 @@ def test_offsets_beyond_32_bits(far: str, num_rows: int, tmp_path: Path) -> None
         for tensor, values in zip(inputs, near, strict=True):
             tensor.copy_(values)
         with EmulatedGpu(gpu=SMALL._replace(multiprocessors=1)) as gpu:
-            results.append(cuda_backend.forward(make_problem("separate", tuple(inputs))))
+            results.append(forward(cuda_backend, make_problem("separate", tuple(inputs))))
         assert ("decode" in gpu.launched[0]) == (sizes[2] == 2)
     for expected, ours in zip(*results, strict=True):
         assert torch.equal(ours, expected)
@@ -205,7 +206,7 @@ def test_the_dropout_mask_is_the_reference_s(rng_state: tuple[int, int]) -> None
     value = torch.nn.functional.pad(torch.eye(75, dtype=torch.float16), (0, 5)).expand(2, 2, 75, 80)
     problem = make_problem("separate", (query, key, value), dropout_p=0.25, rng_state=torch.tensor(rng_state), is_causal="bottom_right")
     with EmulatedGpu():
-        out = cuda_backend.forward(problem)[0][..., :75]
+        out = forward(cuda_backend, problem)[0][..., :75]
     factors = dropout(problem, 0, 2)
     visible = torch.ones(37, 75, dtype=torch.bool).tril(75 - 37)
     assert torch.equal(out != 0, (factors != 0) & visible)
@@ -266,7 +267,7 @@ def test_bits_stay_the_same_whatever_the_schedule() -> None:
     results = []
     for schedule in range(4):
         with EmulatedGpu(schedule):
-            results.append(cuda_backend.forward(problem))
+            results.append(forward(cuda_backend, problem))
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(lse, results[0][1])
@@ -275,7 +276,7 @@ def test_bits_stay_the_same_whatever_the_schedule() -> None:
 def test_large_scores_stay_finite() -> None:
     problem, _, _ = build({"dtype": torch.bfloat16, "scale": 1e7, "seqlens": (70, 75)}, "cpu")
     with EmulatedGpu():
-        out, lse = cuda_backend.forward(problem)
+        out, lse = forward(cuda_backend, problem)
     exact = attention_reference(replace(problem, inputs=(), query=problem.query.double(), key=problem.key.double()))
     assert out.isfinite().all()
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=0.0)

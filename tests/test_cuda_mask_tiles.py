@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.prepared_mask import pack_bits, prepare_mask, tile_lists
 from fused_attention.kernels.problem import Problem, make_problem, unpack_bits
 from fused_attention.kernels.reference import allowed_pairs, present
@@ -92,7 +93,7 @@ def last_members(arguments: bytes) -> tuple[int, ...]:
 
 def run_pre_pass(problem: Problem, kernels: list[str], schedule: int = 0) -> Tiles:
     with EmulatedGpu(schedule, kernels="mask_tiles") as gpu:
-        cuda_backend.forward(problem)
+        forward(cuda_backend, problem)
     assert gpu.launched == kernels
     arguments = dict(gpu.planned)[kernels[-1]]
     block_m, batch, heads, rows, row_blocks, key_tiles, words, bits, _, lists = last_members(arguments)
@@ -190,7 +191,7 @@ def test_lists_of_64_rows_become_lists_of_128(mask: str, seqlens: tuple[int, int
 def test_lists_of_64_rows_are_used_as_they_are() -> None:
     problem = problem_of({"attn_mask": prepare_mask(torch.zeros(200, 130), is_causal=True, seqlen_q=200, seqlen_k=130)}, 200, 130)
     with EmulatedGpu(kernels="mask_tiles") as gpu:
-        cuda_backend.forward(problem)
+        forward(cuda_backend, problem)
     assert gpu.launched == []
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention, attention_decode
 
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(native.status() is not None, reason=f"no kernels: {native.status()}")),
+    pytest.param("cpu", marks=pytest.mark.skipif(cpu.status() is not None, reason=f"no kernels: {cpu.status()}")),
 ]
 BATCH, NUM_HEADS, CAPACITY = 3, 4, 20
 LENGTHS = torch.tensor([7, 20, 3])
@@ -86,7 +86,7 @@ def test_under_autocast() -> None:
         assert attention_decode(*tensors(1), LENGTHS).dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("kernels_by_formula")
+@pytest.mark.usefixtures("kernels_by_reference")
 def test_compiled_without_a_graph_break() -> None:
     query, keys, values = tensors(1)
     compiled = torch.compile(attention_decode, fullgraph=True, backend="aot_eager")

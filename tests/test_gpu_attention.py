@@ -46,7 +46,7 @@ def test_flops() -> None:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_calls_of_every_feature_agree_with_float32_math(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula stands in for our kernels; torch's flash attention is the only peer that a CPU has."""
+    """The reference stands in for our kernels; torch's flash attention is the only peer that a CPU has."""
     attention = gpu_calls.attention
     monkeypatch.setattr(gpu_calls, "attention", lambda *inputs, **options: attention(*inputs, **options | {"backend": "reference"}))
     results = measure(Cell(feature, 64, 64), ("cuda", "triton", "flash", "efficient"), "cpu", 0.0, tokens=TINY)
@@ -151,7 +151,7 @@ def test_a_run_goes_on_where_it_was(no_gpu_needed: list, tmp_path: Path, capsys:
 def test_the_program_with_real_calls(
     no_gpu_needed: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """On the CPU, the formula in place of our kernels."""
+    """On the CPU, the reference in place of our kernels."""
     attention = gpu_calls.attention
     monkeypatch.setattr(gpu_calls, "attention", lambda *inputs, **options: attention(*inputs, **options | {"backend": "reference"}))
     monkeypatch.setattr(

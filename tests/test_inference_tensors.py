@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import MultiHeadAttention, attention, attention_varlen, attention_weights, prepare_mask
-from fused_attention.kernels import native, repeated_gradients
+from fused_attention.kernels import cpu, replay
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.model import Transformer
 
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(native.status() is not None, reason=str(native.status())))]
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(cpu.status() is not None, reason=str(cpu.status())))]
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "bool mask": lambda: {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril()},
     "expanded mask": lambda: {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 4, 6, 6)},
@@ -91,10 +91,10 @@ def test_packed_sequences(backend: str) -> None:
     assert_close(gradients(inference), gradients(normal))
 
 
-@pytest.mark.skipif(native.status() is not None, reason=str(native.status()))
+@pytest.mark.skipif(cpu.status() is not None, reason=str(cpu.status()))
 @pytest.mark.parametrize("name", ["key_mask", "lengths"])
 def test_a_call_like_one_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated_gradients, "_calls", {})
+    monkeypatch.setattr(replay, "_calls", {})
     normal, inference = both_ways(OPTIONS[name])
     for options in (normal, inference):
         options.pop("query_lengths", None)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_attention import attention, attention_decode, attention_varlen, prepare_mask, scaled_dot_product_attention
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
-needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 3, 17), (4, 3, 0, 21)

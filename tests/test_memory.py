@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
-pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
 SEQLEN = 8192
 SCRIPT = """

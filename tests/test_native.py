@@ -15,12 +15,13 @@ from conftest import ALL_INSTRUCTION_SETS
 from hypothesis import HealthCheck, given, note, settings
 from torch import Tensor
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import Gradients, make_problem
 from fused_attention.kernels.reference import attention_reference
 
-pytestmark = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
 
 # 1 and 3: less than a vector; 16 and 17, 31 and 32, 64 and 65: around the tile sides; 130: several tiles and a rest.
@@ -37,14 +38,14 @@ HEAD_DIMS = [(d, d) for d in (1, 5, 8, 16, 24, 40, 59, 64, 72, 96, 128, 200, 256
 )  # fmt: skip
 @given(call=calls(SEQLENS, HEAD_DIMS))
 def test_any_call(instruction_set: str, call: dict[str, Any]) -> None:
-    note(f"reproduce: check_call(native, {call}, 'cpu')")
-    check_call(native, call, "cpu")
+    note(f"reproduce: check_call(cpu, {call}, 'cpu')")
+    check_call(cpu, call, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=str)
 def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype) -> None:
-    check_call(native, {"head_dims": head_dims, "dtype": dtype, "is_causal": "bottom_right", "key_mask": "holes"}, "cpu")
+    check_call(cpu, {"head_dims": head_dims, "dtype": dtype, "is_causal": "bottom_right", "key_mask": "holes"}, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +62,7 @@ def test_head_dims(head_dims: tuple[int, int], dtype: torch.dtype) -> None:
 )
 def test_many_key_blocks(options: dict, dtype: torch.dtype, instruction_set: str) -> None:
     """Longer than any block of keys or rows, so that the online softmax rescales and dq adds up over blocks."""
-    check_call(native, {"sizes": (1, 2, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options, "cpu")
+    check_call(cpu, {"sizes": (1, 2, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,14 +74,14 @@ def test_many_key_blocks(options: dict, dtype: torch.dtype, instruction_set: str
 )
 def test_one_or_two_query_rows(options: dict, seqlens: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
     """Decoding reads keys and values where they lie, absent ones among them."""
-    check_call(native, {"seqlens": seqlens, "head_dims": (40, 24), "dtype": dtype} | options, "cpu")
+    check_call(cpu, {"seqlens": seqlens, "head_dims": (40, 24), "dtype": dtype} | options, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlens", [(130, 129), (130, 131), (129, 160)], ids=str)
 def test_a_diagonal_that_crosses_the_corners_of_blocks(seqlens: tuple[int, int], dtype: torch.dtype, instruction_set: str) -> None:
     """One row or key off the multiples of 32 and 64, where a wrong first row or last key of a block shows up."""
-    check_call(native, {"sizes": (1, 2, 2), "seqlens": seqlens, "head_dims": (16, 16), "dtype": dtype, "is_causal": "bottom_right"}, "cpu")
+    check_call(cpu, {"sizes": (1, 2, 2), "seqlens": seqlens, "head_dims": (16, 16), "dtype": dtype, "is_causal": "bottom_right"}, "cpu")
 
 
 RISES = {  # log2 units that the scores change by from one key to the next, and by tile of 64 keys
@@ -94,7 +95,7 @@ def test_online_softmax_with_moving_maxima(rise: str, dtype: torch.dtype, instru
     problem, dout, dlse = build({"sizes": (1, 1, 1), "seqlens": (20, 700), "head_dims": (16, 16), "dtype": dtype}, "cpu")
     steps = torch.arange(700) // 64 * RISES[rise] * 0.6931
     problem.attn_mask = steps.expand(1, 1, 20, 700).contiguous()
-    check(native, problem, dout, dlse)
+    check(cpu, problem, dout, dlse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,7 +108,7 @@ def test_online_softmax_edges(case: str, dtype: torch.dtype, instruction_set: st
     else:
         mask[:, -1] = 12.0  # 160,000 times the others: they count for half a percent
     problem.attn_mask = mask[None, None]
-    check(native, problem, dout, dlse)
+    check(cpu, problem, dout, dlse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,10 +120,10 @@ def test_what_a_float_mask_masks(seqlen_q: int, dtype: torch.dtype, instruction_
         mask = torch.randn(seqlen_q, 75)
         mask[:, ::3], mask[0] = lowest, lowest
         problem.attn_mask = mask[None, None]
-        assert (native.forward(problem)[1][:, :, 0] == -torch.inf).all()
-        check(native, problem, dout, dlse)
+        assert (forward(cpu, problem)[1][:, :, 0] == -torch.inf).all()
+        check(cpu, problem, dout, dlse)
     problem.attn_mask = torch.full((1, 1, seqlen_q, 75), -65504.0, dtype=torch.float16)
-    assert native.forward(problem)[1].isfinite().all()
+    assert forward(cpu, problem)[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,7 +159,7 @@ def test_gradients_of_absent_keys_are_zero_whatever_the_queries_hold(stored: flo
 def test_float16_scores_beyond_its_range(instruction_set: str) -> None:
     problem, dout, dlse = build({"dtype": torch.float16, "scale": 1.0, "head_dims": (16, 16)}, "cpu")
     problem.query[:], problem.key[:] = problem.query.sign() * 80, problem.key.sign() * 80  # |scores| up to 102,400
-    check(native, problem, dout, dlse)
+    check(cpu, problem, dout, dlse)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -180,7 +181,7 @@ def test_results_are_rounded_not_truncated(dtype: torch.dtype, instruction_set: 
 def test_scores_whose_rounding_exceeds_the_exponent_range(dtype: torch.dtype, instruction_set: str) -> None:
     """At scores of 1e10 one unit in the last place is 1,024: the largest score still counts as exactly the maximum."""
     problem, _, _ = build({"dtype": dtype, "scale": 1e9, "head_dims": (16, 16)}, "cpu")
-    out, lse = native.forward(problem)
+    out, lse = forward(cpu, problem)
     exact = attention_reference(replace(problem, inputs=(), query=problem.query.double(), key=problem.key.double()))
     assert out.isfinite().all()
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=0.0)
@@ -193,9 +194,9 @@ def test_bit_identical_from_run_to_run(dtype: torch.dtype, instruction_set: str)
     problem, dout, _ = build({"dtype": dtype, "seqlens": (200, 300), "is_causal": "top_left", "dropout_p": 0.25}, "cpu")
     runs = []
     for _ in range(3):
-        out, lse = native.forward(problem)
+        out, lse = forward(cpu, problem)
         gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
-        native.backward(problem, out, lse, dout, None, Gradients(*gradients))
+        cpu.backward(problem, out, lse, dout, None, Gradients(*gradients))
         runs.append((out, lse, *gradients))
     for first, second, third in zip(*runs, strict=True):
         assert torch.equal(first, second)
@@ -207,7 +208,7 @@ def test_any_thread_count(num_threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(num_threads)
-        check_call(native, {"sizes": (3, 3, 3), "key_lengths": (40, 75, 90), "is_causal": "top_left"}, "cpu")
+        check_call(cpu, {"sizes": (3, 3, 3), "key_lengths": (40, 75, 90), "is_causal": "top_left"}, "cpu")
     finally:
         torch.set_num_threads(before)
 
@@ -233,11 +234,11 @@ def test_gradients_stay_inside_packed_buffers() -> None:
     problem, dout, _ = build({"sizes": (2, 2, 2), "seqlens": (33, 33), "head_dims": (40, 40)}, "cpu")
     buffer = torch.full((2, 33, 3, 2, 48), 7.0)
     views = tuple(buffer[:, :, index, :, :40].transpose(1, 2) for index in range(3))
-    out, lse = native.forward(problem)
-    native.backward(problem, out, lse, dout, None, Gradients(*views))
+    out, lse = forward(cpu, problem)
+    cpu.backward(problem, out, lse, dout, None, Gradients(*views))
     assert (buffer[..., 40:] == 7.0).all()
     expected = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
-    native.backward(problem, out, lse, dout, None, Gradients(*expected))
+    cpu.backward(problem, out, lse, dout, None, Gradients(*expected))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(views, expected, strict=True))
 
 
@@ -259,8 +260,8 @@ def test_offsets_beyond_32_bits(far: str, dtype: torch.dtype, instruction_set: s
     near_gradients = tuple(torch.empty(shape, dtype=dtype) for _ in range(3))
     for inputs, gradients in (((query, key, value, dout), (dquery, dkey, dvalue)), (near, near_gradients)):
         problem = make_problem("separate", tuple(inputs[:3]))
-        out, lse = native.forward(problem)
-        native.backward(problem, out, lse, inputs[3], None, Gradients(*gradients))
+        out, lse = forward(cpu, problem)
+        cpu.backward(problem, out, lse, inputs[3], None, Gradients(*gradients))
         results.append((out, lse, *gradients))
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)

@@ -20,10 +20,10 @@ from function_calls import (
     check_weights,
 )
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
 pytestmark = [
-    pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}"),
+    pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
@@ -63,7 +63,7 @@ def test_decoding(case: str, dtype: torch.dtype, instruction_set: str) -> None:
 @pytest.mark.parametrize("average_heads", [False, True])
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 def test_attention_weights(options: dict, average_heads: bool, dtype: torch.dtype, instruction_set: str) -> None:
-    check_weights(native, options, average_heads, dtype, "cpu")
+    check_weights(cpu, options, average_heads, dtype, "cpu")
 
 
 MASK_SHAPES = ("11QK", "B1QK", "1HQK", "BHQK", "B11K", "1H1K", "BH1K", "11Q1", "BHQ1", "B111", "1111")
@@ -73,13 +73,13 @@ MASK_SHAPES = ("11QK", "B1QK", "1HQK", "BHQK", "B11K", "1H1K", "BH1K", "11Q1", "
 @pytest.mark.parametrize("kind", ["bool", "float32"])
 @pytest.mark.parametrize("dims", MASK_SHAPES)
 def test_broadcast_masks(dims: str, kind: str, dtype: torch.dtype, instruction_set: str) -> None:
-    check_call(native, {"attn_mask": (kind, dims), "sizes": (2, 2, 1), "seqlens": (40, 70), "dtype": dtype}, "cpu")
+    check_call(cpu, {"attn_mask": (kind, dims), "sizes": (2, 2, 1), "seqlens": (40, 70), "dtype": dtype}, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
 def test_mask_dtypes(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
-    check_call(native, {"attn_mask": (kind, "1HQK"), "sizes": (2, 2, 2), "seqlens": (40, 70), "dtype": dtype}, "cpu")
+    check_call(cpu, {"attn_mask": (kind, "1HQK"), "sizes": (2, 2, 2), "seqlens": (40, 70), "dtype": dtype}, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["bool", "float32", "float16"])
@@ -93,7 +93,7 @@ def test_mask_memory(memory: str, kind: str, instruction_set: str) -> None:
         problem.attn_mask = mask[:1, :, :1].expand(mask.shape)
     else:
         problem.attn_mask = mask.repeat_interleave(2, 3)[..., ::2]
-    check(native, problem, dout, dlse)
+    check(cpu, problem, dout, dlse)
 
 
 LONG = {"seqlens": (330, 1100), "sizes": (1, 2, 2), "head_dims": (32, 32)}  # several blocks of rows and of keys
@@ -114,7 +114,7 @@ LONG = {"seqlens": (330, 1100), "sizes": (1, 2, 2), "head_dims": (32, 32)}  # se
     ids=str,
 )
 def test_many_blocks(options: dict, dtype: torch.dtype, instruction_set: str) -> None:
-    check_call(native, LONG | {"dtype": dtype} | options, "cpu")
+    check_call(cpu, LONG | {"dtype": dtype} | options, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -126,7 +126,7 @@ def test_tiles_of_a_prepared_mask_in_any_pattern(dtype: torch.dtype, instruction
     kinds[:, :, 2], kinds[:, :, :, 3], kinds[:, :, :, 8:16] = 0, 0, 0
     tiles = kinds.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :seqlen_q, :seqlen_k]
     problem.attn_mask = (tiles == 1) | ((tiles == 2) & (torch.rand(tiles.shape) > 0.5))
-    check(native, problem, dout, dlse, prepare=True)
+    check(cpu, problem, dout, dlse, prepare=True)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 8])
@@ -141,7 +141,7 @@ def test_few_heads_on_many_threads(dims: str, dtype: torch.dtype, num_threads: i
             "sizes": (1, 2, 1), "seqlens": (70, 600), "attn_mask": ("float32", dims), "alibi_slopes": "H", "sinks": True,
             "is_causal": "bottom_right", "dtype": dtype,
         }  # fmt: skip
-        first, second = (check_call(native, call, "cpu") for _ in range(2))
+        first, second = (check_call(cpu, call, "cpu") for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
     finally:
         torch.set_num_threads(before)

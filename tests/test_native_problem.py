@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_attention import prepare_mask
-from fused_attention.kernels import native_problem
+from fused_attention.kernels import cpu, native_problem, replay
 from fused_attention.kernels.problem import Problem, empty_output, make_problem
 
 _native = native_problem._native
@@ -71,22 +71,14 @@ def problems() -> Iterator[Problem]:
         yield make_problem("varlen", (packed, packed, packed), **given)
 
 
-def described(problem: Problem, dropout_threshold: int) -> native_problem.Plain:
-    """What `plain` must return."""
-    out = empty_output(problem)
-    numbers = native_problem.plain_numbers(problem, out, dropout_threshold)
-    batch, num_heads, rows, _ = out.shape
-    return native_problem.Plain(numbers, tuple(out.shape), out.stride(), (batch, num_heads, rows), (num_heads * rows, rows, 1))
-
-
-def test_what_is_remembered_is_of_this_kind_of_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_remembered_is_of_this_kind_of_problem() -> None:
     """Each of the problems differs from another in one thing only."""
-    monkeypatch.setattr(native_problem, "_remembered", {})
+    plains = [lambda problem, threshold=threshold: native_problem.plain(problem, threshold) for threshold in (0, 5)]
     for _ in range(2):
         for problem in problems():
-            for threshold in (0, 5):
-                assert native_problem.plain(problem, threshold) == described(problem, threshold)
-    assert len(native_problem._remembered) == 2 * len(list(problems()))
+            for threshold, plain in zip((0, 5), plains, strict=True):
+                assert replay.prepared(plain, problem) == native_problem.plain(problem, threshold)
+    assert len(replay._prepared) == 2 * len(list(problems()))
 
 
 def test_what_the_backward_pass_makes_of_a_problem_is_the_same() -> None:
@@ -95,12 +87,19 @@ def test_what_the_backward_pass_makes_of_a_problem_is_the_same() -> None:
         assert native_problem.plain(again, 0) == native_problem.plain(problem, 0)
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_problem, "_remembered", {})
-    monkeypatch.setattr(native_problem, "MAX_REMEMBERED", 3)
+def test_results_are_described_as_they_are_allocated() -> None:
     for problem in problems():
-        native_problem.plain(problem, 0)
-        assert len(native_problem._remembered) <= 3
+        out, plain = empty_output(problem), native_problem.plain(problem, 0)
+        batch, num_heads, rows, _ = out.shape
+        assert (plain.out_shape, plain.out_strides) == (out.shape, out.stride())
+        assert (plain.lse_shape, plain.lse_strides) == ((batch, num_heads, rows), (num_heads * rows, rows, 1))
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MAX_REMEMBERED", 3)
+    for problem in problems():
+        replay.prepared(cpu.prepare, problem)
+        assert len(replay._prepared) <= 3
 
 
 @pytest.mark.parametrize(
@@ -122,6 +121,6 @@ def test_a_setting_that_no_instruction_set_has(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", "no such")
     problem = make_problem("separate", tensors())
     out, lse = torch.empty(BATCH, HEADS, ROWS, HEAD_DIM), torch.empty(BATCH, HEADS, ROWS)
-    addresses = native_problem.addresses(problem, (None, None, None), out, lse)
+    addresses = native_problem.addresses(*problem.inputs, problem.optional_tensors(), out, lse)
     with pytest.raises(RuntimeError, match="no such is not an instruction set"):
         _native.cpu_forward(native_problem.plain(problem, 0).numbers, 1, *addresses)

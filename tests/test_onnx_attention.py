@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attention import attention, attention_weights
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
 onnx = pytest.importorskip("onnx", reason="onnx, which brings the cases, is not installed")
 node_cases = pytest.importorskip("onnx.backend.test.case.node")
@@ -23,7 +23,7 @@ CASES = {
     for case in node_cases._NodeTestCases
     if case.model.graph.node[0].op_type == "Attention" and not case.name.endswith("_expanded")
 }
-NATIVE = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+NATIVE = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
 
 def as_tensor(array: Any) -> Tensor:

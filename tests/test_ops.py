@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_calls import watched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_attention.kernels import native, ops
+from fused_attention.kernels import cpu, ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
 from fused_attention.kernels.prepared_mask import prepare_mask
-from fused_attention.kernels.problem import DIFFERENTIABLE_SIDE_TENSORS, NUM_INPUTS, NUM_SIDE_TENSORS, Problem, make_problem
+from fused_attention.kernels.problem import DIFFERENTIABLE_OPTIONAL, NUM_INPUTS, NUM_OPTIONAL, Problem, make_problem
 
-needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
 QKV_OPTIONS = {
     "plain": {},
@@ -50,9 +51,9 @@ def test_an_operators_arguments_are_the_fields_of_a_problem(layout: str) -> None
     names = [argument.name for argument in getattr(torch.ops.fused_attention, f"attention_{layout}").default._schema.arguments]
     after_the_inputs = [field.name for field in fields(Problem) if field.init][5:]  # layout, inputs, query, key, value
     assert names[NUM_INPUTS[layout] :] == [*after_the_inputs, "backend"]
-    side_tensors = after_the_inputs[:NUM_SIDE_TENSORS]
-    assert side_tensors[-1] == "column_tiles"
-    assert [side_tensors[place] for place in DIFFERENTIABLE_SIDE_TENSORS] == ["attn_mask", "alibi_slopes", "sinks"]
+    optional_tensors = after_the_inputs[:NUM_OPTIONAL]
+    assert optional_tensors[-1] == "column_tiles"
+    assert [optional_tensors[place] for place in DIFFERENTIABLE_OPTIONAL] == ["attn_mask", "alibi_slopes", "sinks"]
 
 
 def test_exported_calls_hold_one_operator() -> None:
@@ -60,7 +61,7 @@ def test_exported_calls_hold_one_operator() -> None:
         def forward(self, query: Tensor, key_mask: Tensor) -> Tensor:
             return attention(query, query, query, attn_mask=prepare_mask(key_mask=key_mask, seqlen_q=query.shape[2]), backend=backend)
 
-    backend = "cpu" if native.status() is None else None
+    backend = "cpu" if cpu.status() is None else None
     call = (torch.randn(2, 4, 12, 8), torch.rand(2, 12) > 0.3)
     exported = torch.export.export(Module(), call)
     torch.testing.assert_close(exported.module()(*call), attention(call[0], call[0], call[0], key_mask=call[1]))
@@ -124,7 +125,7 @@ def test_compiles_with_inductor_and_dynamic_shapes() -> None:
 
 @needs_native
 @pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
-def test_second_derivatives_are_those_of_the_formula(options: dict) -> None:
+def test_second_derivatives_are_those_of_the_reference(options: dict) -> None:
     inputs = layout_inputs("separate")
 
     def second_derivative(backend: str) -> tuple[Tensor, ...]:
@@ -202,16 +203,16 @@ class _Subclass(Tensor):
     pass
 
 
-PATHS = {  # what eager calls take: the kernel straight from Python, the operator, or the formula
+PATHS = {  # what eager calls take: the kernel straight from Python, the operator, or the reference
     "nothing special": "kernel",
     "a subclass": "operator",
     "a mask of a subclass": "operator",
     "a fake tensor": "operator",
     "counting FLOPs": "operator",
     "selective checkpointing": "operator",
-    "a functorch level": "formula",
-    "a forward AD level": "formula",
-    "a dual tensor": "formula",
+    "a functorch level": "reference",
+    "a forward AD level": "reference",
+    "a dual tensor": "reference",
 }
 
 
@@ -224,10 +225,10 @@ def test_the_path_of_an_eager_call(condition: str, requires_grad: bool, monkeypa
     def noted(path: str, function: Any) -> Any:
         return lambda *arguments: taken.append(path) or function(*arguments)
 
-    kernels = types.SimpleNamespace(forward=noted("kernel", native.forward), backward=native.backward)
+    kernels = types.SimpleNamespace(prepare=watched(cpu.prepare, lambda: taken.append("kernel")), backward=cpu.backward)
     monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", kernels)
     monkeypatch.setitem(ops._REGISTERED, "separate", noted("operator", ops._REGISTERED["separate"]))
-    monkeypatch.setattr(ops, "attention_reference", noted("formula", ops.attention_reference))
+    monkeypatch.setattr(ops, "attention_reference", noted("reference", ops.attention_reference))
     query, key, value = layout_inputs("separate", requires_grad)
     mask = torch.ones(12, 12, dtype=torch.bool)
     expected: Any = F.scaled_dot_product_attention(query, key, value)

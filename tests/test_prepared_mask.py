@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.kernels import native, ops
+from fused_attention.kernels import cpu, ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
 from fused_attention.kernels.prepared_mask import PreparedMask, pack_bits, prepare_mask
 from fused_attention.kernels.problem import make_problem, unpack_bits
 
-needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
 BATCH, NUM_HEADS, SEQLEN_Q, SEQLEN_K = 2, 3, 130, 200  # neither a multiple of 64: tiles hold rows and keys that do not exist
 
@@ -186,7 +186,7 @@ def test_the_bias_keeps_its_gradient() -> None:
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.usefixtures("kernels_by_formula", "poisoned_memory")
+@pytest.mark.usefixtures("kernels_by_reference", "poisoned_memory")
 @pytest.mark.parametrize("path", ["cheap", "operator", "argument of a compiled function", "made in a compiled function"])
 @pytest.mark.parametrize("kind", ["float", "all at once"])
 def test_gradients_through_kernels(kind: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_gradients_through_kernels(kind: str, path: str, monkeypatch: pytest.Mon
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("kernels_by_formula")
+@pytest.mark.usefixtures("kernels_by_reference")
 def test_opcheck() -> None:
     problem = make_problem("separate", tuple(inputs()), attn_mask=prepare_mask(**masks("all at once"), **SIZES))
     torch.library.opcheck(torch.ops.fused_attention.attention_separate.default, (*problem.op_arguments(), "triton"))

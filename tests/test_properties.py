@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attention import attention, attention_decode, attention_varlen, attention_weights, prepare_mask, scaled_dot_product_attention
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu, replay
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
 from fused_attention.kernels.problem import Problem
-from fused_attention.kernels.weights import weights_by_formula
+from fused_attention.kernels.weights import reference_weights
 
 CASES = int(os.environ.get("FUSED_ATTENTION_PROPERTY_CASES", "200"))
 SEQLENS = (1, 2, 15, 16, 17, 33, 64, 65)
@@ -168,8 +168,8 @@ def check_weights(call: dict[str, Any], problem: Problem) -> None:
     average_heads = call["seed"] % 2 == 1
     weights = attention_weights(problem.query, problem.key, lse, average_heads=average_heads, **given)
     double = replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double())
-    expected = weights_by_formula(double, lse.double(), average_heads)
-    assert_accurate("weights", "out", weights, weights_by_formula(problem, lse, average_heads), expected)
+    expected = reference_weights(double, lse.double(), average_heads)
+    assert_accurate("weights", "out", weights, reference_weights(problem, lse, average_heads), expected)
 
 
 def property_of(max_examples: int, **more: Any) -> Callable[[Callable], Callable]:
@@ -189,17 +189,17 @@ def test_any_public_call(call: dict[str, Any]) -> None:
     holds(call)
 
 
-def scaled(factor: float, forward: Callable) -> Callable:
+def scaled(factor: float, prepare: Callable) -> Callable:
     def faulty(problem: Problem) -> Any:
-        return forward(replace(problem, scale=problem.scale * factor))
+        return prepare(replace(problem, scale=problem.scale * factor))
 
     return faulty
 
 
-@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 def test_a_fault_is_found_shrunk_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward pass with a scale that is 1 % off."""
-    monkeypatch.setattr(native, "forward", scaled(1.01, native.forward))
+    monkeypatch.setattr(cpu, "prepare", scaled(1.01, cpu.prepare))
     quick = partial(property_of, phases=[Phase.generate, Phase.shrink], database=None, report_multiple_bugs=False)
     with pytest.raises(AssertionError) as failure:
         quick(50)(given(call=public_calls())(holds))()
@@ -208,4 +208,5 @@ def test_a_fault_is_found_shrunk_and_printed(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(AssertionError, match="error"):
         check_public_call(call)
     monkeypatch.undo()
+    replay.forget()
     check_public_call(call)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_translation import write_corpus
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 from fused_attention.kernels.support import support_table, transforms_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ def test_shell_example(example: str, tmp_path: Path) -> None:
     assert len((tmp_path / "test.fr").read_text().splitlines()) == len(lines)
 
 
-@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 @pytest.mark.parametrize("table", [support_table, transforms_table])
 def test_the_support_tables_are_what_the_code_says(table: Callable[[], str]) -> None:
     assert table() in README, "run `python -m fused_attention.kernels.support` and paste its tables into README.md"

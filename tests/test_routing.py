@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 
-import formula_kernels
 import pytest
+import reference_kernels
 import torch
+from attention_calls import watched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_attention.kernels import native, routing, triton_backend
+from fused_attention.kernels import cpu, routing, triton_backend
 from fused_attention.kernels.attention import attention, attention_weights, explain
 
-needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
 
 def tensors(head_dim: int = 16, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -23,8 +24,7 @@ def tensors(head_dim: int = 16, **options) -> tuple[torch.Tensor, torch.Tensor, 
 @needs_native
 def test_a_covered_call_runs_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    forward = native.forward
-    monkeypatch.setattr(native, "forward", lambda problem: calls.append(1) or forward(problem))
+    monkeypatch.setattr(cpu, "prepare", watched(cpu.prepare, lambda: calls.append(1)))
     assert explain(*tensors()).backend == "cpu"
     attention(*tensors())
     assert calls == [1]
@@ -72,23 +72,22 @@ def test_triton_says_that_it_wants_a_gpu() -> None:
     assert routing.backend_status()["triton"] == triton_backend.status()
 
 
-@pytest.mark.usefixtures("kernels_by_formula")
+@pytest.mark.usefixtures("kernels_by_reference")
 def test_triton_comes_before_the_cpu_kernels_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     explanation = explain(*tensors(), softcap=2.0)
     assert explanation.backend == "triton"
     assert explanation.reasons["reference"] == ["triton comes first"]
     calls = []
-    forward = formula_kernels.forward
-    monkeypatch.setattr(formula_kernels, "forward", lambda problem: calls.append(1) or forward(problem))
+    monkeypatch.setattr(reference_kernels, "prepare", watched(reference_kernels.prepare, lambda: calls.append(1)))
     attention(*tensors(), softcap=2.0)
     assert calls == [1]
 
 
-@pytest.mark.usefixtures("kernels_by_formula")
-def test_weights_come_from_the_kernel_and_their_gradient_from_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("kernels_by_reference")
+def test_weights_come_from_the_kernel_and_their_gradient_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    kernel = formula_kernels.attention_weights
-    monkeypatch.setattr(formula_kernels, "attention_weights", lambda *arguments: calls.append(1) or kernel(*arguments))
+    kernel = reference_kernels.attention_weights
+    monkeypatch.setattr(reference_kernels, "attention_weights", lambda *arguments: calls.append(1) or kernel(*arguments))
     query, key, value = tensors()
     _, lse = attention(query, key, value, return_lse=True)
     expected = torch.softmax(query @ key.transpose(-1, -2) / 4, dim=-1)
@@ -113,8 +112,8 @@ def test_weights_come_from_the_kernel_and_their_gradient_from_the_formula(monkey
 
 @needs_native
 def test_a_missing_extension_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(native, "NOT_BUILT", "the compiled extension is not available", raising=False)
+    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu, "NOT_BUILT", "the compiled extension is not available", raising=False)
     assert explain(*tensors()).backend == "reference"
     assert routing.backend_status()["cpu"] == "the compiled extension is not available"
 

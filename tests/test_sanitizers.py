@@ -14,12 +14,12 @@ import pytest
 from compiled import CXX, compiled
 from emulated_amx import can_emulate, emulation_flags
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/sanitizers"
 SANITIZERS = "-fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all"
-INSTRUCTION_SETS = native.instruction_sets()[1] if native.status() is None else None  # None: the driver finds them
+INSTRUCTION_SETS = cpu.instruction_sets()[1] if cpu.status() is None else None  # None: the driver finds them
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attention.kernels import native
+from fused_attention.kernels import cpu
 
 pytestmark = [
-    pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}"),
+    pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_calls import watched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention
-from fused_attention.kernels import cuda_backend, native, ops, triton_backend
+from fused_attention.kernels import cpu, cuda_backend, ops, triton_backend
 from fused_attention.kernels.problem import Problem, make_problem, uncovered_numbers
 from fused_attention.kernels.support import FORMULA, KERNEL, OPERATOR, TRANSFORMS, UNCOVERED
 
@@ -67,7 +68,7 @@ def lines(backend: str) -> dict[str, str]:
     return {call: reason for call, reason in cells if call != "call"}
 
 
-@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 @pytest.mark.parametrize(("backend", "call"), [(backend, call) for backend, calls in CALLS.items() for call in calls])
 def test_each_line_is_refused_for_its_reason(backend: str, call: str) -> None:
     assert UNCOVERED[backend](CALLS[backend][call]()) == [lines(backend)[call]]
@@ -83,7 +84,7 @@ def test_the_page_and_the_calls_are_the_same_list(backend: str) -> None:
     [
         ("cuda", (cuda_backend.uncovered, uncovered_numbers)),
         ("triton", (triton_backend.uncovered, uncovered_numbers)),
-        ("cpu", (native.unsupported_reasons, uncovered_numbers)),
+        ("cpu", (cpu.unsupported_reasons, uncovered_numbers)),
     ],
 )
 def test_no_reason_is_left_out(backend: str, functions: tuple[Callable, ...]) -> None:
@@ -188,7 +189,7 @@ TRANSFORMED: dict[str, Callable[[tuple[Tensor, ...], Path], Any]] = {
 }
 
 
-@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_runs_is_what_the_table_of_transforms_says(transform: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
@@ -198,11 +199,11 @@ def test_what_runs_is_what_the_table_of_transforms_says(transform: str, monkeypa
 
     if transform.startswith("DTensor") and not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    if "compile" not in transform and "export" not in transform:  # of these the operators in the graph tell, and the formula is none
+    if "compile" not in transform and "export" not in transform:  # of these the operators in the graph tell, and the reference is none
         for name in ops._REGISTERED:
             monkeypatch.setitem(ops._REGISTERED, name, noted(OPERATOR, ops._REGISTERED[name]))
         monkeypatch.setattr(ops, "attention_reference", noted(FORMULA, ops.attention_reference))
-    run = types.SimpleNamespace(forward=noted(KERNEL, native.forward), backward=noted(KERNEL, native.backward))
+    run = types.SimpleNamespace(prepare=watched(cpu.prepare, lambda: seen.append(KERNEL)), backward=noted(KERNEL, cpu.backward))
     monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", run)
     TRANSFORMED[transform](plain_inputs(), tmp_path)
     if "inside torch.compile" in transform:

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import formula_kernels
 import pytest
+import reference_kernels
 import torch
 import torch.nn.functional as F
+from attention_calls import watched
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
@@ -19,11 +20,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention, attention_varlen, attention_weights, scaled_dot_product_attention
-from fused_attention.kernels import native, ops, routing
+from fused_attention.kernels import cpu, ops, routing
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
 from fused_attention.transformer.attention import MultiHeadAttention
 
-needs_native = pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 
 MASK = torch.linspace(-1, 1, 35).view(5, 7)
@@ -44,9 +45,9 @@ def tensors(requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> 
 
 @pytest.fixture
 def float64_on_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula in float64 stands in for the CPU kernels, so that finite differences can judge what is built around them."""
-    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", formula_kernels)
-    monkeypatch.setattr(routing, "native", formula_kernels)
+    """The reference in float64 stands in for the CPU kernels, so that finite differences can judge what is built around them."""
+    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", reference_kernels)
+    monkeypatch.setattr(routing, "cpu", reference_kernels)
 
 
 @pytest.mark.usefixtures("float64_on_cpu_kernels")
@@ -207,8 +208,7 @@ def test_a_gradient_that_is_given_a_tangent(path: str, backend: str, monkeypatch
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "selective"])
 def test_checkpointing_runs_the_kernel_again_unless_told_to_keep_its_results(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    forward = native.forward
-    monkeypatch.setattr(native, "forward", lambda problem: runs.append(1) or forward(problem))
+    monkeypatch.setattr(cpu, "prepare", watched(cpu.prepare, lambda: runs.append(1)))
     inputs = tensors(requires_grad=True)
     call = partial(attention, dropout_p=0.5, backend="cpu")
     torch.manual_seed(5)
@@ -339,7 +339,7 @@ def test_autocast_casts_query_key_and_value_and_nothing_else(backend: str, monke
 
 @needs_native
 def test_second_derivatives_under_autocast() -> None:
-    """The formula in the backward pass computes in the dtype of the forward pass, whatever is cast around it."""
+    """The reference in the backward pass computes in the dtype of the forward pass, whatever is cast around it."""
     inputs = tensors(requires_grad=True)
 
     def second(backend: str) -> tuple[Tensor, ...]:
@@ -352,7 +352,7 @@ def test_second_derivatives_under_autocast() -> None:
         assert_close(ours, expected, rtol=0.1, atol=0.05 * expected.abs().max().item())
 
 
-def test_autocast_changes_no_bit_of_the_formula() -> None:
+def test_autocast_changes_no_bit_of_the_reference() -> None:
     """It would compute float32 scores in bfloat16."""
     inputs = tuple(tensor.detach().bfloat16().requires_grad_() for tensor in tensors())
 

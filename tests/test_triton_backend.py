@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fused_attention import attention, explain
-from fused_attention.kernels import triton_backend
+from fused_attention.kernels import ops, triton_backend
 
 CALL = "import torch\nfrom fused_attention import attention, explain\nquery = torch.randn(1, 1, 8, 16)\n"
 
@@ -125,7 +126,13 @@ def test_kernels_run_with_the_tensors_device_current(monkeypatch: pytest.MonkeyP
             return 1
 
     class Problem:
-        query = Query()
+        query = key = value = Query()
+
+        def kind(self) -> tuple:
+            return ()
+
+        def optional_tensors(self) -> tuple:
+            return ()
 
     @contextlib.contextmanager
     def device(wanted: torch.device) -> Iterator[None]:
@@ -144,7 +151,8 @@ def test_kernels_run_with_the_tensors_device_current(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(triton_backend, "_module", lambda name: Kernels())
     problem: Any = Problem()
-    triton_backend.forward(problem)
+    kernels = types.SimpleNamespace(prepare=lambda problem: lambda *tensors: seen.append(("forward", current[0])) or "results")
+    ops.forward(kernels, problem)
     triton_backend.backward(problem, *[None] * 5)
     triton_backend.attention_weights(problem, None, False)
     triton_backend.prepared_tiles(problem, True)

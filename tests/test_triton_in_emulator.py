@@ -19,6 +19,7 @@ from triton_offline import SHARED_MEMORY, Launch, offline  # noqa: E402
 from triton_resources import threads_of  # noqa: E402
 
 from fused_attention.kernels import triton_backend  # noqa: E402
+from fused_attention.kernels.ops import forward  # noqa: E402
 from fused_attention.kernels.problem import Gradients  # noqa: E402
 
 pytestmark = pytest.mark.skipif(why_not_buildable() is not None, reason=str(why_not_buildable()))
@@ -72,7 +73,7 @@ def test_forward_and_backward(name: str, arch: int, poisoned_memory: None) -> No
     gradients = Gradients(*map(torch.empty_like, (problem.query, problem.key, problem.value)))
     emulated = Emulated(arch)
     with offline(arch, execute=emulated.execute), emulated:
-        out, lse = triton_backend.forward(problem)
+        out, lse = forward(triton_backend, problem)
         triton_backend.backward(problem, out, lse, dout, None, gradients)
     assert emulated.launched == ["attention_forward", "attention_delta", "attention_dkdv", "attention_dq"]
     assert_accurate("out", "out", out, eager["out"], exact["out"])

@@ -132,7 +132,7 @@ SHORT = 40  # sequences, whose tokens together are far more than the longest one
 
 
 @pytest.mark.parametrize("bound", [None, 10**6, 2**31 - 1, 2**40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "formula"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "reference"])
 def test_costs_follow_the_tokens_not_the_bound(dtype: torch.dtype, bound: int | None) -> None:
     lengths = [0, 3, *[2] * SHORT]
     starts = torch.tensor([0, *lengths]).cumsum(0)
@@ -239,7 +239,7 @@ def test_padding_has_no_place_here() -> None:
         make_problem("separate", tuple(tensor.transpose(0, 1)[None] for tensor in inputs), **call)
 
 
-@pytest.mark.usefixtures("kernels_by_formula", "poisoned_memory")
+@pytest.mark.usefixtures("kernels_by_reference", "poisoned_memory")
 class TestThroughKernels:
     """Everything between the public function and a kernel that takes packed sequences."""
 

@@ -23,8 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from fused_attention.kernels import triton_launch
-from fused_attention.kernels.triton_launch import forget_launches
+from fused_attention.kernels import replay, triton_launch
 
 KB = 1024
 SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}  # bytes that a block may take
@@ -180,7 +179,7 @@ def offline(
                 compile_and_launch(kernel, *others) if wanted(kernel.__name__) else None
             )
         triton.runtime.driver.set_active(driver)
-        forget_launches()  # their tiles are for another GPU
+        replay.forget()  # their tiles are for another GPU
         try:
             yield driver.launches
         finally:

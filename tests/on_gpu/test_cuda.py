@@ -54,7 +54,7 @@ def test_features(feature: str, kernels: str, deterministic: bool) -> None:
     call = CALL | FEATURES[feature] | {"dtype": torch.bfloat16, "head_dims": (64, 64), "deterministic": deterministic}
     problem, dout, dlse = build(call, "cuda")
     backend = SimpleNamespace(
-        forward=cuda_backend.forward,
+        prepare=cuda_backend.prepare,
         backward=partial(cuda_backend.backward, kernels=kernels),
         unsupported_reasons=cuda_backend.unsupported_reasons,
     )

@@ -55,7 +55,7 @@ def launched(row: Instance) -> set[str]:
     call = call_of(row)
     problem, dout, dlse = build(call, "cuda")
     backend = SimpleNamespace(
-        forward=cuda_backend.forward,
+        prepare=cuda_backend.prepare,
         backward=partial(cuda_backend.backward, kernels=backward_of(row)),
         unsupported_reasons=cuda_backend.unsupported_reasons,
     )

@@ -25,8 +25,6 @@ if INTERPRETED:
 elif triton.knobs.runtime.interpret or not torch.cuda.is_available():
     raise pytest.UsageError("these tests need a GPU, or TRITON_INTERPRET=1 in the environment")
 
-from fused_attention.kernels import repeated  # noqa: E402
-
 GUARD_ELEMENTS = 64  # before and after every allocation: rows stay aligned
 
 
@@ -58,7 +56,7 @@ def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty_like", guarded(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded(torch.Tensor.new_empty))
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", guarded(torch.Tensor.new_empty_strided))
-    monkeypatch.setattr(repeated, "allocators", {})
+    monkeypatch.setattr("fused_attention.kernels.call.allocators", {})
     yield
     for buffer in allocated:
         for guard in (buffer[:GUARD_ELEMENTS], buffer[-GUARD_ELEMENTS:]):

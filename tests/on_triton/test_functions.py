@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_calls import DTYPES, build, guarded, options_of
+from attention_calls import DTYPES, build, guarded, options_of, watched
 from function_calls import (
     DECODE,
     EVERYTHING,
@@ -26,6 +26,7 @@ from function_calls import (
 from fused_attention import explain
 from fused_attention.kernels import triton_backend, triton_decode
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import make_problem
 
 
@@ -46,7 +47,7 @@ def test_only_the_gradients_that_are_asked_for(device: str) -> None:
 
 
 def test_derivatives_of_derivatives(device: str) -> None:
-    """They run through the formula."""
+    """They run through the reference."""
     problem, dout, _ = build(EVERYTHING | {"seqlens": (20, 17)}, device)
     results = []
     for backend in ("triton", "reference"):
@@ -103,8 +104,7 @@ def test_packed_sequences_with_everything(device: str) -> None:
 @pytest.mark.parametrize("case", DECODE)
 def test_decoding(case: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    kernel = triton_decode.decode_forward
-    monkeypatch.setattr(triton_decode, "decode_forward", lambda problem: calls.append(1) or kernel(problem))
+    monkeypatch.setattr(triton_decode, "prepare", watched(triton_decode.prepare, lambda: calls.append(1)))
     check_decoding("triton", case, dtype, device)
     assert calls == [1]
 
@@ -145,8 +145,7 @@ def test_what_is_not_covered_is_said(tensor_options: dict, options: dict, reason
 def test_routing_takes_the_gpu_and_never_the_interpreter(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(1, 1, 8, 16, device=device)
     calls = []
-    forward = triton_backend.forward
-    monkeypatch.setattr(triton_backend, "forward", lambda problem: calls.append(1) or forward(problem))
+    monkeypatch.setattr(triton_backend, "prepare", watched(triton_backend.prepare, lambda: calls.append(1)))
     attention(query, query, query)
     assert len(calls) == (device == "cuda")
     assert (explain(query, query, query).backend == "triton") == (device == "cuda")
@@ -159,6 +158,6 @@ def test_decoding_on_one_problem_equals_the_other_forward(device: str) -> None:
     tensors = [guarded(torch.randn(2, 2, length, 24).to(device), "batch first")[0] for length in (4, 150, 150)]
     problem = make_problem("separate", tuple(tensors), is_causal="bottom_right")
     assert triton_decode.takes(problem)
-    ours, other = triton_decode.decode_forward(problem), triton_backend._module("forward").forward(problem)
+    ours, other = (forward(kernels, problem) for kernels in (triton_decode, triton_backend._module("forward")))
     for left, right in zip(ours, other, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)

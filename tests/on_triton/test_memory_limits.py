@@ -10,6 +10,7 @@ from attention_calls import DTYPES, build, check, run
 
 from fused_attention.kernels import triton_backend
 from fused_attention.kernels.attention import attention
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.reference import dropout
 
@@ -91,7 +92,7 @@ def test_offsets_beyond_32_bits(far: str, device: str, tmp_path: Path) -> None:
         for tensor, values in zip((query, key, value, dout), near, strict=True):
             tensor.copy_(values)
         problem = make_problem("separate", (query, key, value))
-        out, lse = triton_backend.forward(problem)
+        out, lse = forward(triton_backend, problem)
         triton_backend.backward(problem, out, lse, dout, None, triton_backend.Gradients(*gradients))
         results.append((out, lse, *gradients))
     for expected, ours in zip(*results, strict=True):
@@ -115,7 +116,7 @@ def test_the_dropout_mask_is_the_reference_s(rng_state: tuple[int, int], device:
     value = torch.eye(75, device=device).expand(2, 2, 75, 75)
     state = torch.tensor(rng_state, device=device)
     problem = make_problem("separate", (query, key, value), dropout_p=0.25, rng_state=state, is_causal="bottom_right")
-    out, _ = triton_backend.forward(problem)
+    out, _ = forward(triton_backend, problem)
     factors = dropout(problem, 0, 2)
     visible = torch.ones(37, 75, dtype=torch.bool, device=device).tril(75 - 37)
     assert torch.equal(out != 0, (factors != 0) & visible)

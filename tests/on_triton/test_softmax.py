@@ -10,6 +10,7 @@ import torch
 from attention_calls import DTYPES, build, check, run
 
 from fused_attention.kernels import triton_backend
+from fused_attention.kernels.ops import forward
 from fused_attention.kernels.reference import attention_reference
 
 KEYS_PER_STEP = 32  # the interpreter's shortest tile
@@ -59,7 +60,7 @@ def test_edges(case: str, dtype: torch.dtype, device: str) -> None:
 def test_nan_scores_give_nan_through_softcap(num_rows: int, device: str) -> None:
     problem, _, _ = build({"softcap": 1.5, "seqlens": (num_rows, 75), "sizes": (1, 1, 1)}, device)
     problem.query[0, 0, 1] = torch.nan
-    out, lse = triton_backend.forward(problem)
+    out, lse = forward(triton_backend, problem)
     for result in (out[0, 0].amax(-1), lse[0, 0]):
         assert result.isnan().nonzero().flatten().tolist() == [1]
 
@@ -74,7 +75,7 @@ def test_float16_scores_beyond_its_range(device: str) -> None:
 def test_scores_beyond_the_exponent_range(dtype: torch.dtype, device: str) -> None:
     """At scores of 1e8 the last place is 16: a multiply-add puts up to half of it into the exponent of the largest weight."""
     problem, _, _ = build({"dtype": dtype, "scale": 1e7}, device)
-    out, lse = triton_backend.forward(problem)
+    out, lse = forward(triton_backend, problem)
     exact = attention_reference(replace(problem, inputs=(), query=problem.query.double(), key=problem.key.double()))
     assert out.isfinite().all()
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-6, atol=0.0)

@@ -27,7 +27,7 @@ def state(device: str) -> Tensor:
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "jacrev"])
-def test_functorch_runs_the_formula(transform: str, device: str) -> None:
+def test_functorch_runs_the_reference(transform: str, device: str) -> None:
     inputs, others = tensors(device), tensors(device)
 
     def apply(function: Callable[..., Tensor]) -> object:

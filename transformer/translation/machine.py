@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels import cuda_backend, native, torch_internals
+from ...kernels import cpu, cuda_backend, torch_internals
 from ...kernels.routing import backend_status
 
 AUTOCAST_CHOICES = ("auto", "bf16", "off")
@@ -48,7 +48,7 @@ def _asked_by_another_process() -> GpuFacts:
     done = subprocess.run([sys.executable, "-c", program], env=search, capture_output=True, text=True)
     if done.returncode != 0:
         reason = f"not known: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}"
-        return GpuFacts([reason], reason, {"cuda": reason, "triton": reason, "cpu": native.status(), "reference": None})
+        return GpuFacts([reason], reason, {"cuda": reason, "triton": reason, "cpu": cpu.status(), "reference": None})
     return GpuFacts(*json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -87,10 +87,10 @@ def machine_report() -> str:
 
 def cpu_kernels() -> str:
     """The instruction set in use and the others that could be forced; the reason if there are no native kernels."""
-    reason = native.status()
+    reason = cpu.status()
     if reason is not None:
         return f"none ({reason})"
-    used, available = native.instruction_sets()
+    used, available = cpu.instruction_sets()
     others = [name for name in available if name != used]
     return f"{used} (also {', '.join(others)})" if others else used
 
@@ -134,7 +134,7 @@ def bf16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return native.status() is None and native.instruction_sets()[0] == "amx"
+        return cpu.status() is None and cpu.instruction_sets()[0] == "amx"
     return False
 
 

@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention
 from fused_attention.kernels import attention as attention_module
-from fused_attention.kernels import native, repeated, repeated_gradients
+from fused_attention.kernels import cpu, replay
+from fused_attention.kernels.call import Call
+from fused_attention.kernels.problem import Problem
 
 pytestmark = [
-    pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}"),
-    pytest.mark.skipif(repeated.tensor_guard is None, reason="this torch has no guards that calls could be remembered by"),
+    pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),
+    pytest.mark.skipif(replay.tensor_guard is None, reason="this torch has no guards that calls could be remembered by"),
 ]
 
 MASK, LENGTHS = torch.arange(7) < torch.tensor([[7], [4]]), torch.tensor([7, 3], dtype=torch.int32)
@@ -38,7 +40,6 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     make_problem = attention_module.make_problem
     monkeypatch.setattr(attention_module, "make_problem", lambda *args, **more: made.append("checked") or make_problem(*args, **more))
-    monkeypatch.setattr(repeated_gradients, "_calls", {})
     return made
 
 
@@ -95,7 +96,7 @@ def test_what_anything_else_has_a_say_in_goes_all_the_way(checks: list[str]) -> 
     assert again(under(torch.autocast("cpu", torch.bfloat16)), checks) == 1
     assert again(under(FlopCounterMode(display=False)), checks) == 1
     assert again(under(forward_ad.dual_level()), checks) == 1
-    assert again(under(torch.no_grad()), checks) == 1
+    assert again(under(torch.no_grad()), checks) == 0
     assert again(deterministic, checks) == 1
     assert again(lambda: torch.func.vmap(lambda x: attention(x, k, v))(q[None]), checks) == 1
     assert again(lambda: attention(torch._neg_view(q), k, v), checks) == 1
@@ -177,11 +178,17 @@ def test_saved_tensors_are_guarded_and_hooked() -> None:
     assert len(packed) == 5  # out, lse and the inputs
 
 
-def test_a_backend_that_wants_to_look_again_runs_the_checked_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_a_call_declines_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, declined = cpu.prepare, []
+
+    def choosy(problem: Problem) -> Call:
+        call = prepare(problem)
+        return lambda query, *others: None if query.data_ptr() in declined else call(query, *others)
+
+    monkeypatch.setattr(cpu, "prepare", choosy)
     attention(*tensors())
-    for alike in repeated_gradients._calls.values():
-        alike[:] = [call._replace(repeat=lambda *_: None) for call in alike]
     inputs = tensors()
+    declined.append(inputs[0].data_ptr())
     out = attention(*inputs)
     expected = attention(*inputs, backend="reference")
     assert_close(out, expected)
@@ -189,11 +196,11 @@ def test_a_backend_that_wants_to_look_again_runs_the_checked_call(monkeypatch: p
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(replay, "MAX_REMEMBERED", 3)
     for length in range(2, 9):
         attention(*[torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)])
-    assert 0 < len(repeated_gradients._calls) <= 3
+    assert 0 < len(replay._calls) <= 3
     for wanted in ("q", "qk", "qv", "qkv"):
         for dtype in (torch.float32, torch.bfloat16):
             attention(*tensors(wanted, dtype))
-    assert max(map(len, repeated_gradients._calls.values())) == repeated.MAX_ALIKE
+    assert max(map(len, replay._calls.values())) == replay.MAX_ALIKE

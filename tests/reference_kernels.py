@@ -1,4 +1,4 @@
-"""A backend that takes every problem and computes it by the formula: for tests of everything around the kernels."""
+"""A backend that takes every problem and computes it by the reference: for tests of everything around the kernels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_attention.kernels.problem import Gradients, Problem, split
+from fused_attention.kernels.call import Call
+from fused_attention.kernels.problem import Gradients, OptionalTensors, Problem, split
 from fused_attention.kernels.reference import attention_reference
-from fused_attention.kernels.weights import weights_by_formula
+from fused_attention.kernels.weights import reference_weights
 
 NAMES = ("attn_mask", "alibi_slopes", "sinks")
 
@@ -27,6 +28,16 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return []
 
 
+def prepare(problem: Problem) -> Call:
+    options = problem.options()
+
+    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+        out, lse = forward(Problem.from_op_arguments("separate", (query, key, value, *optional, *options)))
+        return (out, lse) if needs_lse else out
+
+    return call
+
+
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return attention_reference(problem)
@@ -34,7 +45,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     with torch.no_grad():
-        return weights_by_formula(problem, lse, average_heads)
+        return reference_weights(problem, lse, average_heads)
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
@@ -51,11 +62,11 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
 def _backward(problem: Problem, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
     inputs = tuple(tensor.detach().requires_grad_() for tensor in problem.inputs)
     wanted = [name for name in NAMES if getattr(gradients, name) is not None]
-    side_tensors = {name: getattr(problem, name).detach().requires_grad_() for name in wanted}
+    optional_tensors = {name: getattr(problem, name).detach().requires_grad_() for name in wanted}
     query, key, value = split(problem.layout, inputs)
-    out, lse = attention_reference(replace(problem, inputs=inputs, query=query, key=key, value=value, **side_tensors))
+    out, lse = attention_reference(replace(problem, inputs=inputs, query=query, key=key, value=value, **optional_tensors))
     given = [(out, dout)] if dlse is None else [(out, dout), (lse, dlse)]
-    leaves = (query, key, value, *side_tensors.values())
+    leaves = (query, key, value, *optional_tensors.values())
     results = torch.autograd.grad([output for output, _ in given], leaves, [gradient for _, gradient in given], materialize_grads=True)
     for name, result in zip(("query", "key", "value", *wanted), results, strict=True):
         getattr(gradients, name).copy_(result)

@@ -12,11 +12,12 @@ from function_calls import REPEATED, check_repeated_call
 from torch import Tensor
 
 from fused_attention import attention, attention_decode
-from fused_attention.kernels import cuda_backend, native, native_problem, repeated
+from fused_attention.kernels import attention as attention_module
+from fused_attention.kernels import cpu, cuda_backend, replay
 
 pytestmark = [
     pytest.mark.skipif(cuda_backend._native is None, reason="the compiled extension is not there"),
-    pytest.mark.skipif(repeated.tensor_guard is None, reason="this torch has other guards"),
+    pytest.mark.skipif(replay.tensor_guard is None, reason="this torch has other guards"),
 ]
 
 WANTED = 512  # bytes of workspace that a call with a key_mask asks for
@@ -43,8 +44,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one with every call that goes all the way."""
     made: list[str] = []
-    forward = cuda_backend.forward
-    monkeypatch.setattr(cuda_backend, "forward", lambda problem: made.append("checked") or forward(problem))
+    make_problem = attention_module.make_problem
+    monkeypatch.setattr(attention_module, "make_problem", lambda *args, **more: made.append("checked") or make_problem(*args, **more))
     return made
 
 
@@ -84,7 +85,8 @@ def test_a_lse_that_nobody_asked_for_lies_behind_the_workspace(key_mask: Tensor 
     assert [out.shape for out in results] == [(2, 4, 5, 32)] * 2
     _, workspace, _, _, _, out, lse, *_ = launches[1]
     assert out == results[1].data_ptr()
-    assert lse == (workspace if key_mask is None else workspace + WANTED) != 0
+    assert workspace == 0 if key_mask is None else lse == workspace + WANTED
+    assert lse != 0
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], type[Exception], str]] = {
@@ -132,9 +134,9 @@ def test_a_gradient_is_not_forgotten(launches: list[tuple], checks: list[str]) -
         inputs = [tensor.clone().requires_grad_(place == leaf) for place, tensor in enumerate((query, key, value))]
         assert attention(*inputs, is_causal=True, backend="cuda").requires_grad
         with torch.no_grad():
-            attention(*inputs, is_causal=True, backend="cuda")
+            assert not attention(*inputs, is_causal=True, backend="cuda").requires_grad
         assert attention(*inputs, is_causal=True, backend="cuda").requires_grad
-    assert len(checks) == 8  # all but the third with a gradient of query, which repeats the first with that gradient
+    assert len(checks) == 7  # the first of those with a gradient of query, and all others
 
 
 class Subclass(torch.Tensor):
@@ -149,7 +151,7 @@ class SeesEverything(torch.utils._python_dispatch.TorchDispatchMode):
 def found_by(query: Tensor, context: Any = None) -> Any:
     _, key, value = tensors()
     with context or nullcontext():
-        return repeated.find(query, key, value, None, None, True, None, "cuda", "heads merged")
+        return replay.repeat((query, key, value, None, None, True, None, "cuda", "attention", False))
 
 
 def inference_tensor() -> Tensor:
@@ -205,7 +207,7 @@ def test_a_call_in_which_anything_else_has_a_say_goes_all_the_way(other: str, la
 def test_what_was_cast_is_not_remembered(launches: list[tuple]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         attention(*tensors(torch.float32), backend="cuda")
-    assert repeated._calls == {}
+    assert replay._calls == {}
 
 
 def test_a_tensor_that_is_two_inputs_goes_all_the_way(launches: list[tuple], checks: list[str]) -> None:
@@ -219,22 +221,22 @@ def test_a_tensor_that_is_two_inputs_goes_all_the_way(launches: list[tuple], che
 
 def test_another_gpu_than_the_current_one_goes_all_the_way(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     attention(*tensors(), is_causal=True, backend="cuda")
-    (alike,) = repeated._calls.values()
+    (alike,) = replay._calls.values()
     alike[0] = alike[0]._replace(device=1)
     for current, is_found in ((0, False), (1, True)):
-        monkeypatch.setattr(repeated, "current_device", lambda current=current: current)
+        monkeypatch.setattr(replay, "current_device", lambda current=current: current)
         assert (found_by(tensors()[0]) is not None) == is_found
 
 
 def test_a_torch_with_other_guards_remembers_nothing(launches: list[tuple], checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated, "tensor_guard", None)
-    monkeypatch.setattr(repeated, "allocators", {})
+    monkeypatch.setattr(replay, "tensor_guard", None)
+    monkeypatch.setattr("fused_attention.kernels.call.allocators", {})
     for _ in range(2):
         attention(*tensors(), backend="cuda")
     assert len(checks) == 2
 
 
-@pytest.mark.skipif(native.status() is not None, reason=f"no native kernels: {native.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("call", REPEATED)
 def test_the_cpu_kernels_repeat_calls_too(call: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,10 +258,9 @@ def test_rows_that_are_copied_go_all_the_way(launches: list[tuple], checks: list
 
 
 def test_what_is_remembered_is_bounded(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_problem, "MAX_REMEMBERED", 3)
-    monkeypatch.setattr(repeated, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(replay, "MAX_REMEMBERED", 3)
     for length in range(60, 70):
         attention(*tensors(seqlen_k=length), backend="cuda")
         attention(*tensors(seqlen_k=60)[:2], torch.zeros(2, 4, 60, 8 * (length - 59), dtype=torch.bfloat16), backend="cuda")
-    assert len(repeated._calls) <= 3
-    assert max(map(len, repeated._calls.values())) <= repeated.MAX_ALIKE
+    assert len(replay._calls) <= 3
+    assert max(map(len, replay._calls.values())) <= replay.MAX_ALIKE

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import formula_kernels
 import pytest
+import reference_kernels
 import torch
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from fused_attention.kernels import ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
 from fused_attention.kernels.problem import Gradients, make_problem
 
-pytestmark = pytest.mark.usefixtures("kernels_by_formula", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("kernels_by_reference", "poisoned_memory")
 
 BATCH, NUM_HEADS, SEQLEN, HEAD_DIM = 2, 4, 6, 8
 CALLS = {"separate": attention, "qkv": attention_qkv_packed, "kv": attention_kv_packed}
@@ -22,7 +22,7 @@ INPUT_SHAPES = {
     "qkv": [(BATCH, SEQLEN, 3, NUM_HEADS, HEAD_DIM)],
     "kv": [(BATCH, NUM_HEADS, SEQLEN, HEAD_DIM), (BATCH, SEQLEN, 2, NUM_HEADS, HEAD_DIM)],
 }
-SIDE_TENSORS = {
+OPTIONAL = {
     "mask": {"attn_mask": (BATCH, NUM_HEADS, SEQLEN, SEQLEN)},
     "mask for all": {"attn_mask": (SEQLEN, SEQLEN)},
     "mask per key": {"attn_mask": (BATCH, 1, 1, SEQLEN)},
@@ -31,7 +31,7 @@ SIDE_TENSORS = {
     "sinks": {"sinks": (NUM_HEADS,)},
     "all three": {"attn_mask": (1, NUM_HEADS, SEQLEN, SEQLEN), "alibi_slopes": (NUM_HEADS,), "sinks": (NUM_HEADS,)},
 }
-all_side_tensors = pytest.mark.parametrize("case", SIDE_TENSORS)
+all_optional_tensors = pytest.mark.parametrize("case", OPTIONAL)
 
 
 @pytest.fixture
@@ -43,80 +43,80 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def leaves_of(layout: str, case: str, inputs_require_grad: bool = True) -> tuple[list[Tensor], dict[str, Tensor]]:
     inputs = [torch.randn(shape, requires_grad=inputs_require_grad) for shape in INPUT_SHAPES[layout]]
-    return inputs, {name: torch.randn(shape, requires_grad=True) for name, shape in SIDE_TENSORS[case].items()}
+    return inputs, {name: torch.randn(shape, requires_grad=True) for name, shape in OPTIONAL[case].items()}
 
 
-def loss(layout: str, inputs: list[Tensor], side_tensors: dict[str, Tensor], **options: Any) -> Tensor:
-    out, lse = CALLS[layout](*inputs, **side_tensors, is_causal=True, return_lse=True, **options)
+def loss(layout: str, inputs: list[Tensor], optional_tensors: dict[str, Tensor], **options: Any) -> Tensor:
+    out, lse = CALLS[layout](*inputs, **optional_tensors, is_causal=True, return_lse=True, **options)
     return (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + lse[0].square().sum()
 
 
-@all_side_tensors
+@all_optional_tensors
 @pytest.mark.parametrize("layout", CALLS)
 @pytest.mark.parametrize("path", ["cheap", "operator"], indirect=True)
 def test_first_derivatives(path: str, layout: str, case: str) -> None:
-    inputs, side_tensors = leaves_of(layout, case)
-    leaves = [*inputs, *side_tensors.values()]
-    ours = torch.autograd.grad(loss(layout, inputs, side_tensors, backend="triton"), leaves)
-    expected = torch.autograd.grad(loss(layout, inputs, side_tensors, backend="reference"), leaves)
+    inputs, optional_tensors = leaves_of(layout, case)
+    leaves = [*inputs, *optional_tensors.values()]
+    ours = torch.autograd.grad(loss(layout, inputs, optional_tensors, backend="triton"), leaves)
+    expected = torch.autograd.grad(loss(layout, inputs, optional_tensors, backend="reference"), leaves)
     torch.testing.assert_close(ours, expected)
 
 
-@all_side_tensors
+@all_optional_tensors
 def test_when_only_they_require_gradients(case: str) -> None:
-    inputs, side_tensors = leaves_of("separate", case, inputs_require_grad=False)
-    leaves = list(side_tensors.values())
-    ours = torch.autograd.grad(loss("separate", inputs, side_tensors), leaves)
-    torch.testing.assert_close(ours, torch.autograd.grad(loss("separate", inputs, side_tensors, backend="reference"), leaves))
+    inputs, optional_tensors = leaves_of("separate", case, inputs_require_grad=False)
+    leaves = list(optional_tensors.values())
+    ours = torch.autograd.grad(loss("separate", inputs, optional_tensors), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss("separate", inputs, optional_tensors, backend="reference"), leaves))
 
 
-@all_side_tensors
+@all_optional_tensors
 @pytest.mark.parametrize("path", ["cheap", "operator"], indirect=True)
 def test_second_derivatives(path: str, case: str) -> None:
-    inputs, side_tensors = leaves_of("separate", case)
-    leaves = [*inputs, *side_tensors.values()]
+    inputs, optional_tensors = leaves_of("separate", case)
+    leaves = [*inputs, *optional_tensors.values()]
 
     def second(backend: str) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(loss("separate", inputs, side_tensors, backend=backend), leaves, create_graph=True)
+        first = torch.autograd.grad(loss("separate", inputs, optional_tensors, backend=backend), leaves, create_graph=True)
         return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
 
     for ours, expected in zip(second("triton"), second("reference"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
-@all_side_tensors
+@all_optional_tensors
 def test_compiled(case: str) -> None:
-    inputs, side_tensors = leaves_of("separate", case)
-    leaves = [*inputs, *side_tensors.values()]
+    inputs, optional_tensors = leaves_of("separate", case)
+    leaves = [*inputs, *optional_tensors.values()]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    ours = torch.autograd.grad(compiled("separate", inputs, side_tensors), leaves)
-    torch.testing.assert_close(ours, torch.autograd.grad(loss("separate", inputs, side_tensors, backend="reference"), leaves))
+    ours = torch.autograd.grad(compiled("separate", inputs, optional_tensors), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss("separate", inputs, optional_tensors, backend="reference"), leaves))
 
 
-@pytest.mark.parametrize(("layout", "case"), [*(("separate", case) for case in SIDE_TENSORS), ("qkv", "all three"), ("kv", "all three")])
+@pytest.mark.parametrize(("layout", "case"), [*(("separate", case) for case in OPTIONAL), ("qkv", "all three"), ("kv", "all three")])
 def test_opcheck(layout: str, case: str) -> None:
-    inputs, side_tensors = leaves_of(layout, case)
-    problem = make_problem(layout, tuple(inputs), **side_tensors)
+    inputs, optional_tensors = leaves_of(layout, case)
+    problem = make_problem(layout, tuple(inputs), **optional_tensors)
     torch.library.opcheck(getattr(torch.ops.fused_attention, f"attention_{layout}").default, (*problem.op_arguments(), "triton"))
 
 
 def test_only_wanted_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    backward = formula_kernels.backward
+    backward = reference_kernels.backward
 
     def spy(*arguments: Any) -> None:
-        asked.append([name for name in formula_kernels.NAMES if getattr(arguments[-1], name) is not None])
+        asked.append([name for name in reference_kernels.NAMES if getattr(arguments[-1], name) is not None])
         backward(*arguments)
 
-    monkeypatch.setattr(formula_kernels, "backward", spy)
-    inputs, side_tensors = leaves_of("separate", "all three")
-    loss("separate", inputs, side_tensors).backward()
-    side_tensors["attn_mask"].requires_grad_(False)
-    torch.autograd.grad(loss("separate", inputs, side_tensors), inputs[0])
-    side_tensors["attn_mask"] = side_tensors["attn_mask"] > 0
-    loss("separate", inputs, side_tensors).backward()
-    side_tensors["sinks"] = side_tensors["sinks"].detach()
-    loss("separate", inputs, side_tensors).backward()
+    monkeypatch.setattr(reference_kernels, "backward", spy)
+    inputs, optional_tensors = leaves_of("separate", "all three")
+    loss("separate", inputs, optional_tensors).backward()
+    optional_tensors["attn_mask"].requires_grad_(False)
+    torch.autograd.grad(loss("separate", inputs, optional_tensors), inputs[0])
+    optional_tensors["attn_mask"] = optional_tensors["attn_mask"] > 0
+    loss("separate", inputs, optional_tensors).backward()
+    optional_tensors["sinks"] = optional_tensors["sinks"].detach()
+    loss("separate", inputs, optional_tensors).backward()
     assert asked == [["attn_mask", "alibi_slopes", "sinks"], *[["alibi_slopes", "sinks"]] * 2, ["alibi_slopes"]]
 
 
@@ -124,8 +124,8 @@ def test_only_wanted_gradients_are_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_they_keep_their_dtype_and_get_contiguous_buffers(dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = []
-    backward = formula_kernels.backward
-    monkeypatch.setattr(formula_kernels, "backward", lambda *arguments: buffers.append(arguments[-1]) or backward(*arguments))
+    backward = reference_kernels.backward
+    monkeypatch.setattr(reference_kernels, "backward", lambda *arguments: buffers.append(arguments[-1]) or backward(*arguments))
     inputs = [torch.randn(shape, requires_grad=True) for shape in INPUT_SHAPES["separate"]]
     leaf = torch.randn(SEQLEN, NUM_HEADS, dtype=dtype, requires_grad=True)
     mask = leaf.t()[:, :, None].expand(BATCH, NUM_HEADS, SEQLEN, SEQLEN)  # strides in no order, 0 among them
@@ -142,9 +142,9 @@ def test_they_keep_their_dtype_and_get_contiguous_buffers(dtype: torch.dtype, pa
 
 @pytest.mark.parametrize("path", ["cheap", "operator"], indirect=True)
 def test_batched_gradients(path: str) -> None:
-    inputs, side_tensors = leaves_of("separate", "all three")
-    leaves = [*inputs, *side_tensors.values()]
-    out = attention(*inputs, **side_tensors)
+    inputs, optional_tensors = leaves_of("separate", "all three")
+    leaves = [*inputs, *optional_tensors.values()]
+    out = attention(*inputs, **optional_tensors)
     batch = torch.randn(3, *out.shape)
     ours = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, retain_graph=True)
     each = zip(*(torch.autograd.grad(out, leaves, dout, retain_graph=True) for dout in batch), strict=True)
@@ -153,7 +153,7 @@ def test_batched_gradients(path: str) -> None:
 
 
 def test_a_tensor_that_depends_on_another_input() -> None:
-    """Each gets the gradient of its own part only, also where the graph recomputes the formula."""
+    """Each gets the gradient of its own part only, also where the graph recomputes the reference."""
     query = torch.randn(1, 2, 4, 4, requires_grad=True)
 
     def derivatives(backend: str) -> tuple[Tensor, Tensor]:

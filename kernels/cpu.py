@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native_problem, repeated
+from . import native_problem
+from .call import Call, empty_strided
 from .dropout import dropout_threshold
 from .native_problem import DTYPES, NOT_BUILT, Plain, _native, address, strides
-from .problem import Gradients, Problem, uncovered_numbers, with_contiguous_last_dim
-from .repeated import Repeat
+from .problem import Gradients, OptionalTensors, Problem, uncovered_numbers, with_contiguous_last_dim
+from .replay import prepared
 
 MAX_HEAD_DIM = 256
 MIN_SPLIT_KEYS = 128  # of a head whose backward pass is split over its keys
@@ -41,40 +42,47 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) float32; packed sequences have B = 1 there and rows of none are 0."""
-    plain = _plain(problem)
-    empty = repeated.empty_strided(problem.query)
-    out, lse = empty(plain.out_shape, plain.out_strides, problem.query.dtype), empty(plain.lse_shape, plain.lse_strides, torch.float32)
-    if problem.cu_seqlens_q is not None:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    side_tensors = native_problem.side_tensors(problem)
-    _native.cpu_forward(plain.numbers, torch.get_num_threads(), *native_problem.addresses(problem, side_tensors, out, lse))
-    if problem.repeatable:
-        problem.repeat = _repeat(plain, out)
-    return out, lse
-
-
-def _repeat(plain: Plain, out: Tensor) -> Repeat:
-    """`forward` of calls like this one, of which only query, key, value, key_mask and key_lengths differ."""
-    run, num_threads = _native.cpu_forward, torch.get_num_threads
+def prepare(problem: Problem) -> Call:
+    """The forward pass of problems that differ from this one in their tensors' memory alone."""
+    plain = prepared(_plain, problem)
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
     )  # fmt: skip
-    dtype, float32, empty = out.dtype, torch.float32, repeated.empty_strided(out)
+    dtype, float32, empty = problem.query.dtype, torch.float32, empty_strided(problem.query)
+    run, num_threads, as_read = _native.cpu_forward, torch.get_num_threads, native_problem.as_read
+    is_packed, converts = problem.cu_seqlens_q is not None, not native_problem.are_as_read(problem.optional_tensors())
 
-    def repeat(
-        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, key_lengths: Tensor | None, return_lse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
-        mask = 0 if key_mask is None else key_mask.data_ptr()
-        lengths = 0 if key_lengths is None else key_lengths.data_ptr()
-        q, k, v, o, s = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()
-        run(numbers, num_threads(), q, k, v, o, s, 0, mask, lengths, 0, 0, 0, 0, 0, 0, 0, 0)
-        return out, lse
+        if is_packed:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        if converts:
+            optional = as_read(optional)
+        mask, key_mask, key_lengths, query_lengths, slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, bits, _, tiles, _ = optional
+        run(
+            numbers,
+            num_threads(),
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if key_mask is None else key_mask.data_ptr(),
+            0 if key_lengths is None else key_lengths.data_ptr(),
+            0 if query_lengths is None else query_lengths.data_ptr(),
+            0 if slopes is None else slopes.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+            0 if rng_state is None else rng_state.data_ptr(),
+            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+            0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+            0 if bits is None else bits.data_ptr(),
+            0 if tiles is None else tiles.data_ptr(),
+        )
+        return (out, lse) if needs_lse else out
 
-    return repeat
+    return call
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
@@ -93,7 +101,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     side_shape = (problem.batch, problem.query.shape[1], splits)
     dalibi_slopes = None if gradients.alibi_slopes is None else _zeros(*side_shape)
     dsinks = None if gradients.sinks is None else _zeros(*side_shape)
-    side_tensors = native_problem.side_tensors(problem)
+    optional = native_problem.as_read(problem.optional_tensors())
     gradient_addresses = (
         *native_problem.gradient_addresses(dout, dlse, gradients),
         address(dquery_parts),
@@ -102,9 +110,9 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         address(dsinks),
     )
     _native.cpu_backward(
-        _plain(problem).numbers,
+        prepared(_plain, problem).numbers,
         num_threads,
-        native_problem.addresses(problem, side_tensors, out, lse),
+        native_problem.addresses(problem.query, problem.key, problem.value, optional, out, lse),
         gradient_addresses,
         _strides(dout, packed),
         _strides(gradients.query, packed),
@@ -129,9 +137,10 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
     batch, num_heads, seqlen_q, _ = problem.query.shape
     weights = problem.query.new_empty(batch, 1 if average_heads else num_heads, seqlen_q, problem.key.shape[2])
     lse = lse.contiguous()
-    side_tensors = native_problem.side_tensors(problem)
+    optional = native_problem.as_read(problem.optional_tensors())
     numbers = native_problem.plain_numbers(problem, weights, dropout_threshold(problem.dropout_p))
-    _native.cpu_weights(numbers, torch.get_num_threads(), native_problem.addresses(problem, side_tensors, weights, lse), average_heads)
+    addresses = native_problem.addresses(problem.query, problem.key, problem.value, optional, weights, lse)
+    _native.cpu_weights(numbers, torch.get_num_threads(), addresses, average_heads)
     return weights[:, 0] if average_heads else weights
 
 

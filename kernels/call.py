@@ -1,0 +1,35 @@
+"""What a backend makes of a problem: a function that runs it, and any other one that differs in its tensors' memory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .problem import OptionalTensors
+from .torch_internals import allocators
+
+
+class Call(Protocol):
+    """Everything that follows from sizes, strides, dtypes and options is worked out; only the tensors are left to say."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        """out (B, Hq, Lq, Dv); with needs_lse also lse (B, Hq, Lq) float32. Packed sequences have B = 1, and rows of none are 0.
+
+        None where the tensors' memory is not aligned as the kernels need it. Their GPU must be the current one.
+        """
+
+
+def empty_strided(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """torch.empty_strided(shape, strides, dtype) where `like` is, in half the time if torch has what torch.compile's code calls; of a GPU
+    only while it is the current one.
+    """
+    fast = allocators.get(like.device.type)
+    if fast is not None:
+        return fast
+    there = like.new_empty(0)
+    return lambda shape, strides, dtype: there.new_empty_strided(shape, strides, dtype=dtype)

@@ -1,0 +1,130 @@
+"""Memory of calls: a call like one before goes straight to what that one prepared.
+
+Two things are remembered. `prepared` keeps what follows from a problem's sizes, strides, dtypes and options, for every problem that agrees
+in them. `repeat` does not even make a problem: the checks of a small call take longer than its kernel, so a call that agrees with an
+earlier one in all that its checks look at runs what `remember` was given then. Agreement is for torch.compile's own guard to tell: it
+compares the tensors' types, dtypes, devices, sizes, strides and dispatch keys, and through these whether functorch, autocast, inference
+mode, a lazily negated view or tracing has a say. It lets no tensor pass for two of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .problem import NO_OPTIONAL_TENSORS, Problem
+from .torch_internals import current_device, forward_mode, num_dispatch_modes, tensor_guard
+
+Prepared = TypeVar("Prepared")
+
+MAX_REMEMBERED = 4096  # different calls, and as many kinds of problems
+MAX_ALIKE = 4  # calls of the same sizes and options, with other strides or dtypes
+
+# Looking names up through modules takes longer than the calls.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
+
+
+class _Remembered(NamedTuple):
+    guard: Callable[..., bool]  # takes the call's tensors
+    device: int  # must be the current one; -1: the CPU
+    deterministic: bool | None  # must be torch's setting; None: there is no gradient
+    call: Call
+
+
+_calls: dict[tuple, list[_Remembered]] = {}
+_prepared: dict[tuple, Any] = {}
+
+
+# query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller and return_lse of a call whose other arguments have their
+# defaults. caller: "attention", "attention_decode", whose calls have no gradient, or where torch's signature wants its results.
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool | str, float | None, str | None, str, bool]
+
+
+def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The results of a call like one before, without its checks; None where there was none."""
+    query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller, return_lse = arguments
+    if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
+        return None
+    if type(query) is not Tensor or type(key) is not Tensor or not _are_comparable(is_causal, scale, backend):
+        return None
+    try:
+        alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, caller))
+    except RuntimeError:  # a nested tensor of the strided layout has no shape
+        return None
+    if alike is None:
+        return None
+    for guard, device, deterministic, call in alike:
+        if key_mask is None:
+            passes = guard(query, key, value) if key_lengths is None else guard(query, key, value, key_lengths)
+        else:
+            passes = guard(query, key, value, key_mask) if key_lengths is None else guard(query, key, value, key_mask, key_lengths)
+        if passes and (deterministic is None or deterministic is _is_deterministic()):
+            if device >= 0 and device != current_device():
+                return None
+            if key_mask is None and key_lengths is None:
+                return call(query, key, value, NO_OPTIONAL_TENSORS, return_lse)
+            optional = (None, key_mask, key_lengths, None, None, None, None, None, None, None, None, None, None)
+            return call(query, key, value, optional, return_lse)
+    return None
+
+
+def remember(arguments: Arguments, problem: Problem, make_call: Callable[[], Call]) -> None:
+    """Keeps what runs calls with arguments like these, unless one of the tensors was cast or copied on the way to the problem.
+
+    make_call: gives the call, differentiable if a gradient is asked for.
+    """
+    query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller, _ = arguments
+    needs_grad = query.requires_grad and _is_grad_enabled()
+    guard = _guard_of((query, key, value, key_mask, key_lengths), problem) if _are_comparable(is_causal, scale, backend) else None
+    if guard is None or (not needs_grad and any([tensor.requires_grad for tensor in (query, key, value)])):
+        return
+    kind = query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, caller
+    if len(_calls) >= MAX_REMEMBERED:
+        _calls.clear()
+    alike = _calls.setdefault(kind, [])
+    del alike[MAX_ALIKE - 1 :]
+    alike.insert(0, _Remembered(guard, query.get_device(), _is_deterministic() if needs_grad else None, make_call()))
+
+
+def _guard_of(given: tuple[Tensor | None, ...], problem: Problem) -> Callable[..., bool] | None:
+    """Lets calls pass whose tensors are like these; None where the problem has others, or one is given twice."""
+    if tensor_guard is None:
+        return None
+    own = problem.query, problem.key, problem.value, problem.key_mask, problem.key_lengths
+    tensors = [tensor for tensor in given if tensor is not None]
+    if not all(map(operator.is_, given, own)) or any([type(tensor) is not Tensor for tensor in tensors]):
+        return None
+    if len(set(map(id, tensors))) < len(tensors):
+        return None
+    return tensor_guard(*tensors)
+
+
+def _are_comparable(is_causal: bool | str, scale: float | None, backend: str | None) -> bool:
+    """Whether equal options mean the same: True is no 1, and what is refused must not pass for what is equal to it."""
+    if not (is_causal is False or is_causal is True or type(is_causal) is str):
+        return False
+    return (scale is None or type(scale) is float) and (backend is None or type(backend) is str)
+
+
+def prepared(prepare: Callable[[Problem], Prepared], problem: Problem) -> Prepared:
+    """prepare(problem), made once for all problems that differ in their tensors' memory alone."""
+    kind = prepare, problem.kind()
+    found = _prepared.get(kind)
+    if found is None:
+        found = prepare(problem)
+        if len(_prepared) >= MAX_REMEMBERED:
+            _prepared.clear()
+        _prepared[kind] = found
+    return found
+
+
+def forget() -> None:
+    """To be called when what calls follow from has changed: the tile table, the kind of GPU, the choice of kernels."""
+    _calls.clear()
+    _prepared.clear()
