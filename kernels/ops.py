@@ -300,10 +300,10 @@ _REGISTERED_BACKWARD: dict[str, Any] = {}
 def _register(layout: Layout) -> None:
     """Defines the forward and backward operators of one layout, their fakes and their autograd."""
     name, inputs, num_inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout], NUM_INPUTS[layout]
-    num_optional = len(DIFFERENTIABLE_OPTIONAL)
+    num_differentiable = len(DIFFERENTIABLE_OPTIONAL)
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
-    saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_optional))
+    saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_differentiable))
     _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}, {_NEEDS_GRAD_SCHEMA}) -> ({returns})", tags=tags)
     _REGISTERED_BACKWARD[layout] = getattr(torch.ops.fused_attention, f"{name}_backward").default
 
@@ -319,11 +319,11 @@ def _register(layout: Layout) -> None:
         return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # a schema knows no Tensor? return
 
     def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        arguments, needs_grad = arguments[:-num_optional], arguments[-num_optional:]
+        arguments, needs_grad = arguments[:-num_differentiable], arguments[-num_differentiable:]
         return returned(out, _kernel_gradients(layout, dout, dlse, out, lse, arguments, needs_grad))
 
     def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        arguments, needs_grad = arguments[:-num_optional], arguments[-num_optional:]
+        arguments, needs_grad = arguments[:-num_differentiable], arguments[-num_differentiable:]
         return returned(out, _empty_gradients(Problem.from_op_arguments(layout, arguments[:-1]), needs_grad))
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -25,7 +25,7 @@ INPUT_DIMS: dict[Layout, tuple[Dims, ...]] = {
     "varlen": ((None, 1), (None, 1), (None, 1)),
 }
 # attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k and a PreparedMask's four.
-SIDE_DIMS: tuple[Dims, ...] = (
+OPTIONAL_DIMS: tuple[Dims, ...] = (
     (0, 1), (0, None), (0, None), (0, None), (0, 1), (None, 0), (None, None), (None, None), (None, None), (0, 1), (0, 1), (0, 1), (0, 1),
 )  # fmt: skip
 DROPOUT_P = 6  # its place among the options
@@ -56,7 +56,7 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     num_inputs = NUM_INPUTS[layout]
-    num_wanted = len(DIFFERENTIABLE_OPTIONAL)
+    num_differentiable = len(DIFFERENTIABLE_OPTIONAL)
     result_dims = (0, 1)  # of out and lse, which for packed sequences have a batch dim of 1
 
     def place(spec: Any, dim: int | None, otherwise: Any) -> Any:
@@ -67,7 +67,7 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
 
     def dims_of(arguments: tuple) -> list[Dims]:
         slopes = arguments[num_inputs + DIFFERENTIABLE_OPTIONAL[1]]
-        dims = [*INPUT_DIMS[layout], *SIDE_DIMS]
+        dims = [*INPUT_DIMS[layout], *OPTIONAL_DIMS]
         if slopes is not None and slopes.ndim == 1:
             dims[num_inputs + DIFFERENTIABLE_OPTIONAL[1]] = (None, 0)
         if layout == "varlen":  # lengths and slopes go with sequences, which stay together
@@ -103,17 +103,18 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
 
     @register_sharding(backward)
     def shard_backward(*arguments: Any) -> list[tuple[list, list]]:
-        saved, given, wanted = arguments[:4], arguments[4:-num_wanted], arguments[-num_wanted:]  # dout, dlse, out, lse; the forward's
-        options = [None] * (len(given) - num_inputs - NUM_OPTIONAL + num_wanted)
+        saved, given = arguments[:4], arguments[4:-num_differentiable]  # dout, dlse, out and lse; the forward's
+        needs_grad = arguments[-num_differentiable:]
+        options = [None] * (len(given) - num_inputs - NUM_OPTIONAL + num_differentiable)
         replicated = [None if spec is None else Replicate() for spec in saved]
-        results: list[Any] = [Replicate()] * (num_inputs + num_wanted)
+        results: list[Any] = [Replicate()] * (num_inputs + num_differentiable)
         ways = [(results, [*replicated, *tensors_placed(given, None), *options])]
         for kind in kinds(given):
             dims = dims_of(given)
             results = [place(spec, dim[kind], None) for spec, dim in zip(given[:num_inputs], dims[:num_inputs], strict=True)]
-            for is_wanted, side in zip(wanted, DIFFERENTIABLE_OPTIONAL, strict=True):
-                spec = given[num_inputs + side]
-                results.append(place(spec, dims[num_inputs + side][kind], Partial()) if is_wanted and spec is not None else Replicate())
+            for needed, index in zip(needs_grad, DIFFERENTIABLE_OPTIONAL, strict=True):
+                spec = given[num_inputs + index]
+                results.append(place(spec, dims[num_inputs + index][kind], Partial()) if needed and spec is not None else Replicate())
             ways.append(
                 (results, [*[None if spec is None else Shard(result_dims[kind]) for spec in saved], *tensors_placed(given, kind), *options])
             )

@@ -134,7 +134,7 @@ def check_starts(backend: str, starts: list[int], device: str) -> None:
 
 
 def check_packed_sequences_with_everything(backend: str, device: str) -> None:
-    """Against the reference: dropout, whose numbers count within a sequence, lengths, sequences longer than promised, and every gradient."""
+    """Against the reference: dropout, whose numbers count within a sequence, lengths, sequences longer than promised, all gradients."""
     _, (query, key, value, dout, dlse), sizes = packed_sequences({"sizes": (1, 2, 1)}, torch.float32, device)
     sizes["max_seqlen_q"], sizes["max_seqlen_k"] = 65, 64
     options = {
