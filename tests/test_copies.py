@@ -30,7 +30,7 @@ from fused_attention import (
 from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
 from fused_attention.transformer.embedding import TokenEmbedding
-from fused_attention.transformer.model import Memory, Padding
+from fused_attention.transformer.memory import Memory, Padding
 
 needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]

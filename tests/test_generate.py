@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_attention.transformer.cache import KVCache
-from fused_attention.transformer.model import Memory, Transformer
+from fused_attention.transformer.memory import Memory
+from fused_attention.transformer.model import Transformer
 
 SRC = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 0, 0, 0], [0, 0, 12, 0, 13, 14, 0], [15, 0, 0, 0, 0, 0, 0]])
 TGT = torch.tensor([[1, 4, 5, 6, 7, 8], [1, 8, 9, 3, 4, 5], [1, 10, 10, 11, 12, 13], [1, 4, 4, 4, 9, 9]])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_attention import MultiHeadAttention, PreparedMask, prepare_mask
 from fused_attention.transformer import layers
-from fused_attention.transformer import model as model_module
+from fused_attention.transformer import memory as memory_module
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.model import Transformer
 
@@ -176,7 +176,7 @@ class TestPadding:
             made.append(prepare_mask(**arguments))
             return made[-1]
 
-        monkeypatch.setattr(model_module, "prepare_mask", prepare)
+        monkeypatch.setattr(memory_module, "prepare_mask", prepare)
         for name in ("attention_qkv_packed", "attention_kv_packed"):
             operation = getattr(layers, name)
 

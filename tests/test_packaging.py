@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -33,7 +36,7 @@ def test_a_wheel_from_a_zip_download_is_complete(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
         names = set(content.namelist())
         content.extractall(tmp_path / "installed")
-    expected = {f"fused_attention/{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    expected = {f"fused_attention/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert expected <= names
     assert not any(name.startswith(("kernels/", "transformer/", "benchmarks/")) for name in names)
     script = "import fused_attention as f, torch; print(f.explain(*[torch.zeros(1, 1, 4, 8)] * 3).backend, f.__file__)"
@@ -97,3 +100,33 @@ def test_importing_needs_only_torch() -> None:
         "import fused_attention, fused_attention.transformer.model, fused_attention.transformer.replace"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file of every module of the package."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    named = {".".join(("fused_attention", *path.relative_to(ROOT).with_suffix("").parts)): path for path in files}
+    named |= {f"fused_attention.{path.stem}": path for path in (ROOT / "src/fused_attention").glob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """What a module imports, anywhere in its file: modules, and names that may be modules."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Nor inside functions, nor for type checkers alone."""
+    named = {name: path for name, path in modules().items() if not name.startswith("fused_attention.kernels.")}
+    assert {"fused_attention", "fused_attention.transformer.model", "fused_attention.benchmarks.report"} <= named.keys()
+    graph = {name: imports(name, path) & (named.keys() - {name}) for name, path in named.items()}
+    assert "fused_attention.transformer.layers" in graph["fused_attention.transformer.model"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

@@ -12,23 +12,21 @@ the output projection's bias, never NaN; training, evaluation and no_grad run th
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels.attention import (
     attention,
     attention_kv_packed,
     attention_qkv_packed,
-    attention_varlen,
     attention_weights,
 )
-from ..kernels.prepared_mask import PreparedMask, prepare_mask
+from ..kernels.prepared_mask import PreparedMask
 from ..kernels.torch_internals import tracing_state
+from . import nested
 
 _HOOK = -1  # the hook's place among the forward pre-hooks; those that torch hands out start at 0
 
@@ -115,10 +113,8 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
                 raise TypeError("attn_mask must be a torch.Tensor in torch.onnx.export(dynamo=False), got a PreparedMask")
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
-            _check_nested(self, query, key, value, key_padding_mask, attn_mask)
-            if need_weights:
-                return self._forward_padded(query, key, value, average_attn_weights, is_causal)
-            return self._forward_nested(query, key, value, is_causal), None
+            nested.check(self, query, key, value, key_padding_mask, attn_mask)
+            return self._forward_nested(query, key, value, need_weights, average_attn_weights, bool(is_causal))
         # torch.compile may not know is_causal, which torch's decoder finds out from the values of the mask: then the mask is read.
         causal = is_causal is True and key_padding_mask is None and not need_weights and not isinstance(attn_mask, PreparedMask)
         _check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal, mask_is_read=not causal)
@@ -220,55 +216,21 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             appended.append(rows.new_zeros(row_shape))
         return torch.cat(appended, dim=2)
 
-    def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        """Attends within the sequences of nested tensors (N, ragged, E); the output is nested like query."""
-        options: dict[str, Any] = {"is_causal": bool(is_causal), "dropout_p": self.dropout if self.training else 0.0}
-        if query.layout is torch.jagged:
-            out = attention(*(x.transpose(1, 2) for x in self._heads_of(query, key, value)), **options)
-            assert isinstance(out, Tensor)
-            return self.out_proj(out.transpose(1, 2).flatten(-2))
-        queries, keys, values = (list(x.unbind()) for x in (query, key, value))  # (L, E) each
-        if [len(x) for x in keys] != [len(x) for x in values]:
-            raise AssertionError("key's sequence lengths do not match value's")
-        starts = [torch.tensor([0, *accumulate(map(len, sequences))], device=query.device) for sequences in (queries, keys)]
-        out = attention_varlen(*self._heads_of(torch.cat(queries), torch.cat(keys), torch.cat(values)), *starts, **options)
-        assert isinstance(out, Tensor)
-        return _nested_like(query, list(self.out_proj(out.flatten(-2)).split([len(x) for x in queries])))
-
     def _heads_of(self, *inputs: Tensor) -> list[Tensor]:
         """query, key and value (..., E) projected: (..., H, D) each."""
         projections = self._separate_projections(self.in_proj_bias)
         return [F.linear(x, w, b).unflatten(-1, (self.num_heads, self.head_dim)) for x, (w, b) in zip(inputs, projections, strict=True)]
 
-    def _forward_padded(
-        self, query: Tensor, key: Tensor, value: Tensor, average_attn_weights: bool, is_causal: bool
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Nested tensors (N, ragged, E) padded to their longest sequences, of which the weights have the size; the output is nested."""
-        queries, keys, values = (list(tensor.unbind()) for tensor in (query, key, value))
-        if [len(sequence) for sequence in keys] != [len(sequence) for sequence in values]:
-            raise AssertionError("key's sequence lengths do not match value's")
-        padded_query = pad_sequence(queries, batch_first=True)
-        padded_key = padded_query if key is query else pad_sequence(keys, batch_first=True)
-        padded_value = padded_key if value is key else pad_sequence(values, batch_first=True)
-        query_lengths, key_lengths = (torch.tensor([len(x) for x in parts], device=query.device) for parts in (queries, keys))
-        mask = prepare_mask(
-            query_lengths=query_lengths,
-            key_lengths=key_lengths,
-            is_causal=bool(is_causal),
-            seqlen_q=padded_query.shape[1],
-            seqlen_k=padded_key.shape[1],
-            gradients=torch.is_grad_enabled(),
-        )
-        output, weights = self.forward(padded_query, padded_key, padded_value, attn_mask=mask, average_attn_weights=average_attn_weights)
-        sequences = [row[: len(sequence)] for row, sequence in zip(output, queries, strict=True)]
-        return _nested_like(query, sequences), weights
-
-
-def _nested_like(query: Any, sequences: list[Tensor]) -> Tensor:
-    """Sequences (L, E), as long as those of the nested tensor query, in its layout; a jagged one's ragged size is query's own."""
-    if query.layout is torch.jagged and query.lengths() is None:
-        return torch.nested.nested_tensor_from_jagged(torch.cat(sequences), query.offsets())
-    return torch.nested.as_nested_tensor(sequences, layout=query.layout)
+        """Nested tensors (N, ragged, E): packed, or padded for the weights, which have the size of the longest sequences."""
+        if not need_weights:
+            dropout_p = self.dropout if self.training else 0.0
+            return nested.attend(query, key, value, self._heads_of, self.out_proj, is_causal=is_causal, dropout_p=dropout_p), None
+        padded, mask = nested.pad(query, key, value, is_causal)
+        output, weights = self.forward(*padded, attn_mask=mask, average_attn_weights=average_attn_weights)
+        return nested.unpad(output, like=query), weights
 
 
 def _keep_forward_in_use(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -405,29 +367,3 @@ def _check_mask_dtype(mask: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         raise AssertionError(f"only bool and floating types of {name} are supported")
-
-
-def _check_nested(
-    module: MultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | PreparedMask | None,
-) -> None:
-    inputs = (query, key, value)
-    for wrong, reason in (
-        (not all(tensor.is_nested for tensor in inputs), "query, key and value must all be nested"),
-        (len({tensor.layout for tensor in inputs}) > 1, "query, key and value must have one layout"),
-        (not module.batch_first, "batch_first must be True"),
-        (attn_mask is not None, "attn_mask must be None"),
-        (key_padding_mask is not None, "key_padding_mask must be None: a sequence ends where it ends"),
-        (module._num_extra_keys() > 0, "add_bias_kv and add_zero_attn must be off"),
-        (any(tensor.dim() != 3 for tensor in inputs), f"they must be 3-D, got {[tensor.dim() for tensor in inputs]}"),
-    ):
-        if wrong:
-            raise AssertionError(f"MultiHeadAttention with NestedTensor: {reason}")
-    if key.size(0) != query.size(0):
-        raise AssertionError(f"key's batch size {key.size(0)} does not match query's {query.size(0)}")
-    if query.size(-1) != module.embed_dim:
-        raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.size(-1)}")

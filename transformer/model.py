@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.prepared_mask import prepare_mask
 from ..kernels.problem import checked_integer
 from . import generate
 from .cache import KVCache
@@ -25,62 +23,11 @@ from .layers import (
     EncoderLayer,
     SelfAttention,
 )
+from .memory import Memory, Padding
 
 MEMORY_LAYERS = ("last", "each", "mixed")
 SIZES = ("src_vocab", "tgt_vocab", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "max_len")
 TOKEN_IDS = ("pad_id", "bos_id", "eos_id")
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Where the tokens of a batch are, in the two forms the kernels use. Computed on the device, without reading it
-    back."""
-
-    key_mask: Tensor  # (B, L) bool, True = a token, False = padding
-    lengths: Tensor  # (B,) int32, the position of the last token + 1; 0 for a row of padding only
-
-    @classmethod
-    def of(cls, tokens: Tensor, pad_id: int) -> Padding:
-        key_mask = tokens != pad_id
-        if tokens.shape[1] == 0:
-            return cls(key_mask, tokens.new_zeros(tokens.shape[0], dtype=torch.int32))
-        ends = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
-        return cls(key_mask, (ends * key_mask).amax(1))
-
-    def as_keys(self) -> dict[str, Tensor]:
-        """The options of `attention` that hide the padding from the queries."""
-        return {"key_mask": self.key_mask, "key_lengths": self.lengths}
-
-    def seen_by(self, queries: Padding, is_causal: bool = False) -> dict[str, Any]:
-        """The options of `attention` from queries to these keys, the padding of both hidden: one mask for every layer."""
-        prepared = prepare_mask(
-            key_mask=self.key_mask,
-            key_lengths=self.lengths,
-            query_lengths=queries.lengths,
-            is_causal=is_causal,
-            seqlen_q=queries.key_mask.shape[1],
-            gradients=torch.is_grad_enabled(),
-        )
-        return {"attn_mask": prepared}
-
-    def select(self, rows: Tensor) -> Padding:
-        return Padding(self.key_mask[rows], self.lengths[rows])
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the decoder reads of a source batch: the result of Transformer.encode."""
-
-    states: list[Tensor]  # (B, S, d_model): one for all decoder layers ("last"), or one for each
-    padding: Padding
-
-    @property
-    def batch_size(self) -> int:
-        return self.states[0].shape[0]
-
-    def select(self, rows: Tensor) -> Memory:
-        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i]."""
-        return Memory([state[rows] for state in self.states], self.padding.select(rows))
 
 
 class Transformer(nn.Module):
@@ -225,7 +172,8 @@ class Transformer(nn.Module):
             max_new_tokens = min(self.max_len, src.shape[1] + 50)
         max_new_tokens = _checked_integer("max_new_tokens", max_new_tokens, 1, self.max_len)
         with evaluating(self), torch.no_grad():
-            return generate.greedy(self, src, max_new_tokens)
+            ids = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
+            return generate.greedy(self.decode, self.encode(src), max_new_tokens, **ids)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
         """The attention weights of every layer for one forward pass, without dropout and without gradients.
