@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from fused_attention.transformer.translation.machine import bf16_pays
+from ..transformer.translation.machine import bf16_pays
 
 # A cell that is reckoned to take more than the first part of the run is left out, and one that has taken the second is stopped: on a slow
 # machine one training step in bfloat16 would take all of it.

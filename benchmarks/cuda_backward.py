@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from fused_attention.kernels import cuda_backend
-from fused_attention.kernels.ops import forward
-from fused_attention.kernels.problem import Gradients, make_problem
-
+from ..kernels import cuda_backend
+from ..kernels.ops import forward
+from ..kernels.problem import Gradients, make_problem
 from .gpu_calls import CHANNELS, TOKENS
 from .gpu_timing import Time, reason, timed, timing_stream
 

@@ -12,8 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from fused_attention.kernels.attention import attention
-
+from ..kernels.attention import attention
 from .gpu_reference import Inputs
 from .gpu_timing import reason
 

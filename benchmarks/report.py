@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from fused_attention.kernels import cpu
-from fused_attention.transformer.translation.machine import processor_name
-from fused_attention.transformer.translation.output_files import atomic_write
+from ..kernels import cpu
+from ..transformer.translation.machine import processor_name
+from ..transformer.translation.output_files import atomic_write
 
 
 @dataclass(frozen=True)

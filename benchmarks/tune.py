@@ -29,12 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fused_attention.kernels import replay, triton_backend, triton_launch
-from fused_attention.kernels.ops import forward
-from fused_attention.kernels.prepared_mask import prepare_mask
-from fused_attention.kernels.problem import Gradients, Problem, make_problem
-from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, tile_table
-
+from ..kernels import replay, triton_backend, triton_launch
+from ..kernels.ops import forward
+from ..kernels.prepared_mask import prepare_mask
+from ..kernels.problem import Gradients, Problem, make_problem
+from ..kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, tile_table
 from .gpu_timing import GPU_LOST, is_lost, reason, timed, timing_stream
 from .journal import Journal, Key
 
@@ -211,7 +210,7 @@ def runner(row: Row, problem: Problem) -> Callable[[], object]:
     mask_gradient = None if mask is None or mask.dtype == torch.bool else torch.empty_like(mask)
     if row.kernel_name == "dbias":
         assert mask_gradient is not None
-        from fused_attention.kernels.triton_bias_gradient import summed_mask_gradient
+        from ..kernels.triton_bias_gradient import summed_mask_gradient
 
         return lambda: summed_mask_gradient(problem, lse, out, lse, mask_gradient)
     slopes, sinks = (None if side is None else torch.empty_like(side) for side in (problem.alibi_slopes, problem.sinks))
