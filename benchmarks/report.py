@@ -1,17 +1,15 @@
 """One comparison of our time with a peer's, files of them, and the tables that a benchmark run ends with.
 
-    python -m fused_attention.benchmarks.report RUN1.jsonl [RUN2.jsonl ...] [--readme README.md]
+    python -m fused_attention.benchmarks.report RUN1.jsonl [RUN2.jsonl ...]
 
 prints the tables of files that `fused-attention bench --results RUN1.jsonl` wrote: of several, the run with the median ratio for each
-comparison. --readme puts the geometric means into that file. `--leave 1.3 RUN2.jsonl` starts another run's file with the comparisons whose
-ratio is at least that, so that only the others are run again.
+comparison. `--leave 1.3 RUN2.jsonl` starts another run's file with the comparisons whose ratio is at least that: only the others run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -165,13 +163,9 @@ def _cells(comparison: Comparison | None) -> list[str]:
     return [f"{comparison.ours_ms:.3f}", f"{comparison.peer_ms:.3f}", ratio]
 
 
-README_BLOCK = re.compile(r"(?<=```results\n).*?(?=```)", re.DOTALL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help=".jsonl files of comparisons")
-    parser.add_argument("--readme", type=Path, help="the file whose ```results block to replace by this run's geometric means and bars")
     parser.add_argument("--leave", nargs=2, metavar=("RATIO", "FILE"), help="write FILE with the comparisons that need not be run again")
     options = parser.parse_args()
     runs: dict[str, list[Comparison]] = {}
@@ -189,10 +183,6 @@ def main() -> None:
     first, *_ = _records(options.results[0])
     heading = f"{first['machine']}; commit {first['commit']}"
     print(f"{heading}\n\nmedians of interleaved rounds; ratio = peer / ours\n\n{report(comparisons)}")
-    if options.readme is not None:
-        judged = table(comparison for comparison in comparisons if comparison.bar is not None)
-        block = "\n\n".join(part for part in (heading, means(comparisons), judged) if part)
-        options.readme.write_text(README_BLOCK.sub(lambda _: f"{block}\n", options.readme.read_text(), count=1))
 
 
 if __name__ == "__main__":

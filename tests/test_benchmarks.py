@@ -15,7 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
-from fused_attention.benchmarks import PYTEST_ARGUMENTS, budget, report
+from fused_attention.benchmarks import PYTEST_ARGUMENTS, budget, front_page, report
 from fused_attention.benchmarks.benchmark_attention import DTYPES, FEATURES, UNFUSED, Case
 from fused_attention.benchmarks.report import Comparison, append, begin, means, read, table
 
@@ -44,23 +44,15 @@ def test_means() -> None:
     assert means([replace(CELL, geomean_bar=None)]) == ""
 
 
-def test_the_readme_gets_the_means_and_what_has_a_bar_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    file, readme = tmp_path / "results.jsonl", tmp_path / "README.md"
-    readme.write_text("before\n```results\nold\n```\nafter\n```sh\nkept\n```\n")
-    begin(file)
-    append(file, "one", CELL)
-    append(file, "two", replace(CELL, group="another", geomean_bar=None, bar=3.0))
-    monkeypatch.setattr(sys, "argv", ["report", str(file), "--readme", str(readme)])
-    report.main()
-    text = readme.read_text()
-    assert "old" not in text
-    assert text.startswith("before\n```results\n")
-    assert text.endswith("```\nafter\n```sh\nkept\n```\n")
-    assert "2.00 (>= 1.5)" in text
-    assert "2.00 (below 3)" in text
-    assert table([CELL]) in capsys.readouterr().out
+def test_the_front_page_reads_what_a_report_writes() -> None:
+    backward = replace(CELL, measure="backward", ours_ms=3.0, peer_ms=9.0, bar=2.0, note="a note")
+    alone = replace(CELL, case=CELL.case | {"dtype": "bf16"}, bar=3.0)
+    text = f"machine\n\n{report.report([CELL, backward, alone, replace(CELL, group='another')])}\n"
+    both, forward = front_page.rows(text, CELL.group)
+    assert both.case == CELL.case
+    assert both.ratio() == pytest.approx((CELL.peer_ms + 9.0) / (CELL.ours_ms + 3.0))
+    assert forward == (alone.case, {"forward": alone.ours_ms}, {"forward": alone.peer_ms})
+    assert len(front_page.rows(text, "another")) == 1
 
 
 def test_several_runs_give_the_median(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

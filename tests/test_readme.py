@@ -1,4 +1,4 @@
-"""Every example in the README runs as printed, and its generated table is up to date."""
+"""Every example in the README and in the pages that it leads to runs as printed, and the generated tables are up to date."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from fused_attention.kernels.support import support_table, transforms_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL_EXAMPLES = [example for example in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "fused-attention " in example]
+PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "docs/install.md", "docs/support.md", "docs/translation.md")}
+PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+SHELL_EXAMPLES = [text for text in re.findall(r"```sh\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL) if "fused-attention " in text]
 
 
 def test_there_are_examples() -> None:
-    assert len(PYTHON_EXAMPLES) >= 3
+    assert len(PYTHON_EXAMPLES) >= 4
+    assert len(SHELL_EXAMPLES) == 1
+
+
+def test_a_visitor_reads_it_in_a_sitting() -> None:
+    assert len(README.splitlines()) <= 145
 
 
 @pytest.mark.parametrize("example", PYTHON_EXAMPLES, ids=range(len(PYTHON_EXAMPLES)))
@@ -39,10 +45,19 @@ def test_shell_example(example: str, tmp_path: Path) -> None:
     assert len((tmp_path / "test.fr").read_text().splitlines()) == len(lines)
 
 
-@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 @pytest.mark.parametrize("table", [support_table, transforms_table])
 def test_the_support_tables_are_what_the_code_says(table: Callable[[], str]) -> None:
-    assert table() in README, "run `python -m fused_attention.kernels.support` and paste its tables into README.md"
+    generated = table()
+    assert generated in PAGES["docs/support.md"], (
+        "run `python -m fused_attention.kernels.support` and paste its tables into docs/support.md"
+    )
+    if table is support_table:
+        lines = generated.splitlines()
+        shown = README[README.index(lines[0]) :].split("\n\n")[0].splitlines()
+        assert shown[:2] == lines[:2]
+        assert 6 <= len(shown) <= 14
+        assert [line for line in shown if line not in lines] == []
 
 
 def test_the_layout_map_is_true() -> None:
@@ -51,14 +66,19 @@ def test_the_layout_map_is_true() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_links_lead_somewhere() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)", PAGES[page]) + re.findall(r'(?:src|srcset)="([^"]+)"', PAGES[page])
+    assert [target for target in targets if "://" not in target and not (ROOT / page).parent.joinpath(target).exists()] == []
 
 
-def test_measured_lines_are_from_a_recorded_run() -> None:
-    """The results shown are lines of a run kept in docs/results."""
-    recorded = {line.rstrip() for path in (ROOT / "docs/results").glob("*.txt") for line in path.read_text().splitlines()}
-    shown = [line.rstrip() for block in re.findall(r"```results\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    assert len(shown) > 10
-    assert [line for line in shown if line not in recorded] == []
+def test_speed_is_that_of_a_recorded_run(tmp_path: Path) -> None:
+    recorded = ROOT / re.search(r"\(docs/results/cpu[^)]*\)", README)[0][1:-1]
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_attention.benchmarks.front_page", recorded, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in README
+    described = re.compile(r"<dc:description>(.*?)</dc:description>")
+    for picture in ("speed-light.svg", "speed-dark.svg"):
+        drawn, kept = ((folder / picture).read_text() for folder in (tmp_path, ROOT / "docs/pictures"))
+        assert described.findall(drawn) == described.findall(kept) != []
