@@ -165,11 +165,14 @@ def test_what_is_refused() -> None:
 
 
 def test_those_made_apart_under_compile() -> None:
-    """A compiled graph cannot compare their offsets, so the call runs outside it; torch's own compiles no nested tensors on a CPU."""
+    """A compiled graph cannot compare their offsets, so the call runs outside it; torch compiles no nested tensors on a CPU."""
     query, key, value = (nested((3, 7), 4, 8)[0] for _ in range(3))
     expected = attention(query, key, value).values()
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="value must have the offsets of key"):
         torch.compile(attention, backend="eager", fullgraph=True)(query, key, value)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(F.scaled_dot_product_attention, backend="eager", fullgraph=True)(query, key, value)
     torch._dynamo.reset()
     assert_close(torch.compile(attention, backend="eager")(query, key, value).values(), expected)
