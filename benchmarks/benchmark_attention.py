@@ -98,7 +98,7 @@ class Case:
         return lambda: torch.autograd.grad(out, leaves, self.dout, retain_graph=True)
 
     def check(self) -> None:
-        """The last head of the last batch element against the formula in float64."""
+        """The last head of the last batch element against the reference in float64."""
         replay = {"rng_state": torch.tensor([1, 2])} if self.ours.get("dropout_p") else {}
         out = _out(self.query, self.key, self.value, **self.ours, **replay)
         gradients = torch.autograd.grad(out, self.inputs, self.dout)

@@ -79,7 +79,7 @@ def table(text: str) -> str:
     }
     lines = [f"| times as fast as torch | {' | '.join(DTYPES.values())} |", "|---|" + "--:|" * len(DTYPES)]
     for kind, ratio in kinds.items():
-        cells = [f"{ratio(dtype):.1f}" if ratio(dtype) else "-" for dtype in DTYPES]
+        cells = ["-" if value is None else f"{value:.1f}" for value in map(ratio, DTYPES)]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

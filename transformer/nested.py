@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -59,7 +60,7 @@ def attend(
         return out_proj(out.transpose(1, 2).flatten(-2))
     queries, keys, values = _sequences(query, key, value)
     cu_seqlens = [torch.tensor([0, *accumulate(map(len, sequences))], device=query.device) for sequences in (queries, keys)]
-    out = attention_varlen(*project(torch.cat(queries), torch.cat(keys), torch.cat(values)), *cu_seqlens, **options)
+    out = attention_varlen(*project(*_each(torch.cat, queries, keys, values)), *cu_seqlens, **options)
     assert isinstance(out, Tensor)
     return _nested_like(query, list(out_proj(out.flatten(-2)).split([len(x) for x in queries])))
 
@@ -67,19 +68,17 @@ def attend(
 def pad(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[tuple[Tensor, Tensor, Tensor], PreparedMask]:
     """query, key and value (N, longest, E), the same object where they were one, and the mask that hides the padding."""
     queries, keys, values = _sequences(query, key, value)
-    padded_query = pad_sequence(queries, batch_first=True)
-    padded_key = padded_query if key is query else pad_sequence(keys, batch_first=True)
-    padded_value = padded_key if value is key else pad_sequence(values, batch_first=True)
+    padded = _each(partial(pad_sequence, batch_first=True), queries, keys, values)
     query_lengths, key_lengths = (torch.tensor([len(x) for x in parts], device=query.device) for parts in (queries, keys))
     mask = prepare_mask(
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         is_causal=is_causal,
-        seqlen_q=padded_query.shape[1],
-        seqlen_k=padded_key.shape[1],
+        seqlen_q=padded[0].shape[1],
+        seqlen_k=padded[1].shape[1],
         gradients=torch.is_grad_enabled(),
     )
-    return (padded_query, padded_key, padded_value), mask
+    return padded, mask
 
 
 def unpad(output: Tensor, like: Tensor) -> Tensor:
@@ -87,9 +86,16 @@ def unpad(output: Tensor, like: Tensor) -> Tensor:
     return _nested_like(like, [row[: len(sequence)] for row, sequence in zip(output, like.unbind(), strict=True)])
 
 
+def _each(function: Callable[[Any], Any], query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """function of each, once for those that are the same object."""
+    of_query = function(query)
+    of_key = of_query if key is query else function(key)
+    return of_query, of_key, of_key if value is key else function(value)
+
+
 def _sequences(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The sequences (L, E) of each."""
-    queries, keys, values = (list(x.unbind()) for x in (query, key, value))
+    """The sequences (L, E) of each, the same list where they were one."""
+    queries, keys, values = _each(lambda x: list(x.unbind()), query, key, value)
     if [len(x) for x in keys] != [len(x) for x in values]:
         raise AssertionError("key's sequence lengths do not match value's")
     return queries, keys, values
