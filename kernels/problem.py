@@ -537,7 +537,8 @@ MAX_WASTE = 4  # how many rows a bound may stand for, per token
 
 def _longest(name: str, given: int | Tensor | None, cu_seqlens: Tensor, num_tokens: int) -> int:
     """The bound on the sequences' lengths that costs follow: at most the number of tokens; near the longest where it can be read."""
-    bound = num_tokens if given is None else torch.sym_min(checked_seqlen(name, given), num_tokens)
+    least = min if torch.compiler.is_dynamo_compiling() else torch.sym_min  # which makes the former the latter, of plain numbers not
+    bound = num_tokens if given is None else least(checked_seqlen(name, given), num_tokens)
     if torch.compiler.is_compiling() or (cu_seqlens.shape[0] - 1) * bound <= MAX_WASTE * num_tokens or not _is_readable(cu_seqlens):
         return bound
     return min(bound, int(cu_seqlens.diff().max().clamp(min=0)))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 from fused_attention import attention, prepare_mask, scaled_dot_product_attention
+from fused_attention.kernels.torch_internals import release
 
 LIKE_TORCH: dict[str, tuple[list[tuple[int, ...]], dict[str, Any]]] = {
     "2-D": ([(5, 8)] * 3, {}),
@@ -45,6 +46,8 @@ LIKE_TORCH: dict[str, tuple[list[tuple[int, ...]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", LIKE_TORCH)
 def test_like_torch(case: str) -> None:
+    if case == "no heads" and release(torch.__version__) < (2, 11):
+        pytest.skip("torch 2.10's own attention divides by the number of heads, and dies")
     shapes, options = LIKE_TORCH[case]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     results = []

@@ -10,11 +10,13 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from fused_attention import attention, explain
 from fused_attention.kernels import ops, triton_backend
+from fused_attention.kernels.torch_internals import release
 
 CALL = "import torch\nfrom fused_attention import attention, explain\nquery = torch.randn(1, 1, 8, 16)\n"
 
@@ -89,7 +91,9 @@ def test_cpu_calls_import_neither_triton_nor_dynamo() -> None:
 
 
 def test_the_interpreter_runs_only_by_name() -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 takes no loop bound from NumPy 2.4; tests/on_triton mend it")
     script = (
         "print(explain(query, query, query).reasons['triton'])\n"
         "print(torch.allclose(attention(query, query, query, backend='triton'), attention(query, query, query), atol=1e-5))\n"
