@@ -8,6 +8,7 @@ sample says whether that version still makes the same of them, and whether trito
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import random
@@ -17,7 +18,19 @@ from typing import Any
 import triton
 from triton_resources import Resources
 
+from fused_attention.kernels import (
+    triton_backward,
+    triton_bias_gradient,
+    triton_decode,
+    triton_forward,
+    triton_mask,
+    triton_tiles,
+    triton_weights,
+)
+
 FOLDER = Path(__file__).with_name("triton_codegen_record")
+MODULES = triton_tiles, triton_mask, triton_forward, triton_decode, triton_backward, triton_bias_gradient, triton_weights
+MAX_CALL_DEPTH = 6  # of functions that kernels call
 
 
 def path() -> Path:
@@ -26,6 +39,7 @@ def path() -> Path:
 
 def key(function: Any, specialization_data: str, arch: int) -> str:
     """Of what Triton's jit_cache_hook is told of a kernel before it is compiled."""
+    _settle_hashes()
     data = json.loads(specialization_data)
     del data["key"]  # says the same in other words
     attributes = zip(data.pop("attrs_keys"), data.pop("attrs_vals"), strict=True)
@@ -33,6 +47,19 @@ def key(function: Any, specialization_data: str, arch: int) -> str:
     data["options"].pop("extern_libs", None)  # paths of this machine
     everything = json.dumps([function.cache_key, arch, data], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _settle_hashes() -> None:
+    """Triton 3.6 counts the constants of a called function only if that one was hashed before, so that a kernel's hash depends on what the
+    process met first. Hashed again until all are counted, it does not.
+    """
+    functions = [value for module in MODULES for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+    for _ in range(MAX_CALL_DEPTH):
+        for function in functions:
+            function.hash = None
+        for function in functions:
+            function.cache_key  # noqa: B018  # a property that keeps what it finds
 
 
 def read() -> dict[str, Resources]:
