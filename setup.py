@@ -94,6 +94,6 @@ setup(
     setup_requires=toolkit.wheel_requirements() if by_pip and not reason else [],
     ext_modules=[] if reason else [Extension("fused_attention._native", SOURCES)],
     cmdclass={"build_ext": NinjaBuild},
-    package_data={"fused_attention": ["py.typed", "_native.pyi"], "fused_attention.kernels": ["*.json"]},
+    package_data={"fused_attention": ["py.typed", "_native.pyi"], "fused_attention.kernels.triton": ["*.json"]},
     **packages(),
 )

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from ..kernels import cuda_backend
+from ..kernels.checks import make_problem
+from ..kernels.native import cuda as cuda_backend
 from ..kernels.ops import forward
-from ..kernels.problem import Gradients, make_problem
+from ..kernels.problem import Gradients
 from .gpu_calls import CHANNELS, TOKENS
 from .gpu_timing import Time, reason, timed, timing_stream
 

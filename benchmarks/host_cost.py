@@ -26,7 +26,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_attention import attention, attention_decode
-from fused_attention.kernels import cuda_backend, triton_backend
+from fused_attention.kernels.native import cuda as cuda_backend
+from fused_attention.kernels.triton import backend as triton_backend
 
 CALLS, ROUNDS = 100, 2000
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import cpu
+from ..kernels.native import cpu
 from ..transformer.translation.machine import processor_name
 from ..transformer.translation.output_files import atomic_write
 

@@ -1,4 +1,4 @@
-"""Measures the tile sizes of the Triton kernels on the GPU of this machine, for kernels/triton_tile_table.json.
+"""Measures the tile sizes of the Triton kernels on the GPU of this machine, for kernels/triton/tile_table.json.
 
     python -m fused_attention.benchmarks.tune tiles.jsonl [--only REGEX] [--minutes N]       measures, on a GPU
     python -m fused_attention.benchmarks.tune tiles.jsonl --apply                            takes the fastest tiles over, anywhere
@@ -29,11 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from ..kernels import replay, triton_backend, triton_launch
+from ..kernels import replay
+from ..kernels.checks import make_problem
 from ..kernels.ops import forward
 from ..kernels.prepared_mask import prepare_mask
-from ..kernels.problem import Gradients, Problem, make_problem
-from ..kernels.triton_launch import TABLE_FILE, Tile, _caches, current_family, tile_table
+from ..kernels.problem import Gradients, Problem
+from ..kernels.triton import backend as triton_backend
+from ..kernels.triton import launch as triton_launch
+from ..kernels.triton.launch import TABLE_FILE, Tile, _caches, current_family, tile_table
 from .gpu_timing import GPU_LOST, is_lost, reason, timed, timing_stream
 from .journal import Journal, Key
 
@@ -210,7 +213,7 @@ def runner(row: Row, problem: Problem) -> Callable[[], object]:
     mask_gradient = None if mask is None or mask.dtype == torch.bool else torch.empty_like(mask)
     if row.kernel_name == "dbias":
         assert mask_gradient is not None
-        from ..kernels.triton_bias_gradient import summed_mask_gradient
+        from ..kernels.triton.bias_gradient import summed_mask_gradient
 
         return lambda: summed_mask_gradient(problem, lse, out, lse, mask_gradient)
     slopes, sinks = (None if side is None else torch.empty_like(side) for side in (problem.alibi_slopes, problem.sinks))

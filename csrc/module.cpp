@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cpu/dispatch.h"
 #include "cuda/driver.h"
@@ -20,7 +21,34 @@ using Address = uintptr_t;  // 0 = not given
 using Pair = std::array<int64_t, 2>;
 using Strides = std::array<int64_t, 3>;  // of batch, head and row in elements
 
-constexpr int kNumAddresses = 16, kNumCpuGradients = 9, kNumCudaGradients = 10;
+// Every tensor of a forward call, in the order of its address: inputs and results, then TENSORS of kernels/problem.py.
+template <class Visit>
+constexpr void visit_tensors(AttentionProblem& problem, Visit visit) {
+  visit("query", problem.query.data);
+  visit("key", problem.key.data);
+  visit("value", problem.value.data);
+  visit("out", problem.out.data);
+  visit("lse", problem.lse);
+  visit("attn_mask", problem.attn_mask.data);
+  visit("key_mask", problem.key_mask);
+  visit("key_lengths", problem.key_lengths);
+  visit("query_lengths", problem.query_lengths);
+  visit("alibi_slopes", problem.alibi_slopes);
+  visit("sinks", problem.sinks);
+  visit("rng_state", problem.rng_state);
+  visit("cu_seqlens_q", problem.cu_seqlens_q);
+  visit("cu_seqlens_k", problem.cu_seqlens_k);
+  visit("mask_bits", problem.mask_bits.data);
+  visit("row_tiles", problem.row_tiles.data);
+}
+
+constexpr int kNumAddresses = [] {
+  AttentionProblem problem;
+  int count = 0;
+  visit_tensors(problem, [&](const char*, auto*&) { ++count; });
+  return count;
+}();
+constexpr int kNumCpuGradients = 9, kNumCudaGradients = 10;
 using Addresses = std::array<Address, kNumAddresses>;
 using CpuGradients = std::array<Address, kNumCpuGradients>;
 using CudaGradients = std::array<Address, kNumCudaGradients>;
@@ -89,9 +117,8 @@ void place(const std::array<Address, kNum>& addresses, T*&... pointers) {
 }
 
 void place_tensors(AttentionProblem& problem, const Addresses& addresses) {
-  place(addresses, problem.query.data, problem.key.data, problem.value.data, problem.out.data, problem.lse, problem.attn_mask.data,
-        problem.key_mask, problem.key_lengths, problem.query_lengths, problem.alibi_slopes, problem.sinks, problem.rng_state,
-        problem.cu_seqlens_q, problem.cu_seqlens_k, problem.mask_bits.data, problem.row_tiles.data);
+  const Address* address = addresses.data();
+  visit_tensors(problem, [&](const char*, auto*& pointer) { pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(*address++); });
 }
 
 AttentionProblem placed(PyObject* bytes, const Addresses& addresses) {
@@ -100,7 +127,7 @@ AttentionProblem placed(PyObject* bytes, const Addresses& addresses) {
   return problem;
 }
 
-// The arguments (problem, some integers, 16 addresses) without pybind11's conversions, which take longer than a small kernel.
+// The arguments (problem, some integers, addresses) without pybind11's conversions, which take longer than a small kernel.
 template <int kNumIntegers>
 struct RawArguments {
   std::array<Address, kNumIntegers> integers;
@@ -142,7 +169,7 @@ PyMethodDef raw_definition(const char* name, RawFunction function, const char* d
 // cpu_forward(problem, num_threads, *addresses)
 PyObject* cpu_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
-    const RawArguments<1> given(arguments, num_arguments, "cpu_forward takes a problem, a number of threads and 16 addresses");
+    const RawArguments<1> given(arguments, num_arguments, "cpu_forward takes a problem, a number of threads and the problem's addresses");
     const py::gil_scoped_release released;
     cpu::forward(given.problem, static_cast<int>(given.integers[0]));
     return Py_NewRef(Py_None);
@@ -241,7 +268,7 @@ py::tuple cuda_backward_plan(const py::bytes& problem, int compute_capability, i
 // cuda_forward(problem, device, stream, workspace, *addresses) -> bytes of workspace wanted; 0 = launched.
 PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
-    const RawArguments<3> given(arguments, num_arguments, "cuda_forward takes a problem, device, stream, workspace and 16 addresses");
+    const RawArguments<3> given(arguments, num_arguments, "cuda_forward takes a problem, device, stream, workspace and the problem's addresses");
     const int device = static_cast<int>(given.integers[0]);
     const auto stream = reinterpret_cast<void*>(given.integers[1]), workspace = reinterpret_cast<void*>(given.integers[2]);
     size_t wanted = 0;
@@ -275,6 +302,15 @@ PYBIND11_MODULE(_native, module) {
              py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"),
              py::arg("attn_mask_dtype"), py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"),
              py::arg("num_tiles"), "All of a problem but its addresses.");
+  module.def(
+      "address_names",
+      [] {
+        AttentionProblem problem;
+        py::list names;
+        visit_tensors(problem, [&](const char* name, auto*&) { names.append(name); });
+        return names;
+      },
+      "The tensors of a forward call, in the order of their addresses.");
   module.def("cpu_weights", &cpu_weights, "Writes the weights, or their mean over heads, to `out`.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient.");
   module.def(

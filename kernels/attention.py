@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import replay
-from .jagged import is_nested, packed_inputs
+from .checks import check_dense, check_no_padding, make_problem
 from .ops import run
-from .prepared_mask import PreparedMask
-from .problem import Layout, Problem, check_dense, check_no_padding, make_problem
+from .problem import Layout, PreparedMask, Problem
 from .routing import Explanation, choose, explain_problem
+from .torch_integration.jagged import is_nested, packed_inputs
 from .weights import weights_of
 
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import cpu, cuda_backend, replay, sharding, triton_backend
+from . import replay
+from .backends import BACKENDS
 from .call import Call
-from .flops import backward_flops, forward_flops
 from .problem import (
-    DIFFERENTIABLE_OPTIONAL,
+    DIFFERENTIABLE,
+    INPUTS,
     NO_OPTIONAL_TENSORS,
     NUM_INPUTS,
-    NUM_OPTIONAL,
+    OPTIONS,
+    TENSORS,
     Gradients,
     Layout,
     OptionalTensors,
@@ -30,24 +32,16 @@ from .problem import (
     split,
 )
 from .reference import attention_reference
+from .torch_integration import sharding
+from .torch_integration.flops import backward_flops, forward_flops
+from .torch_integration.when_imported import when_imported
 from .torch_internals import forward_mode, functorch_interpreter, has_storage, is_zero_tensor, num_dispatch_modes
-from .when_imported import when_imported
 
-KERNEL_BACKENDS: dict[str, Any] = {"cuda": cuda_backend, "triton": triton_backend, "cpu": cpu}
-
-_INPUT_SCHEMAS: dict[Layout, str] = {
-    "separate": "Tensor query, Tensor key, Tensor value",
-    "qkv": "Tensor qkv",
-    "kv": "Tensor query, Tensor kv",
-    "varlen": "Tensor query, Tensor key, Tensor value",
-}
-_PROBLEM_SCHEMA = (
-    "Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_lengths, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? mask_bits, Tensor? mask_bits_transposed, "
-    "Tensor? row_tiles, Tensor? column_tiles, float scale, int? window_left, int? window_right, SymInt diagonal, bool bottom_right, "
-    "float? softcap, float dropout_p, bool deterministic, SymInt max_seqlen_q, SymInt max_seqlen_k, str out_memory, str backend"
+_INPUT_SCHEMAS: dict[Layout, str] = {layout: ", ".join([f"Tensor {name}" for name in inputs]) for layout, inputs in INPUTS.items()}
+_PROBLEM_SCHEMA = ", ".join(
+    [*[f"Tensor? {name}" for name in TENSORS], *[f"{option.schema} {name}" for name, option in OPTIONS.items()], "str backend"]
 )
-_NEEDS_GRAD_SCHEMA = "bool attn_mask_needs_grad, bool alibi_slopes_needs_grad, bool sinks_needs_grad"
+_NEEDS_GRAD_SCHEMA = ", ".join([f"bool {name}_needs_grad" for name in DIFFERENTIABLE])
 
 
 def run(problem: Problem, backend: str, arguments: replay.Arguments | None = None) -> tuple[Tensor, Tensor]:
@@ -60,10 +54,9 @@ def run(problem: Problem, backend: str, arguments: replay.Arguments | None = Non
     if _takes_cheap_path(problem):
         needs_grad = torch.is_grad_enabled() and problem.requires_grad()
         if needs_grad:
-            differentiable = (*problem.inputs, problem.attn_mask, problem.alibi_slopes, problem.sinks)
-            results = _Attention.apply((problem, backend), *differentiable)
+            results = _Attention.apply((problem, backend), *problem.differentiable())
         else:
-            results = forward(KERNEL_BACKENDS[backend], problem)
+            results = forward(BACKENDS[backend], problem)
         if arguments is not None:
             replay.remember(arguments, problem, lambda: _call_again(problem, backend, needs_grad))
         return results
@@ -131,9 +124,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: tuple[Problem, str], *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
-        """differentiable: the problem's inputs, attn_mask, alibi_slopes and sinks."""
+        """differentiable: the problem's own."""
         problem, backend = given
-        out, lse = forward(KERNEL_BACKENDS[backend], problem)
+        out, lse = forward(BACKENDS[backend], problem)
         ctx.kind = problem.layout, (*problem.options(), backend)
         ctx.save_for_backward(out, lse, *problem.inputs, *problem.optional_tensors())
         ctx.set_materialize_grads(False)  # of two results one may have no gradient
@@ -145,7 +138,7 @@ class _Attention(torch.autograd.Function):
         num_inputs = NUM_INPUTS[layout]
         out, lse, *tensors = ctx.saved_tensors
         optional = NO_OPTIONAL_TENSORS if len(tensors) == num_inputs else ()
-        needs_grad = ctx.needs_input_grad[1 + num_inputs :] or (False,) * len(DIFFERENTIABLE_OPTIONAL)
+        needs_grad = ctx.needs_input_grad[1 + num_inputs :] or (False,) * len(DIFFERENTIABLE)
         gradients = _eager_gradients(layout, dout, dlse, out, lse, (*tensors, *optional, *options), needs_grad)
         return (None, *gradients[: len(ctx.needs_input_grad) - 1])
 
@@ -162,7 +155,7 @@ class _Replayed(_Attention):
         if results is None:
             layout, options = kind
             problem = Problem.from_op_arguments(layout, (query, key, value, *optional, *options[:-1]))
-            results = forward(KERNEL_BACKENDS[options[-1]], problem)
+            results = forward(BACKENDS[options[-1]], problem)
         out, lse = results
         ctx.kind = kind
         if optional is NO_OPTIONAL_TENSORS:
@@ -181,7 +174,7 @@ _apply_replayed = super(torch.autograd.Function, _Replayed).apply
 
 def _call_again(problem: Problem, backend: str, needs_grad: bool) -> Call:
     """The call that ran a problem with separate inputs and no other tensor that is differentiable."""
-    call = replay.prepared(KERNEL_BACKENDS[backend].prepare, problem)
+    call = replay.prepared(BACKENDS[backend].prepare, problem)
     kind = problem.layout, (*problem.options(), backend)
 
     def differentiable(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Any:
@@ -202,7 +195,7 @@ def _eager_gradients(
 
 def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
     ctx.layout = layout
-    num_tensors = NUM_INPUTS[layout] + NUM_OPTIONAL
+    num_tensors = NUM_INPUTS[layout] + len(TENSORS)
     ctx.options = arguments[num_tensors:]
     ctx.save_for_backward(out, lse, *arguments[:num_tensors])
     ctx.set_materialize_grads(False)
@@ -218,7 +211,7 @@ def _gradients(
     needs_grad: tuple[bool, ...],
     kernel_gradients: Any,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a layout's inputs, then those of attn_mask, alibi_slopes and sinks, None where not needed.
+    """The gradients of a layout's inputs, then those of DIFFERENTIABLE, None where not needed.
 
     By the kernel, or by the reference when they will be differentiated again, are batched or have tangents. arguments: the operator's.
     """
@@ -240,7 +233,7 @@ def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | No
     tensors = list(arguments[:-1])
     with torch.enable_grad():
         # Aliases, because inputs may be one tensor, or computed from one another: each gets the gradient of its own part only.
-        places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE_OPTIONAL))
+        places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE.values()))
         for place in places:
             tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
         out, lse = _reference(Problem.from_op_arguments(layout, tuple(tensors)))
@@ -263,8 +256,8 @@ def _kernel_gradients(
     problem = Problem.from_op_arguments(layout, arguments[:-1])
     gradients = _empty_gradients(problem, needs_grad)
     inputs, optional_tensors = gradients[: len(problem.inputs)], gradients[len(problem.inputs) :]
-    buffers = Gradients(*split(layout, inputs), *optional_tensors)  # type: ignore[arg-type]  # inputs are never None
-    KERNEL_BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, buffers)
+    buffers = Gradients(*split(layout, inputs), **dict(zip(DIFFERENTIABLE, optional_tensors, strict=True)))  # type: ignore[arg-type]  # inputs are never None
+    BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, buffers)
     return gradients
 
 
@@ -277,9 +270,9 @@ def _registered_gradients(
 
 
 def _empty_gradients(problem: Problem, needs_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Uninitialised gradients of the inputs, attn_mask, alibi_slopes and sinks; None for what is not needed of the last three."""
+    """Uninitialised gradients of the inputs, and of those of DIFFERENTIABLE that need one; None for the others."""
     gradients: list[Tensor | None] = [_empty_gradient(tensor) for tensor in problem.inputs]
-    for tensor, needed in zip((problem.attn_mask, problem.alibi_slopes, problem.sinks), needs_grad, strict=True):
+    for tensor, needed in zip(problem.differentiable()[len(problem.inputs) :], needs_grad, strict=True):
         gradients.append(None if tensor is None or not needed else torch.empty_like(tensor, memory_format=torch.contiguous_format))
     return tuple(gradients)
 
@@ -300,7 +293,7 @@ _REGISTERED_BACKWARD: dict[str, Any] = {}
 def _register(layout: Layout) -> None:
     """Defines the forward and backward operators of one layout, their fakes and their autograd."""
     name, inputs, num_inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout], NUM_INPUTS[layout]
-    num_differentiable = len(DIFFERENTIABLE_OPTIONAL)
+    num_differentiable = len(DIFFERENTIABLE)
     tags = (torch.Tag.pt2_compliant_tag,)
     _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
     saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_differentiable))
@@ -308,7 +301,7 @@ def _register(layout: Layout) -> None:
     _REGISTERED_BACKWARD[layout] = getattr(torch.ops.fused_attention, f"{name}_backward").default
 
     def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return forward(KERNEL_BACKENDS[arguments[-1]], Problem.from_op_arguments(layout, arguments[:-1]))
+        return forward(BACKENDS[arguments[-1]], Problem.from_op_arguments(layout, arguments[:-1]))
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         problem = Problem.from_op_arguments(layout, arguments[:-1])
@@ -330,11 +323,11 @@ def _register(layout: Layout) -> None:
         _save_for_backward(ctx, layout, inputs, *output)
 
     def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_grad = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE_OPTIONAL)
+        needs_grad = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE.values())
         out, lse, *tensors = ctx.saved_tensors
         gradients = _gradients(layout, dout, dlse, out, lse, (*tensors, *ctx.options), needs_grad, _registered_gradients)
-        by_place = dict(zip(DIFFERENTIABLE_OPTIONAL, gradients[num_inputs:], strict=True))
-        optional_tensors = (by_place.get(place) for place in range(NUM_OPTIONAL))
+        by_place = dict(zip(DIFFERENTIABLE.values(), gradients[num_inputs:], strict=True))
+        optional_tensors = (by_place.get(place) for place in range(len(TENSORS)))
         return (*gradients[:num_inputs], *optional_tensors, *[None] * len(ctx.options))
 
     for device in ("CPU", "CUDA"):
@@ -356,7 +349,7 @@ def _register_flop_formulas() -> None:
     def register(layout: Layout) -> None:
         forward = getattr(torch.ops.fused_attention, f"attention_{layout}")
         backward = getattr(torch.ops.fused_attention, f"attention_{layout}_backward")
-        not_the_forwards = 4, -len(DIFFERENTIABLE_OPTIONAL)  # dout, dlse, out and lse come first, needs_grad last
+        not_the_forwards = 4, -len(DIFFERENTIABLE)  # dout, dlse, out and lse come first, needs_grad last
 
         @register_flop_formula(forward, get_raw=True)
         def count_forward(*arguments: Any, out_val: Any = None) -> int:

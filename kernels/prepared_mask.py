@@ -7,51 +7,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import triton_backend
-from .problem import Problem, check_dense, checked_seqlen, make_problem, unpack_bits
+from .backends import BACKENDS
+from .checks import check_dense, checked_seqlen, make_problem
+from .problem import PreparedMask, Problem
 from .reference import MASKED_BELOW, diagonal_offset, present
 
 TILE = 64
 GATHER_BITS = 0x0102040810204080  # times eight bytes that are 0 or 1: byte k ends up as bit 56 + k
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class PreparedMask:
-    """What `prepare_mask` returns, for `attn_mask` of the attention functions. B' is 1 or B, H' 1 or Hq."""
-
-    bias: Tensor | None  # the float attn_mask, 4-D
-    key_mask: Tensor | None  # (B, Lk) bool
-    key_lengths: Tensor | None  # (B,) int32
-    query_lengths: Tensor | None  # (B,) int32
-    window: tuple[int | None, int | None]  # (None or what is on the left, 0) of a causal one
-    diagonal: int  # as in Problem
-    bottom_right: bool
-    shape: tuple[int, int, int, int]  # (B', H', Lq, Lk)
-    mask_bits: Tensor  # (B', H', Lq, ceil(Lk / 32)) int32: bit j % 32 of word j // 32 is 1 when the query may attend to key j
-    mask_bits_transposed: Tensor | None  # (B', H', Lk, ceil(Lq / 32)) int32; like column_tiles None without gradients
-    row_tiles: Tensor  # (B', H', ceil(Lq / 64), 2 + ceil(Lk / 64)) int32: see tile_lists
-    column_tiles: Tensor | None  # (B', H', ceil(Lk / 64), 2 + ceil(Lq / 64)) int32
-
-    def __repr__(self) -> str:
-        gradients = self.mask_bits_transposed is not None
-        return f"PreparedMask(shape={self.shape}, bias={self.bias is not None}, gradients={gradients}, device='{self.mask_bits.device}')"
-
-    def to(self, device: torch.device | str) -> PreparedMask:
-        """The same mask with its tensors on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
-
-    def unpack(self) -> Tensor:
-        """(B', H', Lq, Lk) bool: which query may attend to which key."""
-        return unpack_bits(self.mask_bits, self.shape[3])
 
 
 def prepare_mask(
@@ -109,7 +75,7 @@ def prepare_mask(
     with torch.no_grad():
         if bias is not None:
             problem.attn_mask = bias >= MASKED_BELOW
-        prepare = triton_backend.prepared_tiles if triton_backend.prepares(problem) else prepared_tiles
+        prepare = BACKENDS["triton"].prepared_tiles if BACKENDS["triton"].prepares(problem) else prepared_tiles
         mask_bits, mask_bits_transposed, row_tiles, column_tiles = prepare(problem, gradients)
     return PreparedMask(
         bias=bias,

@@ -1,37 +1,42 @@
-"""Checks and normalises the arguments of an attention call into one Problem; every input error is raised here.
+"""One attention call as data: which tensors and numbers it has, and how results lie in memory. `checks.py` makes it.
 
-Only shapes, dtypes, devices and strides are looked at, never tensor values: no device synchronisation, no graph break.
+Everything that is written once for each argument follows from the fields of Problem: the operators' schemas, which tensors have a gradient,
+how a sharded call is cut up, and the order in which the compiled extension takes addresses.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import numbers
-import operator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-
-from .torch_internals import is_functorch_tensor, is_torch_function_enabled, num_dispatch_modes, tracing_state
-
-if TYPE_CHECKING:
-    from .prepared_mask import PreparedMask
 
 Layout = Literal["separate", "qkv", "kv", "varlen"]
 # Where (B, H, L, D) results lie: so that merging the heads costs nothing, as the query does, or contiguous.
 OutMemory = Literal["heads merged", "like query", "contiguous"]
 
+Mark = TypeVar("Mark")
 OptionalTensors = tuple[Tensor | None, ...]  # as Problem.optional_tensors has them
 
-MAX_DIAGONAL = 2**29  # sums with it fit an int32
-
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-FLOAT32 = torch.finfo(torch.float32)
 KERNEL_NUMBERS = (2.0**-60, 2.0**20)  # the smallest and largest scale and softcap that kernels take
+
+
+class TensorArgument(NamedTuple):
+    """A tensor that a call may have beside query, key and value."""
+
+    shape: str  # B sequences, Hq query heads, Lq queries, Lk keys
+    dtype: str
+    batch: int | None = None  # the dim that goes with the batch where calls are sharded over it; of size 1 it stands for all
+    heads: int | None = None
+    differentiable: bool = False
+    in_extension: bool = True  # whether the compiled extension takes it with every call; what it does not take comes last
+
+
+class Option(NamedTuple):
+    """Anything else that a call may have."""
+
+    schema: str  # its type in torch's schemas of operators
 
 
 @dataclass(slots=True)
@@ -43,30 +48,42 @@ class Problem:
     query: Tensor  # (B, Hq, Lq, Dqk)
     key: Tensor  # (B, Hkv, Lk, Dqk)
     value: Tensor  # (B, Hkv, Lk, Dv)
-    attn_mask: Tensor | None  # 4-D, each dim 1 or that of (B, Hq, Lq, Lk); bool (True = may attend) or float (added)
-    key_mask: Tensor | None  # (B, Lk) bool, True = may attend
-    key_lengths: Tensor | None  # (B,) int32
-    query_lengths: Tensor | None  # (B,) int32
-    alibi_slopes: Tensor | None  # (Hq,) or (B, Hq)
-    sinks: Tensor | None  # (Hq,)
-    rng_state: Tensor | None  # (2,) int64: seed and offset of the dropout generator; None without dropout
-    cu_seqlens_q: Tensor | None  # (B + 1,) int32, varlen only: where each sequence starts and the last one ends
-    cu_seqlens_k: Tensor | None
-    mask_bits: Tensor | None  # (B or 1, Hq or 1, Lq, ceil(Lk / 32)) int32: these four are a PreparedMask's
-    mask_bits_transposed: Tensor | None  # (B or 1, Hq or 1, Lk, ceil(Lq / 32)) int32; None when prepared without gradients
-    row_tiles: Tensor | None  # (B or 1, Hq or 1, ceil(Lq / 64), 2 + ceil(Lk / 64)) int32
-    column_tiles: Tensor | None  # (B or 1, Hq or 1, ceil(Lk / 64), 2 + ceil(Lq / 64)) int32, or None
-    scale: float
-    window_left: int | None  # keys visible to the left of the diagonal; None = unlimited
-    window_right: int | None  # 0 of a causal call
-    diagonal: int  # it runs through j = i + this,
-    bottom_right: bool  # + the keys present - the queries present of each sequence
-    softcap: float | None
-    dropout_p: float
-    deterministic: bool
-    max_seqlen_q: int  # Lq; of varlen a bound: no sequence is longer
-    max_seqlen_k: int
-    out_memory: OutMemory = "heads merged"
+
+    # bool says True = may attend, float is added
+    attn_mask: Annotated[
+        Tensor | None, TensorArgument("(B or 1, Hq or 1, Lq or 1, Lk or 1)", "bool or float", batch=0, heads=1, differentiable=True)
+    ]
+    key_mask: Annotated[Tensor | None, TensorArgument("(B, Lk)", "bool", batch=0)]
+    key_lengths: Annotated[Tensor | None, TensorArgument("(B,)", "int32", batch=0)]
+    query_lengths: Annotated[Tensor | None, TensorArgument("(B,)", "int32", batch=0)]
+    alibi_slopes: Annotated[Tensor | None, TensorArgument("(Hq,) or (B, Hq)", "float", batch=0, heads=1, differentiable=True)]
+    sinks: Annotated[Tensor | None, TensorArgument("(Hq,)", "float", heads=0, differentiable=True)]
+    rng_state: Annotated[Tensor | None, TensorArgument("(2,)", "int64")]  # seed and offset of the dropout generator; None without dropout
+    # Of varlen only: where each sequence starts and the last one ends.
+    cu_seqlens_q: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
+    cu_seqlens_k: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
+    # The tensors of a PreparedMask, the last two None when it was prepared without gradients.
+    mask_bits: Annotated[Tensor | None, TensorArgument("(B or 1, Hq or 1, Lq, ceil(Lk / 32))", "int32", batch=0, heads=1)]
+    row_tiles: Annotated[Tensor | None, TensorArgument("(B or 1, Hq or 1, ceil(Lq / 64), 2 + ceil(Lk / 64))", "int32", batch=0, heads=1)]
+    mask_bits_transposed: Annotated[
+        Tensor | None, TensorArgument("(B or 1, Hq or 1, Lk, ceil(Lq / 32))", "int32", batch=0, heads=1, in_extension=False)
+    ]
+    column_tiles: Annotated[
+        Tensor | None, TensorArgument("(B or 1, Hq or 1, ceil(Lk / 64), 2 + ceil(Lq / 64))", "int32", batch=0, heads=1, in_extension=False)
+    ]
+
+    scale: Annotated[float, Option("float")]
+    window_left: Annotated[int | None, Option("int?")]  # keys visible to the left of the diagonal; None = unlimited
+    window_right: Annotated[int | None, Option("int?")]  # 0 of a causal call
+    diagonal: Annotated[int, Option("SymInt")]  # it runs through j = i + this,
+    bottom_right: Annotated[bool, Option("bool")]  # + the keys present - the queries present of each sequence
+    softcap: Annotated[float | None, Option("float?")]
+    dropout_p: Annotated[float, Option("float")]
+    deterministic: Annotated[bool, Option("bool")]
+    max_seqlen_q: Annotated[int, Option("SymInt")]  # Lq; of varlen a bound: no sequence is longer
+    max_seqlen_k: Annotated[int, Option("SymInt")]
+    out_memory: Annotated[OutMemory, Option("str")]
+
     # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
     inputs_number: int | None = field(default=None, init=False)
 
@@ -75,10 +92,13 @@ class Problem:
         """The number of sequences, B."""
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The inputs, then the optional tensors that have a gradient."""
+        return (*self.inputs, self.attn_mask, self.alibi_slopes, self.sinks)
+
     def requires_grad(self) -> bool:
         """Whether any tensor that has a gradient asks for it."""
-        differentiable = (*self.inputs, self.attn_mask, self.alibi_slopes, self.sinks)
-        return any([tensor.requires_grad for tensor in differentiable if tensor is not None])  # a list: twice as fast as a generator
+        return any([tensor.requires_grad for tensor in self.differentiable() if tensor is not None])  # a list: twice as fast as a generator
 
     def prepared_pairs(self) -> Tensor | None:
         """(B or 1, Hq or 1, Lq, Lk) bool: which query may attend to which key by a PreparedMask; None without one."""
@@ -89,6 +109,7 @@ class Problem:
         return (*self.inputs, *self.optional_tensors(), *self.options())
 
     def optional_tensors(self) -> OptionalTensors:
+        """Those of TENSORS, in its order: written out, which is fast and can be traced."""
         return (
             self.attn_mask,
             self.key_mask,
@@ -100,12 +121,13 @@ class Problem:
             self.cu_seqlens_q,
             self.cu_seqlens_k,
             self.mask_bits,
-            self.mask_bits_transposed,
             self.row_tiles,
+            self.mask_bits_transposed,
             self.column_tiles,
         )
 
     def options(self) -> tuple:
+        """Those of OPTIONS, in its order."""
         return (
             self.scale,
             self.window_left,
@@ -139,6 +161,26 @@ class Problem:
         return Problem.from_op_arguments(self.layout, (*inputs, *self.optional_tensors(), *self.options()))
 
 
+def _fields_marked(mark: type[Mark]) -> dict[str, Mark]:
+    hints = get_type_hints(Problem, include_extras=True)
+    marks = {name: next(iter(getattr(hint, "__metadata__", ())), None) for name, hint in hints.items()}
+    return {name: found for name, found in marks.items() if isinstance(found, mark)}
+
+
+TENSORS, OPTIONS = _fields_marked(TensorArgument), _fields_marked(Option)
+PLACE = {name: place for place, name in enumerate(TENSORS)}  # among optional_tensors()
+DIFFERENTIABLE = {name: PLACE[name] for name, tensor in TENSORS.items() if tensor.differentiable}
+NO_OPTIONAL_TENSORS: OptionalTensors = (None,) * len(TENSORS)
+# Of each layout the inputs, with the dims that stand for the batch and the heads.
+INPUTS: dict[Layout, dict[str, tuple[int | None, int]]] = {
+    "separate": {"query": (0, 1), "key": (0, 1), "value": (0, 1)},
+    "qkv": {"qkv": (0, 3)},
+    "kv": {"query": (0, 1), "kv": (0, 3)},
+    "varlen": {"query": (None, 1), "key": (None, 1), "value": (None, 1)},
+}
+NUM_INPUTS: dict[Layout, int] = {layout: len(inputs) for layout, inputs in INPUTS.items()}
+
+
 @dataclass(slots=True)
 class Gradients:
     """What a backward pass writes: tensors or views with a contiguous last dim, shaped like the problem's; None = not wanted."""
@@ -151,10 +193,36 @@ class Gradients:
     sinks: Tensor | None = None
 
 
-NUM_INPUTS: dict[Layout, int] = {"separate": 3, "qkv": 1, "kv": 2, "varlen": 3}
-NUM_OPTIONAL = 13  # what optional_tensors() returns
-DIFFERENTIABLE_OPTIONAL = (0, 4, 5)  # the places of attn_mask, alibi_slopes and sinks among them
-NO_OPTIONAL_TENSORS: OptionalTensors = (None,) * NUM_OPTIONAL
+@dataclass(frozen=True, eq=False, repr=False)
+class PreparedMask:
+    """What `prepare_mask` returns, for `attn_mask` of the attention functions. B' is 1 or B, H' 1 or Hq."""
+
+    bias: Tensor | None  # the float attn_mask, 4-D
+    key_mask: Tensor | None  # (B, Lk) bool
+    key_lengths: Tensor | None  # (B,) int32
+    query_lengths: Tensor | None  # (B,) int32
+    window: tuple[int | None, int | None]  # (None or what is on the left, 0) of a causal one
+    diagonal: int  # as in Problem
+    bottom_right: bool
+    shape: tuple[int, int, int, int]  # (B', H', Lq, Lk)
+    mask_bits: Tensor  # (B', H', Lq, ceil(Lk / 32)) int32: bit j % 32 of word j // 32 is 1 when the query may attend to key j
+    mask_bits_transposed: Tensor | None  # (B', H', Lk, ceil(Lq / 32)) int32; like column_tiles None without gradients
+    row_tiles: Tensor  # (B', H', ceil(Lq / 64), 2 + ceil(Lk / 64)) int32: see prepared_mask.tile_lists
+    column_tiles: Tensor | None  # (B', H', ceil(Lk / 64), 2 + ceil(Lq / 64)) int32
+
+    def __repr__(self) -> str:
+        gradients = self.mask_bits_transposed is not None
+        return f"PreparedMask(shape={self.shape}, bias={self.bias is not None}, gradients={gradients}, device='{self.mask_bits.device}')"
+
+    def to(self, device: torch.device | str) -> PreparedMask:
+        """The same mask with its tensors on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def unpack(self) -> Tensor:
+        """(B', H', Lq, Lk) bool: which query may attend to which key."""
+        return unpack_bits(self.mask_bits, self.shape[3])
 
 
 def split(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,217 +294,6 @@ def holds(condition: bool) -> bool:
     return guard_or_false(condition)
 
 
-def make_problem(
-    layout: Layout,
-    inputs: tuple[Tensor, ...],
-    *,
-    attn_mask: Tensor | PreparedMask | None = None,
-    key_mask: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    query_lengths: Tensor | None = None,
-    is_causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
-    diagonal: int | str | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    rng_state: Tensor | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    deterministic: bool | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | Tensor | None = None,
-    max_seqlen_k: int | Tensor | None = None,
-    out_memory: OutMemory = "heads merged",
-) -> Problem:
-    """Checks every argument of `attention()` or, with cu_seqlens_q and the next three, of `attention_varlen()`, and returns the normalised
-    problem.
-
-    Raises:
-        TypeError: a tensor argument is not a tensor, or has the wrong dtype.
-        ValueError: a shape, device or value does not fit; the message names the argument, what was given and what is allowed.
-        RuntimeError: torch.jit.trace is at work, which would freeze shapes and options.
-    """
-    if tracing_state() is not None:
-        raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
-    inputs, inputs_number = _checked_inputs(layout, inputs)
-    query, key, value = split(layout, inputs)
-    batch, num_heads, seqlen_q, head_dim = query.shape
-    seqlen_k = key.shape[2]
-    device = query.device
-    if layout == "varlen":
-        check_no_padding("packed sequences", attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths)
-        cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
-        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device, cu_seqlens_q.shape[0])
-        batch = cu_seqlens_q.shape[0] - 1
-        max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, seqlen_q)
-        max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, seqlen_k)
-    else:
-        if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
-            raise TypeError("cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k are arguments of attention_varlen only")
-        max_seqlen_q, max_seqlen_k = seqlen_q, seqlen_k
-    prepared = None
-    bias = causal_bias(attn_mask)
-    if bias is not None:
-        if is_causal is not False:
-            raise ValueError("is_causal must not be given beside an attn_mask that is a CausalBias")
-        if bias == "bottom_right" and (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (seqlen_q, seqlen_k):  # type: ignore[union-attr]
-            sizes = f"{attn_mask.seq_len_q} queries and {attn_mask.seq_len_kv} keys"  # type: ignore[union-attr]
-            raise ValueError(f"attn_mask is a CausalBias of {sizes}, but there are {seqlen_q} and {seqlen_k}")
-        attn_mask, is_causal = None, bias
-    if attn_mask is not None and not isinstance(attn_mask, Tensor):
-        prepared = attn_mask
-        beside = {
-            "key_mask": key_mask,
-            "key_lengths": key_lengths,
-            "query_lengths": query_lengths,
-            "is_causal": is_causal,
-            "window": window,
-            "diagonal": diagonal,
-        }
-        _check_prepared(prepared, (batch, num_heads, seqlen_q, seqlen_k), device, beside)
-        attn_mask, window = prepared.bias, prepared.window
-        is_causal, diagonal = False, "bottom_right" if prepared.bottom_right else prepared.diagonal
-        key_mask, key_lengths, query_lengths = prepared.key_mask, prepared.key_lengths, prepared.query_lengths
-    if attn_mask is not None:
-        attn_mask = _checked_attn_mask(attn_mask, (batch, num_heads, seqlen_q, seqlen_k), device)
-    if key_mask is not None:
-        key_mask = _checked_tensor("key_mask", key_mask, device, (torch.bool,), ((batch, seqlen_k),), "(batch, seqlen_k)")
-    if key_lengths is not None:
-        key_lengths = _checked_lengths("key_lengths", key_lengths, device, batch)
-    if query_lengths is not None:
-        query_lengths = _checked_lengths("query_lengths", query_lengths, device, batch)
-    if alibi_slopes is not None:
-        shapes = ((num_heads,), (batch, num_heads))
-        alibi_slopes = _checked_tensor("alibi_slopes", alibi_slopes, device, FLOAT_DTYPES, shapes, "(num_heads,) or (batch, num_heads)")
-    if sinks is not None:
-        sinks = with_contiguous_last_dim(_checked_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)"))
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    else:
-        scale = _checked_number("scale", scale)
-        _check_representable("scale", abs(scale), 0.0, query.dtype)
-    if softcap is not None:
-        softcap = _checked_number("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap must be > 0, got {softcap}")
-        _check_representable("softcap", softcap, FLOAT32.tiny, query.dtype)
-    dropout_p = _checked_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    window_left, window_right = _checked_window(window)
-    offset, bottom_right = _checked_diagonal(diagonal, is_causal)
-    problem = Problem(
-        layout,
-        inputs,
-        query,
-        key,
-        value,
-        attn_mask,
-        key_mask,
-        key_lengths,
-        query_lengths,
-        alibi_slopes,
-        sinks,
-        _checked_rng_state(rng_state, dropout_p, device),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        None if prepared is None else saveable(prepared.mask_bits),
-        None if prepared is None or prepared.mask_bits_transposed is None else saveable(prepared.mask_bits_transposed),
-        None if prepared is None else saveable(prepared.row_tiles),
-        None if prepared is None or prepared.column_tiles is None else saveable(prepared.column_tiles),
-        scale,
-        window_left,
-        0 if is_causal else window_right,
-        offset,
-        bottom_right,
-        softcap,
-        dropout_p,
-        torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
-        max_seqlen_q,
-        max_seqlen_k,
-        out_memory,
-    )
-    problem.inputs_number = inputs_number
-    if prepared is not None and prepared.mask_bits_transposed is None and torch.is_grad_enabled() and problem.requires_grad():
-        raise ValueError("attn_mask was prepared with gradients=False, but a gradient is asked for: leave gradients=True in prepare_mask")
-    return problem
-
-
-_INPUT_NAMES: dict[Layout, tuple[str, ...]] = {
-    "separate": ("query", "key", "value"),
-    "qkv": ("qkv",),
-    "kv": ("query", "kv"),
-    "varlen": ("query", "key", "value"),
-}
-_PACKED_SHAPES = {"qkv": "(batch, seqlen, 3, num_heads, head_dim)", "kv": "(batch, seqlen_k, 2, num_heads, head_dim)"}
-
-
-MAX_ACCEPTED = 4096
-# The numbers of descriptions of inputs that _check_inputs found nothing wrong with: it costs more than a small launch, and a number less to
-# look up later than the description. No number is given twice.
-_accepted: dict[tuple | None, int] = {}
-_numbers = itertools.count(1)
-
-
-def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int | None]:
-    """The inputs, those whose last dim is not contiguous copied, and their number."""
-    description = _description(layout, inputs)
-    number = _accepted.get(description)
-    if number is not None:
-        return inputs, number
-    checked = _check_inputs(layout, inputs)
-    if description is None or not all(map(operator.is_, checked, inputs)):
-        return checked, None
-    if len(_accepted) >= MAX_ACCEPTED:
-        _accepted.clear()
-    return inputs, _accepted.setdefault(description, next(_numbers))
-
-
-def _description(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple | None:
-    """Everything that _check_inputs looks at; None of what may not be one fixed, dense tensor."""
-    if torch.compiler.is_compiling():
-        return None
-    for tensor in inputs:
-        if (type(tensor) is not Tensor and type(tensor) is not Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
-            return None
-    return (layout, *[(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in inputs])
-
-
-def _check_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    names = _INPUT_NAMES[layout]
-    dims, shape_words = (3, "(num_tokens, num_heads, head_dim)") if layout == "varlen" else (4, "(batch, num_heads, seqlen, head_dim)")
-    first = inputs[0]
-    for name, tensor in zip(names, inputs, strict=True):
-        check_dense(name, tensor)
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {names[0]}, {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {tensor.device}")
-        if name in _PACKED_SHAPES:
-            if tensor.dim() != 5 or tensor.shape[2] != len(name):
-                raise ValueError(f"{name} must have shape {_PACKED_SHAPES[name]}, got {tuple(tensor.shape)}")
-        elif tensor.dim() != dims:
-            raise ValueError(f"{name} must have shape {shape_words}, got {tuple(tensor.shape)}")
-    inputs = tuple(with_contiguous_last_dim(tensor) for tensor in inputs)
-    query, key, value = split(layout, inputs)
-    if query.shape[3] == 0 or value.shape[3] == 0:
-        raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)} and value {tuple(value.shape)}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key must have the head_dim of query, {query.shape[3]}, got {key.shape[3]}")
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must have the batch, heads and length of key, {tuple(key.shape[:3])}, got {tuple(value.shape[:3])}")
-    num_heads, num_heads_kv = query.shape[1], key.shape[1]
-    if num_heads != num_heads_kv and (num_heads_kv == 0 or num_heads % num_heads_kv != 0):
-        raise ValueError(f"the {num_heads} heads of query must be a multiple of the {num_heads_kv} heads of key and value")
-    return inputs
-
-
 def with_contiguous_last_dim(tensor: Tensor) -> Tensor:
     return tensor if has_contiguous_last_dim(tensor) else tensor.contiguous()
 
@@ -445,206 +302,9 @@ def has_contiguous_last_dim(tensor: Tensor) -> bool:
     return tensor.shape[-1] == 1 or tensor.stride(-1) == 1
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got {'a nested one, ' if tensor.is_nested else ''}layout {tensor.layout}")
-    if type(tensor) is not Tensor and type(tensor) is not Parameter and _overrides_functions(type(tensor)):
-        raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__}, which has its own idea of torch's functions")
-
-
-def _overrides_functions(kind: type[Tensor]) -> bool:
-    """Whether the memory of such a tensor may not hold what it stands for: it would have a say in a call of torch's own functions."""
-    if kind.__torch_function__ is Parameter.__torch_function__ or not is_torch_function_enabled():
-        return False
-    return getattr(kind.__torch_function__, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
-
-
-def causal_bias(mask: object) -> Literal["top_left", "bottom_right"] | None:
-    """What a torch.nn.attention.bias.CausalBias, which holds no values, stands for; None of anything else."""
-    kind = type(mask)
-    if kind is Tensor or kind.__name__ != "CausalBias" or kind.__module__ != "torch.nn.attention.bias":
-        return None
-    if mask.variant.name == "UPPER_LEFT" or mask.seq_len_q == mask.seq_len_kv:  # type: ignore[attr-defined]
-        return "top_left"
-    return "bottom_right"
-
-
-def _checked_tensor(
-    name: str,
-    tensor: Tensor,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-    shapes: tuple[tuple[int, ...], ...],
-    shape_words: str,
-) -> Tensor:
-    check_dense(name, tensor)
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {allowed}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
-    if not any(_same_shape(tensor.shape, shape) for shape in shapes):
-        allowed = " or ".join(str(tuple(int(n) for n in shape)) for shape in shapes)
-        raise ValueError(f"{name} must have shape {shape_words} = {allowed}, got {tuple(tensor.shape)}")
-    return saveable(tensor)
-
-
-def saveable(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that was made under torch.inference_mode, where a backward pass may need it: autograd does not save such
-    tensors, because they do not count their changes.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    return without_repetition(tensor).clone().expand(tensor.shape)
-
-
 def without_repetition(tensor: Tensor) -> Tensor:
     """The tensor with size 1 in dims that it was expanded in."""
     return tensor[tuple([slice(1) if stride == 0 else slice(None) for stride in tensor.stride()])]
-
-
-def _same_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Number by number: torch.compile does not know whether tuples that hold symbols are equal."""
-    return len(shape) == len(expected) and all(size == wanted for size, wanted in zip(shape, expected, strict=True))
-
-
-def _checked_lengths(name: str, lengths: Tensor, device: torch.device, batch: int) -> Tensor:
-    return _as_int32(_checked_tensor(name, lengths, device, (torch.int32, torch.int64), ((batch,),), "(batch,)"))
-
-
-def _as_int32(lengths: Tensor) -> Tensor:
-    if lengths.dtype is torch.int64:
-        limits = torch.iinfo(torch.int32)
-        lengths = lengths.clamp(limits.min, limits.max).to(torch.int32)  # not wrapped: 2**32 is long, not 0
-    return lengths.contiguous()
-
-
-def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.device, length: int | None = None) -> Tensor:
-    """length: how many there must be, those of the queries; None = any number, at least 1."""
-    check_dense(name, cu_seqlens)  # type: ignore[arg-type]  # None is refused by name
-    assert cu_seqlens is not None
-    if length is None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
-        length = cu_seqlens.shape[0]
-    return _as_int32(_checked_tensor(name, cu_seqlens, device, (torch.int32, torch.int64), ((length,),), "(batch + 1,)"))
-
-
-MAX_WASTE = 4  # how many rows a bound may stand for, per token
-
-
-def _longest(name: str, given: int | Tensor | None, cu_seqlens: Tensor, num_tokens: int) -> int:
-    """The bound on the sequences' lengths that costs follow: at most the number of tokens; near the longest where it can be read."""
-    least = min if torch.compiler.is_dynamo_compiling() else torch.sym_min  # which makes the former the latter, of plain numbers not
-    bound = num_tokens if given is None else least(checked_seqlen(name, given), num_tokens)
-    if torch.compiler.is_compiling() or (cu_seqlens.shape[0] - 1) * bound <= MAX_WASTE * num_tokens or not _is_readable(cu_seqlens):
-        return bound
-    return min(bound, int(cu_seqlens.diff().max().clamp(min=0)))
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether eager Python may look at the values, without a wait for a GPU."""
-    if type(tensor) is not Tensor or tensor.device.type != "cpu":
-        return False
-    return num_dispatch_modes() == 0 and not is_functorch_tensor(tensor)
-
-
-def is_integer(value: object) -> bool:
-    """Whether it is an int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor); a bool is none."""
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and value.dtype is not torch.bool and not value.is_floating_point() and not value.is_complex()
-    return not isinstance(value, bool) and isinstance(value, (int, torch.SymInt, numbers.Integral))
-
-
-def as_int(integer: Any) -> int:
-    """What is_integer, as an int of Python or the SymInt that it is; a tensor is read."""
-    return integer if isinstance(integer, (int, torch.SymInt)) else int(integer)  # type: ignore[return-value]  # a SymInt passes for one
-
-
-def checked_integer(name: str, value: Any) -> int:
-    if not is_integer(value):
-        given = f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int, got {given}")
-    return as_int(value)
-
-
-def checked_seqlen(name: str, seqlen: int | Tensor | None) -> int:
-    seqlen = checked_integer(name, seqlen)
-    if holds(seqlen < 0):
-        raise ValueError(f"{name} must be >= 0, got {seqlen}")
-    return seqlen
-
-
-def check_no_padding(what: str, **arguments: object) -> None:
-    for name, argument in arguments.items():
-        if argument is not None:
-            raise ValueError(f"{name} must be None for {what}, whose offsets say where each sequence starts and ends")
-
-
-def _check_prepared(mask: PreparedMask, full_shape: tuple[int, int, int, int], device: torch.device, beside: dict[str, Any]) -> None:
-    if not hasattr(mask, "mask_bits"):  # its class is not known here: prepare_mask needs this module
-        raise TypeError(f"attn_mask must be a torch.Tensor or a PreparedMask, got {type(mask).__name__}")
-    for name, argument in beside.items():
-        if argument is not None and argument is not False:
-            raise ValueError(f"{name} must not be given beside a PreparedMask: give it to prepare_mask")
-    if mask.mask_bits.device != device:
-        raise ValueError(f"attn_mask must be on the device of query, {device}, got {mask.mask_bits.device}: PreparedMask.to moves it")
-    fits = all(size == full or (size == 1 and dim < 2) for dim, (size, full) in enumerate(zip(mask.shape, full_shape, strict=True)))
-    if not fits:
-        raise ValueError(
-            "attn_mask must have been prepared for (1 or batch, 1 or num_heads, seqlen_q, seqlen_k) of "
-            f"{tuple(int(n) for n in full_shape)}, it is for {mask.shape}"
-        )
-
-
-def _checked_attn_mask(mask: Tensor, full_shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    check_dense("attn_mask", mask)
-    if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"attn_mask must be bool (True = may attend) or floating point (added to the scores), got {mask.dtype}")
-    if mask.device != device:
-        raise ValueError(f"attn_mask must be on the device of query, {device}, got {mask.device}")
-    if mask.dim() == 3:
-        raise ValueError(
-            f"attn_mask with 3 dims {tuple(mask.shape)} is ambiguous: write attn_mask[:, None] for one mask per batch element, "
-            "attn_mask[None] for one per head"
-        )
-    if mask.dim() == 2:
-        mask = mask[None, None]
-    if mask.dim() != 4 or not all(size == full or size == 1 for size, full in zip(mask.shape, full_shape, strict=True)):
-        raise ValueError(
-            "attn_mask must have shape (seqlen_q, seqlen_k), or 4 dims that broadcast to (batch, num_heads, seqlen_q, seqlen_k) = "
-            f"{tuple(int(n) for n in full_shape)}, got {tuple(mask.shape)}"
-        )
-    return saveable(mask)
-
-
-def _checked_number(name: str, given: float | Tensor) -> float:
-    value = as_number(name, given)
-    if not -math.inf < value < math.inf:  # not math.isfinite: torch.compile may hold the number as a symbol
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
-
-
-def as_number(name: str, given: float | Tensor) -> float:
-    """A number of Python or NumPy, or a 0-dim tensor without a gradient, which is read."""
-    if type(given) is float:
-        return given
-    if isinstance(given, Tensor):
-        if given.dim() != 0 or given.dtype is torch.bool or given.is_complex():
-            raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(given.shape)} and dtype {given.dtype}")
-        if given.requires_grad:
-            raise TypeError(f"{name} has no gradient, but the tensor given for it requires one")
-        given = given.item()
-    elif isinstance(given, bool) or not isinstance(given, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(given).__name__}")
-    return float(given)
-
-
-def _check_representable(name: str, size: float, smallest: float, dtype: torch.dtype) -> None:
-    if dtype is not torch.float64 and not smallest <= size <= FLOAT32.max:
-        raise ValueError(f"the size of {name} must be in [{smallest:.3g}, {FLOAT32.max:.3g}] where scores are float32, got {size}")
 
 
 def uncovered_numbers(problem: Problem) -> list[str]:
@@ -659,45 +319,3 @@ def uncovered_numbers(problem: Problem) -> list[str]:
     if problem.softcap is not None and not smallest <= problem.softcap <= largest:
         reasons.append(f"softcap must be in [2^-60, 2^20], is {problem.softcap}")
     return reasons
-
-
-def _checked_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window must be a pair (left, right), got {window!r}")
-    for name, side in zip(("left", "right"), window, strict=True):
-        if side is not None and (not is_integer(side) or side < 0):
-            raise ValueError(f"window {name} must be None (unlimited) or an int >= 0, got {side!r}")
-    left, right = (None if side is None else as_int(side) for side in window)
-    return left, right
-
-
-def _checked_diagonal(diagonal: int | str | None, is_causal: bool | str) -> tuple[int, bool]:
-    """Its offset, and whether that counts from the bottom right."""
-    if not isinstance(is_causal, bool):
-        if is_causal != "top_left" and is_causal != "bottom_right":
-            raise ValueError(f"is_causal must be False, True, 'top_left' or 'bottom_right', got {is_causal!r}")
-        if diagonal is not None and diagonal != is_causal:
-            raise ValueError(f"diagonal must be None beside is_causal={is_causal!r}, which says where it runs, got {diagonal!r}")
-        diagonal = is_causal
-    if diagonal is None:
-        return 0, False
-    if isinstance(diagonal, str):
-        if diagonal not in ("top_left", "bottom_right"):
-            raise ValueError(f"diagonal must be None, 'top_left', 'bottom_right' or an int, got {diagonal!r}")
-        return 0, diagonal == "bottom_right"
-    offset = checked_integer("diagonal", diagonal)
-    if holds(offset < -MAX_DIAGONAL) or holds(offset > MAX_DIAGONAL):
-        raise ValueError(f"diagonal must be in [-2^29, 2^29], got {offset}")
-    return offset, False
-
-
-def _checked_rng_state(rng_state: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    if rng_state is not None:
-        rng_state = _checked_tensor("rng_state", rng_state, device, (torch.int64,), ((2,),), "(2,)").contiguous()
-    if not 0.0 < dropout_p < 1.0:
-        return None
-    if rng_state is None:
-        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)  # torch.compile does not take Tensor.random_
-    return rng_state

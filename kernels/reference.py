@@ -27,8 +27,17 @@ from .problem import Problem, holds, in_output_memory
 MASKED_BELOW = -1e30  # a float mask value below this masks: Hugging Face writes finfo.min
 
 
-def unsupported_reasons(problem: Problem) -> list[str]:
+def status() -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def uncovered(problem: Problem) -> list[str]:
+    """Empty: it covers everything."""
     return []
+
+
+unsupported_reasons = uncovered
 
 
 def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:

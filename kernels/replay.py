@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .problem import NO_OPTIONAL_TENSORS, Problem
+from .problem import NO_OPTIONAL_TENSORS, TENSORS, Problem
 from .torch_internals import current_device, forward_mode, num_dispatch_modes, tensor_guard
 
 Prepared = TypeVar("Prepared")
@@ -37,6 +37,7 @@ class _Remembered(NamedTuple):
     call: Call
 
 
+_NO_OTHERS = (None,) * (len(TENSORS) - 3)  # than attn_mask, key_mask and key_lengths
 _calls: dict[tuple, list[_Remembered]] = {}
 _prepared: dict[tuple, Any] = {}
 
@@ -69,8 +70,7 @@ def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
                 return None
             if key_mask is None and key_lengths is None:
                 return call(query, key, value, NO_OPTIONAL_TENSORS, return_lse)
-            optional = (None, key_mask, key_lengths, None, None, None, None, None, None, None, None, None, None)
-            return call(query, key, value, optional, return_lse)
+            return call(query, key, value, (None, key_mask, key_lengths, *_NO_OTHERS), return_lse)
     return None
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu, cuda_backend, reference, triton_backend
+from .backends import BACKENDS
 from .problem import Problem
 
-ORDER = ("cuda", "triton", "cpu", "reference")
 WARN_ABOVE_SCORES = 2**20  # a routed call that lands on the reference with more scores per head than this warns once
 
 
@@ -28,51 +27,45 @@ class Explanation:
 
 def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
     """Why a backend cannot run this problem; empty when it can."""
-    if backend == "reference":
-        return reference.unsupported_reasons(problem)
-    if backend == "cuda":
-        return cuda_backend.unsupported_reasons(problem)
-    if backend == "triton":
-        return triton_backend.unsupported_reasons(problem)
-    return cpu.unsupported_reasons(problem)
+    return BACKENDS[backend].unsupported_reasons(problem)
 
 
 def routed_reasons(backend: str, problem: Problem) -> list[str]:
     """Why routing does not choose a backend: because it cannot run the problem, or because it is Triton's interpreter, made for tests."""
     reasons = unsupported_reasons(backend, problem)
-    if backend == "triton" and not reasons and triton_backend.interpreted():
+    if backend == "triton" and not reasons and BACKENDS["triton"].interpreted():
         return ["Triton is interpreted (TRITON_INTERPRET=1), which only backend='triton' asks for"]
     return reasons
 
 
 def backend_status() -> dict[str, str | None]:
     """For each backend None when this machine can run it, else the reason why not."""
-    return {"cuda": cuda_backend.status(), "triton": triton_backend.status(), "cpu": cpu.status(), "reference": None}
+    return {name: backend.status() for name, backend in BACKENDS.items()}
 
 
 def choose(problem: Problem, backend: str | None) -> str:
-    """The backend to run: the named one, else the first in ORDER that covers the problem.
+    """The backend to run: the named one, else the first of BACKENDS that covers the problem.
 
     Raises:
         ValueError: the name is unknown, or that backend cannot run this problem; the message lists the reasons.
     """
     if backend is not None:
-        if backend not in ORDER:
-            raise ValueError(f"backend must be None or one of {ORDER}, got {backend!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be None or one of {tuple(BACKENDS)}, got {backend!r}")
         reasons = unsupported_reasons(backend, problem)
         if reasons:
             raise ValueError(f"backend {backend!r} cannot run this call: {'; '.join(reasons)}")
         return backend
-    for name in ORDER[:-1]:
-        if not routed_reasons(name, problem):
+    for name in BACKENDS:
+        if name != "reference" and not routed_reasons(name, problem):
             return name
     if problem.max_seqlen_q * problem.max_seqlen_k > WARN_ABOVE_SCORES and not torch.compiler.is_compiling():
         warnings.warn(f"attention runs unfused: {explain_problem(problem)}", stacklevel=3)
-    return ORDER[-1]
+    return "reference"
 
 
 def explain_problem(problem: Problem) -> Explanation:
-    reasons = {name: routed_reasons(name, problem) for name in ORDER}
-    chosen = next(name for name in ORDER if not reasons[name])
-    others = {name: reasons[name] or [f"{chosen} comes first"] for name in ORDER if name != chosen}
+    reasons = {name: routed_reasons(name, problem) for name in BACKENDS}
+    chosen = next(name for name in BACKENDS if not reasons[name])
+    others = {name: reasons[name] or [f"{chosen} comes first"] for name in BACKENDS if name != chosen}
     return Explanation(chosen, others)

@@ -11,11 +11,11 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from . import replay
 from .attention import attention, attention_varlen, autocast_inputs
-from .jagged import of_strided_sequences
+from .checks import as_number, causal_bias, make_problem
 from .ops import run
-from .prepared_mask import PreparedMask
-from .problem import OutMemory, as_number, causal_bias, make_problem
+from .problem import OutMemory, PreparedMask
 from .routing import choose
+from .torch_integration.jagged import of_strided_sequences
 from .torch_internals import RESULTS_LIKE_3D_QUERIES
 
 

@@ -7,16 +7,10 @@ from typing import Any
 
 import torch
 
-from . import cpu, cuda_backend, reference, triton_backend
+from .backends import BACKENDS
+from .checks import make_problem
 from .prepared_mask import prepare_mask
-from .problem import Problem, make_problem
-
-UNCOVERED: dict[str, Callable[[Problem], list[str]]] = {  # what each backend's kernels lack on any machine
-    "reference": reference.unsupported_reasons,
-    "cuda": cuda_backend.uncovered,
-    "triton": triton_backend.uncovered,
-    "cpu": cpu.unsupported_reasons,
-}
+from .problem import Problem
 
 
 def _problem(
@@ -63,23 +57,23 @@ FEATURES: dict[str, Callable[[], Problem]] = {
 }
 
 
-KERNEL, OPERATOR, FORMULA = "the kernel", "the kernel, as one operator", "the reference formula"
+KERNEL, OPERATOR, REFERENCE = "the kernel", "the kernel, as one operator", "the reference"
 TRANSFORMS = {  # what torch may do with a call, and what then runs, on every backend
     "no gradient, inference mode": KERNEL,
     "gradients": KERNEL,
-    "derivatives of derivatives, of any order": FORMULA,
-    "forward-mode AD": FORMULA,
-    "torch.func: vmap, grad, vjp, jvp, jacrev, jacfwd, hessian": FORMULA,
+    "derivatives of derivatives, of any order": REFERENCE,
+    "forward-mode AD": REFERENCE,
+    "torch.func: vmap, grad, vjp, jvp, jacrev, jacfwd, hessian": REFERENCE,
     "torch.autograd.grad with is_grads_batched": KERNEL,
     "torch.compile(fullgraph=True), sizes may change": OPERATOR,
-    "torch.func inside torch.compile": FORMULA,
+    "torch.func inside torch.compile": REFERENCE,
     "torch.export, AOTInductor": OPERATOR,
     "checkpointing, reentrant or not": KERNEL,
     "selective checkpointing": OPERATOR,
     "autocast": KERNEL,
     "FLOP counter": OPERATOR,
     "fake tensors": OPERATOR,
-    "meta tensors": FORMULA,
+    "meta tensors": REFERENCE,
     "nested tensors, layout torch.jagged": KERNEL,
     "DTensor, sharded over batch or heads": OPERATOR,
 }
@@ -91,9 +85,9 @@ def transforms_table() -> str:
 
 def support_table() -> str:
     """A Markdown table: yes where a backend's kernels run the feature, forward and backward, forward where only without gradients."""
-    lines = ["| feature | " + " | ".join(UNCOVERED) + " |", "|---|" + "---|" * len(UNCOVERED)]
+    lines = ["| feature | " + " | ".join(BACKENDS) + " |", "|---|" + "---|" * len(BACKENDS)]
     for feature, problem in FEATURES.items():
-        answers = [_answer(uncovered, problem()) for uncovered in UNCOVERED.values()]
+        answers = [_answer(backend.uncovered, problem()) for backend in BACKENDS.values()]
         lines.append(f"| {feature} | " + " | ".join(answers) + " |")
     return "\n".join(lines)
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from . import routing
-from .ops import KERNEL_BACKENDS, reaches_kernels
-from .problem import NUM_INPUTS, NUM_OPTIONAL, Problem, saveable
+from .backends import BACKENDS
+from .checks import saveable
+from .ops import reaches_kernels
+from .problem import NUM_INPUTS, PLACE, TENSORS, Problem
 from .reference import dropout, masked_scores, without_autocast
-
-BACKENDS = ("triton", "cpu")  # whose kernels compute weights
 
 
 def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     """Weights after dropout: by a kernel where one runs, else by the reference, which also is where their gradient comes from."""
     lse = saveable(lse)
     if lse.dtype == torch.float32 and reaches_kernels(problem, lse):
-        for backend in BACKENDS:
-            if not routing.routed_reasons(backend, problem):
+        for backend, kernels in BACKENDS.items():
+            if hasattr(kernels, "attention_weights") and not routing.routed_reasons(backend, problem):
                 differentiable = (lse, *problem.inputs[:2], problem.attn_mask, problem.alibi_slopes)
                 return _Weights.apply(problem, backend, average_heads, *differentiable)
     return reference_weights(problem, lse, average_heads)
@@ -31,18 +31,19 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: str, average_heads: bool, lse: Tensor, *differentiable: Tensor | None) -> Tensor:
-        num_tensors = NUM_INPUTS[problem.layout] + NUM_OPTIONAL
+        num_tensors = NUM_INPUTS[problem.layout] + len(TENSORS)
         arguments = problem.op_arguments()
         ctx.layout, ctx.average_heads, ctx.options = problem.layout, average_heads, arguments[num_tensors:]
         ctx.save_for_backward(lse, *arguments[:num_tensors])
-        return KERNEL_BACKENDS[backend].attention_weights(problem, lse, average_heads)
+        return BACKENDS[backend].attention_weights(problem, lse, average_heads)
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
         higher = torch.is_grad_enabled()
         tensors = list(ctx.saved_tensors)
         num_inputs = NUM_INPUTS[ctx.layout]
-        places = (0, 1, 2, 1 + num_inputs, 5 + num_inputs)  # of lse, query, key, attn_mask and alibi_slopes
+        optional = 1 + num_inputs  # lse comes first
+        places = (0, 1, 2, optional + PLACE["attn_mask"], optional + PLACE["alibi_slopes"])  # of lse, query, key, and these
         with torch.enable_grad():
             for place in places:  # aliases: one tensor may be another one, or be computed from it
                 tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])

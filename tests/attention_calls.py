@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attention.kernels.call import Call
+from fused_attention.kernels.checks import make_problem
 from fused_attention.kernels.ops import forward
 from fused_attention.kernels.prepared_mask import prepare_mask
-from fused_attention.kernels.problem import Gradients, Problem, empty_output, make_problem
+from fused_attention.kernels.problem import Gradients, Problem, empty_output
 from fused_attention.kernels.reference import present
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

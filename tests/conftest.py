@@ -11,7 +11,9 @@ import reference_kernels
 import sample
 import torch
 
-from fused_attention.kernels import cpu, cuda_backend, ops, replay, routing
+from fused_attention.kernels import backends, replay
+from fused_attention.kernels.native import cpu
+from fused_attention.kernels.native import cuda as cuda_backend
 
 pytest_plugins = ["pytester"]
 collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
@@ -72,8 +74,7 @@ def no_short_kernels() -> Iterator[None]:
 @pytest.fixture
 def kernels_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference stands in for the Triton kernels, so that what surrounds kernels that cover everything runs without a GPU."""
-    monkeypatch.setitem(ops.KERNEL_BACKENDS, "triton", reference_kernels)
-    monkeypatch.setattr(routing, "triton_backend", reference_kernels)
+    monkeypatch.setitem(backends.BACKENDS, "triton", reference_kernels)
 
 
 @pytest.fixture(params=ALL_INSTRUCTION_SETS)

@@ -25,8 +25,9 @@ from emulator import Module, Schedule, why_not_buildable
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fused_attention.kernels import cuda_backend, replay
+from fused_attention.kernels import replay
 from fused_attention.kernels.attention import attention
+from fused_attention.kernels.native import cuda as cuda_backend
 from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import Problem, empty_output
 from fused_attention.kernels.reference import present

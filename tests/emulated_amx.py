@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 HEADER = Path(__file__).with_suffix(".h")
 

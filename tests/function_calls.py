@@ -13,7 +13,7 @@ from attention_calls import CALL, build, options_of
 from torch import Tensor
 
 from fused_attention import attention_decode, attention_varlen
-from fused_attention.kernels import ops, replay
+from fused_attention.kernels import backends, replay
 from fused_attention.kernels.attention import attention
 from fused_attention.kernels.problem import Problem
 from fused_attention.kernels.weights import reference_weights
@@ -223,7 +223,7 @@ def check_repeated_call(backend: str, options: Callable, dtype: torch.dtype, dev
         replay.forget()
         attention(*inputs, **arguments, return_lse=True, backend=backend)
         with monkeypatch.context() as patches:
-            patches.setitem(ops.KERNEL_BACKENDS, backend, None)  # what goes all the way fails
+            patches.setitem(backends.BACKENDS, backend, None)  # what goes all the way fails
             results = attention(*others, **arguments, return_lse=True, backend=backend)
             out = attention(*others, **arguments, backend=backend)
         assert torch.equal(out, expected[0])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager, saved_rounding
 
-from fused_attention.kernels.problem import Problem, make_problem
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.problem import Problem
 from fused_attention.kernels.reference import attention_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

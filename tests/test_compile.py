@@ -27,7 +27,7 @@ from fused_attention import (
     replace_attention,
     scaled_dot_product_attention,
 )
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 from fused_attention.kernels.torch_internals import release
 
 pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")

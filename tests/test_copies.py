@@ -27,8 +27,8 @@ from fused_attention import (
     explain,
     prepare_mask,
 )
-from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.native import cpu
 from fused_attention.transformer.embedding import TokenEmbedding
 from fused_attention.transformer.memory import Memory, Padding
 

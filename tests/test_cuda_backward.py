@@ -13,8 +13,8 @@ from cuda_emulation import A100, SMALL, EmulatedGpu
 from function_calls import VARLEN, check_packed_sequences
 
 from csrc.cuda.instances.manifest import INSTANCES, Instance
-from fused_attention.kernels import cuda_backend
 from fused_attention.kernels.attention import attention, attention_qkv_packed
+from fused_attention.kernels.native import cuda as cuda_backend
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),

@@ -20,7 +20,7 @@ from csrc.cuda import build_images, toolkit
 from csrc.cuda.build_images import Cost
 from csrc.cuda.instances import manifest
 from csrc.cuda.instances.manifest import INSTANCES
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD_DIMS = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)]

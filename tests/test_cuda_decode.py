@@ -11,7 +11,7 @@ from cuda_emulation import A100, SMALL, EmulatedGpu, check, check_call
 
 from csrc.cuda.instances.manifest import INSTANCES, Instance
 from fused_attention import attention, attention_decode
-from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels.checks import make_problem
 
 pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
 

@@ -14,7 +14,7 @@ import standin_driver
 from emulator.build import CXX
 
 from csrc.cuda.instances import manifest
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 
 pytestmark = pytest.mark.skipif(not cuda_backend.compiled()[0].isdigit(), reason=f"built without CUDA: {cuda_backend.compiled()}")
 
@@ -324,7 +324,7 @@ def test_info_tells_of_each_gpu(driver: Path) -> None:
 
 UNINITIALIZED = """
 import ctypes, torch, fused_attention
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 from fused_attention.transformer.translation.machine import backend_lines, machine_report
 
 def initialized():

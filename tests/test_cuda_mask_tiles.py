@@ -13,10 +13,11 @@ from cuda_emulation import EmulatedGpu
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cuda as cuda_backend
 from fused_attention.kernels.ops import forward
 from fused_attention.kernels.prepared_mask import pack_bits, prepare_mask, tile_lists
-from fused_attention.kernels.problem import Problem, make_problem, unpack_bits
+from fused_attention.kernels.problem import Problem, unpack_bits
 from fused_attention.kernels.reference import allowed_pairs, present
 
 pytestmark = [

@@ -20,7 +20,7 @@ from function_calls import VARLEN, check_packed_sequences
 from csrc.cuda.instances.manifest import CSRC, INSTANCES, Instance, image_source
 from fused_attention.benchmarks import cuda_backward
 from fused_attention.benchmarks.gpu_timing import Time
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 
 pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
 

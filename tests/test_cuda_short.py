@@ -15,10 +15,10 @@ from cuda_emulation import A100, RTX_4090, SMALL, EmulatedGpu
 
 from csrc.cuda.instances.manifest import INSTANCES, Instance
 from fused_attention import attention_varlen
-from fused_attention.kernels import cuda_backend
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cuda as cuda_backend
 from fused_attention.kernels.ops import forward
-from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.reference import padded
 
 pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention, attention_decode
+from fused_attention.kernels.native import cpu
 
 BACKENDS = [
     "reference",

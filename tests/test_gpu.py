@@ -25,7 +25,7 @@ from on_gpu.processes import family, run_until
 from on_gpu.results import Results
 
 from fused_attention.benchmarks import report
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 
 TESTS = Path(__file__).resolve().parent
 A_GPU = Machine("a GPU", (9, 0), "torch 2.11", "")

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import MultiHeadAttention, attention, attention_varlen, attention_weights, prepare_mask
-from fused_attention.kernels import cpu, replay
+from fused_attention.kernels import replay
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.native import cpu
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.model import Transformer
 

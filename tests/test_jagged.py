@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_attention import attention, attention_decode, attention_varlen, prepare_mask, scaled_dot_product_attention
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]

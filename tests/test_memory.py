@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 

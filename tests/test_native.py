@@ -15,10 +15,11 @@ from conftest import ALL_INSTRUCTION_SETS
 from hypothesis import HealthCheck, given, note, settings
 from torch import Tensor
 
-from fused_attention.kernels import cpu
 from fused_attention.kernels.attention import attention
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cpu
 from fused_attention.kernels.ops import forward
-from fused_attention.kernels.problem import Gradients, make_problem
+from fused_attention.kernels.problem import Gradients
 from fused_attention.kernels.reference import attention_reference
 
 pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")

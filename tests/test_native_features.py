@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_calls import DTYPES, FEATURES, check_call
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 pytestmark = [
     pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),

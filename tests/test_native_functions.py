@@ -20,7 +20,7 @@ from function_calls import (
     check_weights,
 )
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 pytestmark = [
     pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attention import attention, attention_weights
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 onnx = pytest.importorskip("onnx", reason="onnx, which brings the cases, is not installed")
 node_cases = pytest.importorskip("onnx.backend.test.case.node")

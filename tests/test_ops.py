@@ -18,10 +18,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_attention.kernels import cpu, ops
+from fused_attention.kernels import backends, ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cpu
 from fused_attention.kernels.prepared_mask import prepare_mask
-from fused_attention.kernels.problem import DIFFERENTIABLE_OPTIONAL, NUM_INPUTS, NUM_OPTIONAL, Problem, make_problem
+from fused_attention.kernels.problem import DIFFERENTIABLE, INPUTS, OPTIONS, PLACE, TENSORS, Gradients, Problem
 
 needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 
@@ -46,14 +48,24 @@ def layout_inputs(layout: str, requires_grad: bool = True, dtype: torch.dtype = 
 CALLS = {"separate": attention, "qkv": attention_qkv_packed, "kv": attention_kv_packed}
 
 
-@pytest.mark.parametrize("layout", NUM_INPUTS)
+@pytest.mark.parametrize("layout", INPUTS)
 def test_an_operators_arguments_are_the_fields_of_a_problem(layout: str) -> None:
     names = [argument.name for argument in getattr(torch.ops.fused_attention, f"attention_{layout}").default._schema.arguments]
     after_the_inputs = [field.name for field in fields(Problem) if field.init][5:]  # layout, inputs, query, key, value
-    assert names[NUM_INPUTS[layout] :] == [*after_the_inputs, "backend"]
-    optional_tensors = after_the_inputs[:NUM_OPTIONAL]
-    assert optional_tensors[-1] == "column_tiles"
-    assert [optional_tensors[place] for place in DIFFERENTIABLE_OPTIONAL] == ["attn_mask", "alibi_slopes", "sinks"]
+    assert after_the_inputs == [*TENSORS, *OPTIONS]
+    assert names == [*INPUTS[layout], *after_the_inputs, "backend"]
+
+
+def test_what_is_written_out_is_in_the_order_of_the_table() -> None:
+    named = [field.name for field in fields(Problem) if field.init]
+    problem = Problem(*named)  # type: ignore[arg-type]  # each holds its own name
+    assert problem.optional_tensors() == tuple(TENSORS)
+    assert problem.options() == tuple(OPTIONS)
+    assert problem.differentiable()[len(problem.inputs) :] == tuple(DIFFERENTIABLE)
+    assert [field.name for field in fields(Gradients)] == ["query", "key", "value", *DIFFERENTIABLE]
+    in_extension = [tensor.in_extension for tensor in TENSORS.values()]
+    assert in_extension == sorted(in_extension, reverse=True)
+    assert list(PLACE)[1:3] == ["key_mask", "key_lengths"]  # as replay.repeat has them
 
 
 def test_exported_calls_hold_one_operator() -> None:
@@ -225,8 +237,8 @@ def test_the_path_of_an_eager_call(condition: str, requires_grad: bool, monkeypa
     def noted(path: str, function: Any) -> Any:
         return lambda *arguments: taken.append(path) or function(*arguments)
 
-    kernels = types.SimpleNamespace(prepare=watched(cpu.prepare, lambda: taken.append("kernel")), backward=cpu.backward)
-    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", kernels)
+    kernels = types.SimpleNamespace(**vars(cpu) | {"prepare": watched(cpu.prepare, lambda: taken.append("kernel"))})
+    monkeypatch.setitem(backends.BACKENDS, "cpu", kernels)
     monkeypatch.setitem(ops._REGISTERED, "separate", noted("operator", ops._REGISTERED["separate"]))
     monkeypatch.setattr(ops, "attention_reference", noted("reference", ops.attention_reference))
     query, key, value = layout_inputs("separate", requires_grad)

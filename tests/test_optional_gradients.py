@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_attention.kernels import ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
-from fused_attention.kernels.problem import Gradients, make_problem
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.problem import Gradients
 
 pytestmark = pytest.mark.usefixtures("kernels_by_reference", "poisoned_memory")
 

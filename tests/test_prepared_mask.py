@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.kernels import cpu, ops
+from fused_attention.kernels import ops
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
-from fused_attention.kernels.prepared_mask import PreparedMask, pack_bits, prepare_mask
-from fused_attention.kernels.problem import make_problem, unpack_bits
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cpu
+from fused_attention.kernels.prepared_mask import pack_bits, prepare_mask
+from fused_attention.kernels.problem import PreparedMask, unpack_bits
 
 needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 

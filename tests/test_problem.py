@@ -14,8 +14,8 @@ from fused_attention.kernels.attention import (
     attention_qkv_packed,
     attention_weights,
 )
+from fused_attention.kernels.checks import make_problem
 from fused_attention.kernels.prepared_mask import prepare_mask
-from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.scaled_dot_product_attention import scaled_dot_product_attention
 
 QUERY = torch.zeros(2, 4, 5, 8)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attention import attention, attention_decode, attention_varlen, attention_weights, prepare_mask, scaled_dot_product_attention
-from fused_attention.kernels import cpu, replay
+from fused_attention.kernels import replay
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.native import cpu
 from fused_attention.kernels.problem import Problem
 from fused_attention.kernels.weights import reference_weights
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_translation import write_corpus
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 from fused_attention.kernels.support import support_table, transforms_table
 
 ROOT = Path(__file__).resolve().parents[1]

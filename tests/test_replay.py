@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fused_attention import attention, attention_decode
 from fused_attention.kernels import attention as attention_module
-from fused_attention.kernels import cpu, cuda_backend, replay
+from fused_attention.kernels import replay
+from fused_attention.kernels.native import cpu
+from fused_attention.kernels.native import cuda as cuda_backend
 
 pytestmark = [
     pytest.mark.skipif(cuda_backend._native is None, reason="the compiled extension is not there"),

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention
 from fused_attention.kernels import attention as attention_module
-from fused_attention.kernels import cpu, replay
+from fused_attention.kernels import replay
 from fused_attention.kernels.call import Call
+from fused_attention.kernels.native import cpu
 from fused_attention.kernels.problem import Problem
 
 pytestmark = [

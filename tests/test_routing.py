@@ -11,8 +11,10 @@ import torch
 from attention_calls import watched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_attention.kernels import cpu, routing, triton_backend
+from fused_attention.kernels import routing
 from fused_attention.kernels.attention import attention, attention_weights, explain
+from fused_attention.kernels.native import cpu
+from fused_attention.kernels.triton import backend as triton_backend
 
 needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 

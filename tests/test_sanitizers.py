@@ -14,7 +14,7 @@ import pytest
 from compiled import CXX, compiled
 from emulated_amx import can_emulate, emulation_flags
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/sanitizers"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_attention.kernels import cpu
+from fused_attention.kernels.native import cpu
 
 pytestmark = [
     pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),

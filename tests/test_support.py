@@ -20,9 +20,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention
-from fused_attention.kernels import cpu, cuda_backend, ops, triton_backend
-from fused_attention.kernels.problem import Problem, make_problem, uncovered_numbers
-from fused_attention.kernels.support import FORMULA, KERNEL, OPERATOR, TRANSFORMS, UNCOVERED
+from fused_attention.kernels import ops
+from fused_attention.kernels.backends import BACKENDS
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cpu
+from fused_attention.kernels.native import cuda as cuda_backend
+from fused_attention.kernels.problem import Problem, uncovered_numbers
+from fused_attention.kernels.support import KERNEL, OPERATOR, REFERENCE, TRANSFORMS
+from fused_attention.kernels.triton import backend as triton_backend
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/support.md").read_text()
 
@@ -71,7 +76,7 @@ def lines(backend: str) -> dict[str, str]:
 @pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
 @pytest.mark.parametrize(("backend", "call"), [(backend, call) for backend, calls in CALLS.items() for call in calls])
 def test_each_line_is_refused_for_its_reason(backend: str, call: str) -> None:
-    assert UNCOVERED[backend](CALLS[backend][call]()) == [lines(backend)[call]]
+    assert BACKENDS[backend].uncovered(CALLS[backend][call]()) == [lines(backend)[call]]
 
 
 @pytest.mark.parametrize("backend", CALLS)
@@ -84,20 +89,19 @@ def test_the_page_and_the_calls_are_the_same_list(backend: str) -> None:
     [
         ("cuda", (cuda_backend.uncovered, uncovered_numbers)),
         ("triton", (triton_backend.uncovered, uncovered_numbers)),
-        ("cpu", (cpu.unsupported_reasons, uncovered_numbers)),
+        ("cpu", (cpu.uncovered, uncovered_numbers)),
     ],
 )
 def test_no_reason_is_left_out(backend: str, functions: tuple[Callable, ...]) -> None:
-    """As many lines as the source has reasons; two of the CPU's are of the machine."""
-    of_machine = 2 if backend == "cpu" else 0
+    """As many lines as the source has reasons."""
     reasons = sum(inspect.getsource(function).count("reasons.append(") for function in functions)
-    assert reasons == len(lines(backend)) + of_machine
+    assert reasons == len(lines(backend))
 
 
 def test_the_reference_takes_everything() -> None:
     for calls in CALLS.values():
         for call in calls.values():
-            assert UNCOVERED["reference"](call()) == []
+            assert BACKENDS["reference"].uncovered(call()) == []
 
 
 def plain_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -202,16 +206,16 @@ def test_what_runs_is_what_the_table_of_transforms_says(transform: str, monkeypa
     if "compile" not in transform and "export" not in transform:  # of these the operators in the graph tell, and the reference is none
         for name in ops._REGISTERED:
             monkeypatch.setitem(ops._REGISTERED, name, noted(OPERATOR, ops._REGISTERED[name]))
-        monkeypatch.setattr(ops, "attention_reference", noted(FORMULA, ops.attention_reference))
-    run = types.SimpleNamespace(prepare=watched(cpu.prepare, lambda: seen.append(KERNEL)), backward=noted(KERNEL, cpu.backward))
-    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", run)
+        monkeypatch.setattr(ops, "attention_reference", noted(REFERENCE, ops.attention_reference))
+    watching = {"prepare": watched(cpu.prepare, lambda: seen.append(KERNEL)), "backward": noted(KERNEL, cpu.backward)}
+    monkeypatch.setitem(BACKENDS, "cpu", types.SimpleNamespace(**vars(cpu) | watching))
     TRANSFORMED[transform](plain_inputs(), tmp_path)
     if "inside torch.compile" in transform:
         assert KERNEL not in seen
     elif "compile" in transform or "export" in transform:
         assert KERNEL in seen
-    elif TRANSFORMS[transform] == FORMULA:
-        assert FORMULA in seen
+    elif TRANSFORMS[transform] == REFERENCE:
+        assert REFERENCE in seen
     elif TRANSFORMS[transform] == OPERATOR:
         assert seen[0] == OPERATOR
     else:

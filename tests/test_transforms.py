@@ -20,8 +20,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attention import attention, attention_varlen, attention_weights, scaled_dot_product_attention
-from fused_attention.kernels import cpu, ops, routing
+from fused_attention.kernels import backends, ops, routing
 from fused_attention.kernels.attention import attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.native import cpu
 from fused_attention.transformer.attention import MultiHeadAttention
 
 needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
@@ -46,8 +47,7 @@ def tensors(requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> 
 @pytest.fixture
 def float64_on_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference in float64 stands in for the CPU kernels, so that finite differences can judge what is built around them."""
-    monkeypatch.setitem(ops.KERNEL_BACKENDS, "cpu", reference_kernels)
-    monkeypatch.setattr(routing, "cpu", reference_kernels)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", reference_kernels)
 
 
 @pytest.mark.usefixtures("float64_on_cpu_kernels")

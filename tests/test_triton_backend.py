@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fused_attention import attention, explain
-from fused_attention.kernels import ops, triton_backend
+from fused_attention.kernels import ops
 from fused_attention.kernels.torch_internals import release
+from fused_attention.kernels.triton import backend as triton_backend
 
 CALL = "import torch\nfrom fused_attention import attention, explain\nquery = torch.randn(1, 1, 8, 16)\n"
 
@@ -170,8 +171,8 @@ def test_the_interpreter_is_not_trusted_with_bfloat16() -> None:
     pytest.importorskip("triton")
     program = """
 import torch
-from fused_attention.kernels import triton_backend
-from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels.triton import backend as triton_backend
+from fused_attention.kernels.checks import make_problem
 for dtype in (torch.float16, torch.bfloat16):
     query = torch.zeros(1, 1, 4, 16, dtype=dtype)
     print(triton_backend.unsupported_reasons(make_problem("separate", (query, query, query))))

@@ -27,7 +27,7 @@ from triton_offline import Binary, OfflineDriver, offline  # noqa: E402
 from triton_resources import Resources, failures, resources  # noqa: E402
 
 from fused_attention.benchmarks import tune  # noqa: E402
-from fused_attention.kernels.triton_launch import Tile, launch, tile_table  # noqa: E402
+from fused_attention.kernels.triton.launch import Tile, launch, tile_table  # noqa: E402
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

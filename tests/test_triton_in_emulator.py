@@ -18,9 +18,9 @@ if triton.knobs.runtime.interpret:
 from triton_offline import SHARED_MEMORY, Launch, offline  # noqa: E402
 from triton_resources import threads_of  # noqa: E402
 
-from fused_attention.kernels import triton_backend  # noqa: E402
 from fused_attention.kernels.ops import forward  # noqa: E402
 from fused_attention.kernels.problem import Gradients  # noqa: E402
+from fused_attention.kernels.triton import backend as triton_backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(why_not_buildable() is not None, reason=str(why_not_buildable()))
 

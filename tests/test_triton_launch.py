@@ -19,9 +19,9 @@ import triton.language as tl  # noqa: E402
 from triton_offline import Launch, offline  # noqa: E402
 
 from fused_attention.benchmarks import tune  # noqa: E402
-from fused_attention.kernels import triton_launch  # noqa: E402
-from fused_attention.kernels.triton_arguments import input_precision  # noqa: E402
-from fused_attention.kernels.triton_launch import Tile, launch, tile_table  # noqa: E402
+from fused_attention.kernels.triton import launch as triton_launch  # noqa: E402
+from fused_attention.kernels.triton.arguments import input_precision  # noqa: E402
+from fused_attention.kernels.triton.launch import Tile, launch, tile_table  # noqa: E402
 
 TILE = Tile(16, 32, 4, 2)
 

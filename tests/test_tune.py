@@ -17,8 +17,8 @@ from triton_offline import offline
 
 from fused_attention.benchmarks import tune
 from fused_attention.benchmarks.journal import Journal
-from fused_attention.kernels import triton_launch
-from fused_attention.kernels.triton_launch import TABLE_FILE, Tile, tile_table
+from fused_attention.kernels.triton import launch as triton_launch
+from fused_attention.kernels.triton.launch import TABLE_FILE, Tile, tile_table
 
 
 def test_every_row_has_candidates_within_its_class() -> None:

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fused_attention.kernels import ops
 from fused_attention.kernels.attention import attention, attention_varlen
-from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels.checks import make_problem
 
 NUM_HEADS, HEAD_DIM, HEAD_DIM_V = 4, 6, 5
 LENGTHS_Q, LENGTHS_K = (5, 0, 3, 7, 2), (4, 3, 0, 9, 2)  # empty ones, and as many queries as keys, fewer and more

@@ -1,4 +1,4 @@
-"""The codegen gate: compiles every tile of kernels/triton_tile_table.json for every architecture, without a GPU, and inspects the code.
+"""The codegen gate: compiles every tile of kernels/triton/tile_table.json for every architecture, without a GPU, and inspects the code.
 
     python tests/triton_codegen_gate.py                 check; one line for each kernel; exit status 1 if one may not be shipped
     python tests/triton_codegen_gate.py --sample 1      the same, and compile also what did not change since the record was written
@@ -42,8 +42,8 @@ from triton_resources import OPCODES, Resources, failures, resources
 
 from fused_attention.benchmarks import tune
 from fused_attention.benchmarks.tune import Row, Size
-from fused_attention.kernels import triton_backend
-from fused_attention.kernels.triton_launch import Tile, tile_table
+from fused_attention.kernels.triton import backend as triton_backend
+from fused_attention.kernels.triton.launch import Tile, tile_table
 
 ARCHITECTURES = {"sm80": 80, "sm86": 120, "sm90": 90, "sm100": 100}  # sm_86, sm_89 and sm_120 share tiles
 

@@ -18,18 +18,10 @@ from typing import Any
 import triton
 from triton_resources import Resources
 
-from fused_attention.kernels import (
-    triton_backward,
-    triton_bias_gradient,
-    triton_decode,
-    triton_forward,
-    triton_mask,
-    triton_tiles,
-    triton_weights,
-)
+from fused_attention.kernels.triton import backward, bias_gradient, decode, forward, mask, tiles, weights
 
 FOLDER = Path(__file__).with_name("triton_codegen_record")
-MODULES = triton_tiles, triton_mask, triton_forward, triton_decode, triton_backward, triton_bias_gradient, triton_weights
+MODULES = tiles, mask, forward, decode, backward, bias_gradient, weights
 MAX_CALL_DEPTH = 6  # of functions that kernels call
 
 

@@ -23,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from fused_attention.kernels import replay, triton_launch
+from fused_attention.kernels import replay
+from fused_attention.kernels.triton import launch as triton_launch
 
 KB = 1024
 SHARED_MEMORY = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}  # bytes that a block may take

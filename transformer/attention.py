@@ -24,7 +24,7 @@ from ..kernels.attention import (
     attention_qkv_packed,
     attention_weights,
 )
-from ..kernels.prepared_mask import PreparedMask
+from ..kernels.problem import PreparedMask
 from ..kernels.torch_internals import tracing_state
 from . import nested
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.problem import checked_integer
+from ..kernels.checks import checked_integer
 
 
 class LayerCache:

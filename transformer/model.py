@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.problem import checked_integer
+from ..kernels.checks import checked_integer
 from . import generate
 from .cache import KVCache
 from .embedding import TokenEmbedding

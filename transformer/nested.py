@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels.attention import attention, attention_varlen
-from ..kernels.prepared_mask import PreparedMask, prepare_mask
+from ..kernels.prepared_mask import prepare_mask
+from ..kernels.problem import PreparedMask
 
 
 def check(

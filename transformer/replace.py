@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from ..kernels.problem import FLOAT_DTYPES
+from ..kernels.checks import FLOAT_DTYPES
 from .attention import MultiHeadAttention
 
 

@@ -8,7 +8,8 @@ from .kernels.attention import (
     attention_weights,
     explain,
 )
-from .kernels.prepared_mask import PreparedMask, prepare_mask
+from .kernels.prepared_mask import prepare_mask
+from .kernels.problem import PreparedMask
 from .kernels.routing import Explanation
 from .kernels.scaled_dot_product_attention import scaled_dot_product_attention
 from .transformer.attention import MultiHeadAttention

@@ -26,8 +26,10 @@ def problem(
     row_tiles: Strides,
     num_tiles: int,
 ) -> bytes:
-    """All of a problem but its 16 addresses, which are, in this order: query, key, value, out, lse, attn_mask, key_mask, key_lengths,
-    query_lengths, alibi_slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, row_tiles."""
+    """All of a problem but the addresses of its tensors."""
+
+def address_names() -> list[str]:
+    """The tensors of a forward call, in the order of their addresses."""
 
 def cpu_forward(problem: bytes, num_threads: int, /, *addresses: int) -> None:
     """Writes out and lse."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 
 if not torch.cuda.is_available():
     raise pytest.UsageError("these tests need a GPU")

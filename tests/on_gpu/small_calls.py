@@ -13,7 +13,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import torch  # noqa: E402
 from attention_calls import CALL, FEATURES, build, run  # noqa: E402
 
-from fused_attention.kernels import cuda_backend, triton_backend  # noqa: E402
+from fused_attention.kernels.native import cuda as cuda_backend  # noqa: E402
+from fused_attention.kernels.triton import backend as triton_backend  # noqa: E402
 
 BACKENDS = {"cuda": cuda_backend, "triton": triton_backend}
 HEAD_DIMS = {"cuda": (64, 128), "triton": (64,)}

@@ -25,9 +25,11 @@ from function_calls import (
 from hypothesis import HealthCheck, given, settings
 from test_cuda_one_pass import why_two_passes
 
-from fused_attention.kernels import cuda_backend, triton_backend
 from fused_attention.kernels.attention import attention, attention_qkv_packed
-from fused_attention.kernels.problem import Problem, make_problem
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cuda as cuda_backend
+from fused_attention.kernels.problem import Problem
+from fused_attention.kernels.triton import backend as triton_backend
 
 DTYPES = (torch.bfloat16, torch.float16)
 KERNELS_OF_FEATURES = [

@@ -16,7 +16,7 @@ import torch
 from attention_calls import CALL, build
 
 from csrc.cuda.instances.manifest import INSTANCES, Instance
-from fused_attention.kernels import cuda_backend
+from fused_attention.kernels.native import cuda as cuda_backend
 
 TILED = [row for row in INSTANCES if row.pass_name != "helper"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from attention_calls import CALL, FEATURES
 
-from fused_attention.kernels import cuda_backend, triton_backend
+from fused_attention.kernels.native import cuda as cuda_backend
+from fused_attention.kernels.triton import backend as triton_backend
 
 BACKENDS = {"cuda": cuda_backend, "triton": triton_backend}
 OF_OTHER_TILES = {"seqlens": (300, 333), "key_lengths": None, "query_lengths": None}

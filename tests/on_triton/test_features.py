@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_calls import DTYPES, FEATURES, check_call
 
-from fused_attention.kernels import triton_backend
+from fused_attention.kernels.triton import backend as triton_backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

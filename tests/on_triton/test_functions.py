@@ -24,10 +24,11 @@ from function_calls import (
 )
 
 from fused_attention import explain
-from fused_attention.kernels import triton_backend, triton_decode
 from fused_attention.kernels.attention import attention, attention_kv_packed, attention_qkv_packed
+from fused_attention.kernels.checks import make_problem
 from fused_attention.kernels.ops import forward
-from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels.triton import backend as triton_backend
+from fused_attention.kernels.triton import decode as triton_decode
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

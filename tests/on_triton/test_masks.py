@@ -6,8 +6,8 @@ import pytest
 import torch
 from attention_calls import DTYPES, build, check, check_call, prepared, run
 
-from fused_attention.kernels import triton_backend
-from fused_attention.kernels.triton_mask import tile_lists
+from fused_attention.kernels.triton import backend as triton_backend
+from fused_attention.kernels.triton.mask import tile_lists
 
 SHAPES = ("11QK", "B1QK", "1HQK", "BHQK", "B11K", "1H1K", "BH1K", "11Q1", "BHQ1", "B111", "1111")
 

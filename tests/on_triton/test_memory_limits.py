@@ -8,11 +8,11 @@ import pytest
 import torch
 from attention_calls import DTYPES, build, check, run
 
-from fused_attention.kernels import triton_backend
 from fused_attention.kernels.attention import attention
+from fused_attention.kernels.checks import make_problem
 from fused_attention.kernels.ops import forward
-from fused_attention.kernels.problem import make_problem
 from fused_attention.kernels.reference import dropout
+from fused_attention.kernels.triton import backend as triton_backend
 
 ABSENT = {"key_mask": "holes", "key_lengths": (60, 0), "query_lengths": (50, 70), "lse_gradient": True}
 

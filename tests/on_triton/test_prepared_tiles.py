@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.kernels import prepared_mask, triton_mask
-from fused_attention.kernels.problem import make_problem
+from fused_attention.kernels import prepared_mask
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.triton import mask as triton_mask
 
 SEQLENS = [(64, 64), (65, 130), (1, 31), (100, 64), (130, 33)]  # at, above and below tiles of 64 and words of 32
 MASKS = {

@@ -9,7 +9,7 @@ from attention_calls import DTYPES, MEMORY, calls, check_call
 from covering_array import FEATURES, pairwise
 from hypothesis import HealthCheck, Phase, given, note, settings
 
-from fused_attention.kernels import triton_backend
+from fused_attention.kernels.triton import backend as triton_backend
 
 # Below, at and between multiples of 16, powers of two and not; value head dims below and above those of query and key.
 HEAD_DIMS = [(d, d) for d in (1, 16, 24, 40, 59, 64, 72, 96, 128, 256)] + [(192, 128), (40, 200), (64, 8)]

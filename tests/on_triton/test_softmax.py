@@ -9,9 +9,9 @@ import pytest
 import torch
 from attention_calls import DTYPES, build, check, run
 
-from fused_attention.kernels import triton_backend
 from fused_attention.kernels.ops import forward
 from fused_attention.kernels.reference import attention_reference
+from fused_attention.kernels.triton import backend as triton_backend
 
 KEYS_PER_STEP = 32  # the interpreter's shortest tile
 RISES = {

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels import cpu, cuda_backend, torch_internals
+from ...kernels import torch_internals
+from ...kernels.native import cpu
+from ...kernels.native import cuda as cuda_backend
 from ...kernels.routing import backend_status
 
 AUTOCAST_CHOICES = ("auto", "bf16", "off")

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .dropout import dropout_threshold
-from .problem import OptionalTensors, Problem
+from ..dropout import dropout_threshold
+from ..problem import OptionalTensors, Problem
 
 LOG2_E = math.log2(math.e)
 UNLIMITED = 2**30  # a window side that no sequence reaches; sums with it fit an int32

@@ -14,21 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .problem import DIFFERENTIABLE_OPTIONAL, NUM_INPUTS, NUM_OPTIONAL, Layout
+from ..problem import DIFFERENTIABLE, INPUTS, NUM_INPUTS, OPTIONS, PLACE, TENSORS, Layout
 
 Dims = tuple[int | None, int | None]  # the dims of a tensor that stand for the batch and for the heads
 
-INPUT_DIMS: dict[Layout, tuple[Dims, ...]] = {
-    "separate": ((0, 1), (0, 1), (0, 1)),
-    "qkv": ((0, 3),),
-    "kv": ((0, 1), (0, 3)),
-    "varlen": ((None, 1), (None, 1), (None, 1)),
-}
-# attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k and a PreparedMask's four.
-OPTIONAL_DIMS: tuple[Dims, ...] = (
-    (0, 1), (0, None), (0, None), (0, None), (0, 1), (None, 0), (None, None), (None, None), (None, None), (0, 1), (0, 1), (0, 1), (0, 1),
-)  # fmt: skip
-DROPOUT_P = 6  # its place among the options
+OPTIONAL_DIMS: list[Dims] = [(tensor.batch, tensor.heads) for tensor in TENSORS.values()]
+DROPOUT_P = list(OPTIONS).index("dropout_p")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -56,7 +47,9 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     num_inputs = NUM_INPUTS[layout]
-    num_differentiable = len(DIFFERENTIABLE_OPTIONAL)
+    num_tensors, num_differentiable = num_inputs + len(TENSORS), len(DIFFERENTIABLE)
+    slopes = num_inputs + PLACE["alibi_slopes"]
+    input_dims = list(INPUTS[layout].values())
     result_dims = (0, 1)  # of out and lse, which for packed sequences have a batch dim of 1
 
     def place(spec: Any, dim: int | None, otherwise: Any) -> Any:
@@ -66,20 +59,19 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
         return otherwise if dim is None or spec.shape[dim] == 1 else Shard(dim)
 
     def dims_of(arguments: tuple) -> list[Dims]:
-        slopes = arguments[num_inputs + DIFFERENTIABLE_OPTIONAL[1]]
-        dims = [*INPUT_DIMS[layout], *OPTIONAL_DIMS]
-        if slopes is not None and slopes.ndim == 1:
-            dims[num_inputs + DIFFERENTIABLE_OPTIONAL[1]] = (None, 0)
+        dims = [*input_dims, *OPTIONAL_DIMS]
+        if arguments[slopes] is not None and arguments[slopes].ndim == 1:
+            dims[slopes] = (None, 0)
         if layout == "varlen":  # lengths and slopes go with sequences, which stay together
             dims[num_inputs:] = [(None, heads) for _, heads in dims[num_inputs:]]
         return dims
 
     def kinds(arguments: tuple) -> list[int]:
         """By what a call may be sharded: 0 the batch, 1 the heads."""
-        if 0.0 < arguments[num_inputs + NUM_OPTIONAL + DROPOUT_P] < 1.0:
+        if 0.0 < arguments[num_tensors + DROPOUT_P] < 1.0:
             return []
         first, last = arguments[0], arguments[num_inputs - 1]
-        num_heads, num_heads_kv = first.shape[INPUT_DIMS[layout][0][1]], last.shape[INPUT_DIMS[layout][-1][1]]
+        num_heads, num_heads_kv = first.shape[input_dims[0][1]], last.shape[input_dims[-1][1]]
         parts = tuple(first.mesh.shape)
         together = num_heads_kv % math.prod(parts) == 0 or (
             all(num_heads_kv % part == 0 for part in parts) and num_heads_kv < math.prod(parts)  # then not over all of them at once
@@ -89,13 +81,13 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
 
     def tensors_placed(arguments: tuple, kind: int | None) -> list[Any]:
         if kind is None:
-            return [None if spec is None else Replicate() for spec in arguments[: num_inputs + NUM_OPTIONAL]]
+            return [None if spec is None else Replicate() for spec in arguments[:num_tensors]]
         specs = zip(arguments, dims_of(arguments), strict=False)  # the options follow
         return [place(spec, dims[kind], Replicate()) for spec, dims in specs]
 
     @register_sharding(forward)
     def shard_forward(*arguments: Any) -> list[tuple[list, list]]:
-        options = [None] * (len(arguments) - num_inputs - NUM_OPTIONAL)
+        options = [None] * (len(arguments) - num_tensors)
         ways: list[tuple[list, list]] = [([Replicate()] * 2, [*tensors_placed(arguments, None), *options])]
         for kind in kinds(arguments):
             ways.append(([Shard(result_dims[kind])] * 2, [*tensors_placed(arguments, kind), *options]))
@@ -105,14 +97,14 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     def shard_backward(*arguments: Any) -> list[tuple[list, list]]:
         saved, given = arguments[:4], arguments[4:-num_differentiable]  # dout, dlse, out and lse; the forward's
         needs_grad = arguments[-num_differentiable:]
-        options = [None] * (len(given) - num_inputs - NUM_OPTIONAL + num_differentiable)
+        options = [None] * (len(given) - num_tensors + num_differentiable)
         replicated = [None if spec is None else Replicate() for spec in saved]
         results: list[Any] = [Replicate()] * (num_inputs + num_differentiable)
         ways = [(results, [*replicated, *tensors_placed(given, None), *options])]
         for kind in kinds(given):
             dims = dims_of(given)
             results = [place(spec, dim[kind], None) for spec, dim in zip(given[:num_inputs], dims[:num_inputs], strict=True)]
-            for needed, index in zip(needs_grad, DIFFERENTIABLE_OPTIONAL, strict=True):
+            for needed, index in zip(needs_grad, DIFFERENTIABLE.values(), strict=True):
                 spec = given[num_inputs + index]
                 results.append(place(spec, dims[num_inputs + index][kind], Partial()) if needed and spec is not None else Replicate())
             ways.append(

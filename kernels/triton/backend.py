@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
-from .problem import Gradients, OptionalTensors, Problem, uncovered_numbers
-from .torch_internals import num_dispatch_modes
+from ..call import Call
+from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers
+from ..torch_internals import num_dispatch_modes
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,4 +157,4 @@ def _is_elsewhere(tensor: Tensor) -> bool:
 
 @functools.cache
 def _module(name: str) -> Any:
-    return importlib.import_module(f"{__package__}.triton_{name}")
+    return importlib.import_module(f"{__package__}.{name}")

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import native_problem, replay
-from .call import Call, empty_strided
-from .dropout import dropout_threshold
-from .native_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, strides
-from .problem import Gradients, OptionalTensors, Problem, uncovered_numbers
-from .torch_internals import current_stream
+from .. import replay
+from ..call import Call, empty_strided
+from ..dropout import dropout_threshold
+from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers
+from ..torch_internals import current_stream
+from . import packed_problem
+from .packed_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses, strides
 
 MAX_HEAD_DIM = 256
 ROWS_PER_BLOCK = 64  # of the backward kernel for query
@@ -158,8 +159,8 @@ def prepare(problem: Problem) -> Call:
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
     )  # fmt: skip
-    dtype, float32, empty, as_read = problem.query.dtype, torch.float32, empty_strided(problem.query), native_problem.as_read
-    is_packed, converts = problem.cu_seqlens_q is not None, not native_problem.are_as_read(problem.optional_tensors())
+    dtype, float32, empty, as_read = problem.query.dtype, torch.float32, empty_strided(problem.query), packed_problem.as_read
+    is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
     drops_all = problem.dropout_p == 1.0
     lse_bytes, workspace_bytes = 4 * math.prod(lse_shape), 0  # of the workspace as the first launch says
 
@@ -185,7 +186,6 @@ def prepare(problem: Problem) -> Call:
                 lse.fill_(-torch.inf)
         if converts:
             optional = as_read(optional)
-        mask, key_mask, key_lengths, query_lengths, slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, bits, _, tiles, _ = optional
         scratch = 0 if workspace is None else workspace.data_ptr()
         device, stream = _device_and_stream(query)
         wanted = _run(
@@ -198,17 +198,7 @@ def prepare(problem: Problem) -> Call:
             v,
             out.data_ptr(),
             scratch + workspace_bytes if lse is None else lse.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            0 if key_mask is None else key_mask.data_ptr(),
-            0 if key_lengths is None else key_lengths.data_ptr(),
-            0 if query_lengths is None else query_lengths.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
-            0 if sinks is None else sinks.data_ptr(),
-            0 if rng_state is None else rng_state.data_ptr(),
-            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-            0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
-            0 if bits is None else bits.data_ptr(),
-            0 if tiles is None else tiles.data_ptr(),
+            *optional_addresses(optional),
         )
         if wanted:  # it launched nothing
             workspace_bytes = wanted
@@ -266,11 +256,11 @@ def backward(
     if gradients.alibi_slopes is not None:
         slope_sums = lse.new_zeros(problem.batch, query.shape[1], -(-problem.max_seqlen_q // ROWS_PER_BLOCK))
 
-    optional = native_problem.as_read(problem.optional_tensors())
+    optional = packed_problem.as_read(problem.optional_tensors())
     device, stream = _device_and_stream(query)
-    addresses = native_problem.addresses(query, key, value, optional, out, lse)
+    addresses = packed_problem.addresses(query, key, value, optional, out, lse)
     gradient_addresses = (
-        *native_problem.gradient_addresses(dout, dlse, gradients),
+        *packed_problem.gradient_addresses(dout, dlse, gradients),
         address(stored),
         address(row_sums),
         address(column_sums),
@@ -335,4 +325,4 @@ def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
 
 
 def _plain(problem: Problem) -> Plain:
-    return native_problem.plain(problem, 0 if problem.rng_state is None else dropout_threshold(problem.dropout_p))
+    return packed_problem.plain(problem, 0 if problem.rng_state is None else dropout_threshold(problem.dropout_p))

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Problem
-from .triton_arguments import UNLIMITED, kernel, needs_tiles
-from .triton_launch import Tile, launch
-from .triton_tiles import TILE, allowed_pairs, key_blocks, keys_exist, sequence_sizes
+from ..problem import Problem
+from .arguments import UNLIMITED, kernel, needs_tiles
+from .launch import Tile, launch
+from .tiles import TILE, allowed_pairs, key_blocks, keys_exist, sequence_sizes
 
 TILE_SIDE = TILE.value
 CLASSIFY_TILE = Tile(TILE_SIDE, TILE_SIDE, 4, 1)

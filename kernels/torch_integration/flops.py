@@ -1,6 +1,6 @@
 """How many FLOPs an operator counts in torch.utils.flop_counter.FlopCounterMode: as many as torch's own attention of the same sizes.
 
-Two for each multiplication in the products of the formula. What masks, windows and lengths leave out is not deducted, as torch does not;
+Two for each multiplication of a matrix product. What masks, windows and lengths leave out is not deducted, as torch does not;
 of packed sequences each counts with its own length, where the starts can be read.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Layout, Problem
+from ..problem import Layout, Problem
 
 
 def forward_flops(layout: Layout, arguments: tuple) -> int:

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Problem
-from .triton_arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of
-from .triton_launch import launch, tile_for
-from .triton_tiles import key_blocks, keys_exist, load_tile, row_statistics, score_gradients, sequence_sizes, tile_weights
+from ..problem import Problem
+from .arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of
+from .launch import launch, tile_for
+from .tiles import key_blocks, keys_exist, load_tile, row_statistics, score_gradients, sequence_sizes, tile_weights
 
 
 def summed_mask_gradient(problem: Problem, lse: Tensor, dout: Tensor, delta: Tensor, dmask: Tensor) -> None:

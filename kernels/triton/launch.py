@@ -1,4 +1,4 @@
-"""Launches Triton kernels, and looks up the tile sizes they run with in triton_tile_table.json.
+"""Launches Triton kernels, and looks up the tile sizes they run with in tile_table.json.
 
 kernel[grid](...) costs 15 to 25 us of Python for a kernel with fifty arguments. `launch` finds the compiled kernel under a key of its
 own, which holds everything that Triton specialises a kernel on, and hands it to the driver directly; what it has not seen before, and
@@ -47,7 +47,7 @@ INTERPRETER_TILES = {"plain": Tile(64, 32, 1, 1), "masked": Tile(32, 64, 1, 1), 
 FAMILIES = {80: "sm80", 87: "sm80", 86: "sm86", 89: "sm86", 120: "sm86", 121: "sm86", 90: "sm90", 100: "sm100", 103: "sm100"}
 OTHER_FAMILY = "other"  # tiles that fit 64 KB, with nothing known of the device
 
-TABLE_FILE = Path(__file__).with_name("triton_tile_table.json")
+TABLE_FILE = Path(__file__).with_name("tile_table.json")
 
 
 def tile_for(kernel_name: str, dtype: torch.dtype, head_dim: int, feature_class: str) -> Tile:

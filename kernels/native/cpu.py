@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native_problem
-from .call import Call, empty_strided
-from .dropout import dropout_threshold
-from .native_problem import DTYPES, NOT_BUILT, Plain, _native, address, strides
-from .problem import Gradients, OptionalTensors, Problem, uncovered_numbers, with_contiguous_last_dim
-from .replay import prepared
+from ..call import Call, empty_strided
+from ..dropout import dropout_threshold
+from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers, with_contiguous_last_dim
+from ..replay import prepared
+from . import packed_problem
+from .packed_problem import DTYPES, NOT_BUILT, Plain, _native, address, optional_addresses, strides
 
 MAX_HEAD_DIM = 256
 MIN_SPLIT_KEYS = 128  # of a head whose backward pass is split over its keys
@@ -27,13 +27,20 @@ def instruction_sets() -> tuple[str, list[str]]:
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why the CPU kernels cannot run this problem; empty when they can."""
+    """Why the CPU kernels cannot run this problem here; empty when they can."""
     query = problem.query
     reasons = []
     if _native is None:
         reasons.append(NOT_BUILT)
     if query.device.type != "cpu":
         reasons.append(f"the tensors are on {query.device}, not on the CPU")
+    return reasons + uncovered(problem)
+
+
+def uncovered(problem: Problem) -> list[str]:
+    """What the kernels do not cover on any machine."""
+    query = problem.query
+    reasons = []
     if query.dtype not in DTYPES:
         reasons.append(f"dtype {query.dtype} is not covered (float32, bfloat16 and float16 are)")
     if query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
@@ -49,8 +56,8 @@ def prepare(problem: Problem) -> Call:
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
     )  # fmt: skip
     dtype, float32, empty = problem.query.dtype, torch.float32, empty_strided(problem.query)
-    run, num_threads, as_read = _native.cpu_forward, torch.get_num_threads, native_problem.as_read
-    is_packed, converts = problem.cu_seqlens_q is not None, not native_problem.are_as_read(problem.optional_tensors())
+    run, num_threads, as_read = _native.cpu_forward, torch.get_num_threads, packed_problem.as_read
+    is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
 
     def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
@@ -59,7 +66,6 @@ def prepare(problem: Problem) -> Call:
             lse.fill_(-torch.inf)
         if converts:
             optional = as_read(optional)
-        mask, key_mask, key_lengths, query_lengths, slopes, sinks, rng_state, cu_seqlens_q, cu_seqlens_k, bits, _, tiles, _ = optional
         run(
             numbers,
             num_threads(),
@@ -68,17 +74,7 @@ def prepare(problem: Problem) -> Call:
             value.data_ptr(),
             out.data_ptr(),
             lse.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            0 if key_mask is None else key_mask.data_ptr(),
-            0 if key_lengths is None else key_lengths.data_ptr(),
-            0 if query_lengths is None else query_lengths.data_ptr(),
-            0 if slopes is None else slopes.data_ptr(),
-            0 if sinks is None else sinks.data_ptr(),
-            0 if rng_state is None else rng_state.data_ptr(),
-            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-            0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
-            0 if bits is None else bits.data_ptr(),
-            0 if tiles is None else tiles.data_ptr(),
+            *optional_addresses(optional),
         )
         return (out, lse) if needs_lse else out
 
@@ -101,9 +97,9 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     side_shape = (problem.batch, problem.query.shape[1], splits)
     dalibi_slopes = None if gradients.alibi_slopes is None else _zeros(*side_shape)
     dsinks = None if gradients.sinks is None else _zeros(*side_shape)
-    optional = native_problem.as_read(problem.optional_tensors())
+    optional = packed_problem.as_read(problem.optional_tensors())
     gradient_addresses = (
-        *native_problem.gradient_addresses(dout, dlse, gradients),
+        *packed_problem.gradient_addresses(dout, dlse, gradients),
         address(dquery_parts),
         address(dattn_mask),
         address(dalibi_slopes),
@@ -112,7 +108,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     _native.cpu_backward(
         prepared(_plain, problem).numbers,
         num_threads,
-        native_problem.addresses(problem.query, problem.key, problem.value, optional, out, lse),
+        packed_problem.addresses(problem.query, problem.key, problem.value, optional, out, lse),
         gradient_addresses,
         _strides(dout, packed),
         _strides(gradients.query, packed),
@@ -137,9 +133,9 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
     batch, num_heads, seqlen_q, _ = problem.query.shape
     weights = problem.query.new_empty(batch, 1 if average_heads else num_heads, seqlen_q, problem.key.shape[2])
     lse = lse.contiguous()
-    optional = native_problem.as_read(problem.optional_tensors())
-    numbers = native_problem.plain_numbers(problem, weights, dropout_threshold(problem.dropout_p))
-    addresses = native_problem.addresses(problem.query, problem.key, problem.value, optional, weights, lse)
+    optional = packed_problem.as_read(problem.optional_tensors())
+    numbers = packed_problem.plain_numbers(problem, weights, dropout_threshold(problem.dropout_p))
+    addresses = packed_problem.addresses(problem.query, problem.key, problem.value, optional, weights, lse)
     _native.cpu_weights(numbers, torch.get_num_threads(), addresses, average_heads)
     return weights[:, 0] if average_heads else weights
 
@@ -179,11 +175,11 @@ def _mask_gradient_arguments(parts: Tensor | None, splits: int) -> tuple[tuple[i
 
 
 def _plain(problem: Problem) -> Plain:
-    return native_problem.plain(problem, dropout_threshold(problem.dropout_p))
+    return packed_problem.plain(problem, dropout_threshold(problem.dropout_p))
 
 
 def _strides(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
-    """native_problem.strides of what broadcasts nothing, in a fraction of its time. packed: the sequences are all in one batch element."""
+    """packed_problem.strides of what broadcasts nothing, in a fraction of its time. packed: the sequences are all in one batch element."""
     batch, head, row, _ = tensor.stride()
     return 0 if packed else batch, head, row
 

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Problem
-from .triton_arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of
-from .triton_launch import launch, tile_for
-from .triton_tiles import LOG2_E, add_bias, allowed_pairs, dropout_keep, key_blocks, keys_exist, load_tile, sequence_sizes, tanh
+from ..problem import Problem
+from .arguments import common_arguments, feature_class, kernel, padded_head_dim, rows_of
+from .launch import launch, tile_for
+from .tiles import LOG2_E, add_bias, allowed_pairs, dropout_keep, key_blocks, keys_exist, load_tile, sequence_sizes, tanh
 
 
 def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:

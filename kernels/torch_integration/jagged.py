@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import check_no_padding
+from ..checks import check_no_padding
 
 
 def is_nested(tensor: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .problem import Gradients, OptionalTensors, Problem, empty_lse, empty_output, without_repetition
+from ..problem import NO_OPTIONAL_TENSORS, PLACE, TENSORS, Gradients, OptionalTensors, Problem, empty_lse, empty_output, without_repetition
 
 try:
     from fused_attention import _native
@@ -20,6 +21,8 @@ else:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 UNLIMITED = 2**30  # a window side that no sequence reaches
+_NUM_OPTIONAL = sum(tensor.in_extension for tensor in TENSORS.values())
+_NO_ADDRESSES = (0,) * _NUM_OPTIONAL
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ def plain(problem: Problem, dropout_threshold: int) -> Plain:
 
 def are_as_read(optional: OptionalTensors) -> bool:
     """Whether `as_read` would convert nothing."""
-    attn_mask, _, _, _, alibi_slopes, sinks, *_ = optional
+    attn_mask, alibi_slopes, sinks = optional[PLACE["attn_mask"]], optional[PLACE["alibi_slopes"]], optional[PLACE["sinks"]]
     floats = [tensor for tensor in (alibi_slopes, sinks) if tensor is not None]
     return (attn_mask is None or attn_mask.dtype in MASK_DTYPES) and all(tensor.dtype is torch.float32 for tensor in floats)
 
@@ -59,7 +62,8 @@ def as_read(optional: OptionalTensors) -> OptionalTensors:
 def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> bytes:
     """An AttentionProblem without its addresses, whose results go to a tensor like `out`."""
     query, key, value = problem.query, problem.key, problem.value
-    attn_mask, _, _, _, alibi_slopes, *_ = as_read(problem.optional_tensors())
+    optional = as_read(problem.optional_tensors())
+    attn_mask, alibi_slopes = optional[PLACE["attn_mask"]], optional[PLACE["alibi_slopes"]]
     mask_strides = strides(attn_mask, 4)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
@@ -99,9 +103,16 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
 
 
 def addresses(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, out: Tensor, lse: Tensor) -> tuple[int, ...]:
-    """The 16 of a problem, in the order of csrc/module.cpp; optional: `as_read`."""
-    *others, mask_bits, _, row_tiles, _ = optional
-    return tuple([address(tensor) for tensor in (query, key, value, out, lse, *others, mask_bits, row_tiles)])
+    """Of a problem, in the order of _native.address_names(); optional: `as_read`."""
+    inputs_and_results = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()
+    return (*inputs_and_results, *optional_addresses(optional))
+
+
+def optional_addresses(optional: OptionalTensors) -> Sequence[int]:
+    """The last of `addresses`."""
+    if optional is NO_OPTIONAL_TENSORS:
+        return _NO_ADDRESSES
+    return [0 if tensor is None else tensor.data_ptr() for tensor in optional[:_NUM_OPTIONAL]]
 
 
 def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> tuple[int, ...]:

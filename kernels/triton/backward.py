@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Gradients, Problem, with_contiguous_last_dim
-from .triton_arguments import common_arguments, feature_class, kernel, needs_tiles, padded_head_dim, rows_of
-from .triton_bias_gradient import summed_mask_gradient
-from .triton_launch import Tile, launch, tile_for
-from .triton_mask import tile_lists
-from .triton_tiles import (
+from ..problem import Gradients, Problem, with_contiguous_last_dim
+from .arguments import common_arguments, feature_class, kernel, needs_tiles, padded_head_dim, rows_of
+from .bias_gradient import summed_mask_gradient
+from .launch import Tile, launch, tile_for
+from .mask import tile_lists
+from .tiles import (
     TILE,
     block_start,
     key_blocks,

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fused_attention import prepare_mask
-from fused_attention.kernels import cpu, native_problem, replay
-from fused_attention.kernels.problem import Problem, empty_output, make_problem
+from fused_attention.kernels import replay
+from fused_attention.kernels.checks import make_problem
+from fused_attention.kernels.native import cpu, packed_problem
+from fused_attention.kernels.problem import TENSORS, Problem, empty_output
 
-_native = native_problem._native
+_native = packed_problem._native
 pytestmark = pytest.mark.skipif(_native is None, reason="the compiled extension is not there")
 
 BATCH, HEADS, ROWS, KEYS, HEAD_DIM = 2, 4, 5, 70, 32
@@ -73,23 +75,31 @@ def problems() -> Iterator[Problem]:
 
 def test_what_is_remembered_is_of_this_kind_of_problem() -> None:
     """Each of the problems differs from another in one thing only."""
-    plains = [lambda problem, threshold=threshold: native_problem.plain(problem, threshold) for threshold in (0, 5)]
+    plains = [lambda problem, threshold=threshold: packed_problem.plain(problem, threshold) for threshold in (0, 5)]
     for _ in range(2):
         for problem in problems():
             for threshold, plain in zip((0, 5), plains, strict=True):
-                assert replay.prepared(plain, problem) == native_problem.plain(problem, threshold)
+                assert replay.prepared(plain, problem) == packed_problem.plain(problem, threshold)
     assert len(replay._prepared) == 2 * len(list(problems()))
+
+
+def test_addresses_come_in_the_order_of_the_table() -> None:
+    optional = [name for name, tensor in TENSORS.items() if tensor.in_extension]
+    assert _native.address_names() == ["query", "key", "value", "out", "lse", *optional]
+    query, key, value, out, lse, *others = (torch.zeros(1) for _ in range(5 + len(TENSORS)))
+    given = packed_problem.addresses(query, key, value, tuple(others), out, lse)
+    assert given == tuple(tensor.data_ptr() for tensor in (query, key, value, out, lse, *others[: len(optional)]))
 
 
 def test_what_the_backward_pass_makes_of_a_problem_is_the_same() -> None:
     for problem in problems():
         again = Problem.from_op_arguments(problem.layout, problem.op_arguments())
-        assert native_problem.plain(again, 0) == native_problem.plain(problem, 0)
+        assert packed_problem.plain(again, 0) == packed_problem.plain(problem, 0)
 
 
 def test_results_are_described_as_they_are_allocated() -> None:
     for problem in problems():
-        out, plain = empty_output(problem), native_problem.plain(problem, 0)
+        out, plain = empty_output(problem), packed_problem.plain(problem, 0)
         batch, num_heads, rows, _ = out.shape
         assert (plain.out_shape, plain.out_strides) == (out.shape, out.stride())
         assert (plain.lse_shape, plain.lse_strides) == ((batch, num_heads, rows), (num_heads * rows, rows, 1))
@@ -107,7 +117,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((b"short", 1, *[0] * 16), ValueError, "the problem must be what problem returned"),
         (("text", 1, *[0] * 16), TypeError, "the problem must be what problem returned"),
-        ((b"", 1), TypeError, "cpu_forward takes a problem, a number of threads and 16 addresses"),
+        ((b"", 1), TypeError, "cpu_forward takes a problem, a number of threads and the problem's addresses"),
         ((b"", "one", *[0] * 16), TypeError, "an integer is required"),
     ],
 )
@@ -121,6 +131,6 @@ def test_a_setting_that_no_instruction_set_has(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", "no such")
     problem = make_problem("separate", tensors())
     out, lse = torch.empty(BATCH, HEADS, ROWS, HEAD_DIM), torch.empty(BATCH, HEADS, ROWS)
-    addresses = native_problem.addresses(*problem.inputs, problem.optional_tensors(), out, lse)
+    addresses = packed_problem.addresses(*problem.inputs, problem.optional_tensors(), out, lse)
     with pytest.raises(RuntimeError, match="no such is not an instruction set"):
-        _native.cpu_forward(native_problem.plain(problem, 0).numbers, 1, *addresses)
+        _native.cpu_forward(packed_problem.plain(problem, 0).numbers, 1, *addresses)

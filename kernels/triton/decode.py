@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .call import Call, empty_strided
-from .problem import OptionalTensors, Problem, empty_lse, empty_output
-from .triton_arguments import (
+from ..call import Call, empty_strided
+from ..problem import OptionalTensors, Problem, empty_lse, empty_output
+from .arguments import (
     common_arguments,
     common_tensors,
     feature_class,
@@ -27,8 +27,8 @@ from .triton_arguments import (
     padded_head_dim,
     rows_of,
 )
-from .triton_launch import INTERPRETED, Launch, Tile, tile_for
-from .triton_tiles import (
+from .launch import INTERPRETED, Launch, Tile, tile_for
+from .tiles import (
     LN_2,
     LOG2_E,
     add_bias,
