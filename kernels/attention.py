@@ -268,18 +268,7 @@ def attention_decode(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
     """
-    arguments = (
-        query,
-        key_cache,
-        value_cache,
-        key_mask,
-        key_lengths,
-        "bottom_right",
-        scale,
-        backend,
-        "attention_decode",
-        return_lse,
-    )
+    arguments = (query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend, "attention_decode", return_lse)
     repeatable = window is softcap is alibi_slopes is sinks is None
     if repeatable:
         results = replay.repeat(arguments)

@@ -35,7 +35,7 @@ from .reference import attention_reference
 from .torch_integration import sharding
 from .torch_integration.flops import backward_flops, forward_flops
 from .torch_integration.when_imported import when_imported
-from .torch_internals import forward_mode, functorch_interpreter, has_storage, is_zero_tensor, num_dispatch_modes
+from .torch_internals import constant_of_graph, forward_mode, functorch_interpreter, has_storage, is_zero_tensor, num_dispatch_modes
 
 _INPUT_SCHEMAS: dict[Layout, str] = {layout: ", ".join([f"Tensor {name}" for name in inputs]) for layout, inputs in INPUTS.items()}
 _PROBLEM_SCHEMA = ", ".join(
@@ -99,13 +99,9 @@ def _transformed(problem: Problem) -> bool:
     return not torch.compiler.is_compiling() and any([is_zero_tensor(tensor) for tensor in problem.inputs])
 
 
+@constant_of_graph  # inside the levels that it traces; it guards functorch's levels and forward mode's itself
 def _differentiates_otherwise() -> bool:
     return functorch_interpreter() is not None or forward_mode._current_level >= 0
-
-
-# torch.compile cannot trace the question, but asks it while it traces, inside the levels that it traces (torch.compiler.
-# assume_constant_result marks functions so, and imports the compiler). It guards functorch's levels and forward mode's itself.
-_differentiates_otherwise._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _takes_cheap_path(problem: Problem) -> bool:

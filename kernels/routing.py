@@ -50,7 +50,7 @@ def choose(problem: Problem, backend: str | None) -> str:
         ValueError: the name is unknown, or that backend cannot run this problem; the message lists the reasons.
     """
     if backend is not None:
-        if backend not in BACKENDS:
+        if backend not in tuple(BACKENDS):  # what is given need not be hashable
             raise ValueError(f"backend must be None or one of {tuple(BACKENDS)}, got {backend!r}")
         reasons = unsupported_reasons(backend, problem)
         if reasons:

@@ -7,15 +7,18 @@ this torch lacks, which cost speed and nothing else; `python -m fused_attention 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
+
+Function = TypeVar("Function", bound=Callable)
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -78,7 +81,29 @@ for _device, _find in (("cpu", _found), ("cuda", _found_where_built_for_gpus)):
         allocators[_device] = _allocator
 
 
-# torch.compile's guards
+# torch.compile
+
+
+def constant_of_graph(function: Function) -> Function:
+    """Marks a function that torch.compile cannot trace: it asks it while it traces, and takes the answer for a constant.
+
+    This is all that torch.compiler.assume_constant_result does after importing torch._dynamo and Triton, for two seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def answered_once(function: Callable[[torch.device | None], Any]) -> Any:
+    """A function of a device that answers once for each; a compiled graph is for one device, and its answer a constant of it."""
+    cached = functools.cache(function)
+
+    @constant_of_graph
+    @functools.wraps(function)
+    def answer(device: torch.device | None) -> Any:
+        return cached(device)
+
+    answer.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return answer
 
 
 def _tensor_guard(*tensors: Tensor) -> Callable[..., bool]:

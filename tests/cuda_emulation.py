@@ -103,7 +103,7 @@ class EmulatedGpu(TorchFunctionMode):
 
     def __enter__(self) -> EmulatedGpu:
         self._patches = pytest.MonkeyPatch()
-        self._patches.setattr(cuda_backend, "_cached_machine_reason", lambda device: None)
+        self._patches.setattr(cuda_backend, "_machine_reason", lambda device: None)
         self._patches.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
         self._patches.setattr(cuda_backend, "_run", self._run)
         self._patches.setattr(cuda_backend, "_run_backward", self._run_backward)

@@ -18,6 +18,8 @@ from fused_attention.kernels.support import support_table, transforms_table
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "docs/install.md", "docs/support.md", "docs/translation.md")}
+DOCS = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.md")}
+FOLDERS = ("kernels", "transformer", "benchmarks", "csrc", "tests", "src")
 PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
 SHELL_EXAMPLES = [text for text in re.findall(r"```sh\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL) if "fused-attention " in text]
 
@@ -66,9 +68,18 @@ def test_the_layout_map_is_true() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", DOCS)
+def test_source_files_are_where_pages_say(page: str) -> None:
+    """A path is one from the root, or the end of one."""
+    there = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    there += [f"/{path.name}" for path in ROOT.iterdir()]
+    named = re.findall(r"`([\w./]+\.(?:py|pyi|cpp|cu|cuh|h|json))`", DOCS[page])
+    assert [name for name in named if not any(path.endswith(f"/{name}") for path in there)] == []
+
+
+@pytest.mark.parametrize("page", DOCS)
 def test_links_lead_somewhere(page: str) -> None:
-    targets = re.findall(r"\]\(([^)#]+)", PAGES[page]) + re.findall(r'(?:src|srcset)="([^"]+)"', PAGES[page])
+    targets = re.findall(r"\]\(([^)#]+)", DOCS[page]) + re.findall(r'(?:src|srcset)="([^"]+)"', DOCS[page])
     assert [target for target in targets if "://" not in target and not (ROOT / page).parent.joinpath(target).exists()] == []
 
 

@@ -36,7 +36,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         launched.append((problem, workspace, *addresses))
         return 0
 
-    monkeypatch.setattr(cuda_backend, "_cached_machine_reason", lambda device: None)
+    monkeypatch.setattr(cuda_backend, "_machine_reason", lambda device: None)
     monkeypatch.setattr(cuda_backend, "_device_and_stream", lambda tensor: (0, 0))
     monkeypatch.setattr(cuda_backend, "_run", run)
     return launched

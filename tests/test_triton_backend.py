@@ -31,9 +31,9 @@ def output_of(script: str, **environment: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    triton_backend._cached_machine_reason.cache_clear()
+    triton_backend._machine_reason.cache_clear()
     yield
-    triton_backend._cached_machine_reason.cache_clear()
+    triton_backend._machine_reason.cache_clear()
 
 
 def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
     assert triton_backend.status() == "compute capability 7.5 is below 8.0"
-    triton_backend._cached_machine_reason.cache_clear()
+    triton_backend._machine_reason.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert triton_backend.status() is None
 
@@ -98,7 +98,7 @@ def test_the_interpreter_runs_only_by_name() -> None:
     script = (
         "print(explain(query, query, query).reasons['triton'])\n"
         "print(torch.allclose(attention(query, query, query, backend='triton'), attention(query, query, query), atol=1e-5))\n"
-        "from fused_attention.kernels import triton_backend\n"
+        "from fused_attention.kernels.triton import backend as triton_backend\n"
         "print(triton_backend.status())\n"
     )
     reasons, same, status = output_of(CALL + script, TRITON_INTERPRET="1").splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,7 +13,7 @@ from .. import replay
 from ..call import Call, empty_strided
 from ..dropout import dropout_threshold
 from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers
-from ..torch_internals import current_stream
+from ..torch_internals import answered_once, current_stream
 from . import packed_problem
 from .packed_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses, strides
 
@@ -29,17 +28,9 @@ def status() -> str | None:
     return _machine_reason(None)
 
 
+@answered_once
 def _machine_reason(device: torch.device | None) -> str | None:
     """Why the kernels cannot run on a device (None: on any of this machine)."""
-    return _cached_machine_reason(device)
-
-
-# A compiled graph is for one device: the answer is a constant of it.
-_machine_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _cached_machine_reason(device: torch.device | None) -> str | None:
     if _native is None:
         return NOT_BUILT
     if device is not None and device.type != "cuda":

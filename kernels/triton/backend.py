@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers
-from ..torch_internals import num_dispatch_modes
+from ..torch_internals import answered_once, constant_of_graph, num_dispatch_modes
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,18 +39,9 @@ def status() -> str | None:
     return _machine_reason(None)
 
 
+@answered_once
 def _machine_reason(device: torch.device | None) -> str | None:
     """Why the kernels cannot run on a device (None: on any of this machine)."""
-    return _cached_machine_reason(device)
-
-
-# A compiled graph is for one device, and Dynamo does not follow imports. This is all that torch.compiler.assume_constant_result does
-# after importing torch._dynamo and Triton, for two seconds.
-_machine_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _cached_machine_reason(device: torch.device | None) -> str | None:
     if device is not None and device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "0":
         return f"the tensors are on {device}, not on a GPU"  # said without importing Triton, which takes a quarter of a second
     return _missing() or _device_reason(device)
@@ -69,14 +60,12 @@ def _device_reason(device: torch.device | None) -> str | None:
     return None
 
 
+@constant_of_graph
 def _bfloat16_reason() -> str | None:
     """Why Triton's interpreter cannot run kernels on bfloat16."""
     if not interpreted() or _module("launch").multiplies_bfloat16():
         return None
     return "Triton's interpreter multiplies the bit patterns of bfloat16 instead of its numbers"
-
-
-_bfloat16_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
