@@ -9,7 +9,7 @@ Each is a module with
 and, all but the reference,
 
 - `prepare(problem) -> Call`: the forward pass of problems that differ from this one in their tensors' memory alone,
-- `backward(problem, out, lse, dout, dlse, gradients)`: writes every gradient asked for,
+- `backward(problem, out, lse, dout, dlse, gradients)`: writes every requested gradient,
 - `attention_weights(problem, lse, average_heads) -> Tensor`, if it has a kernel for them.
 
 Importing this needs neither a GPU, nor Triton, nor the compiled extension.

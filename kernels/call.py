@@ -1,4 +1,4 @@
-"""What a backend makes of a problem: a function that runs it, and any other one that differs in its tensors' memory alone."""
+"""What a backend makes of a problem: a function that runs it, and any other that differs only in its tensors' memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .torch_internals import allocators
 
 
 class Call(Protocol):
-    """Everything that follows from sizes, strides, dtypes and options is worked out; only the tensors are left to say."""
+    """Everything that follows from sizes, strides, dtypes and options is worked out; it takes the tensors alone."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
@@ -25,8 +25,8 @@ class Call(Protocol):
 
 
 def empty_strided(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
-    """torch.empty_strided(shape, strides, dtype) where `like` is, in half the time if torch has what torch.compile's code calls; of a GPU
-    only while it is the current one.
+    """torch.empty_strided(shape, strides, dtype) on the device of `like`, in half the time where torch has the function that compiled
+    graphs call. A GPU must be the current one.
     """
     fast = allocators.get(like.device.type)
     if fast is not None:

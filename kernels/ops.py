@@ -305,7 +305,7 @@ def _register(layout: Layout) -> None:
         return empty_output(problem), query.new_empty(query.shape[:3], dtype=torch.float32)
 
     def returned(out: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # a schema knows no Tensor? return
+        return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # schemas have no optional returns
 
     def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         arguments, needs_grad = arguments[:-num_differentiable], arguments[-num_differentiable:]

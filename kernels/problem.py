@@ -28,13 +28,13 @@ class TensorArgument(NamedTuple):
     shape: str  # B sequences, Hq query heads, Lq queries, Lk keys
     dtype: str
     batch: int | None = None  # the dim that goes with the batch where calls are sharded over it; of size 1 it stands for all
-    heads: int | None = None
+    heads: int | None = None  # likewise for heads
     differentiable: bool = False
-    in_extension: bool = True  # whether the compiled extension takes it with every call; what it does not take comes last
+    in_extension: bool = True  # the compiled extension takes its address with every call; arguments without come last
 
 
 class Option(NamedTuple):
-    """Anything else that a call may have."""
+    """An argument that is not a tensor."""
 
     schema: str  # its type in torch's schemas of operators
 
@@ -59,7 +59,7 @@ class Problem:
     alibi_slopes: Annotated[Tensor | None, TensorArgument("(Hq,) or (B, Hq)", "float", batch=0, heads=1, differentiable=True)]
     sinks: Annotated[Tensor | None, TensorArgument("(Hq,)", "float", heads=0, differentiable=True)]
     rng_state: Annotated[Tensor | None, TensorArgument("(2,)", "int64")]  # seed and offset of the dropout generator; None without dropout
-    # Of varlen only: where each sequence starts and the last one ends.
+    # Varlen only: where each sequence starts, and where the last one ends.
     cu_seqlens_q: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
     cu_seqlens_k: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
     # The tensors of a PreparedMask, the last two None when it was prepared without gradients.
@@ -84,7 +84,7 @@ class Problem:
     max_seqlen_k: Annotated[int, Option("SymInt")]
     out_memory: Annotated[OutMemory, Option("str")]
 
-    # The same for inputs of the same dtypes, devices, shapes and strides, where make_problem knows these as plain numbers.
+    # Equal for inputs of equal dtypes, devices, shapes and strides; None if these are not plain numbers.
     inputs_number: int | None = field(default=None, init=False)
 
     @property
@@ -143,7 +143,7 @@ class Problem:
         )
 
     def kind(self) -> tuple:
-        """What problems have in common that differ in their tensors' memory alone."""
+        """Equal for problems that differ only in their tensors' memory."""
         inputs = self.inputs_number or tuple([(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in self.inputs])
         optional = [None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride()) for tensor in self.optional_tensors()]
         return (self.layout, inputs, *optional, *self.options())
@@ -171,7 +171,7 @@ TENSORS, OPTIONS = _fields_marked(TensorArgument), _fields_marked(Option)
 PLACE = {name: place for place, name in enumerate(TENSORS)}  # among optional_tensors()
 DIFFERENTIABLE = {name: PLACE[name] for name, tensor in TENSORS.items() if tensor.differentiable}
 NO_OPTIONAL_TENSORS: OptionalTensors = (None,) * len(TENSORS)
-# Of each layout the inputs, with the dims that stand for the batch and the heads.
+# The inputs of each layout, with their batch and head dims.
 INPUTS: dict[Layout, dict[str, tuple[int | None, int]]] = {
     "separate": {"query": (0, 1), "key": (0, 1), "value": (0, 1)},
     "qkv": {"qkv": (0, 3)},

@@ -202,7 +202,7 @@ def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     # Only where there is something to switch off: an exported program with such a region in it cannot be loaded.
     device = tensor.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)  # autocast knows no meta device
+    on = device != "meta" and torch.is_autocast_enabled(device)  # autocast rejects the meta device
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 

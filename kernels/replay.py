@@ -1,10 +1,10 @@
-"""Memory of calls: a call like one before goes straight to what that one prepared.
+"""Memory of calls: a call that matches an earlier one goes straight to the Call prepared for it.
 
-Two things are remembered. `prepared` keeps what follows from a problem's sizes, strides, dtypes and options, for every problem that agrees
-in them. `repeat` does not even make a problem: the checks of a small call take longer than its kernel, so a call that agrees with an
-earlier one in all that its checks look at runs what `remember` was given then. Agreement is for torch.compile's own guard to tell: it
-compares the tensors' types, dtypes, devices, sizes, strides and dispatch keys, and through these whether functorch, autocast, inference
-mode, a lazily negated view or tracing has a say. It lets no tensor pass for two of them.
+There are two memories. `prepared` keeps what follows from a problem's sizes, strides, dtypes and options, for every problem with the same
+ones. `repeat` skips even the making of a problem: the checks of a small call take longer than its kernel, so a call that matches an earlier
+one in everything its checks look at runs the Call that `remember` was given. torch.compile's own guard decides what matches: it compares
+the tensors' types, dtypes, devices, sizes, strides and dispatch keys, which also reveal functorch, autocast, inference mode, lazily negated
+views and tracing. It never matches one tensor passed twice with two different ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Prepared = TypeVar("Prepared")
 MAX_REMEMBERED = 4096  # different calls, and as many kinds of problems
 MAX_ALIKE = 4  # calls of the same sizes and options, with other strides or dtypes
 
-# Looking names up through modules takes longer than the calls.
+# Looking a name up through modules takes longer than calling it.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 
@@ -48,7 +48,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool | s
 
 
 def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The results of a call like one before, without its checks; None where there was none."""
+    """The results of a call that matches an earlier one, without its checks; None if none does."""
     query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller, return_lse = arguments
     if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
         return None
@@ -75,9 +75,9 @@ def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
 
 
 def remember(arguments: Arguments, problem: Problem, make_call: Callable[[], Call]) -> None:
-    """Keeps what runs calls with arguments like these, unless one of the tensors was cast or copied on the way to the problem.
+    """Remembers the Call for arguments like these, unless a tensor was cast or copied on its way into the problem.
 
-    make_call: gives the call, differentiable if a gradient is asked for.
+    make_call: returns the Call, differentiable if a gradient is needed.
     """
     query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller, _ = arguments
     needs_grad = query.requires_grad and _is_grad_enabled()
@@ -93,7 +93,7 @@ def remember(arguments: Arguments, problem: Problem, make_call: Callable[[], Cal
 
 
 def _guard_of(given: tuple[Tensor | None, ...], problem: Problem) -> Callable[..., bool] | None:
-    """Lets calls pass whose tensors are like these; None where the problem has others, or one is given twice."""
+    """Accepts calls whose tensors match these; None if the problem has other tensors, or if one is given twice."""
     if tensor_guard is None:
         return None
     own = problem.query, problem.key, problem.value, problem.key_mask, problem.key_lengths
@@ -106,7 +106,7 @@ def _guard_of(given: tuple[Tensor | None, ...], problem: Problem) -> Callable[..
 
 
 def _are_comparable(is_causal: bool | str, scale: float | None, backend: str | None) -> bool:
-    """Whether equal options mean the same: True is no 1, and what is refused must not pass for what is equal to it."""
+    """Whether equal options mean the same thing: 1 == True, but 1 is refused and must not hit the memory of True."""
     if not (is_causal is False or is_causal is True or type(is_causal) is str):
         return False
     return (scale is None or type(scale) is float) and (backend is None or type(backend) is str)
@@ -125,6 +125,6 @@ def prepared(prepare: Callable[[Problem], Prepared], problem: Problem) -> Prepar
 
 
 def forget() -> None:
-    """To be called when what calls follow from has changed: the tile table, the kind of GPU, the choice of kernels."""
+    """Empties both memories. Call it when the tile table, the kind of GPU or the choice of kernels changes."""
     _calls.clear()
     _prepared.clear()

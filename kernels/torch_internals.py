@@ -1,8 +1,8 @@
-"""The torch versions this library is for, and what it uses of torch's inner workings.
+"""The torch versions that this library supports, and every private name of torch that it uses.
 
-Each private name is looked up here, once, with what does right without it. Where the question is whether anything but plain eager mode has
-a say in a call, the answer is then always yes: the call goes the way of torch.compile, or the reference runs. `missing` has the names that
-this torch lacks, which cost speed and nothing else; `python -m fused_attention info` prints them.
+Each name is looked up here, once, with a fallback. Where a name tells whether anything besides plain eager mode intercepts a call, the
+fallback says yes: the call then takes the path of torch.compile, or the reference runs. `missing` lists the names that this torch lacks,
+which costs speed and nothing else; `python -m fused_attention info` prints them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _found_where_built_for_gpus(name: str, otherwise: Any) -> Any:
     return _found(name, otherwise) if torch.version.cuda or torch.version.hip else otherwise
 
 
-# Whether something else has a say
+# Whether anything besides eager mode intercepts a call
 
 num_dispatch_modes: Callable[[], int] = _found("_C._len_torch_dispatch_stack", lambda: 1)
 functorch_interpreter: Callable[[], object | None] = _found("_C._functorch.peek_interpreter_stack", lambda: "unknown")
@@ -68,7 +68,7 @@ tracing_state: Callable[[], object | None] = _found("_C._get_tracing_state", lam
 is_zero_tensor: Callable[[Tensor], bool] = _found("Tensor._is_zerotensor", lambda tensor: True)  # one without memory
 has_storage: Callable[[Tensor], bool] = _found("_C._has_storage", lambda tensor: False)
 
-# What public functions do too, in more time
+# Faster equivalents of public functions
 
 current_device: Callable[[], int] = _found_where_built_for_gpus("_C._cuda_getDevice", torch.cuda.current_device)
 current_stream: Callable[[int], int] = _found_where_built_for_gpus(
@@ -122,5 +122,5 @@ TensorGuards: Any = _found("_C._dynamo.guards.TensorGuards", None)
 if TensorGuards is not None and not _guards_as_expected():
     missing.append("torch._C._dynamo.guards.TensorGuards as it was")
     TensorGuards = None
-# (*tensors) -> whether other tensors have the types, dtypes, devices, sizes, strides and dispatch keys of these; None: nobody can tell
+# (*tensors) -> whether other tensors match these in type, dtype, device, sizes, strides and dispatch keys; None: this torch has no guards
 tensor_guard: Callable[..., Callable[..., bool]] | None = None if TensorGuards is None else _tensor_guard

@@ -50,7 +50,7 @@ def uncovered(problem: Problem) -> list[str]:
 
 
 def prepare(problem: Problem) -> Call:
-    """The forward pass of problems that differ from this one in their tensors' memory alone."""
+    """The forward pass of all problems that differ from this one only in their tensors' memory."""
     plain = prepared(_plain, problem)
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
@@ -82,7 +82,7 @@ def prepare(problem: Problem) -> Call:
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    """Writes every gradient asked for; bit for bit the same in every run with as many threads."""
+    """Writes every requested gradient; bit-reproducible for a given number of threads."""
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()

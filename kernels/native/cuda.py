@@ -36,7 +36,7 @@ def _machine_reason(device: torch.device | None) -> str | None:
     if device is not None and device.type != "cuda":
         return f"the tensors are on {device}, not on a GPU"
     if torch.version.cuda is None and device is not None:
-        return "this torch runs GPUs of another maker"
+        return "this torch is not built for NVIDIA GPUs"
     return _native.cuda_why_not(-1 if device is None else device.index or 0)
 
 
@@ -145,7 +145,7 @@ def short_kernels(used: bool) -> Iterator[None]:
 
 
 def prepare(problem: Problem) -> Call:
-    """The forward pass of problems that differ from this one in their tensors' memory alone."""
+    """The forward pass of all problems that differ from this one only in their tensors' memory."""
     plain = replay.prepared(_plain, problem)
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
@@ -164,7 +164,7 @@ def prepare(problem: Problem) -> Call:
             return None
         out = empty(out_shape, out_strides, dtype)
         lse = workspace = None
-        # A lse that nobody asked for lies behind the workspace: an allocation takes as long as many checks.
+        # An lse that the caller does not want shares the workspace's allocation: each one costs as much as many checks.
         if needs_lse:
             lse = empty(lse_shape, lse_strides, float32)
             if workspace_bytes:
@@ -191,7 +191,7 @@ def prepare(problem: Problem) -> Call:
             scratch + workspace_bytes if lse is None else lse.data_ptr(),
             *optional_addresses(optional),
         )
-        if wanted:  # it launched nothing
+        if wanted:  # nothing was launched: the workspace was missing or too small
             workspace_bytes = wanted
             return call(query, key, value, optional, needs_lse)
         if drops_all:
@@ -204,9 +204,9 @@ def prepare(problem: Problem) -> Call:
 def backward(
     problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients, kernels: str = "chosen"
 ) -> None:
-    """Writes every gradient asked for; those of query in one order where the problem is deterministic, all others always.
+    """Writes every requested gradient. All but the query's are bit-reproducible; the query's is if the problem is deterministic.
 
-    kernels: of BACKWARD_KERNELS, for tests and measurements; some problems cannot be computed in one pass.
+    kernels: a name from BACKWARD_KERNELS, for tests and measurements; one pass does not cover every problem.
     """
     if problem.row_tiles is not None and problem.column_tiles is None:
         raise ValueError("the mask was prepared without what gradients need")

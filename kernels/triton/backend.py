@@ -89,7 +89,7 @@ def uncovered(problem: Problem) -> list[str]:
 
 
 def prepare(problem: Problem) -> Call:
-    """The forward pass of problems that differ from this one in their tensors' memory alone."""
+    """The forward pass of all problems that differ from this one only in their tensors' memory."""
     decode = _module("decode")
     kernels = decode if decode.takes(problem) else _module("forward")
     if problem.query.dtype != torch.float32:
@@ -109,7 +109,7 @@ def prepare(problem: Problem) -> Call:
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    """Writes every gradient asked for; bit for bit the same in every run."""
+    """Writes every requested gradient, bit-reproducibly."""
     if _is_elsewhere(problem.query):
         with torch.cuda.device(problem.query.device):
             backward(problem, out, lse, dout, dlse, gradients)
