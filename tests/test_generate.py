@@ -19,7 +19,7 @@ TGT = torch.tensor([[1, 4, 5, 6, 7, 8], [1, 8, 9, 3, 4, 5], [1, 10, 10, 11, 12, 
 
 def build(**options: Any) -> Transformer:
     sizes = {"d_model": 24, "num_heads": 3, "num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 40}
-    return Transformer(20, 20, **{**sizes, "max_len": 24, **options}).double().eval()
+    return Transformer(**{"src_vocab": 20, "tgt_vocab": 20, **sizes, "max_len": 24, **options}).double().eval()
 
 
 def ending_model(**options: Any) -> Transformer:
@@ -32,6 +32,11 @@ def ending_model(**options: Any) -> Transformer:
         model.tgt_embedding.weight.mul_(3)
         model.output.bias[model.eos_id] = 1.5
     return model
+
+
+def sources(count: int) -> Tensor:
+    """Rows of 1, 2, ... 7 tokens."""
+    return torch.randint(3, 20, (count, 7)).masked_fill(torch.arange(7) > torch.arange(count)[:, None], 0)
 
 
 @torch.no_grad()
@@ -150,7 +155,7 @@ class TestGenerate:
             return F.one_hot(token, 20).double()[:, None]
 
         padding = model.encode(SRC).padding
-        monkeypatch.setattr(model, "encode", lambda src: Memory([torch.arange(4)], padding))
+        monkeypatch.setattr(model, "start_decoding", lambda src, capacity: (Memory([torch.arange(4)], padding), KVCache(capacity)))
         monkeypatch.setattr(model, "decode", decode)
         tokens = model.generate(SRC, max_new_tokens=20)
         assert rows_seen == [4, 3, 2, 1]
@@ -192,6 +197,58 @@ class TestGenerate:
         assert model.generate(SRC[:0]).shape == (0, 0)
         assert model.generate(torch.zeros_like(SRC), max_new_tokens=3).shape == (4, 3)
 
+    def test_min_length_holds_the_end_back(self) -> None:
+        model = build()
+        assert model.output is not None
+        with torch.no_grad():
+            model.output.bias[2] = 100.0
+        assert model.generate(SRC).tolist() == [[2]] * 4
+        tokens = model.generate(SRC, min_length=3)
+        assert (tokens[:, :3] > 2).all()
+        assert tokens[:, 3:].tolist() == [[2]] * 4
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_no_ngram_occurs_twice(self, size: int) -> None:
+        model = build()
+        assert model.output is not None
+        with torch.no_grad():
+            model.output.bias[2] = -100.0
+        free, blocked = (model.generate(sources(6), 17, no_repeat_ngram=n).tolist() for n in (0, size))
+        assert all(repeats(row, size) for row in free)
+        assert not any(repeats(row, size) for row in blocked)
+
+    def test_where_every_word_is_banned_the_sentence_ends(self) -> None:
+        model = build(tgt_vocab=6)
+        assert model.output is not None
+        with torch.no_grad():
+            model.output.bias[2] = -torch.inf
+        options = {"no_repeat_ngram": 1, "min_length": 5}
+        for beam in (1, 3):
+            tokens = model.generate(SRC, 8, beam=beam, **options)
+            assert tokens.sort(1).values.tolist() == [[2, 3, 4, 5]] * 4
+            assert tokens[:, 3].tolist() == [2] * 4
+
+    @pytest.mark.parametrize("beam", [1, 3])
+    def test_a_prefix_is_gone_on_from(self, beam: int) -> None:
+        """Each row as if it had been alone with its prefix, and the rules for other tokens do not hold for it."""
+        model = ending_model()
+        prefix = torch.tensor([[7, 7, 7], [9, 0, 0], [0, 0, 0], [5, 1, 0]])
+        tokens = model.generate(SRC, 10, beam=beam, prefix=prefix, no_repeat_ngram=2)
+        kept = prefix != 0
+        assert torch.equal(tokens[:, :3][kept], prefix[kept])
+        assert (tokens[:, 3:] > 2).any()
+        for row in range(4):
+            alone = model.generate(SRC[[row]], 10, beam=beam, prefix=prefix[[row], : kept[row].sum()], no_repeat_ngram=2)
+            assert tokens[row, : alone.shape[1]].tolist() == alone[0].tolist()
+        assert torch.equal(model.generate(SRC, 3, beam=beam, prefix=prefix[:1].expand(4, 3)), prefix[:1].expand(4, 3))
+
+    @pytest.mark.parametrize("options", [{}, {"beam": 3}, {"beam": 3, "early_stopping": False}], ids=str)
+    def test_float32_and_bfloat16_run(self, options: dict[str, Any]) -> None:
+        model = ending_model().float()
+        expected = model.generate(SRC, 8, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.generate(SRC, 8, **options).dtype == expected.dtype == torch.int64
+
     @pytest.mark.parametrize(
         ("src", "max_new_tokens", "error", "message"),
         [
@@ -205,3 +262,97 @@ class TestGenerate:
     def test_bad_input(self, src: Tensor, max_new_tokens: Any, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             build().generate(src, max_new_tokens)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"beam": 21}, ValueError, r"beam must be in \[1, 20\], got 21"),
+            ({"beam": 0}, ValueError, r"beam must be in \[1, 20\], got 0"),
+            ({"beam": 2, "top_k": 3}, ValueError, r"beam must be 1 where tokens are drawn \(.*\), got 2"),
+            ({"beam": 2, "length_penalty": "1"}, TypeError, "length_penalty must be a number, got str"),
+            (
+                {"beam": 2, "length_penalty": lambda length: 3 - length},
+                ValueError,
+                "length_penalty must give positive.* got 0.0 for length 3",
+            ),
+            ({"beam": 2, "early_stopping": 1}, TypeError, "early_stopping must be a bool, got int"),
+            ({"min_length": 11}, ValueError, r"min_length must be in \[0, 10\], got 11"),
+            ({"no_repeat_ngram": -1}, ValueError, "no_repeat_ngram must be at least 0, got -1"),
+            ({"temperature": 0}, ValueError, "temperature must be positive and finite, got 0"),
+            ({"temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1"),
+            ({"temperature": True}, TypeError, "temperature must be a number, got bool"),
+            ({"top_k": 0}, ValueError, r"top_k must be in \[1, 20\], got 0"),
+            ({"top_k": 21}, ValueError, r"top_k must be in \[1, 20\], got 21"),
+            ({"top_p": 0}, ValueError, r"top_p must lie in \(0, 1\], got 0"),
+            ({"top_p": 1.1}, ValueError, r"top_p must lie in \(0, 1\], got 1.1"),
+            ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+            ({"prefix": torch.full((4, 11), 5)}, ValueError, "prefix has 11 tokens a row, more than max_new_tokens = 10"),
+            ({"prefix": torch.full((4, 25), 5)}, ValueError, "prefix has 25 tokens a row, more than max_len = 24"),
+            ({"prefix": torch.full((3, 2), 5)}, ValueError, "prefix has 3 rows, src has 4; they must be equal"),
+            ({"prefix": torch.full((3, 2), 5), "beam": 2}, ValueError, "prefix has 3 rows, src has 4; they must be equal"),
+            ({"prefix": torch.full((4, 2), 20)}, ValueError, r"prefix must hold ids in \[0, 19\] and not eos_id = 2"),
+            ({"prefix": torch.full((4, 2), 2)}, ValueError, r"prefix must hold ids in \[0, 19\] and not eos_id = 2"),
+            ({"prefix": torch.tensor([[0, 5]] * 4)}, ValueError, r"prefix must have its padding \(pad_id = 0\) after its tokens"),
+            ({"prefix": [[5]]}, TypeError, "prefix must be a tensor of int64 token ids, got list"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) and "prefix" not in value else None,
+    )
+    def test_bad_options(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            build().generate(SRC, 10, **options)
+
+
+def repeats(row: list[int], size: int) -> bool:
+    ngrams = [tuple(row[i : i + size]) for i in range(len(row) - size + 1)]
+    return len(set(ngrams)) < len(ngrams)
+
+
+class TestStream:
+    def test_columns_are_those_of_generate(self) -> None:
+        model, src = ending_model(), sources(6)
+        expected = model.generate(src, 10, no_repeat_ngram=2)
+        assert torch.equal(torch.stack(list(model.stream(src, 10, no_repeat_ngram=2)), 1), expected)
+
+    def test_a_token_comes_before_the_next_is_worked_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = build(dropout=0.5).train()
+        calls = []
+        decode = model.decode
+        monkeypatch.setattr(model, "decode", lambda *inputs: calls.append(1) or decode(*inputs))
+        stream = model.stream(SRC, 10)
+        assert calls == []
+        for count in (1, 2, 3):
+            assert next(stream).shape == (4,)
+            assert len(calls) == count
+            assert model.training
+            assert torch.is_grad_enabled()
+
+    def test_bad_input_is_refused_at_once(self) -> None:
+        with pytest.raises(ValueError, match="max_new_tokens must be in"):
+            build().stream(SRC, 0)
+
+
+class TestScore:
+    def test_each_token_and_sentence(self) -> None:
+        model = build()
+        tgt = torch.tensor([[5, 6, 2, 0], [7, 2, 9, 9], [4, 4, 4, 4], [0, 0, 0, 0]])
+        counted = [[5, 6, 2], [7, 2], [4, 4, 4, 4], []]
+        scores = model.score(SRC, tgt)
+        for row, tokens in enumerate(counted):
+            with torch.no_grad():
+                logits = model(SRC[[row]], torch.tensor([[1, *tokens]]))[0, : len(tokens)]
+            expected = F.cross_entropy(logits, torch.tensor(tokens, dtype=torch.int64), reduction="none").neg()
+            torch.testing.assert_close(scores.tokens[row, : len(tokens)], expected)
+            assert (scores.tokens[row, len(tokens) :] == 0).all()
+            torch.testing.assert_close(scores.sentences[row], expected.sum())
+
+    def test_is_what_beam_search_says(self) -> None:
+        model, src = ending_model(), sources(6)
+        best = [found[0] for found in model.beam_search(src, 10)]
+        tgt = torch.nn.utils.rnn.pad_sequence([torch.tensor(hypothesis.tokens) for hypothesis in best], True)
+        expected = torch.tensor([hypothesis.log_probability for hypothesis in best], dtype=torch.float64)
+        torch.testing.assert_close(model.score(src, tgt).sentences, expected)
+
+    def test_dropout_is_off(self) -> None:
+        model = build(dropout=0.5).train()
+        assert torch.equal(model.score(SRC, TGT).tokens, model.score(SRC, TGT).tokens)
+        assert model.training

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_attention.transformer.cache import KVCache, LayerCache
+from fused_attention.transformer.cache import KVCache, LayerCache, RowSelection
 from fused_attention.transformer.layers import CrossAttention, DecoderLayer, EncoderLayer, SelfAttention, dropout
 
 NORMS = pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
@@ -161,6 +161,24 @@ class TestKVCache:
             assert torch.equal(layer.append(new), torch.cat([kv[rows], new], 1))
             assert layer.cross_kv is not None
             assert torch.equal(layer.cross_kv, kv[rows] * 2)
+
+    def test_rows_that_stay_are_not_copied(self) -> None:
+        cache = KVCache(capacity=3)
+        kv = torch.randn(4, 2, 2, 1, 4)
+        cache.append(torch.ones(4, 2, dtype=torch.bool), num_layers=1)
+        [layer] = cache.layers
+        layer.append(kv)
+        assert layer.self_kv is not None
+        buffer = layer.self_kv
+        buffer[:, 2:] = 7  # beyond what is held
+        buffer[2, :2] = torch.nan  # nobody goes on from here
+        cache.select(torch.tensor([1, 0, 3]))
+        assert layer.self_kv.data_ptr() == buffer.data_ptr()
+        assert torch.equal(layer.append(torch.zeros(3, 0, 2, 1, 4)), kv[[1, 0, 3]])
+        assert (buffer[:, 2:] == 7).all()
+        assert torch.equal(buffer[3, :2], kv[3])
+        assert cache.batch_size == 3
+        assert RowSelection(torch.tensor([1, 0, 2, 5]), 6, buffer.device).targets.tolist() == [0, 1, 3]
 
     def test_empty_cache_can_be_selected_from(self) -> None:
         cache = KVCache()

@@ -1,7 +1,8 @@
 """The keys and values a decoder keeps between steps, so that each new token costs one position of work.
 
 Two kinds, after fairseq's incremental state: the decoder's self-attention gains one position a token, in buffers
-allocated ahead; the cross-attention's keys and values depend on the source alone and are projected once.
+allocated ahead; the cross-attention's keys and values depend on the source alone and are projected once, here or in the
+memory (Memory.keys_values).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class LayerCache:
         self.capacity = capacity
         self.length = 0
         self.self_kv: Tensor | None = None  # (B, capacity, 2, H, D), the first `length` positions are filled
-        self.cross_kv: Tensor | None = None  # (B, S, 2, H, D)
+        self.cross_kv: Tensor | None = None  # (B, S, 2, H, D), None where the memory holds them
 
     def append(self, kv: Tensor) -> Tensor:
         """Stores kv (B, n, 2, H, D) behind what is held and returns all of it, (B, length, 2, H, D), as a view."""
@@ -29,11 +30,11 @@ class LayerCache:
         self.length = end
         return self.self_kv[:, :end]
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: RowSelection) -> None:
         if self.self_kv is not None:
-            self.self_kv = _selected(self.self_kv, rows, self.length)
+            self.self_kv = rows.of(self.self_kv, self.length)
         if self.cross_kv is not None:
-            self.cross_kv = self.cross_kv[rows]
+            self.cross_kv = rows.of(self.cross_kv, self.cross_kv.shape[1])
 
 
 class KVCache:
@@ -70,12 +71,40 @@ class KVCache:
         return None if self._key_mask is None else self._key_mask.shape[0]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps, drops, repeats or reorders batch rows in place. rows: (n,) int64, the new row i is the old row
-        rows[i]."""
-        if self._key_mask is not None:
-            self._key_mask = _selected(self._key_mask, rows, self.length)
+        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i].
+
+        Unless there are more rows than before, rows that stay where they are are not copied. Where rows is a GPU's, Python
+        waits for it.
+        """
+        if self._key_mask is None:
+            return
+        selection = RowSelection(rows, self._key_mask.shape[0], self._key_mask.device)
+        self._key_mask = selection.of(self._key_mask, self.length)
         for layer in self.layers:
-            layer.select(rows)
+            layer.select(selection)
+
+
+class RowSelection:
+    """The rows of a batch that go on, in their new order, for any number of buffers with a row for each."""
+
+    def __init__(self, rows: Tensor, batch_size: int, device: torch.device) -> None:
+        """rows: (n,) int64, the new row i is the old row rows[i] of batch_size; device: that of the buffers."""
+        self.count = rows.shape[0]
+        self.repeated = rows.to(device) if self.count > batch_size else None
+        targets = (rows != torch.arange(self.count, device=rows.device)).nonzero()[:, 0]
+        self.targets, self.sources = targets.to(device), rows[targets].to(device)
+
+    def of(self, buffer: Tensor, filled: int) -> Tensor:
+        """The selected rows of buffer (B, L, ...), of which [:, :filled] is in use: its own first rows, or a new buffer if there
+        are more rows than it has."""
+        if self.repeated is not None:
+            selected = buffer.new_empty(self.count, *buffer.shape[1:])
+            torch.index_select(buffer[:, :filled], 0, self.repeated, out=selected[:, :filled])
+            return selected
+        if self.targets.shape[0] > 0:
+            buffer = _writable(buffer)
+            buffer[self.targets, :filled] = buffer[self.sources, :filled]
+        return buffer[: self.count]
 
 
 def _grown(buffer: Tensor | None, new: Tensor, filled: int, needed: int, capacity: int) -> Tensor:
@@ -84,15 +113,12 @@ def _grown(buffer: Tensor | None, new: Tensor, filled: int, needed: int, capacit
     if buffer is None:
         return new.new_empty(new.shape[0], max(needed, capacity), *new.shape[2:])
     if buffer.shape[1] >= needed:
-        # Outside torch.inference_mode torch does not write into a buffer that was allocated inside it.
-        return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer
+        return _writable(buffer)
     grown = buffer.new_empty(buffer.shape[0], max(needed, 2 * buffer.shape[1]), *buffer.shape[2:])
     grown[:, :filled] = buffer[:, :filled]
     return grown
 
 
-def _selected(buffer: Tensor, rows: Tensor, filled: int) -> Tensor:
-    """The given rows of buffer, in a new buffer of the same capacity; only the filled part is copied."""
-    selected = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
-    torch.index_select(buffer[:, :filled], 0, rows, out=selected[:, :filled])
-    return selected
+def _writable(buffer: Tensor) -> Tensor:
+    """Outside torch.inference_mode torch does not write into a buffer that was allocated inside it."""
+    return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer

@@ -108,11 +108,13 @@ class CrossAttention(_PackedAttention):
 
     def project(self, x: Tensor, memory: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
         """The query (B, H, L, D) and packed keys and values (B, S, 2, H, D), these from the cache if they are
-        there."""
+        there, or memory itself if it is what keys_values returns."""
         sizes = [self.d_model, 2 * self.d_model]
         weight_q, weight_kv = self.in_proj_weight.split(sizes)
         bias_q, bias_kv = self.in_proj_bias.split(sizes)
         query = F.linear(x, weight_q, bias_q).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        if memory.ndim == 5:
+            return query, memory
         if cache is not None and cache.cross_kv is not None:
             return query, cache.cross_kv
         kv = F.linear(memory, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
@@ -121,9 +123,22 @@ class CrossAttention(_PackedAttention):
         return query, kv
 
     def forward(self, x: Tensor, memory: Tensor, cache: LayerCache | None = None, **options: Any) -> Tensor:
-        """x (B, L, d_model), memory (B, S, d_model) -> (B, L, d_model); memory is not read again once it is cached."""
+        """x (B, L, d_model), memory (B, S, d_model) -> (B, L, d_model); memory is not read again once it is cached.
+
+        memory may also be keys_values(memory); x may then be (B * beams, L, d_model), whose row r reads memory row r // beams.
+        """
+        shape = x.shape
+        if memory.ndim == 5 and shape[0] != memory.shape[0]:
+            # The beams of a sentence are queries of one call, so that its keys and values are neither repeated nor read twice.
+            x = x.view(memory.shape[0], -1, self.d_model)
         query, kv = self.project(x, memory, cache)
-        return self.merge_heads(attention_kv_packed(query, kv, dropout_p=self.dropout_p, **options))
+        heads = attention_kv_packed(query, kv, dropout_p=self.dropout_p, **options)
+        return self.merge_heads(heads) if x.shape == shape else self.merge_heads(heads).view(shape)
+
+    def keys_values(self, memory: Tensor) -> Tensor:
+        """The packed keys and values (B, S, 2, H, D) of memory (B, S, d_model)."""
+        weight, bias = self.in_proj_weight[self.d_model :], self.in_proj_bias[self.d_model :]
+        return F.linear(memory, weight, bias).unflatten(-1, (2, self.num_heads, self.head_dim))
 
     def weights(self, x: Tensor, memory: Tensor, **options: Any) -> Tensor:
         """The weights (B, H, L, S) that forward(x, memory, **options) averages the values with, before dropout."""
@@ -233,7 +248,8 @@ class Decoder(nn.Module):
         cross_options: dict[str, Any],
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """x (B, T, d_model), memories: (B, S, d_model), one or one for each layer -> (B, T, d_model)."""
+        """x (B, T, d_model), memories: (B, S, d_model), one or one for each layer, or the keys and values of each ->
+        (B, T, d_model)."""
         for i, layer in enumerate(self.layers):
             memory = memories[i] if len(memories) > 1 else memories[0]
             x = layer(x, memory, self_options, cross_options, caches[i] if caches is not None else None)

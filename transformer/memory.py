@@ -53,11 +53,18 @@ class Memory:
 
     states: list[Tensor]  # (B, S, d_model): one for all decoder layers ("last"), or one for each
     padding: Padding
+    # (B, S, 2, H, D), one for each decoder layer, in place of states: what Transformer.start_decoding gives the searches
+    keys_values: list[Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
-        return self.states[0].shape[0]
+        return self.padding.lengths.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.padding.lengths.device
 
     def select(self, rows: Tensor) -> Memory:
         """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i]."""
-        return Memory([state[rows] for state in self.states], self.padding.select(rows))
+        keys_values = None if self.keys_values is None else [kv[rows] for kv in self.keys_values]
+        return Memory([state[rows] for state in self.states], self.padding.select(rows), keys_values)

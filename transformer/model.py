@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.checks import checked_integer
-from . import generate
 from .cache import KVCache
+from .checks import check_tokens, checked_integer_in
 from .embedding import TokenEmbedding
+from .generate import Generation, evaluating
 from .layers import (
     CrossAttention,
     Decoder,
@@ -30,7 +30,7 @@ SIZES = ("src_vocab", "tgt_vocab", "d_model", "num_heads", "num_encoder_layers",
 TOKEN_IDS = ("pad_id", "bos_id", "eos_id")
 
 
-class Transformer(nn.Module):
+class Transformer(Generation):
     """Encoder-decoder Transformer, batch-first.
 
     Token embeddings times sqrt(d_model) plus sinusoidal positions; encoder layers of self-attention and feed-forward
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config: dict[str, Any] = config
         self.pad_id, self.bos_id, self.eos_id, self.max_len = pad_id, bos_id, eos_id, max_len
-        self.memory_layers = memory_layers
+        self.tgt_vocab, self.memory_layers = tgt_vocab, memory_layers
 
         self.tgt_embedding = TokenEmbedding(tgt_vocab, d_model, max_len, pad_id, dropout)
         shared_source = tie_weights and src_vocab == tgt_vocab
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
     def encode(self, src: Tensor) -> Memory:
         """src (B, S) int64, padded with pad_id -> the memory for decode. Differentiable with respect to the
         parameters."""
-        _check_tokens("src", src, self.max_len)
+        check_tokens("src", src, self.max_len)
         padding = Padding.of(src, self.pad_id)
         embedding = self.tgt_embedding if self.src_embedding is None else self.src_embedding
         heights = self.encoder(embedding(src), self.memory_layers != "last", **padding.seen_by(padding))
@@ -137,13 +137,15 @@ class Transformer(nn.Module):
     def decode_states(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """decode without the output projection: (B, T, d_model). project() turns any rows of it into logits."""
         start = 0 if cache is None else cache.length
-        _check_tokens("tgt", tgt, self.max_len, start)
-        if tgt.shape[0] != memory.batch_size:
+        check_tokens("tgt", tgt, self.max_len, start)
+        beams = cache is not None and memory.keys_values is not None and tgt.shape[0] % max(memory.batch_size, 1) == 0
+        if tgt.shape[0] != memory.batch_size and not beams:
             raise ValueError(f"tgt has {tgt.shape[0]} rows, src (memory) has {memory.batch_size}; they must be equal")
+        memories = memory.states if memory.keys_values is None else memory.keys_values
         if cache is None:
             padding = Padding.of(tgt, self.pad_id)
             self_options, cross_options = padding.seen_by(padding, is_causal=True), memory.padding.seen_by(padding)
-            return self.decoder(self.tgt_embedding(tgt), memory.states, self_options, cross_options)
+            return self.decoder(self.tgt_embedding(tgt), memories, self_options, cross_options)
 
         if torch.is_grad_enabled():
             raise RuntimeError("decode was given a cache while gradients are recorded; call it under torch.no_grad()")
@@ -152,28 +154,19 @@ class Transformer(nn.Module):
         key_mask = cache.append(tgt != self.pad_id, len(self.decoder.layers))
         # A single new token sees every key; several see each other causally, the last of them standing at the last key.
         self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
-        return self.decoder(self.tgt_embedding(tgt, start), memory.states, self_options, memory.padding.as_keys(), cache.layers)
+        return self.decoder(self.tgt_embedding(tgt, start), memories, self_options, memory.padding.as_keys(), cache.layers)
 
     def project(self, states: Tensor) -> Tensor:
         """Decoder states (..., d_model) -> logits (..., tgt_vocab)."""
         return F.linear(states, self.tgt_embedding.weight) if self.output is None else self.output(states)
 
-    def generate(self, src: Tensor, max_new_tokens: int | None = None) -> Tensor:
-        """Greedy decoding: src (B, S) int64 -> (B, T) int64, T <= max_new_tokens.
-
-        Each row starts after bos_id, which is not returned, ends with eos_id if it got that far, and is padded with
-        pad_id. pad_id is never generated, nor bos_id unless it is eos_id. max_new_tokens: at most and by default
-        max_len, or S + 50 where that is less (the paper's limit). A row that is finished leaves the batch.
-        Deterministic: dropout is off, whatever mode the model is in, and a row's tokens do not depend on the other
-        rows (up to rounding at equal scores).
-        """
-        _check_tokens("src", src, self.max_len)
-        if max_new_tokens is None:
-            max_new_tokens = min(self.max_len, src.shape[1] + 50)
-        max_new_tokens = _checked_integer("max_new_tokens", max_new_tokens, 1, self.max_len)
-        with evaluating(self), torch.no_grad():
-            ids = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
-            return generate.greedy(self.decode, self.encode(src), max_new_tokens, **ids)
+    def start_decoding(self, src: Tensor, capacity: int) -> tuple[Memory, KVCache]:
+        """The memory of src (B, S), with its keys and values for every decoder layer, and an empty cache: for decode with tgt
+        (B * beams, T), whose row r translates source r // beams."""
+        memory, layers = self.encode(src), self.decoder.layers
+        states = memory.states if len(memory.states) > 1 else memory.states * len(layers)
+        keys_values = [cast(DecoderLayer, layer).multihead_attn.keys_values(x) for layer, x in zip(layers, states, strict=True)]
+        return Memory([], memory.padding, keys_values), KVCache(capacity)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
         """The attention weights of every layer for one forward pass, without dropout and without gradients.
@@ -206,18 +199,6 @@ class Transformer(nn.Module):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every submodule into eval mode and afterwards back into the mode that each was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -226,31 +207,12 @@ def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _checked_integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    integer = checked_integer(name, value)
-    if integer < low or (high is not None and integer > high):
-        limits = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {limits}, got {integer}")
-    return integer
-
-
-def _check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-        given = f"dtype {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"{name} must be a tensor of int64 token ids, got {given}")
-    if tokens.ndim != 2:
-        raise ValueError(f"{name} must have 2 dimensions (batch, length), got shape {tuple(tokens.shape)}")
-    if start + tokens.shape[1] > max_len:
-        cached = f" after {start} cached ones" if start else ""
-        raise ValueError(f"{name} has {tokens.shape[1]} tokens a row{cached}, more than max_len = {max_len}")
-
-
 def _checked_integers(config: dict[str, Any]) -> dict[str, int]:
     """The sizes and token ids, as ints of Python."""
-    integers = {name: _checked_integer(name, config[name], 1) for name in SIZES}
+    integers = {name: checked_integer_in(name, config[name], 1) for name in SIZES}
     target_ids = integers["tgt_vocab"] - 1
     last_ids = {"pad_id": min(integers["src_vocab"] - 1, target_ids), "bos_id": target_ids, "eos_id": target_ids}
-    return integers | {name: _checked_integer(name, config[name], 0, last) for name, last in last_ids.items()}
+    return integers | {name: checked_integer_in(name, config[name], 0, last) for name, last in last_ids.items()}
 
 
 def _check_config(config: dict[str, Any]) -> None:

@@ -1,0 +1,178 @@
+"""Beam search over a batch of sentences (Sutskever et al. 2014; the length penalty of Wu et al. 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .search import Constraints, SearchableModel, log_softmax, remaining
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A translation with its score."""
+
+    tokens: list[int]  # without bos_id, with eos_id if it has ended
+    log_probability: float  # the sum over tokens, under the model alone: without constraints
+    score: float  # log_probability / penalty of len(tokens)
+    ended: bool  # False: cut at max_new_tokens
+
+
+@dataclass
+class Beams:
+    """The hypotheses of B sentences: K that go on, in any order, and the K best of those that have ended, best first.
+
+    A place without a hypothesis has the sum -inf.
+    """
+
+    tokens: Tensor  # (B, K, T) int64
+    sums: Tensor  # (B, K), of log-probabilities
+    ended_tokens: Tensor  # (B, K, T) int64, padded with pad_id
+    ended_sums: Tensor  # (B, K)
+    ended_scores: Tensor  # (B, K), sums over penalties
+
+    def __getitem__(self, rows: Tensor) -> Beams:
+        return Beams(*(value[rows] for value in vars(self).values()))
+
+    def __setitem__(self, rows: Tensor, beams: Beams) -> None:
+        for value, new in zip(vars(self).values(), vars(beams).values(), strict=True):
+            value[rows] = new
+
+    def clone(self) -> Beams:
+        return Beams(*(value.clone() for value in vars(self).values()))
+
+
+class BeamSearch:
+    """Finds translations for a batch: `run`, under no_grad with the model in eval mode.
+
+    Each step takes the 2K best continuations of a sentence's K hypotheses. Those among the K best that are eos_id have ended; the
+    K best others go on. A sentence is done, and leaves the batch,
+      - with early_stopping as soon as K hypotheses have ended;
+      - without it as soon as n_best have ended whose scores no other can exceed any more: the best sum, over the largest penalty of
+        the lengths still to come, is an upper bound, because log-probabilities are never positive;
+      - at max_new_tokens, or if no continuation is possible.
+    What has ended ranks before what was cut, then the higher score.
+    """
+
+    def __init__(
+        self, model: SearchableModel, constraints: Constraints, penalties: list[float], beam: int, n_best: int, early_stopping: bool
+    ) -> None:
+        """penalties: what the sums of hypotheses of 1, 2, ... max_new_tokens tokens are divided by, eos_id counted. constraints: for
+        B * beam rows."""
+        self.model, self.constraints, self.penalties = model, constraints, penalties
+        self.beam, self.n_best, self.early_stopping = beam, n_best, early_stopping
+
+    def run(self, src: Tensor) -> list[list[Hypothesis]]:
+        """The n_best best hypotheses of every sentence of src (B, S), best first; fewer where there are no more."""
+        max_length, width = len(self.penalties), self.beam
+        memory, cache = self.model.start_decoding(src, max_length)
+        batch_size, device = memory.batch_size, memory.device
+        sentences = torch.arange(batch_size, device=device)  # the row of src of each sentence of the batch
+        newest = torch.full((batch_size * width, 1), self.model.bos_id, device=device)
+        beams: Beams | None = None
+        results: Beams | None = None
+
+        for length in range(max_length if batch_size > 0 else 0):
+            log_probabilities = log_softmax(self.model.decode(newest, memory, cache)[:, -1])
+            if beams is None:
+                beams = self._empty(batch_size, log_probabilities)
+                results = beams.clone()
+            history = beams.tokens.flatten(0, 1)[:, :length]
+            log_probabilities = self.constraints.apply(log_probabilities, length, history)
+            parents = self._step(beams, log_probabilities, length)
+
+            done = self._done(beams, length + 1)
+            # The only wait for the device: where the new rows come from, and which sentences are done.
+            rows, done = torch.cat([parents.flatten(), done]).cpu().split([parents.numel(), done.shape[0]])
+            if done.any():
+                stay, leave = remaining(done == 0), done.nonzero()[:, 0].to(device)
+                assert results is not None
+                results[sentences[leave]] = beams[leave]
+                if stay.shape[0] == 0:
+                    break
+                rows, stay = rows.view(-1, width)[stay].flatten(), stay.to(device)
+                beams, sentences, memory = beams[stay], sentences[stay], memory.select(stay)
+            cache.select(rows)
+            self.constraints.select(rows.to(device))
+            newest = beams.tokens[:, :, length].reshape(-1, 1)
+        return [] if results is None else self._ranked(results)
+
+    def _empty(self, batch_size: int, like: Tensor) -> Beams:
+        """No tokens yet: the first hypothesis of each sentence has sum 0, the others do not exist."""
+        shape = batch_size, self.beam
+        tokens = torch.full((*shape, len(self.penalties)), self.model.pad_id, device=like.device)
+        nothing = like.new_full(shape, -torch.inf)
+        sums = nothing.clone()
+        sums[:, 0] = 0
+        return Beams(tokens, sums, tokens.clone(), nothing, nothing.clone())
+
+    def _step(self, beams: Beams, log_probabilities: Tensor, length: int) -> Tensor:
+        """Adds one token, by log_probabilities (B * K, V), to all hypotheses of `length` tokens.
+
+        Returns the rows (B, K), counted through the batch, that the hypotheses continue: its own wherever one can stay.
+        """
+        width, vocab_size = self.beam, log_probabilities.shape[1]
+        totals = beams.sums.unsqueeze(-1) + log_probabilities.view(-1, width, vocab_size)
+        sums, places = totals.flatten(1).topk(2 * width)  # (B, 2K), descending
+        parents, tokens = places // vocab_size, places % vocab_size
+        is_eos = tokens == self.model.eos_id
+
+        # Ended: among the K best only, or a poor one would end before better ones have had their chance.
+        candidates = _gather(beams.tokens, parents[:, :width])
+        candidates[..., length] = tokens[:, :width]
+        ended_sums = sums[:, :width].masked_fill(~is_eos[:, :width], -torch.inf)
+        scores = torch.cat([beams.ended_scores, ended_sums / self.penalties[length]], 1)
+        beams.ended_scores, best = scores.topk(width)
+        beams.ended_sums = torch.cat([beams.ended_sums, ended_sums], 1).gather(1, best)
+        beams.ended_tokens = _gather(torch.cat([beams.ended_tokens, candidates], 1), best)
+
+        # Going on: at most K of the 2K are eos, one for each hypothesis, so K others are left.
+        sums, best = sums.masked_fill(is_eos, -torch.inf).topk(width)
+        parents, tokens = parents.gather(1, best), tokens.gather(1, best)
+        places = _places(parents)
+        parents = torch.empty_like(parents).scatter_(1, places, parents)
+        beams.sums = sums.scatter(1, places, sums)
+        beams.tokens = _gather(beams.tokens, parents)
+        beams.tokens[..., length] = tokens.scatter(1, places, tokens)
+        return parents + width * torch.arange(parents.shape[0], device=parents.device).unsqueeze(1)
+
+    def _done(self, beams: Beams, length: int) -> Tensor:
+        """(B,) bool: which sentences are done after `length` tokens."""
+        best = beams.sums.amax(1)
+        if length == len(self.penalties):
+            return torch.ones_like(best, dtype=torch.bool)
+        if self.early_stopping:
+            return (beams.ended_scores[:, -1] > -torch.inf) | (best == -torch.inf)
+        return beams.ended_scores[:, self.n_best - 1] >= best / max(self.penalties[length:])
+
+    def _ranked(self, results: Beams) -> list[list[Hypothesis]]:
+        tokens, sums, ended_tokens, ended_sums, ended_scores = (value.tolist() for value in vars(results).values())
+        ranked = []
+        for sentence in range(len(tokens)):
+            hypotheses = []
+            ended = zip(ended_tokens[sentence], ended_sums[sentence], ended_scores[sentence], strict=True)
+            for row, log_probability, score in ended:
+                if score > -torch.inf:
+                    hypotheses.append(Hypothesis(row[: row.index(self.model.eos_id) + 1], log_probability, score, True))
+            cut = zip(sums[sentence], tokens[sentence], strict=True)
+            for log_probability, row in sorted(cut, reverse=True):
+                if log_probability > -torch.inf and self.model.pad_id not in row:
+                    hypotheses.append(Hypothesis(row, log_probability, log_probability / self.penalties[-1], False))
+            ranked.append(hypotheses[: self.n_best])
+        return ranked
+
+
+def _gather(tokens: Tensor, indices: Tensor) -> Tensor:
+    """tokens (B, N, T), indices (B, K) -> (B, K, T)."""
+    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+def _places(parents: Tensor) -> Tensor:
+    """A place for each of K children, so that the first child of every parent gets its parent's. parents, and the result (B, K)."""
+    is_first = ~(parents.unsqueeze(2) == parents.unsqueeze(1)).tril(-1).any(2)
+    has_child = torch.zeros_like(parents).scatter_(1, parents, 1)
+    # The other children, in order, get the places of parents without a child.
+    others, free = is_first.int().argsort(dim=1, stable=True), has_child.argsort(dim=1, stable=True)
+    return torch.where(is_first, parents, torch.empty_like(parents).scatter_(1, others, free))

@@ -1,0 +1,27 @@
+"""Checks of token tensors and integers, shared by the model and its searches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.checks import checked_integer
+
+
+def checked_integer_in(name: str, value: object, low: int, high: int | None = None) -> int:
+    integer = checked_integer(name, value)
+    if integer < low or (high is not None and integer > high):
+        limits = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {limits}, got {integer}")
+    return integer
+
+
+def check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        given = f"dtype {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"{name} must be a tensor of int64 token ids, got {given}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions (batch, length), got shape {tuple(tokens.shape)}")
+    if start + tokens.shape[1] > max_len:
+        cached = f" after {start} cached ones" if start else ""
+        raise ValueError(f"{name} has {tokens.shape[1]} tokens a row{cached}, more than max_len = {max_len}")

@@ -1,0 +1,118 @@
+"""What the searches for a translation share: the decoder as they see it, and the tokens that may come next.
+
+A search knows nothing of attention. It calls decode with the newest token of every row, and tells memory and cache which
+rows go on; whether a cache holds keys and values or the state of a recurrent cell is the decoder's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DecoderMemory(Protocol):
+    """What the decoder reads of B sources, one row each, whatever the number of beams."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def select(self, rows: Tensor) -> DecoderMemory:
+        """The memory of these sources alone; rows (n,) int64, on the memory's device."""
+
+
+class DecoderCache(Protocol):
+    """What the decoder carries from token to token, one row for each beam of each source."""
+
+    def select(self, rows: Tensor) -> None:
+        """From now on row i is the old row rows[i]; rows (n,) int64, on the CPU, n <= the rows held. May move rows in place: where
+        rows[i] == i, nothing is to be done."""
+
+
+class SearchableModel(Protocol):
+    """What a search asks of a model."""
+
+    pad_id: int  # fills rows that have ended; may be eos_id
+    bos_id: int  # the first token that decode gets; may lie outside the vocabulary
+    eos_id: int
+
+    def start_decoding(self, src: Tensor, capacity: int) -> tuple[Any, Any]:
+        """src (B, S) int64 -> its DecoderMemory and an empty DecoderCache, with room for capacity tokens."""
+
+    def decode(self, tgt: Tensor, memory: Any, cache: Any) -> Tensor:
+        """The next token of each row, tgt (B * beams, 1) int64, -> logits (B * beams, 1, V), a tensor that may be written to.
+
+        Row r translates source r // beams.
+        """
+
+
+class Constraints:
+    """Which tokens may come next in R rows.
+
+    pad_id is never generated, nor bos_id unless it is eos_id. eos_id needs min_length tokens before it. With
+    no_repeat_ngram n > 0 no n tokens in a row occur twice (Paulus et al. 2018). Where all this leaves nothing, eos_id is left.
+    prefix (R, P): what rows begin with, right-padded with pad_id; no other rule holds for its tokens.
+    """
+
+    def __init__(self, model: SearchableModel, prefix: Tensor | None = None, min_length: int = 0, no_repeat_ngram: int = 0) -> None:
+        self.never, self.eos_id, self.pad_id = {model.pad_id, model.bos_id} - {model.eos_id}, model.eos_id, model.pad_id
+        self.prefix, self.min_length, self.no_repeat_ngram = prefix, min_length, no_repeat_ngram
+
+    def reads_history(self, length: int) -> bool:
+        """Whether apply reads the tokens of rows of this length."""
+        return 0 < self.no_repeat_ngram <= length
+
+    def apply(self, scores: Tensor, length: int, history: Tensor | None = None) -> Tensor:
+        """-inf for what may not come next. scores (R, V), written to: logits or log-probabilities after `length` tokens, history
+        (R, length) int64."""
+        forced = None
+        if self.prefix is not None and length < self.prefix.shape[1]:
+            tokens = self.prefix[:, length, None]  # (R, 1), pad_id where the row is free
+            # A probability of 0 is no reason against a prefix, so its score stays finite.
+            forced = tokens, scores.gather(1, tokens).clamp(min=torch.finfo(scores.dtype).min)
+        for token in self.never:
+            if 0 <= token < scores.shape[1]:
+                scores[:, token] = -torch.inf
+        if length < self.min_length or self.reads_history(length):
+            eos_scores = scores[:, self.eos_id].clamp(min=torch.finfo(scores.dtype).min)
+            if length < self.min_length:
+                scores[:, self.eos_id] = -torch.inf
+            if self.reads_history(length):
+                assert history is not None
+                self._ban_repetitions(scores, history)
+            nothing_left = scores.amax(1) == -torch.inf
+            scores[:, self.eos_id] = torch.where(nothing_left, eos_scores, scores[:, self.eos_id])
+        if forced is None:
+            return scores
+        tokens, token_scores = forced
+        only_forced = torch.full_like(scores, -torch.inf).scatter_(1, tokens, token_scores)
+        return torch.where(tokens == self.pad_id, scores, only_forced)
+
+    def _ban_repetitions(self, scores: Tensor, history: Tensor) -> None:
+        size = self.no_repeat_ngram
+        ngrams = history.unfold(1, size, 1)  # (R, length - size + 1, size)
+        begun_again = (ngrams[..., :-1] == history[:, None, history.shape[1] - size + 1 :]).all(-1)
+        bans = torch.where(begun_again, -torch.inf, torch.inf).to(scores.dtype)
+        scores.scatter_reduce_(1, ngrams[..., -1], bans, "amin")
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with these rows, (n,) int64."""
+        if self.prefix is not None:
+            self.prefix = self.prefix[rows]
+
+
+def remaining(stays: Tensor) -> Tensor:
+    """The rows that stay, (n,) int64, in an order in which as few as possible change their place. stays (B,) bool, on the CPU."""
+    rows = torch.arange(int(stays.sum()))
+    rows[~stays[: rows.shape[0]]] = stays.nonzero()[:, 0][stays[: rows.shape[0]].sum() :]
+    return rows
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least."""
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
