@@ -31,7 +31,7 @@ class TestAgainstOtherSearches:
         model, src = ending_model(memory_layers=memory_layers), sources(8)
         greedy = model.generate(src, 12)
         assert len({row.count(0) for row in greedy.tolist()}) > 1, "rows of equal length would not test leaving the batch"
-        for hypotheses, row in zip(model.beam_search(src, 12, beam=1), greedy.tolist(), strict=True):
+        for hypotheses, row in zip(model.beam_search(src, 12, beam=1, early_stopping=True), greedy.tolist(), strict=True):
             assert hypotheses[0].tokens == [token for token in row if token != model.pad_id]
 
     @pytest.mark.parametrize("early_stopping", [False, True])
@@ -239,7 +239,7 @@ class TestRecurrentDecoder:
         model = RecurrentTranslator()
         src = torch.randint(1, 11, (6, 5))
         greedy = model.generate(src, 12).tolist()
-        for row, [hypothesis] in zip(greedy, model.beam_search(src, 12, beam=1), strict=True):
+        for row, [hypothesis] in zip(greedy, model.beam_search(src, 12, beam=1, early_stopping=True), strict=True):
             assert hypothesis.tokens == row[: row.index(0) + 1 if 0 in row else None]
 
 

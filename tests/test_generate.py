@@ -242,7 +242,7 @@ class TestGenerate:
             assert tokens[row, : alone.shape[1]].tolist() == alone[0].tolist()
         assert torch.equal(model.generate(SRC, 3, beam=beam, prefix=prefix[:1].expand(4, 3)), prefix[:1].expand(4, 3))
 
-    @pytest.mark.parametrize("options", [{}, {"beam": 3}, {"beam": 3, "early_stopping": False}], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"beam": 3}, {"beam": 3, "early_stopping": True}], ids=str)
     def test_float32_and_bfloat16_run(self, options: dict[str, Any]) -> None:
         model = ending_model().float()
         expected = model.generate(SRC, 8, **options)

@@ -60,7 +60,7 @@ class Generation(nn.Module):
         *,
         beam: int = 1,
         length_penalty: LengthPenalty = 0.6,
-        early_stopping: bool = True,
+        early_stopping: bool = False,
         min_length: int = 0,
         no_repeat_ngram: int = 0,
         prefix: Tensor | None = None,
@@ -135,7 +135,7 @@ class Generation(nn.Module):
         beam: int = 4,
         n_best: int = 1,
         length_penalty: LengthPenalty = 0.6,
-        early_stopping: bool = True,
+        early_stopping: bool = False,
         min_length: int = 0,
         no_repeat_ngram: int = 0,
         prefix: Tensor | None = None,
@@ -148,9 +148,9 @@ class Generation(nn.Module):
         beam: hypotheses of a sentence, at most tgt_vocab. n_best <= beam.
         length_penalty: alpha in ((5 + length) / 6) ** alpha (Wu et al. 2016; 0.6 as in Vaswani et al. 2017), or a function of the
             length, eos_id counted, with positive values: `lambda length: length` gives a mean over tokens.
-        early_stopping: True: a sentence is done as soon as `beam` of its hypotheses have ended. False: as soon as no other hypothesis
-            can come in among the n_best any more, not even at the length with the largest penalty and with every further token
-            certain.
+        early_stopping: False: a sentence is done as soon as no other hypothesis can come in among the n_best any more, not even at the
+            length with the largest penalty and with every further token certain. True: as soon as `beam` of its hypotheses have
+            ended, which is sooner, but a better one may have been on its way. With beam = 1 and True the search is greedy.
         """
         beam = checked_integer_in("beam", beam, 1, self.tgt_vocab)
         n_best = checked_integer_in("n_best", n_best, 1)

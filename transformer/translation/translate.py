@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from ..model import Transformer
 from .batches import pad
@@ -13,10 +17,13 @@ from .data import ParallelText, left_out_text
 from .machine import autocast, choose_device, optional_module
 from .tokenizer import EOS_ID, Tokenizer
 
-# Sentences decoded together; what is finished leaves the batch, so long ones do not hold up many.
-BATCH_SENTENCES = 64
+# Source tokens decoded together, padding included and once for each beam; what is finished leaves the batch.
+BATCH_TOKENS = 2048
 # A translation may be this much longer than its source, in tokens, before it is cut off: factor and constant.
 LENGTH_LIMIT = (2, 10)
+
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One of the translations that a beam search found for a sentence."""
+
+    text: str
+    log_probability: float  # of its tokens, the end with them
+    score: float  # the log-probability over the length penalty, by which candidates are ranked
+    ended: bool  # False: cut at the length limit
+
+
+@dataclass(frozen=True)
 class Translations:
     """Translated lines, in order, and the indices of those that are not whole."""
 
     lines: list[str]
+    candidates: list[list[Candidate]]  # of each line, best first; none for a blank line, and where scores were not asked for
     cut_sources: list[int] = field(default_factory=list)  # did not fit the model
     cut_translations: list[int] = field(default_factory=list)  # had not ended at the length limit
 
@@ -56,38 +74,105 @@ class Translator:
         checkpoint = read_checkpoint(path)
         return cls(load_model(checkpoint, choose_device(device)), *load_tokenizers(checkpoint))
 
-    def translate(self, lines: Sequence[str]) -> list[str]:
-        """Greedy translations, one a line, in order; a blank line stays empty. Equal lines are translated once."""
-        return self.translations(lines).lines
+    def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
+        """Translations, one a line, in order; a blank line stays empty. Equal lines are translated once. options: as for
+        `translations`."""
+        return self.translations(lines, **options).lines
 
-    def translations(self, lines: Sequence[str]) -> Translations:
-        """As `translate`, and what was cut: a line of more than max_len - 1 tokens, a translation that reached LENGTH_LIMIT or max_len."""
-        sentences = sorted({" ".join(line.split()) for line in lines} - {""})
-        encoded = dict(zip(sentences, self.source_tokenizer.encode(sentences), strict=True))
-        by_length = sorted(sentences, key=lambda sentence: len(encoded[sentence]))
-        translations = {"": ("", True)}
-        for start in range(0, len(by_length), BATCH_SENTENCES):
-            batch = by_length[start : start + BATCH_SENTENCES]
-            translations |= zip(batch, self._translate_batch([encoded[sentence] for sentence in batch]), strict=True)
+    def translations(self, lines: Sequence[str], *, beam: int = 1, n_best: int = 1, scores: bool = False, **options: Any) -> Translations:
+        """As `translate`, and what was cut: a line of more than max_len - 1 tokens, a translation that reached LENGTH_LIMIT or max_len.
+
+        beam: 1 is greedy. n_best: how many candidates a line has, at most beam; with 1 there are none unless scores is True.
+        options: length_penalty, early_stopping, min_length, no_repeat_ngram of Transformer.beam_search; greedily, those of
+        Transformer.generate. Raises ValueError or TypeError, naming the argument.
+        """
         in_order = [" ".join(line.split()) for line in lines]
+        encoded = self._encoded(self.source_tokenizer, in_order)
+        found: dict[str, list[Candidate]] = {"": []}
+        for batch in token_batches({sentence: len(ids) + 1 for sentence, ids in encoded.items()}, BATCH_TOKENS // max(beam, 1)):
+            src = pad([self.source_tokens(encoded[sentence]) for sentence in batch]).to(self.device)
+            if beam == n_best == 1 and not scores:
+                found |= zip(batch, self._greedy(src, options), strict=True)
+            else:
+                # A beam of one that stops early is greedy.
+                search = {"beam": beam, "n_best": n_best, "early_stopping": beam == 1} | options
+                found |= zip(batch, self._beam_search(src, search), strict=True)
         return Translations(
-            [translations[sentence][0] for sentence in in_order],
+            [found[sentence][0].text if found[sentence] else "" for sentence in in_order],
+            [found[sentence] if scores or n_best > 1 else [] for sentence in in_order],
             [i for i, sentence in enumerate(in_order) if len(encoded.get(sentence, ())) >= self.model.max_len],
-            [i for i, sentence in enumerate(in_order) if not translations[sentence][1]],
+            [i for i, sentence in enumerate(in_order) if found[sentence] and not found[sentence][0].ended],
         )
+
+    def stream(self, line: str, **options: Any) -> Iterator[str]:
+        """The translation of one line in pieces of text, as they come; joined, they are the translation.
+
+        options: those of Transformer.stream, such as temperature. Raises ValueError or TypeError, naming the argument, at once.
+        """
+        encoded = self._encoded(self.source_tokenizer, [" ".join(line.split())])
+        if not encoded:
+            return iter(())
+        src = pad([self.source_tokens(ids) for ids in encoded.values()]).to(self.device)
+        columns = self.model.stream(src, self._length_limit(src), **options)
+
+        def pieces() -> Iterator[str]:
+            tokens: list[int] = []
+            shown = ""
+            while True:
+                with autocast(self.device):
+                    column = next(columns, None)
+                if column is None:
+                    return
+                tokens.append(int(column))
+                [text] = self.target_tokenizer.decode([tokens])
+                # The bytes of one character may be several tokens.
+                if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                    yield text[len(shown) :]
+                    shown = text
+
+        return pieces()
+
+    def log_probabilities(self, lines: Sequence[str], translations: Sequence[str]) -> list[float]:
+        """The log-probability of each line's given translation, its end with it, in order. ValueError if one does not fit the model."""
+        sentences = [" ".join(line.split()) for line in lines]
+        sources, targets = self._encoded(self.source_tokenizer, sentences), self._encoded(self.target_tokenizer, translations)
+        pairs = [(sources.get(s, []), targets.get(t, [])) for s, t in zip(sentences, translations, strict=True)]
+        for i, (_, target) in enumerate(pairs):
+            if len(target) >= self.model.max_len:
+                raise ValueError(f"translations[{i}] has {len(target)} tokens, more than max_len - 1 = {self.model.max_len - 1}")
+        found: dict[int, float] = {}
+        for batch in token_batches({i: max(len(s), len(t)) + 1 for i, (s, t) in enumerate(pairs)}, BATCH_TOKENS):
+            src = pad([self.source_tokens(pairs[i][0]) for i in batch]).to(self.device)
+            tgt = pad([[*pairs[i][1], EOS_ID] for i in batch]).to(self.device)
+            with autocast(self.device):
+                found |= zip(batch, self.model.score(src, tgt).sentences.tolist(), strict=True)
+        return [found[i] for i in range(len(pairs))]
 
     def source_tokens(self, ids: list[int]) -> list[int]:
         """An encoded sentence as the model reads it: cut at max_len - 1 tokens, with its end."""
         return [*ids[: self.model.max_len - 1], EOS_ID]
 
-    def _translate_batch(self, rows: list[list[int]]) -> list[tuple[str, bool]]:
-        """The translation of each row of ids, and whether it ended."""
-        src = pad([self.source_tokens(ids) for ids in rows]).to(self.device)
+    def _encoded(self, tokenizer: Tokenizer, sentences: Sequence[str]) -> dict[str, list[int]]:
+        """The token ids of each different sentence that is not empty."""
+        different = sorted(set(sentences) - {""})
+        return dict(zip(different, tokenizer.encode(different), strict=True))
+
+    def _length_limit(self, src: Tensor) -> int:
         factor, constant = LENGTH_LIMIT
+        return min(factor * src.shape[1] + constant, self.model.max_len)
+
+    def _greedy(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
+        """One candidate a row, whose scores are not known."""
         with autocast(self.device):
-            output = self.model.generate(src, max_new_tokens=min(factor * src.size(1) + constant, self.model.max_len))
-        tokens = output.tolist()
-        return list(zip(self.target_tokenizer.decode(tokens), (EOS_ID in row for row in tokens), strict=True))
+            rows = self.model.generate(src, max_new_tokens=self._length_limit(src), **options).tolist()
+        texts = self.target_tokenizer.decode(rows)
+        return [[Candidate(text, math.nan, math.nan, EOS_ID in row)] for text, row in zip(texts, rows, strict=True)]
+
+    def _beam_search(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
+        with autocast(self.device):
+            rows = self.model.beam_search(src, max_new_tokens=self._length_limit(src), **options)
+        texts = iter(self.target_tokenizer.decode([found.tokens for row in rows for found in row]))
+        return [[Candidate(next(texts), found.log_probability, found.score, found.ended) for found in row] for row in rows]
 
     def score(self, text: ParallelText) -> tuple[Scores, list[str]]:
         """Translate `text.source` and compare with `text.target`; returns the translations too."""
@@ -98,6 +183,18 @@ class Translator:
         if done.cut_translations:
             remark += f"; cut: {len(done.cut_translations):,} translations that had not ended"
         return replace(score(done.lines, text.target), remark=remark), done.lines
+
+
+def token_batches(lengths: Mapping[Key, int], batch_tokens: int) -> Iterator[list[Key]]:
+    """Keys of similar length together, shortest first, at most batch_tokens a batch with its padding, and one key at least."""
+    batch: list[Key] = []
+    for key in sorted(lengths, key=lengths.__getitem__):
+        if batch and lengths[key] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
 
 
 def score(translations: Sequence[str], references: Sequence[str]) -> Scores:
