@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_generate import SRC, build, ending_model, sources
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fused_attention.transformer import layers
 from fused_attention.transformer.beam import Hypothesis
@@ -18,11 +20,13 @@ from fused_attention.transformer.generate import Generation
 from fused_attention.transformer.model import Transformer
 
 
-def log_probability(model: Transformer, source: Tensor, tokens: list[int]) -> float:
-    """Of the tokens of one translation, by one forward pass over all of them."""
-    with torch.no_grad():
-        logits = model(source[None], torch.tensor([[model.bos_id, *tokens[:-1]]]))[0]
-    return logits.log_softmax(-1)[range(len(tokens)), tokens].sum().item()
+@torch.no_grad()
+def log_probabilities(model: Transformer, source: Tensor, translations: list[list[int]]) -> list[float]:
+    """Of the tokens of translations of one source, by a forward pass over all of them."""
+    tgt = pad_sequence([torch.tensor(tokens) for tokens in translations], batch_first=True)
+    logits = model(source.expand(len(tgt), -1), F.pad(tgt[:, :-1], (1, 0), value=model.bos_id))
+    tokens = logits.log_softmax(-1).gather(2, tgt[..., None])[..., 0]
+    return tokens.masked_fill(tgt == model.pad_id, 0).sum(1).tolist()
 
 
 class TestAgainstOtherSearches:
@@ -48,9 +52,10 @@ class TestAgainstOtherSearches:
             cut = [list(words) for words in product((3, 4, 5), repeat=3)]
             expected = []
             for translations in (ended, cut):
-                sums = [(log_probability(model, source, tokens), tokens) for tokens in translations]
-                scored = [(total / ((5 + len(tokens)) / 6) ** alpha, total, tokens) for total, tokens in sums]
-                expected += [Hypothesis(tokens, total, score, tokens[-1] == 2) for score, total, tokens in sorted(scored)[::-1]]
+                sums = log_probabilities(model, source, translations)
+                scores = [total / ((5 + len(tokens)) / 6) ** alpha for total, tokens in zip(sums, translations, strict=True)]
+                best_first = sorted(zip(scores, sums, translations, strict=True), reverse=True)
+                expected += [Hypothesis(tokens, total, score, tokens[-1] == 2) for score, total, tokens in best_first]
             assert [(h.tokens, h.ended) for h in found] == [(h.tokens, h.ended) for h in expected]
             torch.testing.assert_close([h.score for h in found], [h.score for h in expected])
             torch.testing.assert_close([h.log_probability for h in found], [h.log_probability for h in expected])
@@ -64,8 +69,8 @@ class TestAgainstOtherSearches:
         assert all(h.score >= other.score for hypotheses in found for h, other in pairwise(hypotheses) if h.ended == other.ended)
         for source, hypotheses in zip(src, found, strict=True):
             assert len({tuple(h.tokens) for h in hypotheses}) == 5
-            for hypothesis in hypotheses:
-                expected = log_probability(model, source, hypothesis.tokens)
+            sums = log_probabilities(model, source, [h.tokens for h in hypotheses])
+            for hypothesis, expected in zip(hypotheses, sums, strict=True):
                 assert hypothesis.log_probability == pytest.approx(expected)
                 assert hypothesis.score == pytest.approx(expected / ((5 + len(hypothesis.tokens)) / 6) ** 0.6)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.memory import Memory
 from fused_attention.transformer.model import Transformer
+from fused_attention.transformer.search import remaining
 
 SRC = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 0, 0, 0], [0, 0, 12, 0, 13, 14, 0], [15, 0, 0, 0, 0, 0, 0]])
 TGT = torch.tensor([[1, 4, 5, 6, 7, 8], [1, 8, 9, 3, 4, 5], [1, 10, 10, 11, 12, 13], [1, 4, 4, 4, 9, 9]])
@@ -160,6 +161,11 @@ class TestGenerate:
         tokens = model.generate(SRC, max_new_tokens=20)
         assert rows_seen == [4, 3, 2, 1]
         assert tokens.tolist() == [[2, 0, 0, 0], [6, 2, 0, 0], [7, 7, 2, 0], [8, 8, 8, 2]]
+
+    def test_few_of_the_rows_that_stay_change_their_place(self) -> None:
+        assert remaining(torch.tensor([True, False, True, True, False, True])).tolist() == [0, 5, 2, 3]
+        assert remaining(torch.tensor([True, True, False])).tolist() == [0, 1]
+        assert remaining(torch.tensor([False, False])).tolist() == []
 
     def test_never_generates_pad_or_bos(self) -> None:
         model = build()

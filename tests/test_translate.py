@@ -92,6 +92,8 @@ def test_candidates_and_their_scores(translator: Translator, known: ParallelText
         assert all(other.text != line and other.score < best.score for other in others if other.ended)
     with pytest.raises(ValueError, match="n_best must be at most beam = 1, got 2"):
         translator.translations(["red cat"], n_best=2)
+    with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
+        translator.translations([""], beam=0)
 
 
 def test_greedy_with_scores_is_a_beam_of_one(translator: Translator, known: ParallelText) -> None:

@@ -95,7 +95,7 @@ class BeamSearch:
                 rows, stay = rows.view(-1, width)[stay].flatten(), stay.to(device)
                 beams, sentences, memory = beams[stay], sentences[stay], memory.select(stay)
             cache.select(rows)
-            self.constraints.select(rows.to(device))
+            self.constraints.select(rows)
             newest = beams.tokens[:, :, length].reshape(-1, 1)
         return [] if results is None else self._ranked(results)
 

@@ -78,7 +78,7 @@ class Generation(nn.Module):
             says what length_penalty and early_stopping are. Both are deterministic, and a row's tokens do not depend on the
             other rows (up to rounding at equal scores).
         temperature, top_k, top_p, generator: if any is given, tokens are drawn instead: from softmax(logits / temperature), among the
-            top_k best and then the fewest that hold at least top_p of the probability. generator: on the model's device; a seed
+            top_k best and then the fewest that hold at least top_p of their probability. generator: on the model's device; a seed
             gives the same tokens for the same batch.
         """
         beam = checked_integer_in("beam", beam, 1, self.tgt_vocab)
@@ -89,7 +89,7 @@ class Generation(nn.Module):
             options = {"min_length": min_length, "no_repeat_ngram": no_repeat_ngram, "prefix": prefix}
             penalty = {"length_penalty": length_penalty, "early_stopping": early_stopping}
             found = self.beam_search(src, max_new_tokens, beam=beam, **penalty, **options)  # type: ignore[arg-type]
-            rows = [torch.tensor(best.tokens, device=src.device) for best, *_ in found]
+            rows = [src.new_tensor(best[0].tokens if best else []) for best in found]
             return nn.utils.rnn.pad_sequence(rows, True, self.pad_id) if rows else src.new_empty(0, 0)
         max_new_tokens, constraints = self._checked(src, max_new_tokens, min_length, no_repeat_ngram, prefix)
         with evaluating(self), torch.no_grad():

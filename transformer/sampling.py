@@ -14,8 +14,8 @@ from .checks import checked_integer_in
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws from softmax(logits / temperature), restricted to the top_k best tokens and then to the fewest of these whose
-    probabilities, as they were before top_k, reach top_p.
+    """Draws from softmax(logits / temperature), restricted to the top_k best tokens, and then to the fewest of these that hold at least
+    top_p of their probability.
 
     temperature > 0; top_k in [1, vocabulary] or None; top_p in (0, 1]. generator: torch's own for the device if None.
     """
@@ -49,7 +49,7 @@ class Sampler:
         probabilities = ((logits - logits.amax(1, keepdim=True)) / self.temperature).softmax(1)
         if self.top_k is not None or self.top_p < 1:
             best, tokens = probabilities.topk(self.top_k or logits.shape[1], 1)  # in descending order
-            best = best.masked_fill(best.cumsum(1) - best >= self.top_p, 0)
+            best = best.masked_fill(best.cumsum(1) - best >= self.top_p * best.sum(1, keepdim=True), 0)
             return tokens.gather(1, torch.multinomial(best, 1, generator=self.generator))
         return torch.multinomial(probabilities, 1, generator=self.generator)
 

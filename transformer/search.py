@@ -101,9 +101,9 @@ class Constraints:
         scores.scatter_reduce_(1, ngrams[..., -1], bans, "amin")
 
     def select(self, rows: Tensor) -> None:
-        """Goes on with these rows, (n,) int64."""
+        """Goes on with these rows, (n,) int64, on any device."""
         if self.prefix is not None:
-            self.prefix = self.prefix[rows]
+            self.prefix = self.prefix[rows.to(self.prefix.device)]
 
 
 def remaining(stays: Tensor) -> Tensor:

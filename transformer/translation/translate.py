@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..checks import checked_integer_in
 from ..model import Transformer
 from .batches import pad
 from .checkpoint import load_model, load_tokenizers, read_checkpoint
@@ -55,9 +56,10 @@ class Translations:
     """Translated lines, in order, and the indices of those that are not whole."""
 
     lines: list[str]
-    candidates: list[list[Candidate]]  # of each line, best first; none for a blank line, and where scores were not asked for
     cut_sources: list[int] = field(default_factory=list)  # did not fit the model
     cut_translations: list[int] = field(default_factory=list)  # had not ended at the length limit
+    # Of each line, best first; none for a blank line, and where scores were not asked for.
+    candidates: list[list[Candidate]] = field(default_factory=list)
 
 
 class Translator:
@@ -86,10 +88,11 @@ class Translator:
         options: length_penalty, early_stopping, min_length, no_repeat_ngram of Transformer.beam_search; greedily, those of
         Transformer.generate. Raises ValueError or TypeError, naming the argument.
         """
+        beam = checked_integer_in("beam", beam, 1)
         in_order = [" ".join(line.split()) for line in lines]
         encoded = self._encoded(self.source_tokenizer, in_order)
         found: dict[str, list[Candidate]] = {"": []}
-        for batch in token_batches({sentence: len(ids) + 1 for sentence, ids in encoded.items()}, BATCH_TOKENS // max(beam, 1)):
+        for batch in token_batches({sentence: len(ids) + 1 for sentence, ids in encoded.items()}, BATCH_TOKENS // beam):
             src = pad([self.source_tokens(encoded[sentence]) for sentence in batch]).to(self.device)
             if beam == n_best == 1 and not scores:
                 found |= zip(batch, self._greedy(src, options), strict=True)
@@ -99,9 +102,9 @@ class Translator:
                 found |= zip(batch, self._beam_search(src, search), strict=True)
         return Translations(
             [found[sentence][0].text if found[sentence] else "" for sentence in in_order],
-            [found[sentence] if scores or n_best > 1 else [] for sentence in in_order],
             [i for i, sentence in enumerate(in_order) if len(encoded.get(sentence, ())) >= self.model.max_len],
             [i for i, sentence in enumerate(in_order) if found[sentence] and not found[sentence][0].ended],
+            [found[sentence] if scores or n_best > 1 else [] for sentence in in_order],
         )
 
     def stream(self, line: str, **options: Any) -> Iterator[str]:
