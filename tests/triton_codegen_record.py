@@ -47,6 +47,8 @@ def _settle_hashes() -> None:
     process met first. Hashed again until all are counted, it does not.
     """
     functions = [value for module in MODULES for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+    written = [function.fn.__globals__.get("kernel") for function in functions]  # what the functions that parameters.py writes call
+    functions += [function for function in written if isinstance(function, triton.JITFunction)]
     for _ in range(MAX_CALL_DEPTH):
         for function in functions:
             function.hash = None

@@ -1,10 +1,9 @@
-"""The arguments that every Triton attention kernel takes, in the kernels' order: what may be attended to, and how scores are made."""
+"""A Problem as the arguments that every Triton attention kernel takes, in the order of their parameters: AttnMask to Dropout, head dims."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,20 +14,6 @@ from ..problem import OptionalTensors, Problem
 
 LOG2_E = math.log2(math.e)
 UNLIMITED = 2**30  # a window side that no sequence reaches; sums with it fit an int32
-
-
-NOT_VECTORISED = ("stride_lse", "stride_slopes", "stride_bits", "stride_tiles", "stride_key_mask_batch")
-
-
-def kernel(function: Callable) -> Any:
-    """triton.jit for a kernel: compiled once for all sizes; only strides that tell Triton how wide its loads may be are compiled in.
-
-    Triton specialises typed ones on being a multiple of 16, and those without a type (strides of a last dim) also on being 1.
-    """
-    annotations = function.__annotations__.items()
-    sizes = [name for name, annotation in annotations if annotation == "tl.int32"]
-    strides = [name for name, annotation in annotations if annotation == "tl.int64" and name.startswith(NOT_VECTORISED)]
-    return triton.jit(function, do_not_specialize=[*sizes, *strides])
 
 
 class Arguments(NamedTuple):
@@ -46,7 +31,7 @@ def common_tensors(optional: OptionalTensors, tiles: Tensor | None, mask_bits: T
         mask = mask.view(torch.uint8)
     if key_mask is not None:
         key_mask = key_mask.view(torch.uint8)
-    return mask, key_mask, key_lengths, query_lengths, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, tiles
+    return mask, key_mask, alibi_slopes, mask_bits, tiles, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k, rng_state
 
 
 def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> Arguments:
@@ -54,7 +39,6 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
     query, key = problem.query, problem.key
     attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
     mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    window_left, window_right = problem.window_left, problem.window_right
     numbers = (
         *_strides(attn_mask, 4),
         *_strides(key_mask, 2),
@@ -68,26 +52,33 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         key.shape[2],
         query.shape[1],
         query.shape[1] // max(key.shape[1], 1),  # there may be no heads at all
+        *window_numbers(problem),
         problem.scale * LOG2_E if problem.softcap is None else problem.scale / problem.softcap,
         0.0 if problem.softcap is None else problem.softcap * LOG2_E,
-        UNLIMITED if window_left is None else min(window_left, UNLIMITED),
-        UNLIMITED if window_right is None else min(window_right, UNLIMITED),
-        problem.diagonal,
         dropout_threshold(problem.dropout_p) if problem.rng_state is not None else 0,
     )
     constants = (
+        mask_is_bool,
+        *window_constants(problem),
+        problem.softcap is not None,
         query.shape[3],
         problem.value.shape[3],
         padded_head_dim(query.shape[3]),
         padded_head_dim(problem.value.shape[3]),
-        problem.softcap is not None,
-        window_left is not None,
-        window_right is not None,
-        problem.bottom_right,
-        mask_is_bool,
         input_precision(query.dtype),
     )
     return Arguments(common_tensors(problem.optional_tensors(), tiles, mask_bits), numbers, constants)
+
+
+def window_numbers(problem: Problem) -> tuple[int, int, int]:
+    """left, right and diagonal of a Window."""
+    left, right = problem.window_left, problem.window_right
+    return UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED), problem.diagonal
+
+
+def window_constants(problem: Problem) -> tuple[bool, bool, bool]:
+    """HAS_LEFT, HAS_RIGHT and BOTTOM_RIGHT of a Window."""
+    return problem.window_left is not None, problem.window_right is not None, problem.bottom_right
 
 
 def input_precision(dtype: torch.dtype) -> str:

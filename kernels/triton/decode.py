@@ -19,24 +19,35 @@ from torch import Tensor
 
 from ..call import Call, empty_strided
 from ..problem import OptionalTensors, Problem, empty_lse, empty_output
-from .arguments import (
-    common_arguments,
-    common_tensors,
-    feature_class,
-    kernel,
-    padded_head_dim,
-    rows_of,
-)
+from .arguments import common_arguments, common_tensors, feature_class, padded_head_dim, rows_of
 from .launch import INTERPRETED, Launch, Tile, tile_for
+from .parameters import (
+    AttnMask,
+    Dropout,
+    KeyMask,
+    MaskBits,
+    RowNumbers,
+    Rows,
+    Scores,
+    Sizes,
+    Slopes,
+    Splits,
+    Tiles,
+    Window,
+    kernel,
+)
 from .tiles import (
     LN_2,
     LOG2_E,
-    add_bias,
-    allowed_pairs,
+    add_alibi,
     key_blocks,
     keys_exist,
     load_tile,
-    sequence_sizes,
+    of_batch,
+    of_head,
+    pairs_in_window,
+    rows_from,
+    sequence_of,
     store_tile,
     tanh,
 )
@@ -158,57 +169,35 @@ def _processors(device: int) -> int:
 
 @kernel
 def attention_decode(
-    query, key, value,  # (B, H, L, D)
-    out,  # (num_splits, B, H, Lq, Dv)
-    lse,  # (num_splits, B, H, Lq) float32
+    query: Rows, key: Rows, value: Rows,
+    out: Rows,  # (num_splits, B, H, Lq, Dv)
+    lse: RowNumbers,  # (num_splits, B, H, Lq) float32
     sinks,  # (H,)
-    attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, tiles,
-    stride_query_batch: tl.int64, stride_query_head: tl.int64, stride_query_row: tl.int64,
-    stride_key_batch: tl.int64, stride_key_head: tl.int64, stride_key_row: tl.int64,
-    stride_value_batch: tl.int64, stride_value_head: tl.int64, stride_value_row: tl.int64,
-    stride_out_batch: tl.int64, stride_out_head: tl.int64, stride_out_row: tl.int64,
-    stride_lse_batch: tl.int64, stride_lse_head: tl.int64,
-    stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key,
-    stride_key_mask_batch: tl.int64, stride_key_mask_key,
-    stride_slopes_batch: tl.int64, stride_slopes_head: tl.int64,
-    stride_bits_batch: tl.int64, stride_bits_head: tl.int64, stride_bits_line: tl.int64,
-    stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
-    seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
-    num_heads: tl.int32, heads_per_group: tl.int32,
-    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
-    dropout_threshold: tl.int32,
-    stride_out_split: tl.int64, stride_lse_split: tl.int64, num_splits: tl.int32,
+    attn_mask: AttnMask, key_mask: KeyMask, alibi_slopes: Slopes, mask_bits: MaskBits, tiles: Tiles, sizes: Sizes,
+    window: Window, scoring: Scores, dropout: Dropout,
+    splits: Splits,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    HAS_ALIBI: tl.constexpr = alibi_slopes is not None
     program = tl.program_id(0).to(tl.int64)
-    num_groups = num_heads // heads_per_group
-    num_row_blocks = tl.cdiv(heads_per_group * seqlen_q, BLOCK_M)  # the fastest index: they read the same keys
-    split = program // num_row_blocks % num_splits
-    group = program // num_row_blocks // num_splits % num_groups
-    batch = program // num_row_blocks // num_splits // num_groups
-    _, _, _, _, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, None, key_lengths, None, None, diagonal, BOTTOM_RIGHT
-    )
+    num_groups = sizes.num_heads // sizes.heads_per_group
+    num_rows = sizes.heads_per_group * sizes.seqlen_q
+    num_row_blocks = tl.cdiv(num_rows, BLOCK_M)  # the fastest index: they read the same keys
+    split = program // num_row_blocks % splits.count
+    group = program // num_row_blocks // splits.count % num_groups
+    batch = program // num_row_blocks // splits.count // num_groups
+    sequence = sequence_of(batch, sizes, window)
     packed = (program % num_row_blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_exists = packed < heads_per_group * seqlen_q
-    rows = packed % seqlen_q
-    heads = group * heads_per_group + packed // seqlen_q
-    query += batch * stride_query_batch
-    key += batch * stride_key_batch + group * stride_key_head
-    value += batch * stride_value_batch + group * stride_value_head
-    out += split * stride_out_split + batch * stride_out_batch
-    lse += split * stride_lse_split + batch * stride_lse_batch
-    if key_mask is not None:
-        key_mask += batch * stride_key_mask_batch
-    alibi_slope = 0.0
-    if HAS_ALIBI:
-        slopes = tl.load(alibi_slopes + batch * stride_slopes_batch + heads * stride_slopes_head, mask=row_exists, other=0.0)
-        alibi_slope = slopes.to(tl.float32)[:, None]
+    row_exists = packed < num_rows
+    rows = packed % sizes.seqlen_q
+    heads = group * sizes.heads_per_group + packed // sizes.seqlen_q
+    head_key = of_head(key, batch, group)
+    head_value = of_head(value, batch, group)
+    batch_key_mask = of_batch(key_mask, batch)
+    if alibi_slopes.data is not None:
+        slopes = tl.load(of_head(alibi_slopes, batch, heads), mask=row_exists, other=0.0).to(tl.float32)[:, None]
 
-    q = load_tile(query + (heads * stride_query_head)[:, None], rows, row_exists, stride_query_row, HEAD_DIM_QK, BLOCK_DQK, True)
+    q = load_tile(of_head(query, batch, heads)[:, None], rows, row_exists, query.stride_row, HEAD_DIM_QK, BLOCK_DQK, True)
     if sinks is not None:
         row_max = tl.load(sinks + heads, mask=row_exists, other=0.0).to(tl.float32) * LOG2_E
         row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -216,24 +205,20 @@ def attention_decode(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    first, _, _, last = key_blocks(0, seqlen_q, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, MAX_ROWS, BLOCK_N)
-    split_first = first + ((last - first) * split // num_splits).to(tl.int32)
-    split_last = first + ((last - first) * (split + 1) // num_splits).to(tl.int32)
+    blocks = key_blocks(0, sequence, window, MAX_ROWS, BLOCK_N)
+    num_blocks = blocks.last - blocks.first
+    split_first = blocks.first + (num_blocks * split // splits.count).to(tl.int32)
+    split_last = blocks.first + (num_blocks * (split + 1) // splits.count).to(tl.int32)
     for block in range(split_first, split_last):
         keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        exist = keys_exist(keys, keys_present, key_mask, stride_key_mask_key, True)
-        k = load_tile(key, keys, exist, stride_key_row, HEAD_DIM_QK, BLOCK_DQK, True)
-        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * score_scale  # (BLOCK_M, BLOCK_N)
-        if HAS_SOFTCAP:
-            scores = tanh(scores) * softcap_log2
-        if HAS_ALIBI:
-            scores = add_bias(
-                scores, rows[:, None], keys[None, :], seqlen_q, keys_present, offset, None, 0, 0, alibi_slope, False, True, True
-            )
-        allowed = allowed_pairs(
-            rows[:, None], keys[None, :], seqlen_q, keys_present, exist[None, :], offset, window_left, window_right,
-            None, 0, 0, None, None, None, 0, HAS_LEFT, HAS_RIGHT, False,
-        )  # fmt: skip
+        exist = keys_exist(keys, sequence.keys_present, batch_key_mask, key_mask, True)
+        k = load_tile(head_key, keys, exist, key.stride_row, HEAD_DIM_QK, BLOCK_DQK, True)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * scoring.scale  # (BLOCK_M, BLOCK_N)
+        if scoring.HAS_SOFTCAP:
+            scores = tanh(scores) * scoring.softcap
+        if alibi_slopes.data is not None:
+            scores = add_alibi(scores, rows[:, None], keys[None, :], sequence, slopes)
+        allowed = pairs_in_window(rows[:, None], keys[None, :], sequence.seqlen_q, sequence, exist[None, :], window)
         scores = tl.where(allowed, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that saw nothing yet: exp2(-inf - 0) = 0
@@ -241,25 +226,23 @@ def attention_decode(
         rescale = tl.exp2(row_max - shift)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
-        v = load_tile(value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, True)
+        v = load_tile(head_value, keys, exist, value.stride_row, HEAD_DIM_V, BLOCK_DV, True)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_DV)
 
     nothing = row_sum == 0.0
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, row_sum)[:, None])
-    store_tile(out + (heads * stride_out_head)[:, None], acc, rows, row_exists, stride_out_row, HEAD_DIM_V, BLOCK_DV)
+    head_out = of_head(out, batch, heads) + split * splits.stride_out
+    store_tile(head_out[:, None], acc, rows, row_exists, out.stride_row, HEAD_DIM_V, BLOCK_DV)
     row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)
-    tl.store(lse + heads * stride_lse_head + rows, row_lse, mask=row_exists)
+    tl.store(of_head(lse, batch, heads) + split * splits.stride_lse + rows, row_lse, mask=row_exists)
 
 
 @kernel
 def combine(
     split_out,  # (num_splits, B, H, Lq, Dv) float32, dense
     split_lse,  # (num_splits, B, H, Lq) float32, dense
-    out,  # (B, H, Lq, Dv)
-    lse,  # (B, H, Lq) float32
+    out: Rows, lse: RowNumbers,
     sinks,  # (H,)
-    stride_out_batch: tl.int64, stride_out_head: tl.int64, stride_out_row: tl.int64,
-    stride_lse_batch: tl.int64, stride_lse_head: tl.int64,
     num_rows: tl.int32, seqlen_q: tl.int32, num_heads: tl.int32, num_splits: tl.int32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -289,7 +272,7 @@ def combine(
         row_max = new_max
     nothing = row_sum == 0.0
     acc = tl.where(nothing, 0.0, acc / tl.where(nothing, 1.0, row_sum))
-    out += batch * stride_out_batch + head * stride_out_head + row * stride_out_row
-    tl.store(out + columns, acc.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+    head_out = rows_from(out, batch, head, row)
+    tl.store(head_out + columns, acc.to(out.data.dtype.element_ty), mask=columns < HEAD_DIM)
     row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)
-    tl.store(lse + batch * stride_lse_batch + head * stride_lse_head + row, row_lse)
+    tl.store(of_head(lse, batch, head) + row, row_lse)

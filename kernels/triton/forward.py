@@ -18,21 +18,13 @@ from torch import Tensor
 
 from ..call import Call, empty_strided
 from ..problem import OptionalTensors, Problem, empty_lse, empty_output
-from .arguments import (
-    common_arguments,
-    common_tensors,
-    feature_class,
-    kernel,
-    needs_tiles,
-    padded_head_dim,
-    rows_of,
-)
+from .arguments import common_arguments, common_tensors, feature_class, needs_tiles, padded_head_dim, rows_of
 from .launch import Launch, tile_for
 from .mask import tile_lists
+from .parameters import AttnMask, Dropout, KeyMask, MaskBits, RowNumbers, Rows, Scores, Sizes, Slopes, Tiles, Window, kernel
 from .tiles import (
     LN_2,
     LOG2_E,
-    TILE,
     add_bias,
     allowed_pairs,
     block_start,
@@ -41,9 +33,14 @@ from .tiles import (
     keys_exist,
     load_tile,
     num_blocks,
-    sequence_sizes,
+    of_batch,
+    of_head,
+    rows_from,
+    sequence_of,
+    slope_of,
     store_tile,
     tanh,
+    tile_list,
 )
 
 
@@ -96,62 +93,37 @@ def _launch_for(problem: Problem, out: Tensor, lse: Tensor, row_tiles: Tensor | 
 
 @kernel
 def attention_forward(
-    query, key, value, out,  # (B, H, L, D), or packed sequences (H, T, D)
-    lse,  # (B, H, Lq) or (H, Tq) float32
+    query: Rows, key: Rows, value: Rows, out: Rows, lse: RowNumbers,
     sinks,  # (H,)
-    attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, rng_state, cu_seqlens_q, cu_seqlens_k, mask_bits, tiles,
-    stride_query_batch: tl.int64, stride_query_head: tl.int64, stride_query_row: tl.int64,
-    stride_key_batch: tl.int64, stride_key_head: tl.int64, stride_key_row: tl.int64,
-    stride_value_batch: tl.int64, stride_value_head: tl.int64, stride_value_row: tl.int64,
-    stride_out_batch: tl.int64, stride_out_head: tl.int64, stride_out_row: tl.int64,
-    stride_lse_batch: tl.int64, stride_lse_head: tl.int64,
-    stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key,
-    stride_key_mask_batch: tl.int64, stride_key_mask_key,
-    stride_slopes_batch: tl.int64, stride_slopes_head: tl.int64,
-    stride_bits_batch: tl.int64, stride_bits_head: tl.int64, stride_bits_line: tl.int64,
-    stride_tiles_batch: tl.int64, stride_tiles_head: tl.int64, stride_tiles_line: tl.int64, num_tiles: tl.int32,
-    seqlen_q: tl.int32, seqlen_k: tl.int32, num_tokens_q: tl.int32, num_tokens_k: tl.int32,
-    num_heads: tl.int32, heads_per_group: tl.int32,
-    score_scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
-    dropout_threshold: tl.int32,
+    attn_mask: AttnMask, key_mask: KeyMask, alibi_slopes: Slopes, mask_bits: MaskBits, tiles: Tiles, sizes: Sizes,
+    window: Window, scoring: Scores, dropout: Dropout,
     HEAD_DIM_QK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    MASK_IS_BOOL: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    HAS_ALIBI: tl.constexpr = alibi_slopes is not None
-    HAS_BIAS: tl.constexpr = (attn_mask is not None and not MASK_IS_BOOL) or alibi_slopes is not None
+    HAS_BIAS: tl.constexpr = (attn_mask.data is not None and not attn_mask.IS_BOOL) or alibi_slopes.data is not None
     program = tl.program_id(0).to(tl.int64)
-    num_row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    num_row_blocks = tl.cdiv(sizes.seqlen_q, BLOCK_M)
     start_m = (num_row_blocks - 1 - (program % num_row_blocks).to(tl.int32)) * BLOCK_M  # the longest causal rows first
-    head = program // num_row_blocks % num_heads
-    batch = program // num_row_blocks // num_heads
-    group = head // heads_per_group
-    first_row, first_key, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, num_tokens_q, num_tokens_k, query_lengths, key_lengths, cu_seqlens_q, cu_seqlens_k,
-        diagonal, BOTTOM_RIGHT,
-    )  # fmt: skip
-    if start_m >= seqlen_q:
+    head = program // num_row_blocks % sizes.num_heads
+    batch = program // num_row_blocks // sizes.num_heads
+    group = head // sizes.heads_per_group
+    sequence = sequence_of(batch, sizes, window)
+    if start_m >= sequence.seqlen_q:
         return
-    query += batch * stride_query_batch + head * stride_query_head + first_row * stride_query_row
-    key += batch * stride_key_batch + group * stride_key_head + first_key * stride_key_row
-    value += batch * stride_value_batch + group * stride_value_head + first_key * stride_value_row
-    out += batch * stride_out_batch + head * stride_out_head + first_row * stride_out_row
-    lse += batch * stride_lse_batch + head * stride_lse_head + first_row
-    if attn_mask is not None:
-        attn_mask += batch * stride_mask_batch + head * stride_mask_head
-    if key_mask is not None:
-        key_mask += batch * stride_key_mask_batch
-    if mask_bits is not None:
-        mask_bits += batch * stride_bits_batch + head * stride_bits_head
-    if tiles is not None:
-        tiles += batch * stride_tiles_batch + head * stride_tiles_head + (start_m // TILE) * stride_tiles_line
-    alibi_slope = 0.0
-    if HAS_ALIBI:
-        alibi_slope = tl.load(alibi_slopes + batch * stride_slopes_batch + head * stride_slopes_head).to(tl.float32)
+    head_query = rows_from(query, batch, head, sequence.first_row)
+    head_key = rows_from(key, batch, group, sequence.first_key)
+    head_value = rows_from(value, batch, group, sequence.first_key)
+    head_out = rows_from(out, batch, head, sequence.first_row)
+    head_lse = of_head(lse, batch, head) + sequence.first_row
+    head_mask = of_head(attn_mask, batch, head)
+    head_bits = of_head(mask_bits, batch, head)
+    batch_key_mask = of_batch(key_mask, batch)
+    row_tiles = tile_list(tiles, batch, head, start_m)
+    alibi_slope = slope_of(alibi_slopes, batch, head)
 
     rows = start_m + tl.arange(0, BLOCK_M)
-    row_present = rows < rows_present
-    q = load_tile(query, rows, row_present, stride_query_row, HEAD_DIM_QK, BLOCK_DQK, True)
+    row_present = rows < sequence.rows_present
+    q = load_tile(head_query, rows, row_present, query.stride_row, HEAD_DIM_QK, BLOCK_DQK, True)
     if sinks is not None:
         row_max = tl.full((BLOCK_M,), 0.0, tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
         row_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -159,33 +131,29 @@ def attention_forward(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    first, first_full, last_full, last = key_blocks(
-        start_m, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    blocks = key_blocks(start_m, sequence, window, BLOCK_M, BLOCK_N)
     for MASKED in tl.static_range(2):  # first the key blocks of which every score counts, then the mixed ones
-        steps = num_blocks(first, first_full, last_full, last, tiles, MASKED, BLOCK_N)
-        if start_m >= rows_present:
+        steps = num_blocks(blocks, row_tiles, MASKED, BLOCK_N)
+        if start_m >= sequence.rows_present:
             steps = 0
         for step in range(steps):
-            start_n = block_start(step, first, first_full, last_full, tiles, num_tiles, MASKED, BLOCK_N)
+            start_n = block_start(step, blocks, row_tiles, tiles.num_tiles, MASKED, BLOCK_N)
             keys = start_n + tl.arange(0, BLOCK_N)
-            exist = keys_exist(keys, keys_present, key_mask, stride_key_mask_key, MASKED)
-            k = load_tile(key, keys, exist, stride_key_row, HEAD_DIM_QK, BLOCK_DQK, MASKED)
+            exist = keys_exist(keys, sequence.keys_present, batch_key_mask, key_mask, MASKED)
+            k = load_tile(head_key, keys, exist, key.stride_row, HEAD_DIM_QK, BLOCK_DQK, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_N), not yet scaled
-            if MASKED or HAS_BIAS or HAS_SOFTCAP:
-                scores *= score_scale
-                if HAS_SOFTCAP:
-                    scores = tanh(scores) * softcap_log2
+            if MASKED or HAS_BIAS or scoring.HAS_SOFTCAP:
+                scores *= scoring.scale
+                if scoring.HAS_SOFTCAP:
+                    scores = tanh(scores) * scoring.softcap
                 if HAS_BIAS:
                     scores = add_bias(
-                        scores, rows[:, None], keys[None, :], seqlen_q, keys_present, offset,
-                        attn_mask, stride_mask_row, stride_mask_key, alibi_slope, MASK_IS_BOOL, HAS_ALIBI, MASKED,
-                    )  # fmt: skip
+                        scores, rows[:, None], keys[None, :], sequence.seqlen_q, sequence, head_mask, attn_mask, alibi_slope, MASKED
+                    )
                 if MASKED:
                     allowed = allowed_pairs(
-                        rows[:, None], keys[None, :], seqlen_q, keys_present, exist[None, :], offset, window_left, window_right,
-                        attn_mask, stride_mask_row, stride_mask_key, mask_bits, rows[:, None], keys[None, :], stride_bits_line,
-                        HAS_LEFT, HAS_RIGHT, MASK_IS_BOOL,
+                        rows[:, None], keys[None, :], sequence.seqlen_q, sequence, exist[None, :], window,
+                        head_mask, attn_mask, head_bits, mask_bits,
                     )  # fmt: skip
                     scores = tl.where(allowed, scores, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -193,23 +161,23 @@ def attention_forward(
                 weights = tl.exp2(scores - shift[:, None])
             else:
                 # One multiply-add per score: scale > 0, so the maximum of the scaled scores is the scaled maximum.
-                new_max = tl.maximum(row_max, tl.max(scores, 1) * score_scale)
+                new_max = tl.maximum(row_max, tl.max(scores, 1) * scoring.scale)
                 shift = new_max
-                weights = tl.exp2(scores * score_scale - shift[:, None])
+                weights = tl.exp2(scores * scoring.scale - shift[:, None])
             rescale = tl.exp2(row_max - shift)
             row_sum = row_sum * rescale + tl.sum(weights, 1)
             row_max = new_max
             acc *= rescale[:, None]
-            if rng_state is not None:
-                keep = dropout_keep(rng_state, batch * num_heads + head, start_m, start_n, dropout_threshold, BLOCK_M, BLOCK_N)
+            if dropout.rng_state is not None:
+                keep = dropout_keep(dropout, batch * sizes.num_heads + head, start_m, start_n, BLOCK_M, BLOCK_N)
                 weights = tl.where(keep, weights, 0.0)
-            v = load_tile(value, keys, exist, stride_value_row, HEAD_DIM_V, BLOCK_DV, MASKED)
+            v = load_tile(head_value, keys, exist, value.stride_row, HEAD_DIM_V, BLOCK_DV, MASKED)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)  # (BLOCK_M, BLOCK_DV)
 
-    if rng_state is not None:
-        acc *= 65536.0 / (65536 - dropout_threshold)
+    if dropout.rng_state is not None:
+        acc *= 65536.0 / (65536 - dropout.threshold)
     nothing = (row_sum == 0.0) | ~row_present  # of a row of NaN scores the maximum is -inf, but the sum NaN
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, row_sum)[:, None])
-    store_tile(out, acc, rows, rows < seqlen_q, stride_out_row, HEAD_DIM_V, BLOCK_DV)
+    store_tile(head_out, acc, rows, rows < sequence.seqlen_q, out.stride_row, HEAD_DIM_V, BLOCK_DV)
     row_lse = tl.where(nothing, float("-inf"), row_max * LN_2 + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN_2)
-    tl.store(lse + rows, row_lse, mask=rows < seqlen_q)
+    tl.store(head_lse + rows, row_lse, mask=rows < sequence.seqlen_q)

@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from .arguments import UNLIMITED, kernel, needs_tiles
+from .arguments import needs_tiles, window_constants, window_numbers
 from .launch import Tile, launch
-from .tiles import TILE, allowed_pairs, key_blocks, keys_exist, sequence_sizes
+from .parameters import AttnMask, KeyMask, Sizes, Window, kernel
+from .tiles import TILE, key_blocks, keys_exist, of_batch, of_head, pairs_in_window, sequence_of
 
 TILE_SIDE = TILE.value
 CLASSIFY_TILE = Tile(TILE_SIDE, TILE_SIDE, 4, 1)
@@ -63,7 +64,6 @@ def tile_kinds(problem: Problem, mask_bits: Tensor | None = None, mask_bits_tran
     if mask is not None:
         mask = mask.view(torch.uint8).expand(batches, heads, seqlen_q, seqlen_k)
     kinds = query.new_empty(batches, heads, triton.cdiv(seqlen_q, TILE_SIDE), triton.cdiv(seqlen_k, TILE_SIDE), dtype=torch.int8)
-    window_left, window_right = problem.window_left, problem.window_right
     if kinds.numel():
         launch(
             classify,
@@ -72,27 +72,20 @@ def tile_kinds(problem: Problem, mask_bits: Tensor | None = None, mask_bits_tran
                 kinds,
                 mask,
                 None if key_mask is None else key_mask.view(torch.uint8),
-                problem.key_lengths,
-                problem.query_lengths,
                 mask_bits,
                 mask_bits_transposed,
+                problem.query_lengths,
+                problem.key_lengths,
+                None,
+                None,
             ),
             (
                 *((0, 0, 0, 0) if mask is None else mask.stride()),
                 *((0, 0) if key_mask is None else key_mask.stride()),
-                heads,
-                seqlen_q,
-                seqlen_k,
-                UNLIMITED if window_left is None else min(window_left, UNLIMITED),
-                UNLIMITED if window_right is None else min(window_right, UNLIMITED),
-                problem.diagonal,
+                *(seqlen_q, seqlen_k, seqlen_q, seqlen_k, heads, 1),
+                *window_numbers(problem),
             ),
-            (
-                mask is not None and mask.stride(3) == 1,
-                window_left is not None,
-                window_right is not None,
-                problem.bottom_right,
-            ),
+            (True, *window_constants(problem)),
             CLASSIFY_TILE,
         )
     return kinds
@@ -118,46 +111,34 @@ def _lists(kinds: Tensor) -> Tensor:
 @kernel
 def classify(
     kinds,  # (B', H', row blocks, key blocks) int8
-    attn_mask,  # (B', H', Lq, Lk) bool as bytes, any strides
-    key_mask, key_lengths, query_lengths,
+    attn_mask: AttnMask,  # a bool mask, expanded to (B', H', Lq, Lk)
+    key_mask: KeyMask,
     mask_bits,  # (B', H', Lq, ceil(Lk / 32)) int32 zeros, or None
     mask_bits_transposed,  # (B', H', Lk, ceil(Lq / 32)) int32 zeros, or None
-    stride_mask_batch: tl.int64, stride_mask_head: tl.int64, stride_mask_row: tl.int64, stride_mask_key: tl.int64,
-    stride_key_mask_batch: tl.int64, stride_key_mask_key: tl.int64,
-    num_heads: tl.int32, seqlen_q: tl.int32, seqlen_k: tl.int32, window_left: tl.int32, window_right: tl.int32, diagonal: tl.int32,
-    KEYS_CONTIGUOUS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    sizes: Sizes,  # its heads are H'
+    window: Window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if KEYS_CONTIGUOUS:
-        stride_mask_key = 1  # a constant: loads of several bytes
     program = tl.program_id(0).to(tl.int64)
-    num_key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
-    num_row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    num_key_blocks = tl.cdiv(sizes.seqlen_k, BLOCK_N)
+    num_row_blocks = tl.cdiv(sizes.seqlen_q, BLOCK_M)
     key_block = (program % num_key_blocks).to(tl.int32)
     start_n = key_block * BLOCK_N
     start_m = (program // num_key_blocks % num_row_blocks).to(tl.int32) * BLOCK_M
-    head = program // num_key_blocks // num_row_blocks % num_heads
-    batch = program // num_key_blocks // num_row_blocks // num_heads
-    _, _, seqlen_q, rows_present, keys_present, offset = sequence_sizes(
-        batch, seqlen_q, seqlen_k, seqlen_q, seqlen_k, query_lengths, key_lengths, None, None, diagonal, BOTTOM_RIGHT
-    )
-    first, _, _, last = key_blocks(
-        start_m, rows_present, keys_present, offset, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
-    )
+    head = program // num_key_blocks // num_row_blocks % sizes.num_heads
+    batch = program // num_key_blocks // num_row_blocks // sizes.num_heads
+    seqlen_q = sizes.seqlen_q
+    seqlen_k = sizes.seqlen_k
+    sequence = sequence_of(batch, sizes, window)
+    blocks = key_blocks(start_m, sequence, window, BLOCK_M, BLOCK_N)
     kind = 0
-    if (start_m < rows_present) & (first <= key_block) & (key_block < last):
+    if (start_m < sequence.rows_present) & (blocks.first <= key_block) & (key_block < blocks.last):
         rows = start_m + tl.arange(0, BLOCK_M)
         keys = start_n + tl.arange(0, BLOCK_N)
-        if key_mask is not None:
-            key_mask += batch * stride_key_mask_batch
-        exist = keys_exist(keys, keys_present, key_mask, stride_key_mask_key, True)
-        allowed = allowed_pairs(
-            rows[:, None], keys[None, :], rows_present, keys_present, exist[None, :], offset, window_left, window_right,
-            None, 0, 0, None, None, None, 0, HAS_LEFT, HAS_RIGHT, False,
-        )  # fmt: skip
-        if attn_mask is not None:
-            pointers = attn_mask + batch * stride_mask_batch + head * stride_mask_head
-            pointers += rows[:, None] * stride_mask_row + keys[None, :] * stride_mask_key
+        exist = keys_exist(keys, sequence.keys_present, of_batch(key_mask, batch), key_mask, True)
+        allowed = pairs_in_window(rows[:, None], keys[None, :], sequence.rows_present, sequence, exist[None, :], window)
+        if attn_mask.data is not None:
+            pointers = of_head(attn_mask, batch, head)
+            pointers += rows[:, None] * attn_mask.stride_row + keys[None, :] * attn_mask.stride_key
             if (start_m + BLOCK_M <= seqlen_q) & (start_n + BLOCK_N <= seqlen_k):
                 mask = tl.load(pointers)
             else:
@@ -170,11 +151,10 @@ def classify(
         elif num_allowed > 0:
             kind = 2
         if mask_bits is not None:
-            _store_bits(
-                mask_bits + (batch * num_heads + head) * seqlen_q * tl.cdiv(seqlen_k, 32), allowed, start_m, start_n, seqlen_q, seqlen_k
-            )
+            map_start = (batch * sizes.num_heads + head) * seqlen_q * tl.cdiv(seqlen_k, 32)
+            _store_bits(mask_bits + map_start, allowed, start_m, start_n, seqlen_q, seqlen_k)
         if mask_bits_transposed is not None:
-            map_start = (batch * num_heads + head) * seqlen_k * tl.cdiv(seqlen_q, 32)
+            map_start = (batch * sizes.num_heads + head) * seqlen_k * tl.cdiv(seqlen_q, 32)
             _store_bits(mask_bits_transposed + map_start, tl.trans(allowed), start_n, start_m, seqlen_k, seqlen_q)
     tl.store(kinds + program, kind)
 
