@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from .layers import dropout
 
 
-def sinusoidal_positions(length: int, d_model: int) -> Tensor:
+POSITION_LAYOUTS = ("interleaved", "halves")
+
+
+def sinusoidal_positions(length: int, d_model: int, layout: str = "interleaved") -> Tensor:
     """The table of position encodings, (length, d_model), float32, on the CPU.
 
-    Column 2i holds sin(position / 10000^(2i / d_model)) and column 2i + 1 the cosine of the same angle. Computed in
-    float64: in float32 the angle of a late position would already be off by more than the table's own rounding.
+    "interleaved": column 2i holds sin(position / 10000^(2i / d_model)) and column 2i + 1 the cosine of the same angle (the paper).
+    "halves": first all sines, then all cosines, of position / 10000^(i / (d_model / 2 - 1)) (tensor2tensor, Marian); d_model is even.
+    Computed in float64: in float32 the angle of a late position would already be off by more than the table's own rounding.
     """
     position = torch.arange(length, dtype=torch.float64, device="cpu").unsqueeze(1)
-    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64, device="cpu") * (-math.log(10000.0) / d_model))
-    angle = position * frequency
+    count, last = (d_model // 2, max(d_model // 2 - 1, 1)) if layout == "halves" else (-(-d_model // 2), d_model / 2)
+    angle = position * torch.exp(torch.arange(count, dtype=torch.float64, device="cpu") * (-math.log(10000.0) / last))
+    if layout == "halves":
+        return torch.cat((angle.sin(), angle.cos()), dim=1).float()
     table = angle.new_empty(length, d_model)
     table[:, 0::2] = angle.sin()
     table[:, 1::2] = angle[:, : d_model // 2].cos()
@@ -36,8 +42,9 @@ class TokenEmbedding(nn.Module):
     from (max_len, d_model), again whenever weights are loaded, because a model made without memory lacks them until then.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, max_len: int, pad_id: int, dropout: float) -> None:
+    def __init__(self, vocab_size: int, d_model: int, max_len: int, pad_id: int, dropout: float, layout: str = "interleaved") -> None:
         super().__init__()
+        self.layout = layout  # of sinusoidal_positions
         self.scale = math.sqrt(d_model)
         self.pad_id = pad_id
         self.dropout = dropout
@@ -63,7 +70,7 @@ class TokenEmbedding(nn.Module):
             if not self.weight.is_meta and (self.positions.device, self.positions.dtype) != place:
                 self.positions = torch.empty_like(self.positions, device=place[0], dtype=place[1])
             if not self.positions.is_meta:
-                self.positions.copy_(sinusoidal_positions(*self.positions.shape))
+                self.positions.copy_(sinusoidal_positions(*self.positions.shape, self.layout))
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """tokens (B, L) int64 -> (B, L, d_model); the first column stands at position `start`, start + L <=

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
 from ..kernels.torch_internals import functorch_interpreter
 from .cache import LayerCache
+from .ssru import SSRU
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -151,15 +152,15 @@ class CrossAttention(_PackedAttention):
 class _Layer(nn.Module):
     """What encoder and decoder layers share: self-attention and the feed-forward network."""
 
-    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, norm_first: bool) -> None:
+    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, norm_first: bool, eps: float = 1e-5) -> None:
         super().__init__()
         self.dropout = dropout
         self.norm_first = norm_first
-        self.self_attn = SelfAttention(d_model, num_heads, dropout)
+        self.self_attn: nn.Module = SelfAttention(d_model, num_heads, dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.norm1 = nn.LayerNorm(d_model, eps)
+        self.norm2 = nn.LayerNorm(d_model, eps)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -189,12 +190,23 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """Self-attention, attention to the encoder's memory and feed-forward network, each in a residual branch."""
+    """Self-attention or an SSRU in its place, attention to the encoder's memory and feed-forward network, each in a residual branch."""
 
-    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, norm_first: bool) -> None:
-        super().__init__(d_model, num_heads, dim_feedforward, dropout, norm_first)
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        norm_first: bool,
+        eps: float = 1e-5,
+        cell: str = "attention",
+    ) -> None:
+        super().__init__(d_model, num_heads, dim_feedforward, dropout, norm_first, eps)
+        if cell == "ssru":
+            self.self_attn = SSRU(d_model)
         self.multihead_attn = CrossAttention(d_model, num_heads, dropout)
-        self.norm3 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model, eps)
 
     def forward(
         self,
@@ -218,10 +230,10 @@ class DecoderLayer(_Layer):
 class Encoder(nn.Module):
     """A stack of encoder layers and the final LayerNorm of torch.nn.Transformer."""
 
-    def __init__(self, layers: list[EncoderLayer], d_model: int) -> None:
+    def __init__(self, layers: list[EncoderLayer], norm: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = norm
 
     def forward(self, x: Tensor, every_height: bool = False, **options: Any) -> list[Tensor]:
         """x (B, S, d_model) -> the normalised output of the last layer, or of every layer, lowest first."""
@@ -235,10 +247,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A stack of decoder layers, each with a memory of its own or all with the same one, and the final LayerNorm."""
 
-    def __init__(self, layers: list[DecoderLayer], d_model: int) -> None:
+    def __init__(self, layers: list[DecoderLayer], norm: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = norm
 
     def forward(
         self,

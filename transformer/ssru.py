@@ -1,0 +1,44 @@
+"""Recurrence in place of a decoder's self-attention: a state as large as one position, however long the sequence gets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import LayerCache
+
+
+class SSRU(nn.Module):
+    """The simpler simple recurrent unit (Kim et al. 2019, "From Research to Production and Back: Ludicrously Fast Neural Machine
+    Translation", section 3.1).
+
+    f_t = sigmoid(W_f x_t + b_f), c_t = f_t * c_{t-1} + (1 - f_t) * W x_t, and relu(c_t) comes out. Both products are over all positions
+    at once; what runs one after another is elementwise.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(d_model, d_model, bias=False)
+        self.forget = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.input.weight)
+        nn.init.xavier_uniform_(self.forget.weight)
+        nn.init.zeros_(self.forget.bias)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, d_model) -> (B, L, d_model). key_mask (B, L) bool: False leaves the state as it is. A cache holds it between calls."""
+        forget = torch.sigmoid(self.forget(x))
+        gain = (1 - forget) * self.input(x)
+        if key_mask is not None:
+            forget, gain = forget.masked_fill(~key_mask[..., None], 1.0), gain.masked_fill(~key_mask[..., None], 0.0)
+        state = x.new_zeros(x.shape[0], x.shape[2]) if cache is None or cache.state is None else cache.state
+        states = []
+        for position in range(x.shape[1]):
+            state = torch.addcmul(gain[:, position], forget[:, position], state)
+            states.append(state)
+        if cache is not None:
+            cache.state = state
+        return F.relu(torch.stack(states, dim=1)) if states else gain
