@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .layers import dropout
 
-
 POSITION_LAYOUTS = ("interleaved", "halves")
 
 

