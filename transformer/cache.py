@@ -21,6 +21,7 @@ class LayerCache:
         self.length = 0
         self.self_kv: Tensor | None = None  # (B, capacity, 2, H, D), the first `length` positions are filled
         self.cross_kv: Tensor | None = None  # (B, S, 2, H, D), None where the memory holds them
+        self.state: Tensor | None = None  # (B, 1, d_model), of an SSRU
 
     def append(self, kv: Tensor) -> Tensor:
         """Stores kv (B, n, 2, H, D) behind what is held and returns all of it, (B, length, 2, H, D), as a view."""
@@ -35,6 +36,8 @@ class LayerCache:
             self.self_kv = rows.of(self.self_kv, self.length)
         if self.cross_kv is not None:
             self.cross_kv = rows.of(self.cross_kv, self.cross_kv.shape[1])
+        if self.state is not None:
+            self.state = rows.of(self.state, 1)
 
 
 class KVCache:

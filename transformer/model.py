@@ -25,8 +25,6 @@ from .layers import (
     SelfAttention,
 )
 from .memory import Memory, Padding
-from .pretrained.find import model_file
-from .pretrained.marian import read_marian
 
 MEMORY_LAYERS = ("last", "each", "mixed")
 DECODER_CELLS = ("attention", "ssru")
@@ -129,6 +127,9 @@ class Transformer(Generation):
         Method: Marian (Junczys-Dowmunt et al. 2018); which of its models are covered stands in pretrained/marian.py. Raises
         pretrained.marian_file.PretrainedError, a ValueError, which names the file and the tensor or setting that does not fit.
         """
+        from .pretrained.find import model_file  # which read with NumPy and PyYAML, of an optional extra
+        from .pretrained.marian import read_marian
+
         config, state = read_marian(model_file(Path(path)))
         with torch.device("meta"):
             model = cls(**config, dropout=0.0)

@@ -34,11 +34,11 @@ class SSRU(nn.Module):
         gain = (1 - forget) * self.input(x)
         if key_mask is not None:
             forget, gain = forget.masked_fill(~key_mask[..., None], 1.0), gain.masked_fill(~key_mask[..., None], 0.0)
-        state = x.new_zeros(x.shape[0], x.shape[2]) if cache is None or cache.state is None else cache.state
+        state = x.new_zeros(x.shape[0], x.shape[2]) if cache is None or cache.state is None else cache.state[:, 0]
         states = []
         for position in range(x.shape[1]):
             state = torch.addcmul(gain[:, position], forget[:, position], state)
             states.append(state)
         if cache is not None:
-            cache.state = state
+            cache.state = state[:, None]
         return F.relu(torch.stack(states, dim=1)) if states else gain

