@@ -103,32 +103,33 @@ class PlainMarian:
 
     def logits(self, tokens: list[int], memory: Tensor) -> Tensor:
         """(len(tokens) + 1, vocab): of the first token, and of the one after each given."""
-        embedded = torch.cat((torch.zeros(1, self.d_model), self.target[tokens] * math.sqrt(self.d_model)))
-        rows: list[Tensor] = []
-        states: dict[int, Tensor] = {}
-        seen: dict[int, list[Tensor]] = {}
-        for place, token in enumerate(embedded):
-            x = (token + self._positions(place, 1)[0])[None]
-            for layer in range(1, self.settings["dec-depth"] + 1):
-                start = f"decoder_l{layer}"
-                if self.settings["transformer-decoder-autoreg"] == "rnn":
-                    forget = torch.sigmoid(x @ self.tensors[f"{start}_rnn_Wf"] + self.tensors[f"{start}_rnn_bf"])
-                    fresh = x @ self.tensors[f"{start}_rnn_W"]
-                    states[layer] = forget * states.get(layer, torch.zeros_like(x)) + (1 - forget) * fresh
-                    x = self._norm(x + F.relu(states[layer]), f"{start}_rnn_ffn")
-                else:
-                    seen.setdefault(layer, []).append(x)
-                    x = self._attention_and_norm(x, torch.cat(seen[layer]), f"{start}_self")
-                x = self._attention_and_norm(x, memory, f"{start}_context")
-                x = self._feed_forward(x, f"{start}_ffn")
-            rows.append(x @ self.output.T + self.tensors["decoder_ff_logit_out_b"])
-        return torch.cat(rows)
+        states: list[dict[str, Tensor]] = [{} for _ in range(self.settings["dec-depth"])]
+        return torch.cat([self._step(place, token, memory, states) for place, token in enumerate([None, *tokens])])
 
     def greedy(self, tokens: list[int], limit: int) -> list[int]:
         memory, out = self.encode(tokens), []
+        states: list[dict[str, Tensor]] = [{} for _ in range(self.settings["dec-depth"])]
         while len(out) < limit and (not out or out[-1] != 0):
-            out.append(int(self.logits(out, memory)[-1].argmax()))
+            out.append(int(self._step(len(out), out[-1] if out else None, memory, states).argmax()))
         return out
+
+    def _step(self, place: int, token: int | None, memory: Tensor, states: list[dict[str, Tensor]]) -> Tensor:
+        """(1, vocab): of the token after `token`, None before the first. states: what each layer keeps."""
+        embedded = torch.zeros(1, self.d_model) if token is None else self.target[[token]] * math.sqrt(self.d_model)
+        x = embedded + self._positions(place, 1)
+        for layer, state in enumerate(states, 1):
+            start = f"decoder_l{layer}"
+            if self.settings["transformer-decoder-autoreg"] == "rnn":
+                forget = torch.sigmoid(x @ self.tensors[f"{start}_rnn_Wf"] + self.tensors[f"{start}_rnn_bf"])
+                fresh = x @ self.tensors[f"{start}_rnn_W"]
+                state["cell"] = forget * state.get("cell", torch.zeros_like(x)) + (1 - forget) * fresh
+                x = self._norm(x + F.relu(state["cell"]), f"{start}_rnn_ffn")
+            else:
+                state["seen"] = torch.cat((state.get("seen", x[:0]), x))
+                x = self._attention_and_norm(x, state["seen"], f"{start}_self")
+            x = self._attention_and_norm(x, memory, f"{start}_context")
+            x = self._feed_forward(x, f"{start}_ffn")
+        return x @ self.output.T + self.tensors["decoder_ff_logit_out_b"]
 
     def _positions(self, start: int, length: int) -> Tensor:
         half = self.d_model // 2
