@@ -69,7 +69,8 @@ class TokenEmbedding(nn.Module):
             if not self.weight.is_meta and (self.positions.device, self.positions.dtype) != place:
                 self.positions = torch.empty_like(self.positions, device=place[0], dtype=place[1])
             if not self.positions.is_meta:
-                self.positions.copy_(sinusoidal_positions(*self.positions.shape, self.layout))
+                length, d_model = self.positions.shape
+                self.positions.copy_(sinusoidal_positions(length, d_model, self.layout))
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
         """tokens (B, L) int64 -> (B, L, d_model); the first column stands at position `start`, start + L <=

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ class Padding:
         return Padding(self.key_mask[rows], self.lengths[rows])
 
 
+class Candidates(NamedTuple):
+    """The target tokens that a batch may be translated with, and their part of the output projection."""
+
+    tokens: Tensor  # (n,) int64
+    weight: Tensor  # (n, d_model)
+    bias: Tensor | None  # (n,)
+
+
 @dataclass(frozen=True)
 class Memory:
     """What the decoder reads of a source batch: the result of Transformer.encode."""
@@ -55,6 +63,7 @@ class Memory:
     padding: Padding
     # (B, S, 2, H, D), one for each decoder layer, in place of states: what Transformer.start_decoding gives the searches
     keys_values: list[Tensor] | None = None
+    candidates: Candidates | None = None  # in the searches, where a shortlist leaves no more tokens
 
     @property
     def batch_size(self) -> int:
@@ -67,4 +76,4 @@ class Memory:
     def select(self, rows: Tensor) -> Memory:
         """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i]."""
         keys_values = None if self.keys_values is None else [kv[rows] for kv in self.keys_values]
-        return Memory([state[rows] for state in self.states], self.padding.select(rows), keys_values)
+        return Memory([state[rows] for state in self.states], self.padding.select(rows), keys_values, self.candidates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from .layers import (
     EncoderLayer,
     SelfAttention,
 )
-from .memory import Memory, Padding
+from .memory import Candidates, Memory, Padding
 
 MEMORY_LAYERS = ("last", "each", "mixed")
 DECODER_CELLS = ("attention", "ssru")
@@ -119,6 +119,8 @@ class Transformer(Generation):
             nn.init.xavier_uniform_(self.output.weight)
             nn.init.zeros_(self.output.bias)
         self.output_bias = nn.Parameter(torch.zeros(tgt_vocab)) if output_bias else None
+        # sources (B, S) -> (n,) int64, the only target tokens that generate, stream and beam_search may take; None: any
+        self.shortlist: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Transformer:
@@ -161,7 +163,7 @@ class Transformer(Generation):
         must be the one of the first call (its rows selected as the cache's, if they were). The logits equal those of
         decoding everything without a cache. RuntimeError if gradients are recorded: caches are for torch.no_grad().
         """
-        return self.project(self.decode_states(tgt, memory, cache))
+        return self.project(self.decode_states(tgt, memory, cache), memory.candidates)
 
     def decode_states(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """decode without the output projection: (B, T, d_model). project() turns any rows of it into logits."""
@@ -188,9 +190,16 @@ class Transformer(Generation):
             self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
         return self.decoder(self.tgt_embedding(tgt, start), memories, self_options, memory.padding.as_keys(), cache.layers)
 
-    def project(self, states: Tensor) -> Tensor:
-        """Decoder states (..., d_model) -> logits (..., tgt_vocab)."""
-        return F.linear(states, self.tgt_embedding.weight, self.output_bias) if self.output is None else self.output(states)
+    def project(self, states: Tensor, candidates: Candidates | None = None) -> Tensor:
+        """Decoder states (..., d_model) -> logits (..., tgt_vocab), -inf for what is not among the candidates."""
+        if candidates is None:
+            return F.linear(states, *self._output_parameters())
+        logits = F.linear(states, candidates.weight, candidates.bias)
+        return logits.new_full((*states.shape[:-1], self.tgt_vocab), -torch.inf).index_copy_(-1, candidates.tokens, logits)
+
+    def _output_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The weight (tgt_vocab, d_model) and the bias (tgt_vocab,) of the output projection."""
+        return (self.tgt_embedding.weight, self.output_bias) if self.output is None else (self.output.weight, self.output.bias)
 
     def start_decoding(self, src: Tensor, capacity: int) -> tuple[Memory, KVCache]:
         """The memory of src (B, S), with its keys and values for every decoder layer, and an empty cache: for decode with tgt
@@ -198,17 +207,22 @@ class Transformer(Generation):
         memory, layers = self.encode(src), self.decoder.layers
         states = memory.states if len(memory.states) > 1 else memory.states * len(layers)
         keys_values = [cast(DecoderLayer, layer).multihead_attn.keys_values(x) for layer, x in zip(layers, states, strict=True)]
-        return Memory([], memory.padding, keys_values), KVCache(capacity)
+        candidates = None
+        if self.shortlist is not None:
+            tokens = self.shortlist(src)
+            weight, bias = self._output_parameters()
+            candidates = Candidates(tokens, weight[tokens], None if bias is None else bias[tokens])
+        return Memory([], memory.padding, keys_values, candidates), KVCache(capacity)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
         """The attention weights of every layer for one forward pass, without dropout and without gradients.
 
         Returns {"encoder": [(B, H, S, S), ...], "decoder_self": [(B, H, T, T), ...], "cross": [(B, H, T, S), ...]},
-        one entry a layer. The rows of trailing padding are 0.
+        one entry a layer, none for a decoder's SSRU. The rows of trailing padding are 0.
         """
         groups = {
             "encoder": [layer.get_submodule("self_attn") for layer in self.encoder.layers],
-            "decoder_self": [layer.get_submodule("self_attn") for layer in self.decoder.layers],
+            "decoder_self": [layer.get_submodule("self_attn") for layer in self.decoder.layers if self.decoder_cell == "attention"],
             "cross": [layer.get_submodule("multihead_attn") for layer in self.decoder.layers],
         }
         weights: dict[nn.Module, Tensor] = {}

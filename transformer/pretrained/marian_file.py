@@ -93,7 +93,7 @@ def _item(name: str, shape: tuple[int, ...], kind: int, data: bytes) -> np.ndarr
 
 
 def _parsed(path: Path, config: np.ndarray) -> dict[str, Any]:
-    import yaml
+    import yaml  # of an optional extra
 
     try:
         parsed = yaml.safe_load(config.astype(np.uint8).tobytes().rstrip(b"\0").decode())

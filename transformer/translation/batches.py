@@ -41,10 +41,10 @@ class Position:
     batch: int = 0
 
 
-def pad(rows: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+def pad(rows: Sequence[Sequence[int]], width: int | None = None, pad_id: int = PAD_ID) -> Tensor:
     """Right-pad rows of ids to one (len(rows), width) int64 tensor; by default as wide as the longest row."""
     width = max(map(len, rows)) if width is None else width
-    return torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in rows], dtype=torch.int64)
+    return torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64)
 
 
 class BatchSource:

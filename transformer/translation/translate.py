@@ -12,11 +12,15 @@ from torch import Tensor
 
 from ..checks import checked_integer_in
 from ..model import Transformer
+from ..pretrained.find import model_files
+from ..pretrained.marian_file import PretrainedError
+from ..pretrained.shortlist import Shortlist
+from ..pretrained.vocabulary import Vocabulary
 from .batches import pad
 from .checkpoint import load_model, load_tokenizers, read_checkpoint
 from .data import ParallelText, left_out_text
 from .machine import autocast, choose_device, optional_module
-from .tokenizer import EOS_ID, Tokenizer
+from .tokenizer import Tokenizer
 
 # Source tokens decoded together, padding included and once for each beam; what is finished leaves the batch.
 BATCH_TOKENS = 2048
@@ -65,7 +69,7 @@ class Translations:
 class Translator:
     """A trained model with its tokenizers. Not thread-safe."""
 
-    def __init__(self, model: Transformer, source_tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer, source_tokenizer: Tokenizer | Vocabulary, target_tokenizer: Tokenizer | Vocabulary) -> None:
         self.model = model
         self.source_tokenizer, self.target_tokenizer = source_tokenizer, target_tokenizer
         self.device = next(model.parameters()).device
@@ -75,6 +79,25 @@ class Translator:
         """From a checkpoint file or a training run's folder. Raises CheckpointError."""
         checkpoint = read_checkpoint(path)
         return cls(load_model(checkpoint, choose_device(device)), *load_tokenizers(checkpoint))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str = "auto", shortlist: bool = False) -> Translator:
+        """From a folder with a Marian model and its vocabularies, or the model file in it (pretrained/find.py).
+
+        shortlist: choose among the target tokens that the folder's lexical shortlist has for the source alone. Raises PretrainedError.
+        """
+        for name in ("yaml", "sentencepiece"):
+            optional_module(name)
+        files = model_files(Path(path))
+        source, target = Vocabulary(files.source_vocab), Vocabulary(files.target_vocab)
+        model = Transformer.from_pretrained(files.model)
+        if max(len(source), len(target)) > model.bos_id:
+            raise PretrainedError(f"{files.model} has {model.bos_id} tokens, its vocabularies {len(source)} and {len(target)}")
+        if shortlist:
+            if files.shortlist is None:
+                raise PretrainedError(f"{files.model.parent} has no shortlist, lex*.bin")
+            model.shortlist = Shortlist.read(files.shortlist, len(source), len(target)).candidates
+        return cls(model.to(choose_device(device)), source, target)
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
         """Translations, one a line, in order; a blank line stays empty. Equal lines are translated once. options: as for
@@ -93,7 +116,7 @@ class Translator:
         encoded = self._encoded(self.source_tokenizer, in_order)
         found: dict[str, list[Candidate]] = {"": []}
         for batch in token_batches({sentence: len(ids) + 1 for sentence, ids in encoded.items()}, BATCH_TOKENS // beam):
-            src = pad([self.source_tokens(encoded[sentence]) for sentence in batch]).to(self.device)
+            src = self._padded([self.source_tokens(encoded[sentence]) for sentence in batch])
             if beam == n_best == 1 and not scores:
                 found |= zip(batch, self._greedy(src, options), strict=True)
             else:
@@ -115,7 +138,7 @@ class Translator:
         encoded = self._encoded(self.source_tokenizer, [" ".join(line.split())])
         if not encoded:
             return iter(())
-        src = pad([self.source_tokens(ids) for ids in encoded.values()]).to(self.device)
+        src = self._padded([self.source_tokens(ids) for ids in encoded.values()])
         columns = self.model.stream(src, self._length_limit(src), **options)
 
         def pieces() -> Iterator[str]:
@@ -145,17 +168,20 @@ class Translator:
                 raise ValueError(f"translations[{i}] has {len(target)} tokens, more than max_len - 1 = {self.model.max_len - 1}")
         found: dict[int, float] = {}
         for batch in token_batches({i: max(len(s), len(t)) + 1 for i, (s, t) in enumerate(pairs)}, BATCH_TOKENS):
-            src = pad([self.source_tokens(pairs[i][0]) for i in batch]).to(self.device)
-            tgt = pad([[*pairs[i][1], EOS_ID] for i in batch]).to(self.device)
+            src = self._padded([self.source_tokens(pairs[i][0]) for i in batch])
+            tgt = self._padded([[*pairs[i][1], self.model.eos_id] for i in batch])
             with autocast(self.device):
                 found |= zip(batch, self.model.score(src, tgt).sentences.tolist(), strict=True)
         return [found[i] for i in range(len(pairs))]
 
     def source_tokens(self, ids: list[int]) -> list[int]:
         """An encoded sentence as the model reads it: cut at max_len - 1 tokens, with its end."""
-        return [*ids[: self.model.max_len - 1], EOS_ID]
+        return [*ids[: self.model.max_len - 1], self.model.eos_id]
 
-    def _encoded(self, tokenizer: Tokenizer, sentences: Sequence[str]) -> dict[str, list[int]]:
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return pad(rows, pad_id=self.model.pad_id).to(self.device)
+
+    def _encoded(self, tokenizer: Tokenizer | Vocabulary, sentences: Sequence[str]) -> dict[str, list[int]]:
         """The token ids of each different sentence that is not empty."""
         different = sorted(set(sentences) - {""})
         return dict(zip(different, tokenizer.encode(different), strict=True))
@@ -169,7 +195,7 @@ class Translator:
         with autocast(self.device):
             rows = self.model.generate(src, max_new_tokens=self._length_limit(src), **options).tolist()
         texts = self.target_tokenizer.decode(rows)
-        return [[Candidate(text, math.nan, math.nan, EOS_ID in row)] for text, row in zip(texts, rows, strict=True)]
+        return [[Candidate(text, math.nan, math.nan, self.model.eos_id in row)] for text, row in zip(texts, rows, strict=True)]
 
     def _beam_search(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
         with autocast(self.device):
