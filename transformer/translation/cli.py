@@ -1,4 +1,4 @@
-"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, demo, bench.
+"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, score, demo, bench.
 
 A user's error is one line on stderr and exit status 2.
 """
@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .machine import optional_module
 from .output_files import naming
+from .terminal import heartbeat
 from .training_config import RECIPES, TrainingConfig
+
+if TYPE_CHECKING:
+    from .translate import Translator
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 # Settings of TrainingConfig that are arguments of `train`, with their types; None stands for "as in the recipe".
@@ -119,9 +124,19 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(command=run_train)
 
     translate = commands.add_parser("translate", help="translate the lines of stdin to stdout")
-    translate.add_argument("checkpoint", type=Path, help="checkpoint file, or a folder that `train` or `demo` wrote")
-    translate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add_model_arguments(translate)
+    translate.add_argument("--beam", type=int, default=1, help="hypotheses of a sentence (default: 1, greedy)")
+    translate.add_argument("--n-best", type=int, default=1, metavar="N", help="print the N best: line ||| translation ||| score")
+    translate.add_argument("--scores", action="store_true", help="add the score of each translation, after a tab")
+    translate.add_argument("--alignment", action="store_true", help="add the words that belong together, after |||: 0-0 1-2")
+    translate.add_argument("--stream", action="store_true", help="translate line by line, at once (default: where stdin is a terminal)")
     translate.set_defaults(command=run_translate)
+
+    score = commands.add_parser("score", help="log-probabilities of given translations, a line each")
+    add_model_arguments(score)
+    score.add_argument("--source", type=Path, required=True, help="file with a sentence a line")
+    score.add_argument("--translation", type=Path, required=True, help="file with its translation a line")
+    score.set_defaults(command=run_score)
 
     demo = commands.add_parser("demo", help="train, translate and write a report, in one go")
     demo.add_argument("--minutes", type=float, help="training time (default: 10 on a CPU, 3 on a GPU)")
@@ -138,6 +153,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("checkpoint", type=Path, nargs="?", help="checkpoint file, or a folder that `train` or `demo` wrote")
+    which.add_argument("--model", type=Path, metavar="PATH", help="a Marian model: its folder, or the .npz or .bin file in it")
+    which.add_argument("--pretrained", metavar="LANGUAGES", help="en-pt or pt-en, from the extra `pretrained`")
+    parser.add_argument("--shortlist", action="store_true", help="use the lexical shortlist of a Marian model")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def load_translator(options: argparse.Namespace) -> Translator:
+    from .translate import Translator
+
+    if options.checkpoint is not None:
+        if options.shortlist:
+            raise ValueError("--shortlist needs --model or --pretrained: a checkpoint has none")
+        return Translator.load(options.checkpoint, options.device)
+    if options.model is not None:
+        return Translator.from_pretrained(options.model, options.device, options.shortlist)
+    from ..pretrained.find import installed_model
+
+    return Translator.from_pretrained(installed_model(options.pretrained), options.device, options.shortlist)
+
+
 def run_info(options: argparse.Namespace) -> None:
     from .machine import machine_report
 
@@ -149,7 +187,6 @@ def run_train(options: argparse.Namespace) -> None:
     from .corpora import NAMED_CORPORA, load_corpus
     from .machine import choose_device
     from .output_files import claim_output_folder
-    from .terminal import heartbeat
     from .train import Trainer
     from .translate import Translator
 
@@ -192,24 +229,78 @@ def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfi
 
 
 def run_translate(options: argparse.Namespace) -> None:
-    from .translate import Translator
-
-    translator = Translator.load(options.checkpoint, options.device)
+    if options.n_best > 1 and (options.scores or options.alignment):
+        raise ValueError("--n-best has scores already and no alignment: leave --scores and --alignment away")
+    translator = load_translator(options)
+    if options.stream or sys.stdin.isatty():
+        stream_translations(translator, options)
+        return
     try:
         with naming("stdin"):
-            text = sys.stdin.buffer.read()
-        lines = text.decode("utf-8").split("\n")
+            lines = text_lines(sys.stdin.buffer.read())
     except UnicodeDecodeError as error:
         raise ValueError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if lines[-1] == "":
-        lines.pop()
-    translations = translator.translations(lines)
+    with heartbeat("translating"):
+        text, cut_sources, cut_translations = translated(translator, lines, options)
     too_long = f"longer than {translator.model.max_len - 1} tokens and cut"
-    for what, indices in ((too_long, translations.cut_sources), ("translation cut before its end", translations.cut_translations)):
+    for what, indices in ((too_long, cut_sources), ("translation cut before its end", cut_translations)):
         if indices:
             print(f"fused-attention: {what}: {line_numbers(indices)}", file=sys.stderr)
     with naming("stdout"):
-        sys.stdout.buffer.write("".join(f"{line}\n" for line in translations.lines).encode())
+        sys.stdout.buffer.write(text.encode())
+
+
+def translated(translator: Translator, lines: list[str], options: argparse.Namespace, first: int = 0) -> tuple[str, list[int], list[int]]:
+    """What is printed of lines, whose numbers count from `first`; the indices of sources and of translations that were cut."""
+    done = translator.translations(lines, beam=options.beam, n_best=options.n_best, scores=options.scores)
+    if options.n_best > 1:
+        numbered = [(number, found) for number, candidates in enumerate(done.candidates, first) for found in candidates]
+        printed = [f"{number} ||| {found.text} ||| {found.score:.4f}" for number, found in numbered]
+    else:
+        printed = list(done.lines)
+        if options.scores:
+            printed = [f"{line}\t{found[0].score:.4f}" if found else line for line, found in zip(printed, done.candidates, strict=True)]
+        if options.alignment:
+            pairs = [translator.alignment(line, translation) for line, translation in zip(lines, done.lines, strict=True)]
+            printed = [f"{line} ||| {' '.join(f'{s}-{t}' for s, t in of_line)}" for line, of_line in zip(printed, pairs, strict=True)]
+    return "".join(f"{line}\n" for line in printed), done.cut_sources, done.cut_translations
+
+
+def stream_translations(translator: Translator, options: argparse.Namespace) -> None:
+    """Each line is translated when it is there; where nothing but its text is asked for, piece by piece."""
+    in_pieces = options.beam == options.n_best == 1 and not options.scores and not options.alignment
+    with naming("stdin"):
+        for number, raw in enumerate(iter(sys.stdin.buffer.readline, b"")):
+            try:
+                line = raw.decode("utf-8").rstrip("\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number + 1} of stdin is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            whole = None if in_pieces else translated(translator, [line], options, number)[0]
+            for piece in itertools.chain(translator.stream(line), "\n") if whole is None else [whole]:
+                with naming("stdout"):
+                    sys.stdout.buffer.write(piece.encode())
+                    sys.stdout.buffer.flush()
+
+
+def run_score(options: argparse.Namespace) -> None:
+    sides = []
+    for path in (options.source, options.translation):
+        try:
+            sides.append(text_lines(path.read_bytes()))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(f"{options.source} has {len(sides[0]):,} lines and {options.translation} {len(sides[1]):,}")
+    translator = load_translator(options)
+    with heartbeat("scoring"):
+        found = translator.log_probabilities(*sides)
+    with naming("stdout"):
+        sys.stdout.write("".join(f"{value:.4f}\n" for value in found))
+
+
+def text_lines(data: bytes) -> list[str]:
+    lines = data.decode("utf-8").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def line_numbers(indices: Sequence[int], most: int = 10) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..checks import checked_integer_in
@@ -20,7 +21,7 @@ from .batches import pad
 from .checkpoint import load_model, load_tokenizers, read_checkpoint
 from .data import ParallelText, left_out_text
 from .machine import autocast, choose_device, optional_module
-from .tokenizer import Tokenizer
+from .tokenizer import SPACE_SIGN, Tokenizer
 
 # Source tokens decoded together, padding included and once for each beam; what is finished leaves the batch.
 BATCH_TOKENS = 2048
@@ -69,8 +70,15 @@ class Translations:
 class Translator:
     """A trained model with its tokenizers. Not thread-safe."""
 
-    def __init__(self, model: Transformer, source_tokenizer: Tokenizer | Vocabulary, target_tokenizer: Tokenizer | Vocabulary) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Transformer,
+        source_tokenizer: Tokenizer | Vocabulary,
+        target_tokenizer: Tokenizer | Vocabulary,
+        precision: str = "auto",
+    ) -> None:
+        """precision: a choice of machine.autocast."""
+        self.model, self.precision = model, precision
         self.source_tokenizer, self.target_tokenizer = source_tokenizer, target_tokenizer
         self.device = next(model.parameters()).device
 
@@ -97,7 +105,7 @@ class Translator:
             if files.shortlist is None:
                 raise PretrainedError(f"{files.model.parent} has no shortlist, lex*.bin")
             model.shortlist = Shortlist.read(files.shortlist, len(source), len(target)).candidates
-        return cls(model.to(choose_device(device)), source, target)
+        return cls(model.to(choose_device(device)), source, target, "off")
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
         """Translations, one a line, in order; a blank line stays empty. Equal lines are translated once. options: as for
@@ -145,7 +153,7 @@ class Translator:
             tokens: list[int] = []
             shown = ""
             while True:
-                with autocast(self.device):
+                with autocast(self.device, self.precision):
                     column = next(columns, None)
                 if column is None:
                     return
@@ -170,9 +178,31 @@ class Translator:
         for batch in token_batches({i: max(len(s), len(t)) + 1 for i, (s, t) in enumerate(pairs)}, BATCH_TOKENS):
             src = self._padded([self.source_tokens(pairs[i][0]) for i in batch])
             tgt = self._padded([[*pairs[i][1], self.model.eos_id] for i in batch])
-            with autocast(self.device):
+            with autocast(self.device, self.precision):
                 found |= zip(batch, self.model.score(src, tgt).sentences.tolist(), strict=True)
         return [found[i] for i in range(len(pairs))]
+
+    def alignment(self, line: str, translation: str) -> list[tuple[int, int]]:
+        """(word of the line, word of its translation) for each word of the translation, in its order; words end at white space.
+
+        A word goes with the one that the heads of the last layer, at its tokens, attend to the most.
+        """
+        words = [" ".join(line.split()), " ".join(translation.split())]
+        if not all(words):
+            return []
+        source, target = (
+            tokenizer.encode([text])[0] for tokenizer, text in zip((self.source_tokenizer, self.target_tokenizer), words, strict=True)
+        )
+        source, target = source[: self.model.max_len - 1], target[: self.model.max_len - 1]
+        maps = self.model.attention_maps(self._padded([[*source, self.model.eos_id]]), self._padded([[self.model.bos_id, *target]]))
+        weights = maps["cross"][-1][0].float().mean(0)[: len(target), : len(source)].cpu()  # row t chooses token t
+        from_word, to_word = (
+            torch.tensor(word_numbers(tokenizer.pieces(ids)))
+            for tokenizer, ids in ((self.source_tokenizer, source), (self.target_tokenizer, target))
+        )
+        by_source = weights.new_zeros(len(target), int(from_word.max()) + 1).index_add_(1, from_word, weights)
+        by_words = by_source.new_zeros(int(to_word.max()) + 1, by_source.shape[1]).index_add_(0, to_word, by_source)
+        return [(int(best), word) for word, best in enumerate(by_words.argmax(1))]
 
     def source_tokens(self, ids: list[int]) -> list[int]:
         """An encoded sentence as the model reads it: cut at max_len - 1 tokens, with its end."""
@@ -192,13 +222,13 @@ class Translator:
 
     def _greedy(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
         """One candidate a row, whose scores are not known."""
-        with autocast(self.device):
+        with autocast(self.device, self.precision):
             rows = self.model.generate(src, max_new_tokens=self._length_limit(src), **options).tolist()
         texts = self.target_tokenizer.decode(rows)
         return [[Candidate(text, math.nan, math.nan, self.model.eos_id in row)] for text, row in zip(texts, rows, strict=True)]
 
     def _beam_search(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
-        with autocast(self.device):
+        with autocast(self.device, self.precision):
             rows = self.model.beam_search(src, max_new_tokens=self._length_limit(src), **options)
         texts = iter(self.target_tokenizer.decode([found.tokens for row in rows for found in row]))
         return [[Candidate(next(texts), found.log_probability, found.score, found.ended) for found in row] for row in rows]
@@ -212,6 +242,15 @@ class Translator:
         if done.cut_translations:
             remark += f"; cut: {len(done.cut_translations):,} translations that had not ended"
         return replace(score(done.lines, text.target), remark=remark), done.lines
+
+
+def word_numbers(pieces: Sequence[str]) -> list[int]:
+    """Of each piece the word that it is in, counted from 0: a piece that starts with a space starts one, unless nothing came before."""
+    numbers: list[int] = []
+    for piece in pieces:
+        starts = piece.startswith(SPACE_SIGN)
+        numbers.append(numbers[-1] + starts if numbers else 0)
+    return numbers
 
 
 def token_batches(lengths: Mapping[Key, int], batch_tokens: int) -> Iterator[list[Key]]:
