@@ -320,6 +320,11 @@ class TestState:
             "pad_id": 0,
             "bos_id": 1,
             "eos_id": 2,
+            "decoder_cell": "attention",
+            "final_norm": True,
+            "layer_norm_eps": 1e-5,
+            "positions": "interleaved",
+            "output_bias": False,
         }
 
     def test_layers_start_different_from_each_other(self) -> None:

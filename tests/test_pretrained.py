@@ -272,7 +272,7 @@ def test_scores_of_given_translations(folder: Path, tmp_path: Path, command: Cal
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--beam", 0), "beam must be in "),
+        (("--beam", 0), "beam must be at least 1, got 0"),
         (("--beam", 1000), "beam must be in "),
         (("--beam", 2, "--n-best", 3), "n_best must be at most beam = 2, got 3"),
         (("--n-best", 2, "--scores"), "--n-best has scores already"),

@@ -175,8 +175,8 @@ class Transformer(Generation):
         memories = memory.states if memory.keys_values is None else memory.keys_values
         if cache is None:
             padding = Padding.of(tgt, self.pad_id)
-            cross_options = memory.padding.seen_by(padding)
             self_options = {"key_mask": padding.key_mask} if self.decoder_cell == "ssru" else padding.seen_by(padding, is_causal=True)
+            cross_options = memory.padding.seen_by(padding)
             return self.decoder(self.tgt_embedding(tgt), memories, self_options, cross_options)
 
         if torch.is_grad_enabled():
