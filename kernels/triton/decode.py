@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, empty_strided
-from ..problem import OptionalTensors, Problem, empty_lse, empty_output
+from ..problem import PLACE, OptionalTensors, Problem, empty_lse, empty_output
 from .arguments import common_arguments, common_tensors, feature_class, padded_head_dim, rows_of
 from .launch import INTERPRETED, Launch, Tile, tile_for
 from .parameters import (
@@ -87,7 +87,7 @@ def prepare(problem: Problem) -> Call:
         needs_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
-        sinks = optional[5]
+        sinks = optional[PLACE["sinks"]]
         common = common_tensors(optional, None, None)
         if decode is not None and combine is not None:
             split_out = empty(split_out_shape, (1,), float32)

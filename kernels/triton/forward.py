@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, empty_strided
-from ..problem import OptionalTensors, Problem, empty_lse, empty_output
+from ..problem import PLACE, OptionalTensors, Problem, empty_lse, empty_output
 from .arguments import common_arguments, common_tensors, feature_class, needs_tiles, padded_head_dim, rows_of
 from .launch import Launch, tile_for
 from .mask import tile_lists
@@ -72,7 +72,7 @@ def prepare(problem: Problem) -> Call:
             if needs_lists:
                 given = Problem.from_op_arguments("separate", (query, key, value, *optional, *options))
                 row_tiles, _ = tile_lists(given, columns=False)
-            sinks, mask_bits = optional[5], optional[9]
+            sinks, mask_bits = optional[PLACE["sinks"]], optional[PLACE["mask_bits"]]
             launch((query, key, value, out, lse, sinks, *common_tensors(optional, row_tiles, mask_bits)))
         if drops_all:
             out.zero_()
