@@ -47,7 +47,7 @@ class Comparison:
 def machine_line() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     missing = cpu.status()
-    kernels = f"native kernels: {cpu.instruction_sets()[0]}" if missing is None else f"no native kernels ({missing})"
+    kernels = f"CPU kernels: {cpu.instruction_sets()[0]}" if missing is None else f"no CPU kernels ({missing})"
     return f"{processor_name()}, {torch.get_num_threads()} threads; torch {torch.__version__} ({capability}); {kernels}"
 
 

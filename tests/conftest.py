@@ -81,7 +81,7 @@ def kernels_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set in turn, forced; one that this machine lacks is a named skip."""
     if cpu.status() is not None:
-        pytest.skip(f"no native kernels: {cpu.status()}")
+        pytest.skip(f"no CPU kernels: {cpu.status()}")
     available = cpu.instruction_sets()[1]
     if request.param not in available:
         pytest.skip(f"this machine has no {request.param}")

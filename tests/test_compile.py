@@ -30,7 +30,7 @@ from fused_attention import (
 from fused_attention.kernels.native import cpu
 from fused_attention.kernels.torch_internals import release
 
-pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
 

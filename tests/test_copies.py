@@ -32,8 +32,8 @@ from fused_attention.kernels.native import cpu
 from fused_attention.transformer.embedding import TokenEmbedding
 from fused_attention.transformer.memory import Memory, Padding
 
-needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+needs_cpu_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu_kernels)]
 
 
 def through_torch_save(value: Any) -> Any:

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from fused_attention import attention, attention_decode, attention_varlen, prepare_mask, scaled_dot_product_attention
 from fused_attention.kernels.native import cpu
 
-needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+needs_cpu_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu_kernels)]
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 3, 17), (4, 3, 0, 21)
 STATE = torch.tensor([3, 4])
@@ -79,7 +79,7 @@ def test_it_is_torchs() -> None:
         assert_close(ours.transpose(1, 2).values(), theirs.transpose(1, 2).values())
 
 
-@needs_native
+@needs_cpu_kernels
 def test_results_are_nested_as_modules_need_them() -> None:
     """In and out through linear layers and a residual sum, whose ragged size must be the query's."""
     x = torch.nested.nested_tensor_from_jagged(torch.randn(10, 16), torch.tensor([0, 3, 10]))

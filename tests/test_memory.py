@@ -9,7 +9,7 @@ import pytest
 
 from fused_attention.kernels.native import cpu
 
-pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 SEQLEN = 8192
 SCRIPT = """

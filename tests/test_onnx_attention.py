@@ -23,7 +23,7 @@ CASES = {
     for case in node_cases._NodeTestCases
     if case.model.graph.node[0].op_type == "Attention" and not case.name.endswith("_expanded")
 }
-NATIVE = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+NATIVE = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 
 def as_tensor(array: Any) -> Tensor:

@@ -25,7 +25,7 @@ from fused_attention.kernels.native import cpu
 from fused_attention.kernels.prepared_mask import prepare_mask
 from fused_attention.kernels.problem import DIFFERENTIABLE, INPUTS, OPTIONS, PLACE, TENSORS, Gradients, Problem
 
-needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+needs_cpu_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 QKV_OPTIONS = {
     "plain": {},
@@ -81,7 +81,7 @@ def test_exported_calls_hold_one_operator() -> None:
         assert [str(node.target) for node in exported.graph.nodes].count("fused_attention.attention_separate.default") == 1
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
 @pytest.mark.parametrize("layout", CALLS)
 def test_opcheck(layout: str, options: dict) -> None:
@@ -89,7 +89,7 @@ def test_opcheck(layout: str, options: dict) -> None:
     torch.library.opcheck(getattr(torch.ops.fused_attention, f"attention_{layout}").default, (*problem.op_arguments(), "cpu"))
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
 @pytest.mark.parametrize("layout", CALLS)
 def test_cheap_path_operator_and_reference_agree(layout: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_cheap_path_operator_and_reference_agree(layout: str, options: dict, mon
         torch.testing.assert_close(cheap, reference, rtol=1e-5, atol=1e-5)
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("options", [QKV_OPTIONS["causal"], {"dropout_p": 0.2}], ids=["causal", "dropout drawn inside"])
 @pytest.mark.parametrize("layout", CALLS)
 def test_compiles_without_a_graph_break(layout: str, options: dict) -> None:
@@ -127,7 +127,7 @@ def test_compiles_without_a_graph_break(layout: str, options: dict) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@needs_native
+@needs_cpu_kernels
 def test_compiles_with_inductor_and_dynamic_shapes() -> None:
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, is_causal=True), fullgraph=True, dynamic=True)
     for seqlen in (7, 12, 19):
@@ -135,7 +135,7 @@ def test_compiles_with_inductor_and_dynamic_shapes() -> None:
         torch.testing.assert_close(compiled(query, query, query), attention(query, query, query, is_causal=True))
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("options", QKV_OPTIONS.values(), ids=QKV_OPTIONS)
 def test_second_derivatives_are_those_of_the_reference(options: dict) -> None:
     inputs = layout_inputs("separate")
@@ -149,7 +149,7 @@ def test_second_derivatives_are_those_of_the_reference(options: dict) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("path", ["cheap", "operator"])
 @pytest.mark.parametrize("related", ["one tensor", "one from another"])
 def test_second_derivatives_of_inputs_that_depend_on_each_other(related: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_second_derivatives_of_inputs_that_depend_on_each_other(related: str, pa
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("path", ["cheap", "operator"])
 def test_batched_gradients(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.autograd.grad under vmap, as jacobian(vectorize=True) does."""
@@ -182,7 +182,7 @@ def test_batched_gradients(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(gradients, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-@needs_native
+@needs_cpu_kernels
 def test_gradients_of_part_of_the_inputs() -> None:
     query, key, value = layout_inputs("separate", requires_grad=False)
     value.requires_grad_()
@@ -194,7 +194,7 @@ def test_gradients_of_part_of_the_inputs() -> None:
     assert gradient[0].abs().sum() > 0
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("path", ["cheap", "operator", "compiled"])
 def test_gradients_of_overlapping_windows(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that start one element apart: empty_like would lay their gradient out with another dim innermost."""
@@ -228,7 +228,7 @@ PATHS = {  # what eager calls take: the kernel straight from Python, the operato
 }
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no gradient", "gradients"])
 @pytest.mark.parametrize("condition", PATHS)
 def test_the_path_of_an_eager_call(condition: str, requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_the_path_of_an_eager_call(condition: str, requires_grad: bool, monkeypa
     assert taken[0] == PATHS[condition]
 
 
-@needs_native
+@needs_cpu_kernels
 def test_a_compiled_call_is_one_operator() -> None:
     graphs = []
 
@@ -289,7 +289,7 @@ def test_a_compiled_call_is_one_operator() -> None:
     assert [name for name in called if "fused_attention" in name] == ["fused_attention.attention_separate.default"]
 
 
-@needs_native
+@needs_cpu_kernels
 def test_tensors_whose_memory_does_not_hold_their_values() -> None:
     """Lazily negated views, and the zero tensors of autograd, which have no memory."""
     query, key, _ = layout_inputs("separate")
@@ -308,7 +308,7 @@ def test_tensors_whose_memory_does_not_hold_their_values() -> None:
     assert torch.equal(ours, torch.autograd.grad(lse, query, dlse.resolve_neg().clone())[0])
 
 
-@needs_native
+@needs_cpu_kernels
 def test_the_default_device_does_not_matter() -> None:
     query, key, value = layout_inputs("separate")
     expected = attention(query, key, value)

@@ -79,7 +79,7 @@ def test_a_rebuild_compiles_only_what_changed() -> None:
     assert "isa_avx2" not in run.stdout.replace("isa_avx2.cpp.o", "")
 
 
-@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is missing")
 def test_an_instruction_set_shares_no_function_with_another() -> None:
     """A function that two objects define is linked once, from either: compiled for AVX-512 it would end the program elsewhere."""

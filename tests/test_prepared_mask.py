@@ -16,7 +16,7 @@ from fused_attention.kernels.native import cpu
 from fused_attention.kernels.prepared_mask import pack_bits, prepare_mask
 from fused_attention.kernels.problem import PreparedMask, unpack_bits
 
-needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+needs_cpu_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 BATCH, NUM_HEADS, SEQLEN_Q, SEQLEN_K = 2, 3, 130, 200  # neither a multiple of 64: tiles hold rows and keys that do not exist
 
@@ -143,7 +143,7 @@ def outcome(call: Any, leaves: list[Tensor], **options: Any) -> tuple[Tensor, ..
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu_kernels)])
 def test_a_call_with_it_equals_the_call_with_its_parts(backend: str, kind: str) -> None:
     leaves = inputs()
     ours = outcome(attention, leaves, attn_mask=prepare_mask(**masks(kind), **SIZES), backend=backend)

@@ -197,7 +197,7 @@ def scaled(factor: float, prepare: Callable) -> Callable:
     return faulty
 
 
-@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 def test_a_fault_is_found_shrunk_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward pass with a scale that is 1 % off."""
     monkeypatch.setattr(cpu, "prepare", scaled(1.01, cpu.prepare))

@@ -238,7 +238,7 @@ def test_a_torch_with_other_guards_remembers_nothing(launches: list[tuple], chec
     assert len(checks) == 2
 
 
-@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("call", REPEATED)
 def test_the_cpu_kernels_repeat_calls_too(call: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from fused_attention.kernels.native import cpu
 from fused_attention.kernels.problem import Problem
 
 pytestmark = [
-    pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),
+    pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}"),
     pytest.mark.skipif(replay.tensor_guard is None, reason="this torch has no guards that calls could be remembered by"),
 ]
 

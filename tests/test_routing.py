@@ -16,14 +16,14 @@ from fused_attention.kernels.attention import attention, attention_weights, expl
 from fused_attention.kernels.native import cpu
 from fused_attention.kernels.triton import backend as triton_backend
 
-needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+needs_cpu_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 
 def tensors(head_dim: int = 16, **options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(torch.randn(1, 2, 8, head_dim, **options) for _ in range(3))
 
 
-@needs_native
+@needs_cpu_kernels
 def test_a_covered_call_runs_on_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(cpu, "prepare", watched(cpu.prepare, lambda: calls.append(1)))
@@ -45,7 +45,7 @@ REASONS = {
 }
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("case", REASONS)
 def test_what_the_cpu_kernels_do_not_cover_runs_on_the_reference(case: str) -> None:
     options, tensor_options, reason = REASONS[case]
@@ -112,7 +112,7 @@ def test_weights_come_from_the_kernel_and_their_gradient_from_the_reference(monk
     assert calls == [1, 1]
 
 
-@needs_native
+@needs_cpu_kernels
 def test_a_missing_extension_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_native", None)
     monkeypatch.setattr(cpu, "NOT_BUILT", "the compiled extension is not available", raising=False)

@@ -14,7 +14,7 @@ import torch
 from fused_attention.kernels.native import cpu
 
 pytestmark = [
-    pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),
+    pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
 

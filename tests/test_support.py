@@ -73,7 +73,7 @@ def lines(backend: str) -> dict[str, str]:
     return {call: reason for call, reason in cells if call != "call"}
 
 
-@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 @pytest.mark.parametrize(("backend", "call"), [(backend, call) for backend, calls in CALLS.items() for call in calls])
 def test_each_line_is_refused_for_its_reason(backend: str, call: str) -> None:
     assert BACKENDS[backend].uncovered(CALLS[backend][call]()) == [lines(backend)[call]]
@@ -193,7 +193,7 @@ TRANSFORMED: dict[str, Callable[[tuple[Tensor, ...], Path], Any]] = {
 }
 
 
-@pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+@pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_runs_is_what_the_table_of_transforms_says(transform: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []

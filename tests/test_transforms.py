@@ -25,8 +25,8 @@ from fused_attention.kernels.attention import attention_kv_packed, attention_qkv
 from fused_attention.kernels.native import cpu
 from fused_attention.transformer.attention import MultiHeadAttention
 
-needs_native = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+needs_cpu_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu_kernels)]
 
 MASK = torch.linspace(-1, 1, 35).view(5, 7)
 FEATURES: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def test_derivatives_of_packed_sequences_by_finite_differences(check: Callable) 
     assert check(function, inputs, fast_mode=check is gradgradcheck)
 
 
-@needs_native
+@needs_cpu_kernels
 def test_third_derivatives() -> None:
     """Of values of size 1, so that float32 is enough."""
     inputs = tensors(requires_grad=True)
@@ -138,7 +138,7 @@ def test_per_sample_gradients(backend: str) -> None:
         assert_close(*each, rtol=1e-4, atol=1e-5)
 
 
-@needs_native
+@needs_cpu_kernels
 def test_per_sample_gradients_of_a_module() -> None:
     module = MultiHeadAttention(8, 2, batch_first=True)
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -204,7 +204,7 @@ def test_a_gradient_that_is_given_a_tangent(path: str, backend: str, monkeypatch
     assert_close(ours, list(expected))
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "selective"])
 def test_checkpointing_runs_the_kernel_again_unless_told_to_keep_its_results(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
@@ -241,7 +241,7 @@ def test_saved_tensors_go_through_hooks(backend: str) -> None:
     assert_close(torch.autograd.grad(out.square().sum(), inputs), expected)
 
 
-@needs_native
+@needs_cpu_kernels
 def test_inputs_changed_in_place_before_the_backward_are_noticed() -> None:
     query, key, value = tensors(requires_grad=True)
     doubled = key * 2
@@ -265,7 +265,7 @@ def test_without_recording(backend: str) -> None:
         assert attention(*made, backend=backend).is_inference()
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize("num_heads_kv", [2, 1])
 def test_flops_are_those_that_torch_counts_for_its_own_attention(num_heads_kv: int) -> None:
     query, key, value = (
@@ -286,7 +286,7 @@ def test_flops_are_those_that_torch_counts_for_its_own_attention(num_heads_kv: i
     assert ours[1] == torch.utils.flop_counter.flop_registry[kernel](*[torch.empty(2, 2, n, 8) for n in (5, 5, 7, 7)], out_val=None)
 
 
-@needs_native
+@needs_cpu_kernels
 def test_flops_of_packed_layouts() -> None:
     def count(function: Callable, *inputs: Tensor, **options: Any) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -337,7 +337,7 @@ def test_autocast_casts_query_key_and_value_and_nothing_else(backend: str, monke
             assert attention(*tensors(), backend=backend).dtype == torch.float32
 
 
-@needs_native
+@needs_cpu_kernels
 def test_second_derivatives_under_autocast() -> None:
     """The reference in the backward pass computes in the dtype of the forward pass, whatever is cast around it."""
     inputs = tensors(requires_grad=True)

@@ -88,7 +88,7 @@ def machine_report() -> str:
 
 
 def cpu_kernels() -> str:
-    """The instruction set in use and the others that could be forced; the reason if there are no native kernels."""
+    """The instruction set in use and the others that could be forced; the reason if there are no CPU kernels."""
     reason = cpu.status()
     if reason is not None:
         return f"none ({reason})"

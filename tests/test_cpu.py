@@ -22,7 +22,7 @@ from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import Gradients
 from fused_attention.kernels.reference import attention_reference
 
-pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}")
+pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 
 # 1 and 3: less than a vector; 16 and 17, 31 and 32, 64 and 65: around the tile sides; 130: several tiles and a rest.

@@ -23,7 +23,7 @@ from function_calls import (
 from fused_attention.kernels.native import cpu
 
 pytestmark = [
-    pytest.mark.skipif(cpu.status() is not None, reason=f"no native kernels: {cpu.status()}"),
+    pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
