@@ -335,8 +335,8 @@ PYBIND11_MODULE(_native, module) {
         return reason.empty() ? py::object(py::none()) : py::object(py::str(reason));
       },
       "Why the CUDA kernels cannot run on a device (-1: on any), or None.");
-  module.def("cuda_set_short_kernels", &cuda::set_short_kernels,
-             "Whether kernels for short sequences are used where they can be; returns whether they were.");
+  module.def("cuda_set_single_tile_kernels", &cuda::set_single_tile_kernels,
+             "Whether the single-tile kernels are used where they can be; returns whether they were.");
   module.def("cuda_device_count", &cuda::device_count, "How many GPUs the NVIDIA driver sees; 0 without a driver.");
   module.def(
       "cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::kToolkitVersion); },

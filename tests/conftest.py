@@ -62,12 +62,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_short_kernels() -> Iterator[None]:
+def no_single_tile_kernels() -> Iterator[None]:
     """Short sequences, too, run on the CUDA kernels that are for any length."""
     if cuda_backend._native is None:
         yield
     else:
-        with cuda_backend.short_kernels(False):
+        with cuda_backend.single_tile_kernels(False):
             yield
 
 

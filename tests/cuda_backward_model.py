@@ -29,7 +29,7 @@ BACKWARD_FAMILIES = {"LDS": (r"LDS(\.|$)", "shared"), "STS": (r"STS", "shared"),
 WAYS = {
     "one pass": ("backward",),
     "two passes": ("backward_query", "backward_key"),
-    "short": ("short_backward",),
+    "single tile": ("single_tile_backward",),
 }
 
 
@@ -43,7 +43,7 @@ def work(row: Instance) -> Counter[str]:
     counts: Counter[str] = Counter()
     for opcode, (least, _) in expected(row).items():
         counts[OPCODES.get(opcode, "LDGSTS")] += least
-    pair, transposed = row.header.endswith("_wide.cuh"), row.pass_name != "backward_query"
+    pair, transposed = row.header.endswith("_pairs.cuh"), row.pass_name != "backward_query"
     scores = (row.block_m if transposed else row.block_n) * 16 // WARP  # of a lane
     counts["EX2"] = scores
     dkey, dvalue = row.pass_name != "backward_dvalue", transposed and row.pass_name != "backward_dkey"
@@ -56,7 +56,7 @@ def work(row: Instance) -> Counter[str]:
     if pair:  # weights go from one warp to the other in float32; of the query pass gradients come back as an operand
         counts["STS"] += scores // 4 + (0 if transposed else scores // 8)
         counts["LDS"] += scores // 4 + (0 if transposed else scores // 8)
-    if row.pass_name in ("backward", "short_backward"):  # gradients of scores, for the product that sums over keys
+    if row.pass_name in ("backward", "single_tile_backward"):  # gradients of scores, for the product that sums over keys
         counts["STS"] += scores // 2
     if row.dropout:
         counts += model.dropout(scores)
@@ -101,7 +101,7 @@ def kernel_time(row: Instance, gpu: Gpu, heads: int, seqlen: int, causal: bool) 
     busiest = heads * visits / gpu.sms if causal else ceil(heads * blocks / gpu.sms) * visits / blocks
     hertz = gpu.megahertz * 1e6
     seconds = {unit: busiest * number / hertz for unit, number in cycles(row, gpu).items()}
-    tensors = {"backward": 6, "backward_query": 5, "short_backward": 8}.get(row.pass_name, 6)  # of 16 bits: q, k, v, dout, their gradients
+    tensors = {"backward": 6, "backward_query": 5, "single_tile_backward": 8}.get(row.pass_name, 6)  # of 16 bits: q, k, v, dout, their gradients
     elements = heads * seqlen * row.head_dim_qk
     sums = 4 * heads * visits * row.block_m * row.head_dim_qk if row.pass_name == "backward" else 0
     seconds["memory"] = 2 * tensors * elements / (gpu.memory * 1e9)
@@ -118,10 +118,10 @@ def way(name: str, head_dim: int, gpu: Gpu, heads: int, seqlen: int, causal: boo
     times = []
     for pass_name in WAYS[name]:
         fitting = [row for row in plain_rows(pass_name) if row.head_dim_qk == row.head_dim_v == head_dim]
-        if not fitting or (name == "short" and seqlen > fitting[0].block_n):
+        if not fitting or (name == "single tile" and seqlen > fitting[0].block_n):
             return []
         times.append(kernel_time(fitting[0], gpu, heads, seqlen, causal))
-    if name != "short":
+    if name != "single tile":
         cleared = float_sums if name == "one pass" else 0
         times.insert(0, Time("backward_delta", (4 * elements + cleared) / (gpu.memory * 1e3), "memory"))
     if name == "one pass":
@@ -130,7 +130,7 @@ def way(name: str, head_dim: int, gpu: Gpu, heads: int, seqlen: int, causal: boo
 
 
 def plain_rows(pass_name: str) -> list[Instance]:  # bfloat16 only: float16 has the same tiles
-    of_class = "masked" if pass_name.startswith("short") else "plain"  # kernels for short sequences have no class of their own for it
+    of_class = "masked" if pass_name.startswith("single_tile") else "plain"  # which have no class of their own for it
     return [row for row in INSTANCES if (row.pass_name, row.dtype, row.feature_class, row.dropout) == (pass_name, "bf16", of_class, False)]
 
 

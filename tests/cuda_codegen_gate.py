@@ -111,7 +111,7 @@ fails; one that is meant to, or that makes it better, writes the table anew.
   number allowed
 - shared: bytes of a block; blocks: how many of them an SM holds at once, by registers, shared memory and threads
 - HMMA, LDSM, LDGSTS, MUFU: matrix products, their loads from shared memory, copies to it and exp2 in one pass of a warp through the loop
-  over blocks of keys without masks, or in the whole kernel for short sequences. The gate knows these numbers from the tile
+  over blocks of keys without masks, or in the whole single-tile kernel. The gate knows these numbers from the tile
 - loop, masked loop: all instructions of the two hot loops, rarely executed ones included; {SLACK:.0%} more are tolerated
 - spills on other GPUs: of the machine code that a driver makes of the PTX. {TOLERATED_ELSEWHERE} bytes are tolerated:
   they are up to the assembler of whatever driver there is, and ten words that wait in local memory cost less than a smaller tile would

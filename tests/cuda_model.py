@@ -92,8 +92,8 @@ def work(row: Instance) -> Work:
     """In the loop without masks. In its other loop a tile adds a select to each score, and a few words of bits."""
     matrices, keys, dqk, dv = row.block_m // row.num_warps // 16, row.block_n, row.head_dim_qk, row.head_dim_v
     scores, rows, outputs = matrices * keys // 2, 2 * matrices, matrices * dv // 2  # of a lane
-    short = row.pass_name == "short_forward"  # all keys are one tile: nothing is rescaled
-    rescaled = 0 if short else rows
+    single_tile = row.pass_name == "single_tile_forward"  # all keys are one tile: nothing is rescaled
+    rescaled = 0 if single_tile else rows
     every: Counter[str] = Counter({
         "HMMA": matrices * (keys // 8 * (dqk // 16) + dv // 8 * (keys // 16)),
         "LDSM": keys // 16 * (dqk // 16) + keys // 16 * (dv // 16),
@@ -109,9 +109,9 @@ def work(row: Instance) -> Work:
         "integer": addressing(row),
         "waits, branches, votes": 2 * 3 + 1 + 2,  # wait, barrier and commit for K and for V; vote; two branches
     })  # fmt: skip
-    seldom = Counter({"FMUL": 0 if short else outputs})
+    seldom = Counter({"FMUL": 0 if single_tile else outputs})
     q_loads = Counter({"LDSM": matrices * (dqk // 16)})
-    if matrices * dqk <= 128 and not short:  # Q stays in registers
+    if matrices * dqk <= 128 and not single_tile:  # Q stays in registers
         seldom += q_loads
     else:
         every += q_loads
@@ -246,7 +246,7 @@ def cell_lines(pattern: str, shapes: list[tuple[int, int, int, bool]]) -> Iterat
     yield f"|---|---|{'---|' * len(GPUS)}"
     for row in forward_rows(pattern):
         for batch, num_heads, seqlen, causal in shapes:
-            if row.pass_name == "short_forward" and seqlen > row.block_n:
+            if row.pass_name == "single_tile_forward" and seqlen > row.block_n:
                 continue
             cells = [predict(row, gpu, batch, num_heads, seqlen, causal) for gpu in GPUS.values()]
             texts = [f"{cell.microseconds:.0f} us, {cell.tflops:.0f} TFLOP/s, {cell.limit}" for cell in cells]
@@ -262,7 +262,7 @@ def page_tables() -> dict[str, Iterator[str]]:
     return {
         "tile": tile_lines("_bf16_plain$"),
         "cells": cell_lines(shown, [(4, 16, 1024, True), (4, 16, 4096, False)]),
-        "short cells": cell_lines("forward_(64x64|128x128)_bf16_(plain|masked)$", [(128, 8, 128, False), (128, 8, 64, False)]),
+        "single-tile cells": cell_lines("forward_(64x64|128x128)_bf16_(plain|masked)$", [(128, 8, 128, False), (128, 8, 64, False)]),
         "deviations": deviation_lines("(64x64|128x128)_bf16_plain"),
     }
 

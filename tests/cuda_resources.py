@@ -14,7 +14,7 @@ from typing import NamedTuple
 import sass
 from occupancy import most_registers, room
 
-from csrc.cuda.instances.manifest import WIDE_KEY_HELD, Instance
+from csrc.cuda.instances.manifest import PAIRED_KEY_HELD, Instance
 
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 WARP = 32
@@ -64,7 +64,7 @@ def code(listing: str, pass_name: str = "") -> Code:
     """Of one kernel's listing (sass.functions)."""
     instructions, labels = sass.parse(listing)
     kernel = Counter(instruction.opcode for instruction in instructions)
-    if pass_name.startswith("short"):
+    if pass_name.startswith("single_tile"):
         return Code([kernel], kernel)
     loops = [Counter(instruction.opcode for instruction in loop) for loop in sass.hot_loops(instructions, labels)]
     loops.sort(key=lambda loop: loop.total())
@@ -83,17 +83,17 @@ def matching(counts: Counter[str], pattern: str | re.Pattern[str]) -> int:
 
 def num_hot_loops(row: Instance) -> int:
     """Forward and backward: one over blocks that need no mask, one over those that do; masks are a branch of it in one pass. The whole of a
-    kernel for short sequences is one.
+    single-tile kernel is one.
     """
-    return {"helper": 0, "decode": 1, "backward": 1, "short_forward": 1, "short_backward": 1}.get(row.pass_name, 2)
+    return {"helper": 0, "decode": 1, "backward": 1, "single_tile_forward": 1, "single_tile_backward": 1}.get(row.pass_name, 2)
 
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
     """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
-    if row.header.endswith("_wide.cuh"):
+    if row.header.endswith("_pairs.cuh"):
         return expected_pair(row)
-    if row.pass_name.startswith("short"):
-        return expected_short(row)
+    if row.pass_name.startswith("single_tile"):
+        return expected_single_tile(row)
     if row.pass_name == "backward":
         return expected_one_pass(row)
     if row.pass_name.startswith("backward"):
@@ -153,11 +153,11 @@ def expected_backward(row: Instance) -> dict[str, tuple[int, int]]:
 
 
 def expected_pair(row: Instance) -> dict[str, tuple[int, int]]:
-    """Of two warps that share 16 rows, or 16 keys; see backward_query_wide.cuh and backward_key_wide.cuh."""
+    """Of two warps that share 16 rows, or 16 keys; see backward_query_pairs.cuh and backward_key_pairs.cuh."""
     of_query = row.pass_name == "backward_query"
     steps = row.block_n if of_query else row.block_m
     dims = (row.head_dim_qk, row.head_dim_v)
-    held = dims if of_query else WIDE_KEY_HELD[dims]  # of the left operand: not read in the loop
+    held = dims if of_query else PAIRED_KEY_HELD[dims]  # of the left operand: not read in the loop
     sums = dims[:1] if of_query else dims
     products = sum(steps // 8 * dim // 16 for dim in dims) + sum(steps // 16 * dim // 8 for dim in sums)
     loads = sum(steps // 16 * dim // 16 for dim in dims) + (sum(dims) - sum(held)) // 16
@@ -198,11 +198,11 @@ def expected_one_pass(row: Instance) -> dict[str, tuple[int, int]]:
     }
 
 
-def expected_short(row: Instance) -> dict[str, tuple[int, int]]:
-    """Of the whole kernel, which is unrolled over everything that a warp has: 16 rows and all keys, 32 at a time, see short_forward.cuh;
-    16 keys and a step of rows, see short_backward.cuh, whose loop over the warps' shares of dquery stands there once to three times."""
+def expected_single_tile(row: Instance) -> dict[str, tuple[int, int]]:
+    """Of the whole kernel, which is unrolled over everything that a warp has: 16 rows and all keys, 32 at a time, see single_tile_forward.cuh;
+    16 keys and a step of rows, see single_tile_backward.cuh, whose loop over the warps' shares of dquery stands there once to three times."""
     steps = row.head_dim_qk // 16
-    if row.pass_name == "short_forward":
+    if row.pass_name == "single_tile_forward":
         words, scores = row.block_n // 32, row.block_n * 16 // WARP
         copies = (16 * row.head_dim_qk + row.block_n * (row.head_dim_qk + row.head_dim_v)) // 8 // WARP
         return {
@@ -227,11 +227,11 @@ def out_stores(row: Instance) -> tuple[int, int]:
     """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
     if row.pass_name == "mask_gradient":  # of elements of the mask, in three dtypes
         return 0, 1000
-    if row.header.endswith("_wide.cuh"):
+    if row.header.endswith("_pairs.cuh"):
         return 16 * row.head_dim_qk // 8 // WARP, 16 if row.feature_class == "plain" else 1000
     if "backward" in row.pass_name:  # narrow: gradients of masks, sums of rows, columns and slopes
         return 16 * min(row.head_dim_qk, row.head_dim_v) // 8 // WARP, 16 if row.feature_class == "plain" else 1000
-    if row.pass_name in ("forward", "short_forward"):
+    if row.pass_name in ("forward", "single_tile_forward"):
         rows = row.block_m // row.num_warps
         return rows * row.head_dim_v // 8 // WARP, rows // 8
     return 3, 1  # decode: eight elements of out, or the two halves of as many float32 ones of a partial out

@@ -9,7 +9,7 @@ import cuda_codegen_gate as gate
 import pytest
 
 BACKWARD = {
-    (name, row.head_dim_qk): row for name in ("backward", "backward_query", "backward_key", "short_backward")
+    (name, row.head_dim_qk): row for name in ("backward", "backward_query", "backward_key", "single_tile_backward")
     for row in model.plain_rows(name) if row.head_dim_qk == row.head_dim_v
 }  # fmt: skip
 
@@ -48,9 +48,9 @@ def test_ways_of_the_backward_in_the_order_that_the_counts_give() -> None:
     def total(way: str, seqlen: int) -> float:
         return sum(time.microseconds for time in model.way(way, 64, gpu, 64 * 2048 // seqlen, seqlen, False))
 
-    assert total("short", 128) < min(total("one pass", 128), total("two passes", 128))
+    assert total("single tile", 128) < min(total("one pass", 128), total("two passes", 128))
     assert total("one pass", 2048) < total("two passes", 2048)
-    assert total("short", 2048) == 0  # it has no kernel for that
+    assert total("single tile", 2048) == 0  # it has no kernel for that
 
 
 def test_the_page_shows_what_the_model_says() -> None:

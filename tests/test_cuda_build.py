@@ -37,8 +37,8 @@ def test_every_head_dim_dtype_and_class_has_its_instance() -> None:
 
     classes = [("plain", False), ("plain", True), ("masked", False), ("bias", False)]
     assert kinds("forward") == sorted((*dims, dtype, *kind) for dims, dtype, kind in product(HEAD_DIMS, ("bf16", "fp16"), classes))
-    short = sorted((*dims, dtype, kind, False) for dims, dtype, kind in product(HEAD_DIMS[:4], ("bf16", "fp16"), ("masked", "bias")))
-    assert kinds("short_forward") == kinds("short_backward") == short
+    single_tile = sorted((*dims, dtype, kind, False) for dims, dtype, kind in product(HEAD_DIMS[:4], ("bf16", "fp16"), ("masked", "bias")))
+    assert kinds("single_tile_forward") == kinds("single_tile_backward") == single_tile
     assert kinds("decode") == sorted((*dims, dtype, "masked", False) for dims, dtype in product(HEAD_DIMS, ("bf16", "fp16")))
 
 
@@ -59,7 +59,7 @@ def test_instances_keep_to_the_limits() -> None:
 def test_a_name_says_what_the_instance_is() -> None:
     names = {row.name for row in INSTANCES}
     assert {"sm80_forward_192x128_bf16_plain_dropout", "sm80_forward_32x32_fp16_bias", "sm80_decode_256x256_fp16"} < names
-    assert {"sm80_combine_bf16", "mask_tiles_merge"} < names
+    assert {"combine_bf16", "mask_tiles_merge"} < names
     row = next(row for row in INSTANCES if row.name == "sm80_forward_192x128_bf16_plain_dropout")
     assert (row.head_dim_qk, row.head_dim_v, row.dtype, row.feature_class, row.dropout) == (192, 128, "bf16", "plain", True)
 

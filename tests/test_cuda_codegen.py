@@ -65,10 +65,10 @@ def test_expected_counts_follow_from_the_tile() -> None:
         "MUFU.EX2": (68, 68),
     }
     assert expected(instance("sm80_forward_64x64_bf16_masked"))["LDGSTS"] == (8, 16)
-    short = expected(instance("sm80_short_forward_64x64_bf16_masked"))  # Q once; four times 32 keys
-    assert (short["HMMA.16816.F32"], short["LDSM.16.M88.4"], short["LDGSTS"]) == ((128, 128), (4 + 4 * 8, 4 + 4 * 8), (4 + 64, 4 + 64))
-    short = expected(instance("sm80_short_backward_64x64_bf16_masked"))  # four products of 16, and a step or three of dquery
-    assert (short["HMMA.16816.F32"], short["LDSM.16.M88.4"], short["LDGSTS"]) == ((68, 76), (24, 24), (8 + 2, 8 + 4))
+    single_tile = expected(instance("sm80_single_tile_forward_64x64_bf16_masked"))  # Q once; four times 32 keys
+    assert (single_tile["HMMA.16816.F32"], single_tile["LDSM.16.M88.4"], single_tile["LDGSTS"]) == ((128, 128), (4 + 4 * 8, 4 + 4 * 8), (4 + 64, 4 + 64))
+    single_tile = expected(instance("sm80_single_tile_backward_64x64_bf16_masked"))  # four products of 16, and a step or three of dquery
+    assert (single_tile["HMMA.16816.F32"], single_tile["LDSM.16.M88.4"], single_tile["LDGSTS"]) == ((68, 76), (24, 24), (8 + 2, 8 + 4))
     decode = expected(instance("sm80_decode_64x64_fp16"))
     assert (decode["HMMA.16816.F32"], decode["LDGSTS"], decode["MUFU.EX2"]) == ((16, 16), (8, 8), (18, 18))
 
@@ -170,8 +170,8 @@ def test_no_kernel_spills_and_as_many_blocks_run_as_intended() -> None:
 @needs_build
 @pytest.mark.parametrize("kind", ["forward_64x64_bf16_plain", "forward_64x64_fp16_plain_dropout", "forward_64x64_fp16_masked",
                                   "forward_64x64_fp16_bias", "decode_64x64_bf16", "backward_query_64x64_bf16_plain",
-                                  "backward_key_64x64_bf16_masked", "short_forward_64x64_bf16_masked",
-                                  "short_backward_64x64_bf16_masked"])  # fmt: skip
+                                  "backward_key_64x64_bf16_masked", "single_tile_forward_64x64_bf16_masked",
+                                  "single_tile_backward_64x64_bf16_masked"])  # fmt: skip
 def test_the_code_of_every_class_passes(kind: str) -> None:
     """For other GPUs, too, where that is quick."""
     others = ("sm_90", "sm_120") if kind in ("forward_64x64_bf16_plain", "decode_64x64_bf16") else ()

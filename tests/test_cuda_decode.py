@@ -45,7 +45,7 @@ CALL: dict[str, Any] = {"head_dims": (32, 32), "seqlens": (3, 700), "sizes": (2,
 def test_features(feature: str, dtype: str, gpu: cuda_emulation.Gpu) -> None:
     emulated = check_call(CALL | {"dtype": DTYPES[dtype]} | FEATURES[feature], schedule=len(feature + dtype) % 3, gpu=gpu)
     splits = gpu is SPLIT and "seqlens" not in FEATURES[feature]
-    assert emulated.launched == [f"sm80_decode_32x32_{dtype}", *([f"sm80_combine_{dtype}"] if splits else [])]
+    assert emulated.launched == [f"sm80_decode_32x32_{dtype}", *([f"combine_{dtype}"] if splits else [])]
 
 
 @pytest.mark.parametrize("seqlen_k", [1, 15, 65, 131, 600])

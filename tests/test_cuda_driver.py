@@ -25,7 +25,7 @@ import ctypes, importlib.machinery, importlib.util, sys
 loader = importlib.machinery.ExtensionFileLoader("_native", sys.argv[1])
 native = importlib.util.module_from_spec(importlib.util.spec_from_loader("_native", loader))
 loader.exec_module(native)
-native.cuda_set_short_kernels(False)
+native.cuda_set_single_tile_kernels(False)
 
 def problem(head_dim=64, seqlen_q=70, seqlen_k=70, dtype=1, **changed):
     strides = (head_dim * 128, head_dim * 128, head_dim)

@@ -23,7 +23,7 @@ from fused_attention.kernels.reference import attention_reference, dropout, padd
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),
-    pytest.mark.usefixtures("no_short_kernels"),  # test_cuda_short.py is theirs
+    pytest.mark.usefixtures("no_single_tile_kernels"),  # test_cuda_single_tile.py is theirs
 ]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -22,7 +22,7 @@ from fused_attention.kernels.reference import allowed_pairs, present
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())),
-    pytest.mark.usefixtures("no_short_kernels"),  # test_cuda_short.py is theirs
+    pytest.mark.usefixtures("no_single_tile_kernels"),  # test_cuda_single_tile.py is theirs
 ]
 
 BATCH, HEADS = 2, 3

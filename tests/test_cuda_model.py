@@ -95,7 +95,7 @@ def test_what_does_the_arithmetic_deviates_nowhere(head_dim: int) -> None:
 def test_the_page_shows_what_the_model_says() -> None:
     page = model.PAGE.read_text()
     tables = model.page_tables()
-    for name in ("tile", "cells", "short cells"):
+    for name in ("tile", "cells", "single-tile cells"):
         assert "\n".join(tables[name]) in page, "docs/cuda-kernels.md is out of date: python tests/cuda_model.py --write"
 
 
@@ -109,7 +109,7 @@ def test_the_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_the_kernel_for_short_sequences_reads_no_row_twice_and_rescales_nothing() -> None:
-    (row,) = [row for row in INSTANCES if row.name == "sm80_short_forward_64x64_bf16_masked"]
+    (row,) = [row for row in INSTANCES if row.name == "sm80_single_tile_forward_64x64_bf16_masked"]
     every, seldom = model.work(row)
     counted = expected(row)
     assert every["HMMA"] == counted["HMMA.16816.F32"][0]

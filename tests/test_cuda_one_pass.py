@@ -58,9 +58,9 @@ COVERED = [name for name, call in FEATURES.items() if not why_two_passes(call)]
 def test_features(feature: str, deterministic: bool) -> None:
     emulated = check_call(SMALLEST | FEATURES[feature] | {"deterministic": deterministic}, COVERED.index(feature))
     names = one_pass_of(emulated)
-    assert names[0] == "sm80_backward_delta_bf16"
+    assert names[0] == "backward_delta_bf16"
     assert names[1].startswith("sm80_backward_32x32_bf16_")
-    assert names[2:] == ["sm80_backward_dquery_bf16"]
+    assert names[2:] == ["backward_dquery_bf16"]
 
 
 @ORDERED
@@ -74,7 +74,7 @@ def test_packed_sequences(case: str, deterministic: bool) -> None:
             check_packed_sequences("cuda", case, torch.bfloat16, "cpu")
     finally:
         torch.use_deterministic_algorithms(False)
-    assert "sm80_backward_dquery_bf16" in emulated.launched
+    assert "backward_dquery_bf16" in emulated.launched
 
 
 CLASSES: dict[tuple[str, bool], dict[str, Any]] = {
@@ -147,7 +147,7 @@ def test_the_fixed_order_gives_the_same_bits_in_every_schedule(case: str) -> Non
     for number, resident in enumerate(RESIDENT):
         with EmulatedGpu(number, A100, backward="one pass", resident_blocks=resident, ordered_additions=True) as emulated:
             results.append(run(cuda_backend, problem, dout, dlse))
-        assert "sm80_backward_dquery_bf16" in emulated.launched
+        assert "backward_dquery_bf16" in emulated.launched
     for result in results[1:]:
         for name, gradient in result.items():
             assert torch.equal(gradient, results[0][name]), name
@@ -205,9 +205,9 @@ MISTAKES: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
         "sm80/backward.cuh", "__syncthreads();  // every warp is past", "//", {}, "unordered-addition|race",
     ),
     "no wait": ("sm80/backward.cuh", "while (lane == 0 && ", "if (lane == 0 && ", {}, "unordered-addition"),
-    "turns not cleared": ("sm80/backward_delta.cuh", "arguments.turns[i] = 0;", "", {}, "livelock"),
+    "turns not cleared": ("backward_delta.cuh", "arguments.turns[i] = 0;", "", {}, "livelock"),
     "sums not cleared": (
-        "sm80/backward_delta.cuh", "make_float4(0.0f, 0.0f, 0.0f, 0.0f)", "make_float4(1.0f, 0.0f, 0.0f, 0.0f)", {}, "gradient of query",
+        "backward_delta.cuh", "make_float4(0.0f, 0.0f, 0.0f, 0.0f)", "make_float4(1.0f, 0.0f, 0.0f, 0.0f)", {}, "gradient of query",
     ),
     "gradients of scores read too early": (
         "sm80/backward.cuh", "__syncthreads();  // all of dS", "//", {}, "race",
@@ -224,7 +224,7 @@ def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
     assert source.read_text().count(right) == 1, f"{right!r} in {file}"
     source.write_text(source.read_text().replace(right, wrong))
     call = CALL | LONG | options
-    name = "sm80_backward_delta_bf16" if "delta" in file else f"sm80_backward_32x32_bf16_{'masked' if call['attn_mask'] else 'plain'}"
+    name = "backward_delta_bf16" if "delta" in file else f"sm80_backward_32x32_bf16_{'masked' if call['attn_mask'] else 'plain'}"
     (row,) = (row for row in INSTANCES if row.name == name)
     kernel = tmp_path / f"{name}.cu"
     kernel.write_text(image_source(row))
@@ -267,7 +267,7 @@ def test_which_kernels_are_chosen(options: dict[str, Any], gpu: cuda_emulation.G
     with EmulatedGpu(0, gpu, "none of them") as emulated:
         run(cuda_backend, problem, dout, dlse)
     names = [name for name, _ in emulated.planned]
-    assert ("sm80_backward_dquery_bf16" in names) == one_pass
+    assert ("backward_dquery_bf16" in names) == one_pass
     assert any("backward_query" in name for name in names) != one_pass
 
 

@@ -435,7 +435,7 @@ def test_the_smoke_cells_of_the_cuda_kernels_run_on_them() -> None:
         with cuda_emulation.EmulatedGpu(0, cuda_emulation.Gpu(90, 132, 227 * 1024), kernels="none of them") as emulated:
             attention_calls.run(cuda_backend, problem, dout, dlse)
         passes |= {"_".join(name.split("_")[1:3]) for name, _ in emulated.planned}
-    assert {"short_forward", "short_backward"} <= passes
+    assert {"single_tile_forward", "single_tile_backward"} <= passes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

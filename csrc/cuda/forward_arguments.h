@@ -8,7 +8,7 @@ namespace fused_attention::cuda {
 
 constexpr int kKeysPerTile = 64;  // of the tiles that lists name
 constexpr int kKeysPerWord = 32;  // of mask bits
-constexpr int kRowsPerWarp = 16;  // of the kernels for short sequences; or keys
+constexpr int kRowsPerWarp = 16;  // of the single-tile kernels; or keys
 
 enum class FeatureClass : int {
   plain = 0,   // full, causal and window, by loop bounds
@@ -16,10 +16,10 @@ enum class FeatureClass : int {
   bias = 2,    // and a float attn_mask
 };
 
-// The kernels for short sequences: a block is cut into groups of warps, each of which takes one unit of work.
+// The kernels for sequences whose keys are a single tile: a block is cut into groups of warps, each of which takes one unit of work.
 //   forward   so many 16-row pieces of the query heads that share a key head as the group has warps, all of them at most; and all keys
 //   backward  all rows of these heads, and all keys, 16 to a warp
-struct ShortUnits {
+struct SingleTileUnits {
   uint32_t count = 0;               // of the whole problem
   int32_t per_key_head = 1;         // of a batch element
   int32_t warps = 1;                // of a group
@@ -42,7 +42,7 @@ struct ForwardArguments {
   float* partial_out = nullptr;  // (num_splits, B, Hq, Lq, Dv), normalised
   float* partial_lse = nullptr;  // (num_splits, B, Hq, Lq)
 
-  ShortUnits units;
+  SingleTileUnits units;
 };
 
 }  // namespace fused_attention::cuda

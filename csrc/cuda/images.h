@@ -6,7 +6,7 @@
 
 namespace fused_attention::cuda {
 
-// backward and short_backward compute all gradients, backward_key those of key and of value, backward_dkey and backward_dvalue one of the
+// backward and single_tile_backward compute all gradients, backward_key those of key and of value, backward_dkey and backward_dvalue one of the
 // two; mask_gradient that of a float mask that batch elements or heads share. helper: the mask pre-pass, combine, backward_delta and
 // backward_dquery, found by name.
 enum class Pass : int {
@@ -18,8 +18,8 @@ enum class Pass : int {
   backward_dkey,
   backward_dvalue,
   mask_gradient,
-  short_forward,
-  short_backward,
+  single_tile_forward,
+  single_tile_backward,
   helper
 };
 

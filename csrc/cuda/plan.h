@@ -27,9 +27,9 @@ struct Plan {
   std::vector<Launch> launches;  // in order; without its workspace a plan that wants one must not be launched
 };
 
-// Whether kernels for short sequences are used where they can be; returns whether they were. For tests and measurements: what a problem
+// Whether the single-tile kernels are used where they can be; returns whether they were. For tests and measurements: what a problem
 // wants of workspace changes with it.
-bool set_short_kernels(bool used);
+bool set_single_tile_kernels(bool used);
 
 // workspace: its address, or null to ask what is wanted.
 // Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no kernel for it.

@@ -133,14 +133,14 @@ def _address_if_known(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def short_kernels(used: bool) -> Iterator[None]:
-    """Whether kernels for short sequences run where they can: to compare them with the others."""
-    before = _native.cuda_set_short_kernels(used)
+def single_tile_kernels(used: bool) -> Iterator[None]:
+    """Whether the single-tile kernels run where they can: to compare them with the others."""
+    before = _native.cuda_set_single_tile_kernels(used)
     replay.forget()
     try:
         yield
     finally:
-        _native.cuda_set_short_kernels(before)
+        _native.cuda_set_single_tile_kernels(before)
         replay.forget()
 
 

@@ -60,7 +60,7 @@ def test_features(feature: str, kernels: str, deterministic: bool) -> None:
         backward=partial(cuda_backend.backward, kernels=kernels),
         unsupported_reasons=cuda_backend.unsupported_reasons,
     )
-    with cuda_backend.short_kernels(False):
+    with cuda_backend.single_tile_kernels(False):
         attention_calls.check(backend, problem, dout, dlse, call["memory"], prepare=call["prepare"])
 
 

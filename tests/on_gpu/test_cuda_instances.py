@@ -11,7 +11,7 @@ import pytest
 import test_cuda_backward
 import test_cuda_forward
 import test_cuda_one_pass
-import test_cuda_short
+import test_cuda_single_tile
 import torch
 from attention_calls import CALL, build
 
@@ -35,8 +35,8 @@ def call_of(row: Instance) -> dict[str, Any]:
     }
     if row.pass_name == "decode":
         return call | {"seqlens": (1, 300), "is_causal": "bottom_right", "key_lengths": (300, 70)}
-    if row.pass_name.startswith("short"):
-        return call | test_cuda_short.CLASSES[row.feature_class] | {"seqlens": (70, 127)}
+    if row.pass_name.startswith("single_tile"):
+        return call | test_cuda_single_tile.CLASSES[row.feature_class] | {"seqlens": (70, 127)}
     if row.pass_name == "mask_gradient":
         return call | {"attn_mask": ("bfloat16", "11QK"), "key_lengths": (300, 60)}
     if row.pass_name == "backward":
@@ -47,7 +47,7 @@ def call_of(row: Instance) -> dict[str, Any]:
 
 def backward_of(row: Instance) -> str:
     """Of cuda_backend.BACKWARD_KERNELS."""
-    return {"backward": "one pass", "short_backward": "chosen"}.get(row.pass_name, "two passes")
+    return {"backward": "one pass", "single_tile_backward": "chosen"}.get(row.pass_name, "two passes")
 
 
 def launched(row: Instance) -> set[str]:

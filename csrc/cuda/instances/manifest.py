@@ -96,29 +96,29 @@ BACKWARD_KEY_TILES = {
     (128, 128): Tile(32, 64, 4, 2, 2),
 }
 # Above head_dim 128 two warps have 16 rows or keys together (warp_pairs.cuh), and all of it fits in SMALL_SHARED_BYTES.
-WIDE_QUERY_TILE = Tile(64, 32, 8, 2, 1)
-WIDE_KEY_TILES = {
+PAIRED_QUERY_TILE = Tile(64, 32, 8, 2, 1)
+PAIRED_KEY_TILES = {
     (192, 192): Tile(32, 64, 8, 2, 1),
     (256, 256): Tile(16, 64, 8, 2, 1),
     (192, 128): Tile(32, 64, 8, 2, 1),
 }
-WIDE_KEY_HELD = {(192, 192): (96, 96), (256, 256): (64, 64), (192, 128): (192, 128)}  # columns of K and of V in registers
+PAIRED_KEY_HELD = {(192, 192): (96, 96), (256, 256): (64, 64), (192, 128): (192, 128)}  # columns of K and of V in registers
 MASK_GRADIENT_TILE = Tile(64, 64, 4, 3, 2)  # stages are chunks of 64 columns, of two operands
 # For up to block_n keys, all of them in shared memory. Forward: 16 rows to a warp. Backward: 16 keys to a warp, steps of block_m rows, of
 # which at most `stages` are in shared memory at a time.
-SHORT_FORWARD_TILES = {
+SINGLE_TILE_FORWARD_TILES = {
     (32, 32): Tile(64, 128, 4, 1, 3),
     (64, 64): Tile(64, 128, 4, 1, 3),
     (96, 96): Tile(64, 128, 4, 1, 2),
     (128, 128): Tile(64, 128, 4, 1, 2),
 }
-SHORT_BACKWARD_TILES = {
+SINGLE_TILE_BACKWARD_TILES = {
     (32, 32): Tile(32, 128, 8, 4, 1),
     (64, 64): Tile(32, 128, 8, 4, 1),
     (96, 96): Tile(32, 128, 8, 3, 1),
     (128, 128): Tile(32, 128, 8, 1, 1),
 }
-SHORT_NOTES_BYTES = 128  # beside the tiles
+SINGLE_TILE_NOTES_BYTES = 128  # beside the tiles
 # The backward in one pass: blocks of block_n keys, 16 to a warp, in steps of block_m rows. With masks, whose lists name tiles of 64 keys,
 # and at head_dim 128 not at all: there the accumulators leave no registers for them.
 BACKWARD_TILES = {
@@ -134,7 +134,7 @@ MASKED_BACKWARD_TILES = {
 }
 # In the classes with masks a kernel decides about dropout at run time.
 FORWARD_CLASSES = (("plain", False), ("plain", True), ("masked", False), ("bias", False))
-SHORT_CLASSES = ("masked", "bias")  # the first also for what is plain elsewhere: a branch or two for 32 keys
+SINGLE_TILE_CLASSES = ("masked", "bias")  # the first also for what is plain elsewhere: a branch or two for 32 keys
 
 
 def _tiled(pass_name: str, suffix: str, head_dims: tuple[int, int], tile: Tile, dtype: str, feature_class: str, dropout: bool) -> Instance:
@@ -164,18 +164,18 @@ def _backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropou
         )  # fmt: skip
 
 
-def _wide_backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropout: bool) -> Iterator[Instance]:
+def _paired_backward(head_dims: tuple[int, int], dtype: str, feature_class: str, dropout: bool) -> Iterator[Instance]:
     suffix = f"{head_dims[0]}x{head_dims[1]}_{dtype}_{feature_class}{'_dropout' if dropout else ''}"
-    for pass_name, tile in (("backward_query", WIDE_QUERY_TILE), ("backward_key", WIDE_KEY_TILES[head_dims])):
+    for pass_name, tile in (("backward_query", PAIRED_QUERY_TILE), ("backward_key", PAIRED_KEY_TILES[head_dims])):
         of_query = pass_name == "backward_query"
         rows, steps = (tile.block_m, tile.block_n) if of_query else (tile.block_n, tile.block_m)
-        held = sum(head_dims if of_query else WIDE_KEY_HELD[head_dims])
+        held = sum(head_dims if of_query else PAIRED_KEY_HELD[head_dims])
         operands = 2 * max(rows * held, tile.stages * steps * sum(head_dims)) + 2 * rows * (sum(head_dims) - held)
         exchanged = 4 * rows * steps * (1 if feature_class == "plain" else 2)  # weights, softcap's derivative
         others = 2 * rows * steps if of_query else tile.stages * 8 * steps  # gradients of scores; lse and delta
         name = f"sm80_{pass_name}_{suffix}"
         yield Instance(
-            name, name, f"cuda/sm80/{pass_name}_wide.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout,
+            name, name, f"cuda/sm80/{pass_name}_pairs.cuh", 80, pass_name, *head_dims, dtype, feature_class, dropout,
             tile.block_m, tile.block_n, tile.num_warps, tile.stages, operands + exchanged + others, tile.blocks_per_sm,
         )  # fmt: skip
 
@@ -203,8 +203,8 @@ def _instances() -> Iterator[Instance]:
         yield _tiled("decode", "", head_dims, tile, dtype, "masked", False)
     for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_QUERY_TILES, DTYPES, FORWARD_CLASSES):
         yield from _backward(head_dims, dtype, feature_class, dropout)
-    for head_dims, dtype, (feature_class, dropout) in product(WIDE_KEY_TILES, DTYPES, FORWARD_CLASSES):
-        yield from _wide_backward(head_dims, dtype, feature_class, dropout)
+    for head_dims, dtype, (feature_class, dropout) in product(PAIRED_KEY_TILES, DTYPES, FORWARD_CLASSES):
+        yield from _paired_backward(head_dims, dtype, feature_class, dropout)
     for dtype in DTYPES:  # one for every head dim
         tile, name = MASK_GRADIENT_TILE, f"sm80_mask_gradient_{dtype}"
         listed = tile.num_warps * (32 * 20 + 4)  # a head for each thread, how many for each warp
@@ -213,25 +213,25 @@ def _instances() -> Iterator[Instance]:
             tile.num_warps, tile.stages, tile.stages * 2 * 64 * (tile.block_m + tile.block_n) + listed,
             tile.blocks_per_sm,
         )  # fmt: skip
-    for (head_dims, tile), dtype, feature_class in product(SHORT_FORWARD_TILES.items(), DTYPES, SHORT_CLASSES):
-        yield _tiled("short_forward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
-    for (head_dims, tile), dtype, feature_class in product(SHORT_BACKWARD_TILES.items(), DTYPES, SHORT_CLASSES):
-        row = _tiled("short_backward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
+    for (head_dims, tile), dtype, feature_class in product(SINGLE_TILE_FORWARD_TILES.items(), DTYPES, SINGLE_TILE_CLASSES):
+        yield _tiled("single_tile_forward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
+    for (head_dims, tile), dtype, feature_class in product(SINGLE_TILE_BACKWARD_TILES.items(), DTYPES, SINGLE_TILE_CLASSES):
+        row = _tiled("single_tile_backward", f"_{feature_class}", head_dims, tile, dtype, feature_class, False)
         keys_and_scores = 2 * tile.block_n * (sum(head_dims) + tile.block_m)
         rows = tile.stages * tile.block_m * (2 * sum(head_dims) + 8)
-        yield replace(row, shared_bytes=keys_and_scores + rows + SHORT_NOTES_BYTES)
+        yield replace(row, shared_bytes=keys_and_scores + rows + SINGLE_TILE_NOTES_BYTES)
     for head_dims, dtype, (feature_class, dropout) in product(BACKWARD_TILES, DTYPES, FORWARD_CLASSES[:3]):
         if feature_class != "masked" or head_dims in MASKED_BACKWARD_TILES:
             yield _backward_in_one_pass(head_dims, dtype, feature_class, dropout)
     for dtype in DTYPES:
-        name = f"sm80_backward_delta_{dtype}"
-        yield Instance(name, name, "cuda/sm80/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
+        name = f"backward_delta_{dtype}"
+        yield Instance(name, name, "cuda/backward_delta.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
     for dtype in DTYPES:
-        name = f"sm80_backward_dquery_{dtype}"
-        yield Instance(name, name, "cuda/sm80/backward_dquery.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
+        name = f"backward_dquery_{dtype}"
+        yield Instance(name, name, "cuda/backward_dquery.cuh", 80, "helper", dtype=dtype, block_m=16, num_warps=4)
     for dtype in DTYPES:
-        name = f"sm80_combine_{dtype}"
-        yield Instance(name, name, "cuda/sm80/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
+        name = f"combine_{dtype}"
+        yield Instance(name, name, "cuda/combine.cuh", 80, "helper", dtype=dtype, block_m=4, num_warps=4)
     for step in ("classify", "list", "keys", "merge"):
         yield Instance(f"mask_tiles_{step}", "mask_tiles", "cuda/mask_tiles.cuh", 80, "helper")
 
@@ -253,8 +253,8 @@ def image_source(instance: Instance) -> str:
         kernel = instance.name.removeprefix("sm80_").removesuffix(f"_{instance.dtype}")
     else:
         kernel = "backward_key" if instance.pass_name in ("backward_dkey", "backward_dvalue") else instance.pass_name
-        if instance.header.endswith("_wide.cuh"):
-            kernel += "_wide"
+        if instance.header.endswith("_pairs.cuh"):
+            kernel += "_pairs"
     if kernel in ("backward", "backward_delta", "backward_dquery"):
         arguments = "OnePassArguments"
     else:
@@ -270,8 +270,8 @@ def image_source(instance: Instance) -> str:
         parameters += [instance.block_m, instance.block_n, instance.num_warps, instance.stages]
         if kernel == "backward_key":
             parameters += [str(instance.pass_name != without).lower() for without in ("backward_dvalue", "backward_dkey")]
-        if kernel == "backward_key_wide":
-            parameters += WIDE_KEY_HELD[instance.head_dim_qk, instance.head_dim_v]
+        if kernel == "backward_key_pairs":
+            parameters += PAIRED_KEY_HELD[instance.head_dim_qk, instance.head_dim_v]
         config = "".join(word.capitalize() for word in kernel.split("_"))
         check = (
             f"using Config = {config}Config<{', '.join(map(str, parameters))}>;\n"

@@ -13,24 +13,24 @@ namespace {
 constexpr int kMaxDecodeRows = 64;  // query rows to a key head, all query heads together
 constexpr int kMaxSplits = 128;     // of the keys of a decoding call
 constexpr int kKeysPerSplit = 256;  // at least, so that combining costs little
-constexpr int kMaxShortKeys = 128;  // of a head, which kernels for short sequences keep in shared memory
-constexpr int kMaxShortRows = 512;  // rows of a head; in the backward of all query heads of a key head
+constexpr int kMaxSingleTileKeys = 128;  // of a head, which the single-tile kernels keep in shared memory
+constexpr int kMaxSingleTileRows = 512;  // rows of a head; in the backward of all query heads of a key head
 constexpr int kMaxRowTilesInFlight = 4;
-constexpr int kShortBlockWarps = 4;     // of a block of several problems
-constexpr int kShortNotesBytes = 128;   // of a group of warps, beside its tiles
+constexpr int kSingleTileBlockWarps = 4;     // of a block of several problems
+constexpr int kSingleTileNotesBytes = 128;   // of a group of warps, beside its tiles
 constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
 
 // How many operations of the tensor cores take as long as adding a byte of float32 numbers to memory: the backward in one pass has fewer of
 // the former and more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
 constexpr int kOperationsPerAddedByte = 256;
 
-std::atomic<bool> use_short_kernels{true};
+std::atomic<bool> use_single_tile_kernels{true};
 
 const Image* find_image(const Planner& planner, Pass pass, const AttentionProblem& problem, bool required) {
   const FeatureClass wanted = feature_class(problem);
-  const bool is_short = pass == Pass::short_forward || pass == Pass::short_backward;
+  const bool is_single_tile = pass == Pass::single_tile_forward || pass == Pass::single_tile_backward;
   if (pass == Pass::decode) return planner.find(pass, FeatureClass::masked, problem, required);
-  return planner.find(pass, is_short && wanted == FeatureClass::plain ? FeatureClass::masked : wanted, problem, required);
+  return planner.find(pass, is_single_tile && wanted == FeatureClass::plain ? FeatureClass::masked : wanted, problem, required);
 }
 
 // Enough blocks to keep every processor busy; from sizes alone, never from lengths, which are on the device.
@@ -64,16 +64,16 @@ void plan_decode(Planner& planner, const Image& image, ForwardArguments& argumen
   }
   planner.launch(image, unsplit_blocks * splits, arguments);
   if (splits > 1) {
-    const Image& combine = planner.named(problem.dtype == Dtype::bfloat16 ? "sm80_combine_bf16" : "sm80_combine_fp16");
+    const Image& combine = planner.named(problem.dtype == Dtype::bfloat16 ? "combine_bf16" : "combine_fp16");
     planner.launch(combine, ceil_div(lines, combine.block_m), arguments);
   }
 }
 
-// The kernel for short sequences that takes this call, or null: where all keys of a head fit in shared memory. With many rows a warp of
+// The single-tile kernel that takes this call, or null: where all keys of a head fit in shared memory. With many rows a warp of
 // the other forward kernels computes more of them for what it reads of the keys.
-const Image* short_image(const Planner& planner, Pass pass, const AttentionProblem& problem) {
-  if (!use_short_kernels || problem.seqlen_k > kMaxShortKeys) return nullptr;
-  if (pass == Pass::short_forward && problem.seqlen_q > kMaxShortRows) return nullptr;
+const Image* single_tile_image(const Planner& planner, Pass pass, const AttentionProblem& problem) {
+  if (!use_single_tile_kernels || problem.seqlen_k > kMaxSingleTileKeys) return nullptr;
+  if (pass == Pass::single_tile_forward && problem.seqlen_q > kMaxSingleTileRows) return nullptr;
   const Image* image = find_image(planner, pass, problem, false);
   const int64_t rows = problem.num_heads / problem.num_heads_kv * ceil_div(problem.seqlen_q, kRowsPerWarp);
   const bool countable = problem.batch * problem.num_heads_kv * rows <= std::numeric_limits<int32_t>::max();
@@ -82,17 +82,17 @@ const Image* short_image(const Planner& planner, Pass pass, const AttentionProbl
 
 // A block takes as many units as there is room for, where that leaves no processor without a block.
 template <class Arguments>
-void launch_short(Planner& planner, const Image& image, int most_warps, const Arguments& arguments) {
-  const ShortUnits& units = arguments.units;
+void launch_single_tile(Planner& planner, const Image& image, int most_warps, const Arguments& arguments) {
+  const SingleTileUnits& units = arguments.units;
   const int64_t room = std::min<int64_t>(most_warps / units.warps, image.shared_bytes / units.shared_bytes);
   const int64_t groups = std::max<int64_t>(1, std::min<int64_t>(room, units.count / std::max(planner.limits.multiprocessors, 1)));
   planner.launch(image, ceil_div(units.count, groups), static_cast<int>(32 * units.warps * groups),
                  static_cast<int>(units.shared_bytes * groups), arguments);
 }
 
-void plan_short_forward(Planner& planner, const Image& image, ForwardArguments& arguments) {
+void plan_single_tile_forward(Planner& planner, const Image& image, ForwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;
-  ShortUnits& units = arguments.units;
+  SingleTileUnits& units = arguments.units;
   const int most_warps = image.num_threads / 32;
   const int64_t pieces = arguments.heads_per_group * ceil_div(problem.seqlen_q, kRowsPerWarp);
   const int64_t per_key_head = ceil_div(pieces, most_warps), warps = ceil_div(pieces, per_key_head);
@@ -101,45 +101,45 @@ void plan_short_forward(Planner& planner, const Image& image, ForwardArguments& 
   units.warps = static_cast<int32_t>(warps);
   units.count = static_cast<uint32_t>(problem.batch * problem.num_heads_kv * per_key_head);
   units.shared_bytes = static_cast<int32_t>(2 * (kRowsPerWarp * warps * image.head_dim_qk + keys * (image.head_dim_qk + image.head_dim_v)));
-  launch_short(planner, image, most_warps, arguments);
+  launch_single_tile(planner, image, most_warps, arguments);
 }
 
-// The kernel for short sequences that computes every gradient of this call, or null. A group of warps takes all rows of a key head: not
+// The single-tile kernel that computes every gradient of this call, or null. A group of warps takes all rows of a key head: not
 // where these are many and there are too few key heads to keep processors busy. Of a mask's gradients it stores those of every score, or
 // sums those of a mask of one row.
-const Image* short_backward_image(const Planner& planner, const AttentionProblem& problem, const SideGradients& side) {
+const Image* single_tile_backward_image(const Planner& planner, const AttentionProblem& problem, const SideGradients& side) {
   if (side.kernels != BackwardKernels::chosen) return nullptr;
   const int64_t units = problem.batch * problem.num_heads_kv, rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
-  if (rows > kMaxShortRows && units < planner.limits.multiprocessors) return nullptr;
+  if (rows > kMaxSingleTileRows && units < planner.limits.multiprocessors) return nullptr;
   const StridedTensor& mask = side.dattn_mask;
   const bool shared = (problem.batch > 1 && mask.batch == 0) || (problem.num_heads > 1 && mask.head == 0);
   if (side.row_sums != nullptr || (mask.data != nullptr && shared)) return nullptr;
-  return short_image(planner, Pass::short_backward, problem);
+  return single_tile_image(planner, Pass::single_tile_backward, problem);
 }
 
-void plan_short_backward(Planner& planner, const Image& image, BackwardArguments& arguments) {
+void plan_single_tile_backward(Planner& planner, const Image& image, BackwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;
-  ShortUnits& units = arguments.units;
+  SingleTileUnits& units = arguments.units;
   const int64_t head_dims = image.head_dim_qk + image.head_dim_v, tile_bytes = image.block_m * (2 * head_dims + 8);
   const int64_t warps = ceil_div(problem.seqlen_k, kRowsPerWarp);
-  const int64_t fixed_bytes = warps * kRowsPerWarp * 2 * (head_dims + image.block_m) + kShortNotesBytes;
+  const int64_t fixed_bytes = warps * kRowsPerWarp * 2 * (head_dims + image.block_m) + kSingleTileNotesBytes;
   const int64_t tiles = arguments.heads_per_group * ceil_div(problem.seqlen_q, image.block_m);
   const int64_t in_flight = std::min({tiles, int64_t{kMaxRowTilesInFlight}, (image.shared_bytes - fixed_bytes) / tile_bytes});
   units.warps = static_cast<int32_t>(warps);
   units.count = static_cast<uint32_t>(problem.batch * problem.num_heads_kv);
   units.row_tiles_in_flight = static_cast<int32_t>(in_flight);
   units.shared_bytes = static_cast<int32_t>(fixed_bytes + in_flight * tile_bytes);
-  launch_short(planner, image, std::max<int>(kShortBlockWarps, units.warps), arguments);
+  launch_single_tile(planner, image, std::max<int>(kSingleTileBlockWarps, units.warps), arguments);
 }
 
 void plan_forward(Planner& planner, const AttentionProblem& problem) {
   ForwardArguments arguments;
   fill(arguments, problem);
-  const Image *const decode = decode_image(planner, problem), *const whole = short_image(planner, Pass::short_forward, problem);
+  const Image *const decode = decode_image(planner, problem), *const whole = single_tile_image(planner, Pass::single_tile_forward, problem);
   if (decode != nullptr && (whole == nullptr || arguments.heads_per_group * problem.seqlen_q <= decode->block_m)) {
     plan_decode(planner, *decode, arguments);
   } else if (whole != nullptr) {
-    plan_short_forward(planner, *whole, arguments);
+    plan_single_tile_forward(planner, *whole, arguments);
   } else {
     const Image& image = *find_image(planner, Pass::forward, problem, true);
     planner.plan_mask_tiles(image.block_m, arguments);
@@ -203,7 +203,7 @@ void plan_backward(Planner& planner, const AttentionProblem& problem, const Side
   arguments.column_sums = side.column_sums;
   arguments.slope_sums = side.slope_sums;
   arguments.column_tiles = side.column_tiles;
-  if (const Image* image = short_backward_image(planner, problem, side)) return plan_short_backward(planner, *image, arguments);
+  if (const Image* image = single_tile_backward_image(planner, problem, side)) return plan_single_tile_backward(planner, *image, arguments);
 
   const bool packed = problem.cu_seqlens_q != nullptr;
   const int64_t lines = packed ? problem.num_heads : problem.batch * problem.num_heads;
@@ -228,10 +228,10 @@ void plan_backward(Planner& planner, const AttentionProblem& problem, const Side
     const Image& image = planner.named(problem.dtype == Dtype::bfloat16 ? bfloat16 : float16);
     planner.launch(image, lines * ceil_div(length, image.block_m), arguments);
   };
-  launch_helper("sm80_backward_delta_bf16", "sm80_backward_delta_fp16");
+  launch_helper("backward_delta_bf16", "backward_delta_fp16");
   if (one_pass != nullptr) {
     planner.launch(*one_pass, problem.batch * problem.num_heads_kv * ceil_div(problem.seqlen_k, one_pass->block_n), arguments);
-    launch_helper("sm80_backward_dquery_bf16", "sm80_backward_dquery_fp16");
+    launch_helper("backward_dquery_bf16", "backward_dquery_fp16");
   } else {
     plan_two_passes(planner, arguments);
   }
@@ -249,6 +249,6 @@ const Family kFamily = {
 
 }  // namespace sm80
 
-bool set_short_kernels(bool used) { return sm80::use_short_kernels.exchange(used); }
+bool set_single_tile_kernels(bool used) { return sm80::use_single_tile_kernels.exchange(used); }
 
 }  // namespace fused_attention::cuda

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Merges what decode.cuh computed from shares of the keys: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log(sum_s exp(lse_s)).
 #pragma once
-#include "../mask.cuh"
+#include "mask.cuh"
 
-namespace fused_attention::cuda::sm80 {
+namespace fused_attention::cuda {
 
 // Each warp computes one row; ROWS of them are a block.
 template <Dtype DTYPE, int ROWS>
@@ -46,4 +46,4 @@ FA_DEVICE void combine(const ForwardArguments& arguments) {
   }
 }
 
-}  // namespace fused_attention::cuda::sm80
+}  // namespace fused_attention::cuda

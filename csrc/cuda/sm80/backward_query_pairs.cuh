@@ -14,7 +14,7 @@ namespace fused_attention::cuda::sm80 {
 
 template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
           int STAGES>
-struct BackwardQueryWideConfig {
+struct BackwardQueryPairsConfig {
   static constexpr Dtype kDtype = DTYPE;
   static constexpr FeatureClass kClass = CLASS;
   static constexpr bool kDropout = DROPOUT;
@@ -36,7 +36,7 @@ struct BackwardQueryWideConfig {
 };
 
 template <class Config>
-FA_DEVICE void backward_query_wide(const BackwardArguments& arguments) {
+FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kStages = Config::kStages, kBlockN = Config::kBlockN, kBlocks = kBlockN / 8, kHalf = Config::kHeadDimQk / 2;
   constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;

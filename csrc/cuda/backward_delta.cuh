@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every row needs in the backward kernels: lse in log2 units and delta = rowsum(dout * out) - dlse. Clears what backward.cuh adds to.
 #pragma once
-#include "../gradients.cuh"
-#include "../row_block.cuh"
+#include "gradients.cuh"
+#include "row_block.cuh"
 
-namespace fused_attention::cuda::sm80 {
+namespace fused_attention::cuda {
 
 // Of ROWS rows of one head, packed sequences one after the other: eight lanes to a row, 128 threads.
 template <Dtype DTYPE, int ROWS>
@@ -43,4 +43,4 @@ FA_DEVICE void backward_delta(const OnePassArguments& arguments) {
   }
 }
 
-}  // namespace fused_attention::cuda::sm80
+}  // namespace fused_attention::cuda

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Short sequences: the groups of warps that a block is cut into, and which scores of a row count, as words of 32 keys.
+// The single-tile kernels: the groups of warps that a block is cut into, and which scores of a row count, as words of 32 keys.
 #pragma once
 #include "../bool_mask.cuh"
 #include "../row_block.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-// The warps of a block that take one unit of work (ShortUnits). They wait for each other, never for those of another group.
+// The warps of a block that take one unit of work (SingleTileUnits). They wait for each other, never for those of another group.
 struct WarpGroup {
   int number, warp, num_warps;  // of the group in its block, of this warp in its group
   uint32_t unit;
   bool has_work;
 
   // `thread` is threadIdx.x, which the compiler may not be meant to know.
-  FA_DEVICE explicit WarpGroup(const ShortUnits& units, uint32_t thread = threadIdx.x) : num_warps(units.warps) {
+  FA_DEVICE explicit WarpGroup(const SingleTileUnits& units, uint32_t thread = threadIdx.x) : num_warps(units.warps) {
     const uint32_t warps = static_cast<uint32_t>(num_warps), block_warp = thread / 32;
     number = static_cast<int>(block_warp / warps);
     warp = static_cast<int>(block_warp % warps);

@@ -1,4 +1,4 @@
-"""The CUDA kernels for short sequences in the emulator: every feature, instance and size against the accuracy rule, without a report."""
+"""The single-tile CUDA kernels, for short sequences, in the emulator: every feature, instance and size against the accuracy rule, without a report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_call(call: dict[str, Any], *, schedule: int = 0, gpu: cuda_emulation.G
     problem, dout, dlse = build(call, "cpu")
     with EmulatedGpu(schedule, gpu) as emulated:
         attention_calls.check(cuda_backend, problem, dout, dlse, call["memory"], stored=stored, prepare=call["prepare"])
-    assert ["short_forward" in emulated.launched[0], *("short_backward" in name for name in emulated.launched[1:])] == [True, True]
+    assert ["single_tile_forward" in emulated.launched[0], *("single_tile_backward" in name for name in emulated.launched[1:])] == [True, True]
     return emulated
 
 
@@ -52,7 +52,7 @@ def test_features(feature: str, dtype: str) -> None:
 @pytest.mark.parametrize("feature", [name for name, call in FEATURES.items() if not is_covered(call)])
 def test_the_forward_with_masks_whose_gradients_other_kernels_compute(feature: str) -> None:
     emulated = cuda_emulation.check_call(SMALLEST | FEATURES[feature], gpu=SMALL)
-    assert emulated.launched == ["sm80_short_forward_32x32_bf16_bias"]
+    assert emulated.launched == ["sm80_single_tile_forward_32x32_bf16_bias"]
 
 
 # Each class with as much of what it can do as fits together, and without any of it.
@@ -62,11 +62,11 @@ CLASSES: dict[str, dict[str, Any]] = {
 }
 # Around the sides of a warp's 16 rows or keys, of a word's 32 keys, of a step's 32 rows; the most keys there are, and more rows.
 SEQLENS = [(1, 1), (15, 17), (16, 16), (17, 15), (33, 64), (64, 33), (127, 128), (128, 127), (129, 96)]
-BACKWARD = [row for row in INSTANCES if row.pass_name == "short_backward"]
+BACKWARD = [row for row in INSTANCES if row.pass_name == "single_tile_backward"]
 
 
 @pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
-@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: row.name.removeprefix("sm80_short_backward_"))
+@pytest.mark.parametrize("row", BACKWARD, ids=lambda row: row.name.removeprefix("sm80_single_tile_backward_"))
 def test_every_instance_at_the_sides_of_what_a_warp_has(row: Instance, seqlens: tuple[int, int]) -> None:
     call = {"dtype": DTYPES[row.dtype], "head_dims": (row.head_dim_qk, row.head_dim_v), "seqlens": seqlens, "sizes": (2, 2, 1)}
     if seqlens[0] == 1:
@@ -147,7 +147,7 @@ def test_bool_masks_in_any_memory(mask: str, seqlens: tuple[int, int]) -> None:
     problem.attn_mask = BOOL_MASKS[mask](*seqlens)
     with EmulatedGpu(1, SMALL) as emulated:
         attention_calls.check(cuda_backend, problem, dout, dlse)
-    assert emulated.launched == ["sm80_short_forward_32x32_bf16_masked", "sm80_short_backward_32x32_bf16_masked"]
+    assert emulated.launched == ["sm80_single_tile_forward_32x32_bf16_masked", "sm80_single_tile_backward_32x32_bf16_masked"]
 
 
 @pytest.mark.parametrize("memory", ["heads first", "sequence first", "one batch element expanded"])
@@ -169,7 +169,7 @@ def test_nan_scores_give_nan_in_their_row_alone(num_rows: int) -> None:
     problem.query[0, 0, 1] = torch.nan
     with EmulatedGpu() as emulated:
         out, lse = forward(cuda_backend, problem)
-    assert "short" in emulated.launched[0]
+    assert "single_tile" in emulated.launched[0]
     for result in (out[0, 0].amax(-1), lse[0, 0]):
         assert result.isnan().nonzero().flatten().tolist() == [1]
 
@@ -198,7 +198,7 @@ def test_offsets_beyond_32_bits(far: str, tmp_path: Path) -> None:
             tensor.copy_(values)
         with EmulatedGpu(gpu=SMALL) as gpu:
             results.append(run(cuda_backend, make_problem("separate", tuple(inputs), query_lengths=lengths), dout, None))
-        assert all("short" in name for name in gpu.launched)
+        assert all("single_tile" in name for name in gpu.launched)
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), name
 
@@ -237,7 +237,7 @@ def test_autograd_through_packed_projections(layout: str) -> None:
         else:
             packed = [separate[0].detach().clone().requires_grad_(), projection[:, :, 1:].clone().requires_grad_()]
             attention_kv_packed(*packed, **options).backward(dout)
-    assert all("short" in name for name in gpu.launched)
+    assert all("single_tile" in name for name in gpu.launched)
     query, *keys = (tensor.grad.transpose(1, 2) for tensor in separate)
     expected = [torch.stack([query, *keys], dim=2)] if layout == "qkv" else [query.transpose(1, 2), torch.stack(keys, dim=2)]
     for ours, theirs in zip(packed, expected, strict=True):
@@ -274,7 +274,7 @@ def test_packed_sequences(feature: str) -> None:
     with EmulatedGpu(len(feature) % 3, SMALL) as gpu:
         out, lse = attention_varlen(*leaves, cu_q, cu_k, 90, 120, **options, return_lse=True, backend="cuda")
         out.backward(dout)
-    assert ["short_forward" in gpu.launched[0], "short_backward" in gpu.launched[1], len(gpu.launched)] == [True, True, 2]
+    assert ["single_tile_forward" in gpu.launched[0], "single_tile_backward" in gpu.launched[1], len(gpu.launched)] == [True, True, 2]
     assert (out[-tail:] == 0).all()
     assert (lse[:, -tail:] == -torch.inf).all()
     for name, leaf in zip(("query", "key", "value"), leaves, strict=True):
@@ -323,7 +323,7 @@ def test_many_rows_of_many_heads_stay() -> None:
 
 def test_they_can_be_switched_off() -> None:
     problem, dout, dlse = build(CALL | SMALLEST | {"key_mask": "holes"}, "cpu")
-    with cuda_backend.short_kernels(False), EmulatedGpu(gpu=SMALL) as emulated:
+    with cuda_backend.single_tile_kernels(False), EmulatedGpu(gpu=SMALL) as emulated:
         attention_calls.check(cuda_backend, problem, dout, dlse)
-    assert not any("short" in name for name in emulated.launched)
+    assert not any("single_tile" in name for name in emulated.launched)
     check_call(SMALLEST | {"key_mask": "holes"})

@@ -16,7 +16,7 @@ namespace fused_attention::cuda::sm80 {
 // HELD_QK, HELD_V: how many columns of K and V a warp has in registers.
 template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
           int STAGES, int HELD_QK, int HELD_V>
-struct BackwardKeyWideConfig {
+struct BackwardKeyPairsConfig {
   static constexpr Dtype kDtype = DTYPE;
   static constexpr FeatureClass kClass = CLASS;
   static constexpr bool kDropout = DROPOUT;
@@ -42,7 +42,7 @@ struct BackwardKeyWideConfig {
 };
 
 template <class Config>
-FA_DEVICE void backward_key_wide(const BackwardArguments& arguments) {
+FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kBlocks = kBlockM / 8;
   constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // After backward.cuh: dquery = scale * what the blocks of keys have added up.
 #pragma once
-#include "../backward_arguments.h"
-#include "../row_block.cuh"
+#include "backward_arguments.h"
+#include "row_block.cuh"
 
-namespace fused_attention::cuda::sm80 {
+namespace fused_attention::cuda {
 
 // Of ROWS rows of one head, packed sequences one after the other: eight lanes to a row, 128 threads.
 template <Dtype DTYPE, int ROWS>
@@ -31,4 +31,4 @@ FA_DEVICE void backward_dquery(const OnePassArguments& arguments) {
   }
 }
 
-}  // namespace fused_attention::cuda::sm80
+}  // namespace fused_attention::cuda

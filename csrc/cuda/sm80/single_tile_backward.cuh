@@ -8,14 +8,14 @@
 //   3. dS^T through shared memory; all keys being here, dQ = dS K of these rows is whole: the warps share it out
 // No atomics and no float32 sums in global memory: every sum has one order, and two runs give the same bits.
 #pragma once
-#include "short_gradients.cuh"
-#include "short_units.cuh"
+#include "transposed_stores.cuh"
+#include "warp_groups.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
 template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
           int STAGES>
-struct ShortBackwardConfig {
+struct SingleTileBackwardConfig {
   static constexpr Dtype kDtype = DTYPE;
   static constexpr FeatureClass kClass = CLASS;
   static constexpr bool kDropout = DROPOUT;
@@ -57,13 +57,13 @@ struct KeysOfWarp {
 
 // The shared memory of a group of warps.
 template <class Config>
-struct ShortBackwardMemory {
+struct SingleTileBackwardMemory {
   unsigned char *keys, *values, *scores;  // of each warp: (16, HEAD_DIM_QK), (16, HEAD_DIM_V), (16, BLOCK_M)
   unsigned char* rows;                    // row_tiles_in_flight times Q, dO, lse and delta of BLOCK_M rows
   int* has_gradients;                     // (warps,)
   float* slope_parts;                     // (warps,)
 
-  FA_DEVICE ShortBackwardMemory(unsigned char* shared, const WarpGroup& group, const ShortUnits& units)
+  FA_DEVICE SingleTileBackwardMemory(unsigned char* shared, const WarpGroup& group, const SingleTileUnits& units)
       : keys(shared + group.number * units.shared_bytes),
         values(keys + group.num_warps * Config::KeyTile::kBytes),
         scores(values + group.num_warps * Config::ValueTile::kBytes),
@@ -80,7 +80,7 @@ struct ShortBackwardMemory {
 
 // What a warp works on: its keys, and in steps the rows of the heads that share them. A step is a tile of BLOCK_M rows of one head.
 template <class Config>
-struct ShortBackwardUnit {
+struct SingleTileBackwardUnit {
   static constexpr Dtype kDtype = Config::kDtype;
   static constexpr FeatureClass kClass = Config::kClass;
   static constexpr int kBlockM = Config::kBlockM, kBlocks = kBlockM / 8, kDims = Config::kHeadDimQk;
@@ -96,11 +96,11 @@ struct ShortBackwardUnit {
   const WarpGroup& group;
   const KeysOfWarp& keys;
   const Sequence& sequence;
-  const ShortBackwardMemory<Config> memory;
+  const SingleTileBackwardMemory<Config> memory;
   const int lane, first_head, row_tiles, num_steps;
   const bool drops, stores_mask_gradient;
 
-  FA_DEVICE ShortBackwardUnit(const BackwardArguments& given, const WarpGroup& warps, const KeysOfWarp& of_warp, unsigned char* shared)
+  FA_DEVICE SingleTileBackwardUnit(const BackwardArguments& given, const WarpGroup& warps, const KeysOfWarp& of_warp, unsigned char* shared)
       : arguments(given),
         problem(given.problem),
         group(warps),
@@ -345,8 +345,8 @@ struct ShortBackwardUnit {
 };
 
 template <class Config>
-FA_DEVICE void short_backward(const BackwardArguments& arguments) {
-  using Unit = ShortBackwardUnit<Config>;
+FA_DEVICE void single_tile_backward(const BackwardArguments& arguments) {
+  using Unit = SingleTileBackwardUnit<Config>;
   constexpr int kBlockM = Config::kBlockM;
   extern __shared__ __align__(128) unsigned char shared[];
   const AttentionProblem& problem = arguments.problem;

@@ -10,13 +10,13 @@
 #pragma once
 #include "../dropout.cuh"
 #include "../scores.cuh"
-#include "short_units.cuh"
+#include "warp_groups.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
 template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
           int STAGES>
-struct ShortForwardConfig {
+struct SingleTileForwardConfig {
   static constexpr Dtype kDtype = DTYPE;
   static constexpr FeatureClass kClass = CLASS;
   static constexpr bool kDropout = DROPOUT;
@@ -33,7 +33,7 @@ struct ShortForwardConfig {
 };
 
 template <class Config>
-FA_DEVICE void short_forward(const ForwardArguments& arguments) {
+FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kWords = Config::kWords, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8;
   constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;

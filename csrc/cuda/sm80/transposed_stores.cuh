@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the backward kernel for short sequences stores what no shared memory is left for: gradients of query, and of a float mask.
+// How the single-tile backward stores what no shared memory is left for: gradients of query, and of a float mask.
 #pragma once
 #include "../gradients.cuh"
 
