@@ -268,7 +268,8 @@ py::tuple cuda_backward_plan(const py::bytes& problem, int compute_capability, i
 // cuda_forward(problem, device, stream, workspace, *addresses) -> bytes of workspace wanted; 0 = launched.
 PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
-    const RawArguments<3> given(arguments, num_arguments, "cuda_forward takes a problem, device, stream, workspace and the problem's addresses");
+    const RawArguments<3> given(arguments, num_arguments,
+                                "cuda_forward takes a problem, device, stream, workspace and the problem's addresses");
     const int device = static_cast<int>(given.integers[0]);
     const auto stream = reinterpret_cast<void*>(given.integers[1]), workspace = reinterpret_cast<void*>(given.integers[2]);
     size_t wanted = 0;

@@ -8,11 +8,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FA_HOST_DEVICE inline __attribute__((always_inline))  // never a shared copy compiled for one instruction set
-#endif
+#include "host_device.h"
 
 namespace fused_attention {
 

@@ -43,7 +43,7 @@ def work(row: Instance) -> Counter[str]:
     counts: Counter[str] = Counter()
     for opcode, (least, _) in expected(row).items():
         counts[OPCODES.get(opcode, "LDGSTS")] += least
-    pair, transposed = row.header.endswith("_pairs.cuh"), row.pass_name != "backward_query"
+    pair, transposed = row.kernel.endswith("_pairs"), row.pass_name != "backward_query"
     scores = (row.block_m if transposed else row.block_n) * 16 // WARP  # of a lane
     counts["EX2"] = scores
     dkey, dvalue = row.pass_name != "backward_dvalue", transposed and row.pass_name != "backward_dkey"
@@ -101,7 +101,9 @@ def kernel_time(row: Instance, gpu: Gpu, heads: int, seqlen: int, causal: bool) 
     busiest = heads * visits / gpu.sms if causal else ceil(heads * blocks / gpu.sms) * visits / blocks
     hertz = gpu.megahertz * 1e6
     seconds = {unit: busiest * number / hertz for unit, number in cycles(row, gpu).items()}
-    tensors = {"backward": 6, "backward_query": 5, "single_tile_backward": 8}.get(row.pass_name, 6)  # of 16 bits: q, k, v, dout, their gradients
+    tensors = {"backward": 6, "backward_query": 5, "single_tile_backward": 8}.get(
+        row.pass_name, 6
+    )  # of 16 bits: q, k, v, dout, their gradients
     elements = heads * seqlen * row.head_dim_qk
     sums = 4 * heads * visits * row.block_m * row.head_dim_qk if row.pass_name == "backward" else 0
     seconds["memory"] = 2 * tensors * elements / (gpu.memory * 1e9)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import sass
 from occupancy import most_registers, room
 
-from csrc.cuda.instances.manifest import PAIRED_KEY_HELD, Instance
+from csrc.cuda.instances.manifest import Instance
 
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 WARP = 32
@@ -90,7 +90,7 @@ def num_hot_loops(row: Instance) -> int:
 
 def expected(row: Instance) -> dict[str, tuple[int, int]]:
     """Of each hot loop: {what an opcode starts with: (at least, at most)}."""
-    if row.header.endswith("_pairs.cuh"):
+    if row.kernel.endswith("_pairs"):
         return expected_pair(row)
     if row.pass_name.startswith("single_tile"):
         return expected_single_tile(row)
@@ -157,7 +157,7 @@ def expected_pair(row: Instance) -> dict[str, tuple[int, int]]:
     of_query = row.pass_name == "backward_query"
     steps = row.block_n if of_query else row.block_m
     dims = (row.head_dim_qk, row.head_dim_v)
-    held = dims if of_query else PAIRED_KEY_HELD[dims]  # of the left operand: not read in the loop
+    held = dims if of_query else (row.held_qk, row.held_v)  # of the left operand: not read in the loop
     sums = dims[:1] if of_query else dims
     products = sum(steps // 8 * dim // 16 for dim in dims) + sum(steps // 16 * dim // 8 for dim in sums)
     loads = sum(steps // 16 * dim // 16 for dim in dims) + (sum(dims) - sum(held)) // 16
@@ -199,8 +199,8 @@ def expected_one_pass(row: Instance) -> dict[str, tuple[int, int]]:
 
 
 def expected_single_tile(row: Instance) -> dict[str, tuple[int, int]]:
-    """Of the whole kernel, which is unrolled over everything that a warp has: 16 rows and all keys, 32 at a time, see single_tile_forward.cuh;
-    16 keys and a step of rows, see single_tile_backward.cuh, whose loop over the warps' shares of dquery stands there once to three times."""
+    """Of the whole kernel, which is unrolled over all that a warp has: 16 rows and all keys, 32 at a time, in single_tile_forward.cuh;
+    16 keys and a step of rows in single_tile_backward.cuh, whose loop over the warps' shares of dquery stands there one to three times."""
     steps = row.head_dim_qk // 16
     if row.pass_name == "single_tile_forward":
         words, scores = row.block_n // 32, row.block_n * 16 // WARP
@@ -227,7 +227,7 @@ def out_stores(row: Instance) -> tuple[int, int]:
     """Least number of 16-byte stores of out in the kernel, and most of narrower ones: of lse, by one lane of four."""
     if row.pass_name == "mask_gradient":  # of elements of the mask, in three dtypes
         return 0, 1000
-    if row.header.endswith("_pairs.cuh"):
+    if row.kernel.endswith("_pairs"):
         return 16 * row.head_dim_qk // 8 // WARP, 16 if row.feature_class == "plain" else 1000
     if "backward" in row.pass_name:  # narrow: gradients of masks, sums of rows, columns and slopes
         return 16 * min(row.head_dim_qk, row.head_dim_v) // 8 // WARP, 16 if row.feature_class == "plain" else 1000

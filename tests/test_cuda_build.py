@@ -114,8 +114,8 @@ def test_the_table_holds_the_rows_and_the_images(tmp_path: Path) -> None:
     )
     forward, decode, *helpers, last = read_table(tmp_path)
     name = "sm80_forward_192x128_bf16_plain_dropout"
-    tile = manifest.FORWARD_TILES[192, 128]
-    numbers = f"{tile.block_m} {tile.block_n} {32 * tile.num_warps} {tile.shared_bytes(192, 128)}"
+    row = rows[0]
+    numbers = f"{row.block_m} {row.block_n} {row.num_threads} {row.shared_bytes}"
     assert forward == f"{name} 0 192 128 1 0 1 {numbers} bytes of {name}"
     assert decode.startswith("sm80_decode_64x64_fp16 1 64 64 2 1 0 ")
     assert [line.split()[0] for line in helpers] == [f"mask_tiles_{step}" for step in ("classify", "list", "keys", "merge")]
@@ -134,25 +134,18 @@ def test_without_cuda_the_table_is_empty_and_says_why(tmp_path: Path, monkeypatc
 
 # Compiling
 
-KERNELS = """
-#include "{shared}"
-namespace fused_attention {{
-enum class Dtype {{ float32, bfloat16, float16 }};
-}}
-namespace fused_attention::cuda {{
-struct ForwardArguments {{ float* out; }};
-enum class FeatureClass {{ plain, masked, bias }};
-namespace sm80 {{
-template <Dtype, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int... TILE>
-struct ForwardConfig {{ static constexpr int kSharedBytes = {shared_bytes}; }};
-template <class Config> __device__ void forward(const ForwardArguments& arguments) {{ arguments.out[threadIdx.x] = kNumber; }}
-}}  // namespace sm80
-}}  // namespace fused_attention::cuda
+ENTRY = """
+#include "shared.h"
+#include "{cuda}/row.cuh"
+#include "{cuda}/shared_memory.cuh"
+using namespace fused_attention::cuda;
+template struct SharedBytes<{shared_bytes}, Row::kSharedBytes>;
+extern "C" __global__ void __launch_bounds__(Row::kThreads, Row::kBlocksPerSm) ROW_NAME(float* out) {{ out[threadIdx.x] = kNumber; }}
 """
 
 
 class SmallBuild:
-    """Two images from headers of their own, which include a third one."""
+    """Two images from entry files of their own, which include a header of their own."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.csrc = folder / "build", folder / "csrc"
@@ -160,9 +153,10 @@ class SmallBuild:
         self.shared = self.csrc / "shared.h"
         self.shared.write_text("#pragma once\nconstexpr float kNumber = 3;\n")
         rows = [row for row in INSTANCES if row.name in ("sm80_forward_64x64_bf16_plain", "sm80_forward_64x64_fp16_plain")]
-        self.rows = [replace(row, header=f"{row.dtype}.cuh") for row in rows]
+        self.rows = [replace(row, source=f"{row.dtype}.cu") for row in rows]
         for row in self.rows:
-            (self.csrc / row.header).write_text(KERNELS.format(shared="shared.h", shared_bytes=row.shared_bytes))
+            entry = ENTRY.format(cuda=ROOT / "csrc/cuda", shared_bytes=row.shared_bytes)
+            (self.csrc / row.source).write_text(entry)
         monkeypatch.setenv("FUSED_ATTENTION_CUDA", "1")
         monkeypatch.setattr(build_images, "CSRC", self.csrc)
         monkeypatch.setattr(build_images, "INSTANCES", self.rows)
@@ -190,7 +184,7 @@ def small_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallBuild:
 def test_only_what_changed_is_compiled(small_build: SmallBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small_build.compiled() == 2
     assert small_build.compiled() == 0
-    (small_build.csrc / "bf16.cuh").touch()
+    (small_build.csrc / "bf16.cu").touch()
     assert small_build.compiled() == 1
     assert "sm80_forward_64x64_bf16_plain" in small_build.output
     small_build.shared.touch()
@@ -219,7 +213,8 @@ def test_an_image_and_what_lies_beside_it(small_build: SmallBuild, capsys: pytes
 def test_other_shared_memory_than_the_manifest_says_does_not_compile(small_build: SmallBuild) -> None:
     small_build.rows[0] = replace(small_build.rows[0], shared_bytes=small_build.rows[0].shared_bytes + 16)
     small_build.run()
-    assert "manifest.py has another number" in small_build.output
+    assert "manifest.py has another number of bytes of shared memory" in small_build.output
+    assert "BYTES=49152, IN_MANIFEST=49168" in small_build.output
     assert "FAILED" in small_build.output
 
 

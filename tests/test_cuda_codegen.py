@@ -66,7 +66,11 @@ def test_expected_counts_follow_from_the_tile() -> None:
     }
     assert expected(instance("sm80_forward_64x64_bf16_masked"))["LDGSTS"] == (8, 16)
     single_tile = expected(instance("sm80_single_tile_forward_64x64_bf16_masked"))  # Q once; four times 32 keys
-    assert (single_tile["HMMA.16816.F32"], single_tile["LDSM.16.M88.4"], single_tile["LDGSTS"]) == ((128, 128), (4 + 4 * 8, 4 + 4 * 8), (4 + 64, 4 + 64))
+    assert (single_tile["HMMA.16816.F32"], single_tile["LDSM.16.M88.4"], single_tile["LDGSTS"]) == (
+        (128, 128),
+        (4 + 4 * 8, 4 + 4 * 8),
+        (4 + 64, 4 + 64),
+    )
     single_tile = expected(instance("sm80_single_tile_backward_64x64_bf16_masked"))  # four products of 16, and a step or three of dquery
     assert (single_tile["HMMA.16816.F32"], single_tile["LDSM.16.M88.4"], single_tile["LDGSTS"]) == ((68, 76), (24, 24), (8 + 2, 8 + 4))
     decode = expected(instance("sm80_decode_64x64_fp16"))

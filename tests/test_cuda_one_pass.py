@@ -17,7 +17,7 @@ from cuda_emulation import A100, RTX_4090, EmulatedGpu
 from emulator import Module, compile_ptx, find_nvcc
 from function_calls import VARLEN, check_packed_sequences
 
-from csrc.cuda.instances.manifest import CSRC, INSTANCES, Instance, image_source
+from csrc.cuda.instances.manifest import CSRC, INSTANCES, Instance
 from fused_attention.benchmarks import cuda_backward
 from fused_attention.benchmarks.gpu_timing import Time
 from fused_attention.kernels.native import cuda as cuda_backend
@@ -226,10 +226,9 @@ def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
     call = CALL | LONG | options
     name = "backward_delta_bf16" if "delta" in file else f"sm80_backward_32x32_bf16_{'masked' if call['attn_mask'] else 'plain'}"
     (row,) = (row for row in INSTANCES if row.name == name)
-    kernel = tmp_path / f"{name}.cu"
-    kernel.write_text(image_source(row))
     include = [tmp_path / "csrc", tmp_path / "csrc/cuda", tmp_path / "csrc/cuda/sm80"]
-    modules = {name: Module(compile_ptx(kernel, "80", include=include))}
+    flags = [f"-D{macro}={value}" for macro, value in row.macros().items()]
+    modules = {name: Module(compile_ptx(tmp_path / "csrc" / row.source, "80", include=include, flags=flags))}
     problem, dout, dlse = build(call, "cpu")
 
     def run_with_mistake() -> None:

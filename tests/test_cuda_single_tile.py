@@ -1,4 +1,4 @@
-"""The single-tile CUDA kernels, for short sequences, in the emulator: every feature, instance and size against the accuracy rule, without a report."""
+"""The single-tile CUDA kernels in the emulator: every feature, instance and size against the accuracy rule, without a report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def check_call(call: dict[str, Any], *, schedule: int = 0, gpu: cuda_emulation.G
     problem, dout, dlse = build(call, "cpu")
     with EmulatedGpu(schedule, gpu) as emulated:
         attention_calls.check(cuda_backend, problem, dout, dlse, call["memory"], stored=stored, prepare=call["prepare"])
-    assert ["single_tile_forward" in emulated.launched[0], *("single_tile_backward" in name for name in emulated.launched[1:])] == [True, True]
+    assert ["single_tile_forward" in emulated.launched[0], *("single_tile_backward" in name for name in emulated.launched[1:])] == [
+        True,
+        True,
+    ]
     return emulated
 
 

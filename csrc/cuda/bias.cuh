@@ -84,17 +84,10 @@ class Bias {
 
   template <class AsFloat>
   FA_DEVICE void add(Accumulators<MATRICES, BLOCKS>& scores, float scale, AsFloat as_float) const {
-#pragma unroll
-    for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float bias = as_float(words_[m][n][e / 2], e % 2);
-          scores[m][n][e] = bias < kMaskedBelow ? -kInfinity : fmaf(scores[m][n][e], scale, bias * kLog2E);
-        }
-      }
-    }
+    for_each_of_lane<MATRICES, BLOCKS>([&](int m, int n, int e) {
+      const float bias = as_float(words_[m][n][e / 2], e % 2);
+      scores[m][n][e] = bias < kMaskedBelow ? -kInfinity : fmaf(scores[m][n][e], scale, bias * kLog2E);
+    });
   }
 
   const unsigned char* base_;

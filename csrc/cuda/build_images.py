@@ -1,4 +1,4 @@
-"""The CUDA part of the build: writes the generated sources and the rules for ninja, and reports what the images cost."""
+"""The CUDA part of the build: writes the table of images and the rules for ninja, and reports what the images cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from csrc.cuda.instances.manifest import INSTANCES, image_names, image_source, table_source
+from csrc.cuda.instances.manifest import INSTANCES, Instance, image_names, table_source
 from csrc.cuda.toolkit import PTX_FLAGS, NoToolkit, Toolkit, architectures, toolkit_to_build_with
 
 CSRC = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ class Images(NamedTuple):
 
 
 def prepare(build_dir: Path) -> Images:
-    """Writes the sources, those that are new or changed; compiles nothing."""
+    """Writes the table, if it is new or changed; compiles nothing."""
     folder = build_dir / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "images.cpp"
@@ -50,29 +50,25 @@ def prepare(build_dir: Path) -> Images:
         why_not = f"the CUDA kernels are not built: {reason}"
         _write(table, table_source([], why_not=f"{why_not}; reinstall with FUSED_ATTENTION_CUDA=1, which fetches the compiler it needs"))
         return Images(folder, [], table, [], "", why_not)
-    for instance in {instance.image: instance for instance in INSTANCES}.values():
-        _write(folder / f"{instance.image}.cu", image_source(instance))
     numbers = architectures(toolkit)
     built = f"{toolkit}, machine code for {', '.join(f'sm_{number}' for number in numbers)}, PTX for compute_80"
     _write(table, table_source(INSTANCES, architectures=numbers, toolkit_version=toolkit.driver_version, built=built))
-    images = image_names(INSTANCES)
-    return Images(folder, _rules(toolkit, numbers, images), table, [f"cuda/{image}.fatbin" for image in images], built, "")
+    fatbins = [f"cuda/{image}.fatbin" for image in image_names(INSTANCES)]
+    return Images(folder, _rules(toolkit, numbers, INSTANCES), table, fatbins, built, "")
 
 
-def _rules(toolkit: Toolkit, numbers: Iterable[str], images: Iterable[str]) -> list[str]:
+def _rules(toolkit: Toolkit, numbers: Iterable[str], instances: Iterable[Instance]) -> list[str]:
     nvcc = [toolkit.nvcc, *PTX_FLAGS, "-arch=compute_80", f"-I{CSRC}"]
     tools = [f"--ptxas={toolkit.ptxas}", f"--fatbinary={toolkit.fatbinary}", f"--built-by={toolkit}"]
     if toolkit.ptx_version:
         tools.append(f"--ptx-version={toolkit.ptx_version}")
-    command = [sys.executable, COMPILE, *tools, f"--architectures={','.join(numbers)}", "--", "$in", *nvcc]
-    return [
-        "rule image",
-        f"  command = {' '.join(shlex.quote(str(word)) if word != '$in' else '$in' for word in command)}",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $in",
-        *(f"build cuda/{image}.fatbin: image cuda/{image}.cu | {COMPILE}" for image in images),
-    ]
+    command = [sys.executable, COMPILE, *tools, f"--architectures={','.join(numbers)}", "--", "$in", "$out", *nvcc]
+    words = " ".join(word if word in ("$in", "$out") else shlex.quote(word) for word in map(str, command))
+    rules = ["rule image", f"  command = {words} $row", "  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
+    for instance in {instance.image: instance for instance in instances}.values():
+        macros = " ".join(f"-D{name}={value}" for name, value in instance.macros().items())
+        rules += [f"build cuda/{instance.image}.fatbin: image {CSRC / instance.source} | {COMPILE}", f"  row = {macros}"]
+    return rules
 
 
 def _write(path: Path, text: str) -> None:

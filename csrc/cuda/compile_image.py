@@ -1,6 +1,6 @@
-"""Compiles one image: source.cu -> source.ptx -> a cubin for each architecture -> source.fatbin. Run by ninja.
+"""Compiles one image: an entry file -> image.ptx -> a cubin for each architecture -> image.fatbin. Run by ninja.
 
-Beside the fatbin it leaves source.log, ptxas's account of registers and spills, and source.json, what it cost.
+Beside the fatbin it leaves image.log, ptxas's account of registers and spills, and image.json, what it cost.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ def main() -> None:
     parser.add_argument("--architectures", required=True, help="80,90: those that get machine code")
     parser.add_argument("--built-by", help="unused: another compiler is another command, so that ninja runs it")
     parser.add_argument("source", type=Path)
+    parser.add_argument("fatbin", type=Path)
     parser.add_argument("nvcc", nargs="+", help="and its flags; all that is positional follows a --")
     options = parser.parse_args()
-    ptx, log, fatbin = (options.source.with_suffix(suffix) for suffix in (".ptx", ".log", ".fatbin"))
+    fatbin = options.fatbin
+    ptx, log = (fatbin.with_suffix(suffix) for suffix in (".ptx", ".log"))
     run([*options.nvcc, "-MMD", "-MF", f"{fatbin}.d", "-MT", str(fatbin), str(options.source), "-o", str(ptx)])
     if options.ptx_version:
         ptx.write_text(re.sub(r"^\.version .*$", f".version {options.ptx_version}", ptx.read_text(), count=1, flags=re.MULTILINE))
     images, report, architectures = [f"--image3=kind=ptx,sm=80,file={ptx}"], "", options.architectures.split(",")
     for architecture in architectures:
-        cubin = options.source.with_suffix(f".sm_{architecture}.cubin")
+        cubin = fatbin.with_suffix(f".sm_{architecture}.cubin")
         report += run([options.ptxas, "-v", f"-arch=sm_{architecture}", str(ptx), "-o", str(cubin)])
         images.append(f"--image3=kind=elf,sm={architecture},file={cubin}")
     log.write_text(report)
@@ -39,12 +41,12 @@ def main() -> None:
     run([options.fatbinary, "--64", "--compress-all", *compression, f"--create={fatbin}", *images])
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cost = {
-        "image": options.source.stem,
+        "image": fatbin.stem,
         "seconds": round(used.ru_utime, 2),
         "kilobytes": round(fatbin.stat().st_size / 1024, 1),
         "architectures": len(architectures),
     }
-    options.source.with_suffix(".json").write_text(json.dumps(cost) + "\n")
+    fatbin.with_suffix(".json").write_text(json.dumps(cost) + "\n")
 
 
 def run(command: list[str]) -> str:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A family of kernels: what one folder holds, for the GPUs that its instructions run on. A new one is its folder, with a Family in its
-// plan.cpp, rows in instances/manifest.py and a line in families.cpp.
+// plan.cpp and an entry file for each kernel, rows in instances/manifest.py and a line in families.cpp.
 #pragma once
 #include "planner.h"
 

@@ -31,17 +31,10 @@ FA_DEVICE float add_dot(float sum, uint4 left, uint4 right) {
 //   CLAMPED: a mask of -1e8 in a whole row leaves scores and lse some log2 units of rounding, which may differ from the forward's
 template <bool CLAMPED, int MATRICES, int BLOCKS, class LseOf>
 FA_DEVICE void scores_to_weights(Accumulators<MATRICES, BLOCKS>& scores, float scale, LseOf lse_of) {
-#pragma unroll
-  for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float exponent = fmaf(scores[m][n][e], scale, -lse_of(m, n, e));
-        scores[m][n][e] = ptx::ex2(CLAMPED && exponent > 0.0f ? 0.0f : exponent);
-      }
-    }
-  }
+  for_each_of_lane<MATRICES, BLOCKS>([&](int m, int n, int e) {
+    const float exponent = fmaf(scores[m][n][e], scale, -lse_of(m, n, e));
+    scores[m][n][e] = ptx::ex2(CLAMPED && exponent > 0.0f ? 0.0f : exponent);
+  });
 }
 
 // dweights become gradients of scores. weights that dropout dropped carry a minus sign, which is lost: they become 0.
@@ -49,21 +42,14 @@ FA_DEVICE void scores_to_weights(Accumulators<MATRICES, BLOCKS>& scores, float s
 template <bool SELECT, int MATRICES, int BLOCKS, class DeltaOf>
 FA_DEVICE void weights_to_score_gradients(Accumulators<MATRICES, BLOCKS>& dweights, Accumulators<MATRICES, BLOCKS>& weights, bool drops,
                                           float kept_scale, DeltaOf delta_of) {
-#pragma unroll
-  for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-    for (int n = 0; n < BLOCKS; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float &weight = weights[m][n][e], &gradient = dweights[m][n][e];
-        const bool dropped = drops && weight < 0.0f;
-        if (drops) gradient = dropped ? 0.0f : gradient * kept_scale;
-        const float dscore = fabsf(weight) * (gradient - delta_of(m, n, e));
-        gradient = SELECT && weight == 0.0f ? 0.0f : dscore;
-        if (dropped) weight = 0.0f;
-      }
-    }
-  }
+  for_each_of_lane<MATRICES, BLOCKS>([&](int m, int n, int e) {
+    float &weight = weights[m][n][e], &gradient = dweights[m][n][e];
+    const bool dropped = drops && weight < 0.0f;
+    if (drops) gradient = dropped ? 0.0f : gradient * kept_scale;
+    const float dscore = fabsf(weight) * (gradient - delta_of(m, n, e));
+    gradient = SELECT && weight == 0.0f ? 0.0f : dscore;
+    if (dropped) weight = 0.0f;
+  });
 }
 
 // Weights that dropout marked by a minus sign become 0.

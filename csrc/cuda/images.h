@@ -6,8 +6,8 @@
 
 namespace fused_attention::cuda {
 
-// backward and single_tile_backward compute all gradients, backward_key those of key and of value, backward_dkey and backward_dvalue one of the
-// two; mask_gradient that of a float mask that batch elements or heads share. helper: the mask pre-pass, combine, backward_delta and
+// backward and single_tile_backward compute all gradients, backward_key those of key and of value, backward_dkey and backward_dvalue one of
+// the two; mask_gradient that of a float mask that batch elements or heads share. helper: the mask pre-pass, combine, backward_delta and
 // backward_dquery, found by name.
 enum class Pass : int {
   forward,

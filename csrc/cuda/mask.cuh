@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which rows and keys of a sequence exist, which keys a row may attend to, and which blocks of keys a block of rows visits.
 #pragma once
+#include <type_traits>
+
 #include "forward_arguments.h"
 #include "softmax.cuh"
 
@@ -118,6 +120,16 @@ class VisitedBlocks {
     if (step < num_full) return (first_full_ + step) * BLOCK;
     const int block = first_ + step - num_full;  // mixed ones lie to both sides of the full ones
     return (block < first_full_ ? block : block + num_full) * BLOCK;
+  }
+
+  // step_over(step, masked): without masks where every score counts, then with them, in two loops.
+  template <class StepOver>
+  FA_DEVICE void for_each(const StepOver& step_over) const {
+    int step = 0;
+#pragma unroll 1
+    for (; step < num_full; ++step) step_over(step, std::false_type());
+#pragma unroll 1
+    for (; step < num_blocks; ++step) step_over(step, std::true_type());
   }
 
  private:

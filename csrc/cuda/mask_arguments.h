@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every pre-pass kernel (mask_tiles.cuh) takes as its only parameter, and how large what it makes is; made by planner.cpp.
+// What every pre-pass kernel (mask_tiles.cu) takes as its only parameter, and how large what it makes is; made by planner.cpp.
 //
 //   problem has                                      launches, in order
 //   a bool attn_mask, and whatever else masks        mask_tiles_classify, mask_tiles_list     -> mask_bits, lists

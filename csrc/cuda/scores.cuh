@@ -29,18 +29,11 @@ struct ScoreTransform {
   template <int MATRICES, int BLOCKS>
   FA_DEVICE float cap(Accumulators<MATRICES, BLOCKS>& scores, Accumulators<MATRICES, BLOCKS>& softcap_derivative) const {
     if (softcap_log2 == 0.0f) return factor;
-#pragma unroll
-    for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float capped = accurate_tanh(scores[m][n][e] * factor);
-          softcap_derivative[m][n][e] = fmaf(-capped, capped, 1.0f);
-          scores[m][n][e] = capped * softcap_log2;
-        }
-      }
-    }
+    for_each_of_lane<MATRICES, BLOCKS>([&](int m, int n, int e) {
+      const float capped = accurate_tanh(scores[m][n][e] * factor);
+      softcap_derivative[m][n][e] = fmaf(-capped, capped, 1.0f);
+      scores[m][n][e] = capped * softcap_log2;
+    });
     return 1.0f;
   }
 

@@ -6,7 +6,7 @@
 // then lies in eight different groups of four banks, and so do eight chunks of a row, which is what eight lanes copy
 // (docs/cuda-kernels.md).
 #pragma once
-#include "ptx.cuh"
+#include "shared_memory.cuh"
 
 namespace fused_attention::cuda {
 
@@ -18,8 +18,13 @@ struct SharedTile {
   static constexpr int kRows = ROWS, kColumns = COLUMNS, kPitch = 2 * COLUMNS, kBytes = ROWS * kPitch;
   static constexpr int kPermuted = COLUMNS % 64 == 0 ? 8 : 4;  // chunks that change places among each other
 
+  struct alignas(128) Memory {
+    unsigned char bytes[kBytes];
+  };
+
   static FA_DEVICE int swizzle(int row) { return kPermuted == 8 ? row % 8 : row / 2 % 4; }
-  static FA_DEVICE uint32_t offset(int row, int chunk) { return row * kPitch + ((chunk ^ swizzle(row)) << 4); }
+  static FA_DEVICE uint32_t offset_in_row(int row, int chunk) { return (chunk ^ swizzle(row)) << 4; }
+  static FA_DEVICE uint32_t offset(int row, int chunk) { return row * kPitch + offset_in_row(row, chunk); }
 };
 
 // The address that a lane gives to ldmatrix for a 16 x 16 piece of a tile. An mma wants its operands in registers that follow each other,
@@ -78,18 +83,25 @@ FA_DEVICE void copy_rows_async(uint32_t tile, const uint16_t* source, int64_t st
 template <int MATRICES, int BLOCKS>
 using Accumulators = float[MATRICES][BLOCKS][4];
 
-// act(element, row, column), both relative to the accumulators.
+// act(m, n, e) for each element of a lane.
 template <int MATRICES, int BLOCKS, class Act>
-FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Act act) {
-  const int lane = threadIdx.x % 32;
+FA_DEVICE void for_each_of_lane(Act act) {
 #pragma unroll
   for (int m = 0; m < MATRICES; ++m) {
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) act(accumulators[m][n][e], 16 * m + e / 2 * 8 + lane / 4, 8 * n + 2 * (lane % 4) + e % 2);
+      for (int e = 0; e < 4; ++e) act(m, n, e);
     }
   }
+}
+
+// act(element, row, column), both relative to the accumulators.
+template <int MATRICES, int BLOCKS, class Act>
+FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Act act) {
+  const int lane = threadIdx.x % 32;
+  for_each_of_lane<MATRICES, BLOCKS>(
+      [&](int m, int n, int e) { act(accumulators[m][n][e], 16 * m + e / 2 * 8 + lane / 4, 8 * n + 2 * (lane % 4) + e % 2); });
 }
 
 // Stores a warp's 16 rows times `factor`, those below num_rows and columns below `columns`, through its rows of a tile in shared memory
@@ -102,9 +114,11 @@ FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float fac
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int row = first_row + 8 * half + lane / 4;
+    unsigned char* const row_smem = tile + row * Tile::kPitch + 4 * (lane % 4);
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) {
-      *reinterpret_cast<uint32_t*>(tile + Tile::offset(first_row + 8 * half + lane / 4, n) + 4 * (lane % 4)) =
+      *reinterpret_cast<uint32_t*>(row_smem + Tile::offset_in_row(row, n)) =
           ptx::pack<DTYPE>(accumulators[0][n][2 * half] * factor, accumulators[0][n][2 * half + 1] * factor);
     }
   }
@@ -123,11 +137,20 @@ FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float fac
   }
 }
 
+// Two 16 x 8 blocks of accumulators, n and the next, += a (16 x 16) times b (16 x 16), or = it in the first of several steps.
+template <Dtype DTYPE, int BLOCKS>
+FA_DEVICE void multiply_step(float (&sums)[BLOCKS][4], int n, const uint32_t (&a)[4], const uint32_t (&b)[4], bool is_first = false) {
+  using Block = const float (&)[4];
+  const float zero[4] = {};  // no registers to set to 0: there is one that always is
+  Block left = is_first ? zero : static_cast<Block>(sums[n]), right = is_first ? zero : static_cast<Block>(sums[n + 1]);
+  ptx::mma_m16n8k16<DTYPE>(sums[n], a, b[0], b[1], left);
+  ptx::mma_m16n8k16<DTYPE>(sums[n + 1], a, b[2], b[3], right);
+}
+
 // scores = left (16 * MATRICES x 16 * STEPS) times the transpose of keys (8 * BLOCKS x 16 * STEPS)
 //   left(step, matrix, a): puts the a operand of that piece into a
 template <Dtype DTYPE, int STEPS, int MATRICES, int BLOCKS, class KeyTile, class Left>
 FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left left, const LaneAddress<KeyTile>& keys) {
-  const float zero[4] = {};  // no registers to set to 0: there is one that always is
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     uint32_t a[MATRICES][4];
@@ -138,13 +161,7 @@ FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left 
       uint32_t b[4];
       ptx::ldmatrix_x4(b, keys.at(8 * n, step));
 #pragma unroll
-      for (int m = 0; m < MATRICES; ++m) {
-        using Block = const float (&)[4];
-        Block left_sum = step == 0 ? zero : static_cast<Block>(scores[m][n]);
-        Block right_sum = step == 0 ? zero : static_cast<Block>(scores[m][n + 1]);
-        ptx::mma_m16n8k16<DTYPE>(scores[m][n], a[m], b[0], b[1], left_sum);
-        ptx::mma_m16n8k16<DTYPE>(scores[m][n + 1], a[m], b[2], b[3], right_sum);
-      }
+      for (int m = 0; m < MATRICES; ++m) multiply_step<DTYPE>(scores[m], n, a[m], b, step == 0);
     }
   }
 }
@@ -166,11 +183,11 @@ FA_DEVICE void pack_weights(PackedWeights<BLOCKS>& packed, const Accumulators<1,
 template <class Tile, int BLOCKS>
 FA_DEVICE void store_packed(const PackedWeights<BLOCKS>& packed, unsigned char* tile, int first_row, int lane) {
 #pragma unroll
-  for (int n = 0; n < BLOCKS; ++n) {
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + 8 * half + lane / 4;
+    unsigned char* const row_smem = tile + row * Tile::kPitch + 4 * (lane % 4);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(tile + Tile::offset(first_row + 8 * half + lane / 4, n) + 4 * (lane % 4)) = packed[n][half];
-    }
+    for (int n = 0; n < BLOCKS; ++n) *reinterpret_cast<uint32_t*>(row_smem + Tile::offset_in_row(row, n)) = packed[n][half];
   }
 }
 
@@ -185,8 +202,7 @@ FA_DEVICE void multiply_add_packed(Accumulators<1, OUT_BLOCKS>& out, const Packe
     for (int n = 0; n < OUT_BLOCKS; n += 2) {
       uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, values.at(16 * step, n / 2));
-      ptx::mma_m16n8k16<DTYPE>(out[0][n], a, b[0], b[1], out[0][n]);
-      ptx::mma_m16n8k16<DTYPE>(out[0][n + 1], a, b[2], b[3], out[0][n + 1]);
+      multiply_step<DTYPE>(out[0], n, a, b);
     }
   }
 }
@@ -212,10 +228,7 @@ FA_DEVICE void multiply_add(Accumulators<MATRICES, OUT_BLOCKS>& out, const Accum
       uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, values.at(16 * step, n / 2));
 #pragma unroll
-      for (int m = 0; m < MATRICES; ++m) {
-        ptx::mma_m16n8k16<DTYPE>(out[m][n], a[m], b[0], b[1], out[m][n]);
-        ptx::mma_m16n8k16<DTYPE>(out[m][n + 1], a[m], b[2], b[3], out[m][n + 1]);
-      }
+      for (int m = 0; m < MATRICES; ++m) multiply_step<DTYPE>(out[m], n, a[m], b);
     }
   }
 }

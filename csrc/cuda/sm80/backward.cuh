@@ -12,33 +12,30 @@
 // GPU runs at a time. docs/cuda-kernels.md has the order.
 #pragma once
 #include "../gradients.cuh"
-#include "../row_block.cuh"
+#include "../key_block.cuh"
+#include "backward_tiles.cuh"
 #include "query_sums.cuh"
 #include "row_visits.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
-          int STAGES>
-struct BackwardConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr FeatureClass kClass = CLASS;
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
-  static constexpr int kThreads = 32 * NUM_WARPS;
-  static_assert(BLOCK_N == 16 * NUM_WARPS && BLOCK_M % 32 == 0);
-  static_assert(CLASS == FeatureClass::plain || BLOCK_N == kKeysPerTile, "lists name tiles of so many keys");
-  static_assert(2 * BLOCK_M <= kThreads, "a thread copies one number of a row");
+template <class Row>
+struct BackwardConfig : BackwardTiles<Row> {
+  static_assert(Row::kBlockN == 16 * Row::kWarps && Row::kBlockM % 32 == 0);
+  static_assert(Row::kPlain || Row::kBlockN == kKeysPerTile, "lists name tiles of so many keys");
+  static_assert(2 * Row::kBlockM <= Row::kThreads, "a thread copies one number of a row");
 
-  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
-  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
-  using QueryTile = SharedTile<BLOCK_M, HEAD_DIM_QK>;
-  using GradientTile = SharedTile<BLOCK_M, HEAD_DIM_V>;  // of dout
-  using ScoreTile = SharedTile<BLOCK_N, BLOCK_M>;        // of the gradients of scores, transposed
-  using Part = QueryPart<BLOCK_M, HEAD_DIM_QK, NUM_WARPS>;
-  static constexpr int kStatisticsBytes = 2 * BLOCK_M * 4;  // lse and delta
-  static constexpr int kSharedBytes =
-      KeyTile::kBytes + ValueTile::kBytes + ScoreTile::kBytes + STAGES * (QueryTile::kBytes + GradientTile::kBytes + kStatisticsBytes);
+  using Tiles = BackwardTiles<Row>;
+  using ScoreTile = SharedTile<Row::kBlockN, Row::kBlockM>;  // of the gradients of scores, transposed
+  using Part = QueryPart<Row::kBlockM, Row::kHeadDimQk, Row::kWarps>;
+  struct SharedMemory {
+    typename Tiles::KeyTile::Memory k;    // at the end dkey
+    typename Tiles::ValueTile::Memory v;  // at the end dvalue
+    typename ScoreTile::Memory ds;
+    typename Tiles::QueryTile::Memory q[Row::kStages];
+    typename Tiles::GradientTile::Memory dout[Row::kStages];
+    RowStatistics<Row::kBlockM> statistics[Row::kStages];
+  };
 };
 
 // The next number of a counter, for a whole block. shared: room for it.
@@ -54,7 +51,7 @@ template <class Config>
 FA_DEVICE void backward(const OnePassArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kBlocks = kBlockM / 8;
-  constexpr bool kPlain = Config::kClass == FeatureClass::plain;
+  constexpr bool kPlain = Config::kPlain;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
   using QueryTile = typename Config::QueryTile;
@@ -62,21 +59,19 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
   using ScoreTile = typename Config::ScoreTile;
   using Part = typename Config::Part;
   using Visits = RowVisits<kBlockM, !kPlain>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t k_smem = ptx::shared_address(shared);                   // (BLOCK_N, HEAD_DIM_QK)
-  const uint32_t v_smem = k_smem + KeyTile::kBytes;                      // (BLOCK_N, HEAD_DIM_V)
-  const uint32_t ds_smem = v_smem + ValueTile::kBytes;                   // (BLOCK_N, BLOCK_M)
-  const uint32_t q_smem = ds_smem + ScoreTile::kBytes;                   // STAGES x (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t do_smem = q_smem + kStages * QueryTile::kBytes;         // STAGES x (BLOCK_M, HEAD_DIM_V)
-  const uint32_t statistics = do_smem + kStages * GradientTile::kBytes;  // STAGES x (2, BLOCK_M) float32
-  const auto statistics_of_stage = [&](int slot) {
-    return reinterpret_cast<float*>(shared + (statistics - k_smem) + slot * Config::kStatisticsBytes);
-  };
+  using SharedMemory = typename Config::SharedMemory;
+  auto& shared = shared_memory<Config>();
+  const uint32_t smem = ptx::shared_address(&shared);
+  const uint32_t k_smem = smem + offsetof(SharedMemory, k);      // (BLOCK_N, HEAD_DIM_QK)
+  const uint32_t v_smem = smem + offsetof(SharedMemory, v);      // (BLOCK_N, HEAD_DIM_V)
+  const uint32_t ds_smem = smem + offsetof(SharedMemory, ds);    // (BLOCK_N, BLOCK_M)
+  const uint32_t q_smem = smem + offsetof(SharedMemory, q);      // STAGES x (BLOCK_M, HEAD_DIM_QK)
+  const uint32_t do_smem = smem + offsetof(SharedMemory, dout);  // STAGES x (BLOCK_M, HEAD_DIM_V)
 
   // Which keys: the last ones first where they are seen by the fewest rows, so that blocks that add first have the least to do before it.
   const AttentionProblem& problem = arguments.problem;
   const bool in_order = arguments.turns != nullptr;
-  const uint32_t number = in_order ? take_ticket(arguments.turns, reinterpret_cast<uint32_t*>(shared)) : blockIdx.x;
+  const uint32_t number = in_order ? take_ticket(arguments.turns, reinterpret_cast<uint32_t*>(&shared)) : blockIdx.x;
   // Where every row sees every key, by position, and additions need no order, blocks spread over the rows.
   const bool spreads = !in_order && problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;
   const bool descending = problem.window_right < kUnlimited;
@@ -113,13 +108,10 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
   Accumulators<1, Config::kHeadDimV / 8> dvalue = {};
 
   const auto visits_of = [&](int head) {
-    const int start = static_cast<int>(ptx::again(start_n)), last_key = min(start + kBlockN, sequence.keys_present) - 1;
-    // By position: rows that see the first and the last key. With a key that does not exist no tile of rows counts as full.
-    KeyRange of_first = sequence.rows_of(start), of_last = sequence.rows_of(last_key);
-    if (!has_all_keys) of_first.to = 0;
-    if (last_key < start || sequence.rows_present == 0) of_first = of_last = {0, 0};
+    const int start = static_cast<int>(ptx::again(start_n));
+    const SeeingRows<kBlockN> rows(sequence, start, has_all_keys);
     const float before = static_cast<float>(start / kBlockN), blocks = static_cast<float>((problem.seqlen_k + kBlockN - 1) / kBlockN);
-    return Visits(of_first, of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, spreads ? before / blocks : 0.0f);
+    return Visits(rows.of_first, rows.of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, spreads ? before / blocks : 0.0f);
   };
   const Visits of_all_heads = visits_of(key_head);  // where there are no lists
 #pragma unroll 1
@@ -149,15 +141,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
         copy_rows_async<GradientTile, Config::kThreads>(
             do_smem + slot * GradientTile::kBytes, dout, problem.dout.row, static_cast<int>(problem.head_dim_v), thread,
             [&](int row) { return row < rows_left && (visit.is_full || row_lse[row] != kInfinity); });
-        const int row = static_cast<int>(thread) % kBlockM, which = static_cast<int>(thread) / kBlockM;
-        if (which < 2) {
-          const int offset = which * kBlockM + row;
-          if (row < rows_left) {
-            ptx::cp_async_4(statistics + slot * Config::kStatisticsBytes + 4 * offset, (which == 0 ? row_lse : row_delta) + row);
-          } else {  // weights of rows that are not there are 0
-            statistics_of_stage(slot)[offset] = which == 0 ? kInfinity : 0.0f;
-          }
-        }
+        copy_statistics_async(shared.statistics[slot], row_lse, row_delta, rows_left, thread);
       }
       ptx::cp_async_commit();
     };
@@ -171,7 +155,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       const int start_m = visit.start_m;
       ptx::cp_async_wait<kStages - 1>();  // this tile has landed
       __syncthreads();
-      const float *const lse = statistics_of_stage(slot), *const delta = lse + kBlockM;
+      const RowStatistics<kBlockM>& statistics = shared.statistics[slot];
       const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
 
       // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
@@ -196,8 +180,8 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
                                                                 start_m,   drops, lane};
         const float scale = of_scores.transform(scores, softcap_derivative);
         if constexpr (kMasked) of_scores.mask(scores);
-        of_scores.to_weights(scores, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
-        of_scores.template to_gradients<kMasked>(gradients, scores, [&](int, int n, int e) { return delta[column(n, e)]; });
+        of_scores.to_weights(scores, scale, [&](int, int n, int e) { return statistics.lse[column(n, e)]; });
+        of_scores.template to_gradients<kMasked>(gradients, scores, [&](int, int n, int e) { return statistics.delta[column(n, e)]; });
         of_scores.through_softcap(gradients, softcap_derivative);
       };
       if (visit.is_full) {
@@ -209,7 +193,7 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       pack_weights<kDtype>(weights, scores);
       pack_weights<kDtype>(dscores, gradients);
       const uint32_t later = ptx::again(threadIdx.x);
-      store_packed<ScoreTile>(dscores, shared + (ds_smem - k_smem), warp_key, static_cast<int>(later % 32));
+      store_packed<ScoreTile>(dscores, shared.ds.bytes, warp_key, static_cast<int>(later % 32));
 
       // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
       multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>::by_rows(do_tile, 0, 0, later));
@@ -241,9 +225,9 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
   __syncthreads();  // K and V have landed and were read
 
   const int keys_left = keys - start_n;
-  store_rows<kDtype, KeyTile>(dkey, problem.softmax_scale, shared, warp_key, keys_left, rows_of_keys(problem.dkey), problem.dkey.row,
-                              static_cast<int>(problem.head_dim_qk));
-  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, shared + KeyTile::kBytes, warp_key, keys_left, rows_of_keys(problem.dvalue),
+  store_rows<kDtype, KeyTile>(dkey, problem.softmax_scale, shared.k.bytes, warp_key, keys_left, rows_of_keys(problem.dkey),
+                              problem.dkey.row, static_cast<int>(problem.head_dim_qk));
+  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, shared.v.bytes, warp_key, keys_left, rows_of_keys(problem.dvalue),
                                 problem.dvalue.row, static_cast<int>(problem.head_dim_v));
 }
 

@@ -5,41 +5,40 @@
 // On the way the gradients of scores are stored where they are a float mask's, and summed over keys for masks of one column and slopes.
 #pragma once
 #include "../gradients.cuh"
-#include "../row_block.cuh"
+#include "backward_tiles.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
-          int STAGES>
-struct BackwardQueryConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr FeatureClass kClass = CLASS;
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
-  static constexpr int kThreads = 32 * NUM_WARPS;
-  static_assert(BLOCK_M == 16 * NUM_WARPS && BLOCK_M == kKeysPerTile && kKeysPerTile % BLOCK_N == 0 && BLOCK_N % 32 == 0);
+template <class Row>
+struct BackwardQueryConfig : BackwardTiles<Row> {
+  static_assert(Row::kBlockM == 16 * Row::kWarps && Row::kBlockM == kKeysPerTile);
+  static_assert(kKeysPerTile % Row::kBlockN == 0 && Row::kBlockN % 32 == 0);
 
-  using QueryTile = SharedTile<BLOCK_M, HEAD_DIM_QK>;
-  using GradientTile = SharedTile<BLOCK_M, HEAD_DIM_V>;  // of dout
-  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
-  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
-  static constexpr int kSharedBytes = QueryTile::kBytes + GradientTile::kBytes + STAGES * (KeyTile::kBytes + ValueTile::kBytes);
+  using Tiles = BackwardTiles<Row>;
+  struct SharedMemory {
+    typename Tiles::QueryTile::Memory q;  // at the end dquery, then parts of a slope's gradient
+    typename Tiles::GradientTile::Memory dout;
+    typename Tiles::KeyTile::Memory k[Row::kStages];
+    typename Tiles::ValueTile::Memory v[Row::kStages];
+  };
 };
 
 template <class Config>
 FA_DEVICE void backward_query(const BackwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kStages = Config::kStages, kBlockN = Config::kBlockN, kBlocks = kBlockN / 8, kOutBlocks = Config::kHeadDimQk / 8;
-  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
   using QueryTile = typename Config::QueryTile;
   using GradientTile = typename Config::GradientTile;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t q_smem = ptx::shared_address(shared);         // (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t do_smem = q_smem + QueryTile::kBytes;         // (BLOCK_M, HEAD_DIM_V)
-  const uint32_t k_smem = do_smem + GradientTile::kBytes;      // STAGES x (BLOCK_N, HEAD_DIM_QK)
-  const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V)
+  using SharedMemory = typename Config::SharedMemory;
+  auto& shared = shared_memory<Config>();
+  const uint32_t smem = ptx::shared_address(&shared);
+  const uint32_t q_smem = smem + offsetof(SharedMemory, q);      // (BLOCK_M, HEAD_DIM_QK)
+  const uint32_t do_smem = smem + offsetof(SharedMemory, dout);  // (BLOCK_M, HEAD_DIM_V)
+  const uint32_t k_smem = smem + offsetof(SharedMemory, k);      // STAGES x (BLOCK_N, HEAD_DIM_QK)
+  const uint32_t v_smem = smem + offsetof(SharedMemory, v);      // STAGES x (BLOCK_N, HEAD_DIM_V)
 
   const AttentionProblem& problem = arguments.problem;
   const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
@@ -133,23 +132,19 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
     __syncthreads();  // every warp is past its products with this block
     load(step + kStages);
   };
-  int step = 0;
-#pragma unroll 1
-  for (; step < blocks.num_full; ++step) step_over(step, std::false_type());
-#pragma unroll 1
-  for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
+  blocks.for_each(step_over);
   ptx::cp_async_wait<0>();
   __syncthreads();  // Q has landed and was read
 
   const int rows = sequence.rows - block.start_m;
-  store_rows<kDtype, QueryTile>(acc, problem.softmax_scale, shared, warp_row, rows, block.rows_of(problem.dquery), problem.dquery.row,
-                                static_cast<int>(problem.head_dim_qk));
+  store_rows<kDtype, QueryTile>(acc, problem.softmax_scale, shared.q.bytes, warp_row, rows, block.rows_of(problem.dquery),
+                                problem.dquery.row, static_cast<int>(problem.head_dim_qk));
   if constexpr (kBias) {
     if (arguments.row_sums != nullptr) sums.store_lines(arguments.row_sums + block.statistics(problem) + warp_row, rows - warp_row);
   }
   if (arguments.slope_sums != nullptr) {
     __syncthreads();  // dquery was stored from shared memory
-    store_slope_part<Config::kThreads / 32>(arguments, block, sums.slope, threadIdx.x / 32, shared);
+    store_slope_part<Config::kThreads / 32>(arguments, block, sums.slope, threadIdx.x / 32, &shared);
   }
 }
 

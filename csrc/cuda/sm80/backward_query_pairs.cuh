@@ -7,50 +7,53 @@
 // Q and dO stay in registers: K and V are all that is read from shared memory for each step.
 #pragma once
 #include "../gradients.cuh"
-#include "../row_block.cuh"
+#include "backward_tiles.cuh"
 #include "warp_pairs.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
-          int STAGES>
-struct BackwardQueryPairsConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr FeatureClass kClass = CLASS;
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
-  static_assert(32 * NUM_WARPS == kPairedThreads && BLOCK_M == 16 * kPairs && BLOCK_M == kKeysPerTile);
-  static_assert(kKeysPerTile % BLOCK_N == 0 && BLOCK_N % 32 == 0 && STAGES >= 2);
+template <class Row>
+struct BackwardQueryPairsConfig : BackwardTiles<Row> {
+  static_assert(Row::kThreads == kPairedThreads && Row::kBlockM == 16 * kPairs && Row::kBlockM == kKeysPerTile);
+  static_assert(kKeysPerTile % Row::kBlockN == 0 && Row::kBlockN % 32 == 0 && Row::kStages >= 2);
 
-  using LeftQuery = LeftOperand<BLOCK_M, HEAD_DIM_QK, HEAD_DIM_QK>;
-  using LeftGradient = LeftOperand<BLOCK_M, HEAD_DIM_V, HEAD_DIM_V>;  // of dout
-  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
-  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
-  using HalfTile = SharedTile<BLOCK_M, HEAD_DIM_QK / 2>;  // of dquery
-  // Q and dO are read before the first keys and values come to where they were.
-  static constexpr int kRowBytes = LeftQuery::HeldTile::kBytes + LeftGradient::HeldTile::kBytes;
-  static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
-  static constexpr int kTileBytes = kRowBytes > STAGES* kStageBytes ? kRowBytes : STAGES * kStageBytes;
-  static constexpr int kScoreBytes = BLOCK_M * BLOCK_N * 4;  // float32, of weights, and of softcap's derivative in classes that have it
-  static constexpr int kSharedBytes = kTileBytes + (CLASS == FeatureClass::plain ? 1 : 2) * kScoreBytes + kScoreBytes / 2;
+  using Tiles = BackwardTiles<Row>;
+  using LeftQuery = LeftOperand<Row::kBlockM, Row::kHeadDimQk, Row::kHeadDimQk>;
+  using LeftGradient = LeftOperand<Row::kBlockM, Row::kHeadDimV, Row::kHeadDimV>;  // of dout
+  using HalfTile = SharedTile<Row::kBlockM, Row::kHeadDimQk / 2>;                  // of dquery
+  struct SharedMemory {
+    union {
+      struct {  // both are read before the first keys and values come to where they were
+        typename Tiles::QueryTile::Memory q;
+        typename Tiles::GradientTile::Memory dout;
+      } rows;
+      struct {
+        typename Tiles::KeyTile::Memory k[Row::kStages];
+        typename Tiles::ValueTile::Memory v[Row::kStages];
+      } steps;
+      typename HalfTile::Memory dquery[2];  // at the end, then parts of a slope's gradient
+    };
+    uint16_t gradients[Row::kBlockM * Row::kBlockN];  // of scores
+    float weights[Row::kBlockM * Row::kBlockN];
+    float derivative[Row::kPlain ? 0 : Row::kBlockM * Row::kBlockN];  // of softcap
+  };
 };
 
 template <class Config>
 FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kStages = Config::kStages, kBlockN = Config::kBlockN, kBlocks = kBlockN / 8, kHalf = Config::kHeadDimQk / 2;
-  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
   using LeftQuery = typename Config::LeftQuery;
   using LeftGradient = typename Config::LeftGradient;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
   using HalfTile = typename Config::HalfTile;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t k_smem = ptx::shared_address(shared);         // STAGES x (BLOCK_N, HEAD_DIM_QK); before (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V); before, behind Q, (BLOCK_M, HEAD_DIM_V)
-  unsigned char* const gradients_smem = shared + Config::kTileBytes;  // (BLOCK_M, BLOCK_N) dscores, 16 bits
-  unsigned char* const weights_smem = gradients_smem + Config::kScoreBytes / 2;
-  unsigned char* const derivative_smem = weights_smem + Config::kScoreBytes;
+  using SharedMemory = typename Config::SharedMemory;
+  auto& shared = shared_memory<Config>();
+  const uint32_t smem = ptx::shared_address(&shared);
+  const uint32_t k_smem = smem + offsetof(SharedMemory, steps.k);  // STAGES x (BLOCK_N, HEAD_DIM_QK)
+  const uint32_t v_smem = smem + offsetof(SharedMemory, steps.v);  // STAGES x (BLOCK_N, HEAD_DIM_V)
 
   const AttentionProblem& problem = arguments.problem;
   const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
@@ -76,7 +79,7 @@ FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
     const StridedTensor& keys_of = kWeights ? problem.key : problem.value;
     const uint16_t* const source = block.keys_of(keys_of, block.head / arguments.heads_per_group);  // (Lk, Dqk) or (Lk, Dv)
     const int columns = static_cast<int>(kWeights ? problem.head_dim_qk : problem.head_dim_v);
-    const uint32_t left_smem = k_smem + (kWeights ? 0 : LeftQuery::HeldTile::kBytes);
+    const uint32_t left_smem = kWeights ? smem + offsetof(SharedMemory, rows.q) : smem + offsetof(SharedMemory, rows.dout);
     // Rows that attend to nothing may have any gradient.
     Left::copy(left_smem, 0, block.rows_of(rows_of), rows_of.row, columns, threadIdx.x % (kPairedThreads / 2),
                [&](int row) { return block.start_m + row < sequence.rows_present && (kWeights || row_lse[row] != kInfinity); });
@@ -127,10 +130,10 @@ FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
       if constexpr (kWeights) {
         multiply_transposed<kDtype, Config::kHeadDimQk / 16>(scores, left, LaneAddress<KeyTile>{k_columns.first + slot * KeyTile::kBytes});
         Accumulators<1, kBlocks> softcap_derivative;
-        const float scale = of_scores.transform(scores, softcap_derivative, [&] { pair.put(derivative_smem, softcap_derivative); });
+        const float scale = of_scores.transform(scores, softcap_derivative, [&] { pair.put(shared.derivative, softcap_derivative); });
         if constexpr (kMasked) of_scores.mask(scores);
         of_scores.to_weights(scores, scale, of_row);
-        pair.put(weights_smem, scores);
+        pair.put(shared.weights, scores);
         pair.announce(kWeightsReady);
         pair.await(kGradientsReady);
       } else {
@@ -138,7 +141,7 @@ FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
                                                             LaneAddress<ValueTile>{v_columns.first + slot * ValueTile::kBytes});
         Accumulators<1, kBlocks> others;
         pair.await(kWeightsReady);
-        pair.take(weights_smem, others);
+        pair.take(shared.weights, others);
         of_scores.template to_gradients<kMasked>(scores, others, of_row);
         if constexpr (kBias) {
           if (arguments.dattn_mask.data != nullptr) {
@@ -149,11 +152,11 @@ FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
         if constexpr (!kPlain) {
           if (arguments.slope_sums != nullptr) sums.add_slope(scores, of_scores);
         }
-        of_scores.through_softcap(scores, others, [&] { pair.take(derivative_smem, others); });
+        of_scores.through_softcap(scores, others, [&] { pair.take(shared.derivative, others); });
       }
 
       // dQ += dS K (BLOCK_M, HEAD_DIM_QK / 2)
-      uint4* const exchanged = reinterpret_cast<uint4*>(gradients_smem) + pair.number * (kBlocks / 2) * 32 + pair.lane;
+      uint4* const exchanged = reinterpret_cast<uint4*>(shared.gradients) + pair.number * (kBlocks / 2) * 32 + pair.lane;
       uint32_t a[kBlocks / 2][4];
 #pragma unroll
       for (int i = 0; i < kBlocks / 2; ++i) {
@@ -168,16 +171,12 @@ FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
       if constexpr (!kWeights) pair.announce(kGradientsReady);
       multiply_add_packed<kDtype, kWeights ? 0 : kHalf / 16>(acc, a, LaneAddress<KeyTile>{k_rows.first + slot * KeyTile::kBytes});
     };
-    int step = 0;
-#pragma unroll 1
-    for (; step < blocks.num_full; ++step) step_over(step, std::false_type());
-#pragma unroll 1
-    for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
+    blocks.for_each(step_over);
     ptx::cp_async_wait<0>();
     __syncthreads();  // every warp is past its products
 
     constexpr int kFirstColumn = kWeights ? 0 : kHalf;
-    store_rows<kDtype, HalfTile>(acc, problem.softmax_scale, shared + (kWeights ? 0 : HalfTile::kBytes), warp_row, rows,
+    store_rows<kDtype, HalfTile>(acc, problem.softmax_scale, shared.dquery[kWeights ? 0 : 1].bytes, warp_row, rows,
                                  block.rows_of(problem.dquery) + kFirstColumn, problem.dquery.row,
                                  static_cast<int>(problem.head_dim_qk) - kFirstColumn);
     if constexpr (kBias && !kWeights) {
@@ -192,7 +191,7 @@ FA_DEVICE void backward_query_pairs(const BackwardArguments& arguments) {
   if constexpr (!kPlain) {
     if (arguments.slope_sums != nullptr) {
       __syncthreads();  // dquery was stored from shared memory
-      store_slope_part<kPairs>(arguments, block, sums.slope, pair.has_weights ? kPairs : pair.number, shared);
+      store_slope_part<kPairs>(arguments, block, sums.slope, pair.has_weights ? kPairs : pair.number, &shared);
     }
   }
 }

@@ -9,38 +9,42 @@
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, int BLOCK_M, int BLOCK_N, int NUM_WARPS, int STAGES>
-struct DecodeConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kWarps = NUM_WARPS, kStages = STAGES;
-  static constexpr int kRows = BLOCK_M, kBlockN = BLOCK_N, kThreads = 32 * NUM_WARPS;
-  static_assert(BLOCK_M == 16 && BLOCK_N == 16 * NUM_WARPS, "each warp takes one 16 x 16 piece of the scores");
+template <class Row>
+struct DecodeConfig : Row {
+  static_assert(Row::kBlockM == 16 && Row::kBlockN == 16 * Row::kWarps, "each warp takes one 16 x 16 piece of the scores");
+  static constexpr bool kQueryInRegisters = Row::kHeadDimQk <= 128;
 
-  using QueryTile = SharedTile<kRows, HEAD_DIM_QK>;
-  using KeyTile = SharedTile<16, HEAD_DIM_QK>;  // of one warp
-  using ValueTile = SharedTile<16, HEAD_DIM_V>;
-  static constexpr int kSharedBytes = QueryTile::kBytes + STAGES * NUM_WARPS * (KeyTile::kBytes + ValueTile::kBytes);
-  static constexpr bool kQueryInRegisters = HEAD_DIM_QK <= 128;
-
-  // For the merge: out of every warp, then (row_max, row_sum); padded so that the rows of a matrix lie in different banks.
-  static constexpr int kMergePitch = HEAD_DIM_V + 8;  // float32 numbers
-  static constexpr int kMergeFloats = NUM_WARPS * kRows * (kMergePitch + 2);
-  static_assert(4 * kMergeFloats <= kSharedBytes);
+  using QueryTile = SharedTile<16, Row::kHeadDimQk>;
+  using KeyTile = SharedTile<16, Row::kHeadDimQk>;  // of one warp
+  using ValueTile = SharedTile<16, Row::kHeadDimV>;
+  union SharedMemory {
+    struct {
+      typename QueryTile::Memory q;
+      typename KeyTile::Memory k[Row::kWarps][Row::kStages];
+      typename ValueTile::Memory v[Row::kWarps][Row::kStages];
+    } tiles;
+    struct {  // at the end, of every warp; padded so that the rows of a matrix lie in different banks
+      float out[Row::kWarps][16][Row::kHeadDimV + 8];
+      float statistics[Row::kWarps][16][2];  // row_max, row_sum
+    } merged;
+  };
 };
 
 template <class Config>
 FA_DEVICE void decode(const ForwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8, kRows = Config::kRows;
+  constexpr int kStages = Config::kStages, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8, kRows = Config::kBlockM;
   using QueryTile = typename Config::QueryTile;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
-  extern __shared__ __align__(128) unsigned char shared[];
+  using SharedMemory = typename Config::SharedMemory;
+  auto& shared = shared_memory<Config>();
+  const uint32_t smem = ptx::shared_address(&shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const uint32_t q_smem = ptx::shared_address(shared);                                    // (16, HEAD_DIM_QK)
-  const uint32_t k_smem = q_smem + QueryTile::kBytes + warp * kStages * KeyTile::kBytes;  // STAGES x (16, HEAD_DIM_QK), this warp's
-  const uint32_t v_smem = q_smem + QueryTile::kBytes + Config::kWarps * kStages * KeyTile::kBytes +
-                          warp * kStages * ValueTile::kBytes;  // STAGES x (16, HEAD_DIM_V)
+  const uint32_t q_smem = smem + offsetof(SharedMemory, tiles.q);  // (16, HEAD_DIM_QK)
+  const uint32_t k_smem =
+      smem + offsetof(SharedMemory, tiles.k) + warp * kStages * KeyTile::kBytes;  // STAGES x (16, HEAD_DIM_QK), this warp's
+  const uint32_t v_smem = smem + offsetof(SharedMemory, tiles.v) + warp * kStages * ValueTile::kBytes;  // STAGES x (16, HEAD_DIM_V)
 
   // Grid: splits innermost, then blocks of rows, key heads, batch elements.
   const AttentionProblem& problem = arguments.problem;
@@ -166,15 +170,13 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   ptx::cp_async_wait<0>();
   __syncthreads();  // Q, K and V were read
 
-  float* const acc_smem = reinterpret_cast<float*>(shared);                                // (warps, 16, kMergePitch)
-  float* const statistics_smem = acc_smem + Config::kWarps * kRows * Config::kMergePitch;  // (warps, 16, 2)
+  auto& of_warps = shared.merged;
   softmax.sum_over_quads();
-  for_each_element(acc,
-                   [&](float& element, int row, int column) { acc_smem[(warp * kRows + row) * Config::kMergePitch + column] = element; });
+  for_each_element(acc, [&](float& element, int row, int column) { of_warps.out[warp][row][column] = element; });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (lane % 4 == 0) {
-      float* const statistics = statistics_smem + 2 * (warp * kRows + 8 * half + lane / 4);
+      float (&statistics)[2] = of_warps.statistics[warp][8 * half + lane / 4];
       statistics[0] = softmax.row_max[0][half];
       statistics[1] = softmax.row_sum[0][half];
     }
@@ -188,11 +190,11 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   OnlineSoftmax<1> merged([](int, int) { return -kInfinity; });
   float(&merged_max) = merged.row_max[0][0], (&merged_sum) = merged.row_sum[0][0];
 #pragma unroll
-  for (int w = 0; w < Config::kWarps; ++w) merged_max = fmaxf(merged_max, statistics_smem[2 * (w * kRows + row)]);
+  for (int w = 0; w < Config::kWarps; ++w) merged_max = fmaxf(merged_max, of_warps.statistics[w][row][0]);
   float factor[Config::kWarps];
 #pragma unroll
   for (int w = 0; w < Config::kWarps; ++w) {
-    const float* const statistics = statistics_smem + 2 * (w * kRows + row);
+    const float (&statistics)[2] = of_warps.statistics[w][row];
     factor[w] = ptx::ex2(statistics[0] - (merged_max == -kInfinity ? 0.0f : merged_max));
     merged_sum = fmaf(statistics[1], factor[w], merged_sum);
   }
@@ -205,7 +207,7 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
     float sums[kChunk] = {};
 #pragma unroll
     for (int w = 0; w < Config::kWarps; ++w) {
-      const float4* const terms = reinterpret_cast<const float4*>(acc_smem + (w * kRows + row) * Config::kMergePitch + column);
+      const float4* const terms = reinterpret_cast<const float4*>(&of_warps.out[w][row][column]);
 #pragma unroll
       for (int quarter = 0; quarter < 2; ++quarter) {
         const float4 four = terms[quarter];

@@ -15,22 +15,21 @@
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
-          int STAGES>
-struct ForwardConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr FeatureClass kClass = CLASS;
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = STAGES;
-  static constexpr int kThreads = 32 * NUM_WARPS, kRowsPerWarp = BLOCK_M / NUM_WARPS, kMatrices = kRowsPerWarp / 16;
-  static_assert(kRowsPerWarp % 16 == 0 && kKeysPerTile % BLOCK_N == 0 && BLOCK_N % 32 == 0);
-  static_assert(HEAD_DIM_V <= HEAD_DIM_QK, "out goes where Q was");
+template <class Row>
+struct ForwardConfig : Row {
+  static constexpr int kRowsPerWarp = Row::kBlockM / Row::kWarps, kMatrices = kRowsPerWarp / 16;
+  static_assert(kRowsPerWarp % 16 == 0 && kKeysPerTile % Row::kBlockN == 0 && Row::kBlockN % 32 == 0);
+  static_assert(Row::kHeadDimV <= Row::kHeadDimQk, "out goes where Q was");
+  static constexpr bool kQueryInRegisters = kMatrices * Row::kHeadDimQk <= (Row::kClass == FeatureClass::masked ? 64 : 128);
 
-  using QueryTile = SharedTile<BLOCK_M, HEAD_DIM_QK>;
-  using KeyTile = SharedTile<BLOCK_N, HEAD_DIM_QK>;
-  using ValueTile = SharedTile<BLOCK_N, HEAD_DIM_V>;
-  static constexpr int kSharedBytes = QueryTile::kBytes + STAGES * (KeyTile::kBytes + ValueTile::kBytes);
-  static constexpr bool kQueryInRegisters = kMatrices * HEAD_DIM_QK <= (CLASS == FeatureClass::masked ? 64 : 128);
+  using QueryTile = SharedTile<Row::kBlockM, Row::kHeadDimQk>;
+  using KeyTile = SharedTile<Row::kBlockN, Row::kHeadDimQk>;
+  using ValueTile = SharedTile<Row::kBlockN, Row::kHeadDimV>;
+  struct SharedMemory {
+    typename QueryTile::Memory q;  // at the end out
+    typename KeyTile::Memory k[Row::kStages];
+    typename ValueTile::Memory v[Row::kStages];
+  };
 };
 
 template <class Config>
@@ -38,14 +37,16 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kMatrices = Config::kMatrices, kStages = Config::kStages, kBlockN = Config::kBlockN;
   constexpr int kSteps = Config::kHeadDimQk / 16, kScoreBlocks = kBlockN / 8, kOutBlocks = Config::kHeadDimV / 8;
-  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
   using QueryTile = typename Config::QueryTile;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t q_smem = ptx::shared_address(shared);         // (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t k_smem = q_smem + QueryTile::kBytes;          // STAGES x (BLOCK_N, HEAD_DIM_QK)
-  const uint32_t v_smem = k_smem + kStages * KeyTile::kBytes;  // STAGES x (BLOCK_N, HEAD_DIM_V)
+  using SharedMemory = typename Config::SharedMemory;
+  auto& shared = shared_memory<Config>();
+  const uint32_t smem = ptx::shared_address(&shared);
+  const uint32_t q_smem = smem + offsetof(SharedMemory, q);  // (BLOCK_M, HEAD_DIM_QK)
+  const uint32_t k_smem = smem + offsetof(SharedMemory, k);  // STAGES x (BLOCK_N, HEAD_DIM_QK)
+  const uint32_t v_smem = smem + offsetof(SharedMemory, v);  // STAGES x (BLOCK_N, HEAD_DIM_V)
 
   const AttentionProblem& problem = arguments.problem;
   const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
@@ -167,11 +168,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
     v_here.first += step % kStages * ValueTile::kBytes;
     multiply_add<kDtype>(acc, scores, v_here);
   };
-  int step = 0;
-#pragma unroll 1
-  for (; step < blocks.num_full; ++step) step_over(step, std::false_type());
-#pragma unroll 1
-  for (; step < blocks.num_blocks; ++step) step_over(step, std::true_type());
+  blocks.for_each(step_over);
   ptx::cp_async_wait<0>();
   __syncthreads();  // Q has landed and was read: a warp's rows of it may lie in what another warp copied
 
@@ -189,10 +186,11 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
       const int row = first_row + 16 * m + 8 * half + lane / 4;
       const bool present = row < rows_present;
       const float factor = present ? softmax.reciprocal_sum(m, half) * arguments.kept_scale : 0.0f;
+      unsigned char* const row_smem = shared.q.bytes + row * QueryTile::kPitch + 4 * (lane % 4);
 #pragma unroll
       for (int n = 0; n < kOutBlocks; ++n) {
         const uint32_t pair = ptx::pack<kDtype>(acc[m][n][2 * half] * factor, acc[m][n][2 * half + 1] * factor);
-        *reinterpret_cast<uint32_t*>(shared + QueryTile::offset(row, n) + 4 * (lane % 4)) = present ? pair : 0;
+        *reinterpret_cast<uint32_t*>(row_smem + QueryTile::offset_in_row(row, n)) = present ? pair : 0;
       }
       if (lane % 4 == 0 && row < rows) lse[row] = present ? softmax.lse(m, half) : -kInfinity;
     }
@@ -207,7 +205,7 @@ FA_DEVICE void forward(const ForwardArguments& arguments) {
       const int chunk = lane % kLanes + j * kLanes;
       if (row < rows && chunk * kChunk < problem.head_dim_v) {
         *reinterpret_cast<uint4*>(out + row * problem.out.row + chunk * kChunk) =
-            *reinterpret_cast<const uint4*>(shared + QueryTile::offset(row, chunk));
+            *reinterpret_cast<const uint4*>(shared.q.bytes + QueryTile::offset(row, chunk));
       }
     }
   }

@@ -19,18 +19,19 @@ struct MaskVisit {
   bool all_count;  // every score of rows that are present
 };
 
-template <Dtype DTYPE, int BLOCK_M, int BLOCK_N, int NUM_WARPS, int STAGES>
-struct MaskGradientConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kThreads = 32 * NUM_WARPS, kStages = STAGES;
+template <class Row>
+struct MaskGradientConfig : Row {
   static constexpr int kColumns = 64;  // of a chunk
-  static_assert(BLOCK_M == 16 * NUM_WARPS && BLOCK_M == kKeysPerTile && BLOCK_N == kKeysPerTile && STAGES >= 2);
+  static_assert(Row::kBlockM == 16 * Row::kWarps && Row::kBlockM == kKeysPerTile && Row::kBlockN == kKeysPerTile && Row::kStages >= 2);
 
-  using LeftTile = SharedTile<BLOCK_M, kColumns>;   // of query or dout
-  using RightTile = SharedTile<BLOCK_N, kColumns>;  // of key or value
-  static constexpr int kStageBytes = LeftTile::kBytes + RightTile::kBytes;
-  static constexpr int kListBytes = kThreads * static_cast<int>(sizeof(MaskVisit)), kCountBytes = NUM_WARPS * 4;
-  static constexpr int kSharedBytes = STAGES * kStageBytes + kListBytes + kCountBytes;
+  using LeftTile = SharedTile<Row::kBlockM, kColumns>;   // of query or dout
+  using RightTile = SharedTile<Row::kBlockN, kColumns>;  // of key or value
+  struct SharedMemory {
+    typename LeftTile::Memory left[Row::kStages];
+    typename RightTile::Memory right[Row::kStages];
+    MaskVisit visits[Row::kThreads];
+    int visits_of_warp[Row::kWarps];
+  };
 };
 
 // Whether the rows from start_m on visit the tile of keys at start_n, and how. Asked by one thread.
@@ -67,11 +68,13 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
   constexpr int kPieces = Config::kBlockN / 32;  // of 32 keys, whose scores become gradients one piece after the other
   using LeftTile = typename Config::LeftTile;
   using RightTile = typename Config::RightTile;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t left_smem = ptx::shared_address(shared);                                          // STAGES x (BLOCK_M, kColumns)
-  const uint32_t right_smem = left_smem + kStages * LeftTile::kBytes;                              // STAGES x (BLOCK_N, kColumns)
-  MaskVisit* const visits = reinterpret_cast<MaskVisit*>(shared + kStages * Config::kStageBytes);  // (kThreads,)
-  int* const visits_of_warp = reinterpret_cast<int*>(shared + kStages * Config::kStageBytes + Config::kListBytes);
+  using SharedMemory = typename Config::SharedMemory;
+  auto& shared = shared_memory<Config>();
+  const uint32_t smem = ptx::shared_address(&shared);
+  const uint32_t left_smem = smem + offsetof(SharedMemory, left);    // STAGES x (BLOCK_M, kColumns)
+  const uint32_t right_smem = smem + offsetof(SharedMemory, right);  // STAGES x (BLOCK_N, kColumns)
+  MaskVisit* const visits = shared.visits;
+  int* const visits_of_warp = shared.visits_of_warp;
 
   const AttentionProblem& problem = arguments.problem;
   const auto row_blocks = static_cast<uint32_t>((problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM);
@@ -159,11 +162,9 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
             ptx::ldmatrix_x4(a, left.at(0, step));
 #pragma unroll
             for (int n = 0; n < 4 * kPieces; n += 2) {
-              float (&left_sum)[4] = products[n / 4][0][n % 4], (&right_sum)[4] = products[n / 4][0][n % 4 + 1];
               uint32_t b[4];
               ptx::ldmatrix_x4(b, right.at(8 * n, step));
-              ptx::mma_m16n8k16<kDtype>(left_sum, a, b[0], b[1], left_sum);
-              ptx::mma_m16n8k16<kDtype>(right_sum, a, b[2], b[3], right_sum);
+              multiply_step<kDtype>(products[n / 4][0], n % 4, a, b);
             }
           }
         }

@@ -6,19 +6,20 @@
 #include <limits>
 #include <stdexcept>
 
+#include "single_tile_layout.h"
+
 namespace fused_attention::cuda {
 namespace sm80 {
 namespace {
 
-constexpr int kMaxDecodeRows = 64;  // query rows to a key head, all query heads together
-constexpr int kMaxSplits = 128;     // of the keys of a decoding call
-constexpr int kKeysPerSplit = 256;  // at least, so that combining costs little
+constexpr int kMaxDecodeRows = 64;       // query rows to a key head, all query heads together
+constexpr int kMaxSplits = 128;          // of the keys of a decoding call
+constexpr int kKeysPerSplit = 256;       // at least, so that combining costs little
 constexpr int kMaxSingleTileKeys = 128;  // of a head, which the single-tile kernels keep in shared memory
 constexpr int kMaxSingleTileRows = 512;  // rows of a head; in the backward of all query heads of a key head
 constexpr int kMaxRowTilesInFlight = 4;
-constexpr int kSingleTileBlockWarps = 4;     // of a block of several problems
-constexpr int kSingleTileNotesBytes = 128;   // of a group of warps, beside its tiles
-constexpr int kBlocksPerProcessor = 2;  // that keep enough loads in flight
+constexpr int kSingleTileBlockWarps = 4;  // of a block of several problems
+constexpr int kBlocksPerProcessor = 2;    // that keep enough loads in flight
 
 // How many operations of the tensor cores take as long as adding a byte of float32 numbers to memory: the backward in one pass has fewer of
 // the former and more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
@@ -100,7 +101,7 @@ void plan_single_tile_forward(Planner& planner, const Image& image, ForwardArgum
   units.per_key_head = static_cast<int32_t>(per_key_head);
   units.warps = static_cast<int32_t>(warps);
   units.count = static_cast<uint32_t>(problem.batch * problem.num_heads_kv * per_key_head);
-  units.shared_bytes = static_cast<int32_t>(2 * (kRowsPerWarp * warps * image.head_dim_qk + keys * (image.head_dim_qk + image.head_dim_v)));
+  units.shared_bytes = SingleTileForwardLayout(image.head_dim_qk, image.head_dim_v, units.warps, static_cast<int>(keys)).bytes;
   launch_single_tile(planner, image, most_warps, arguments);
 }
 
@@ -120,15 +121,15 @@ const Image* single_tile_backward_image(const Planner& planner, const AttentionP
 void plan_single_tile_backward(Planner& planner, const Image& image, BackwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;
   SingleTileUnits& units = arguments.units;
-  const int64_t head_dims = image.head_dim_qk + image.head_dim_v, tile_bytes = image.block_m * (2 * head_dims + 8);
-  const int64_t warps = ceil_div(problem.seqlen_k, kRowsPerWarp);
-  const int64_t fixed_bytes = warps * kRowsPerWarp * 2 * (head_dims + image.block_m) + kSingleTileNotesBytes;
-  const int64_t tiles = arguments.heads_per_group * ceil_div(problem.seqlen_q, image.block_m);
-  const int64_t in_flight = std::min({tiles, int64_t{kMaxRowTilesInFlight}, (image.shared_bytes - fixed_bytes) / tile_bytes});
-  units.warps = static_cast<int32_t>(warps);
+  units.warps = static_cast<int32_t>(ceil_div(problem.seqlen_k, kRowsPerWarp));
   units.count = static_cast<uint32_t>(problem.batch * problem.num_heads_kv);
-  units.row_tiles_in_flight = static_cast<int32_t>(in_flight);
-  units.shared_bytes = static_cast<int32_t>(fixed_bytes + in_flight * tile_bytes);
+  const auto layout = [&](int row_tiles) {
+    return SingleTileBackwardLayout(image.head_dim_qk, image.head_dim_v, image.block_m, units.warps, row_tiles);
+  };
+  const int64_t tiles = arguments.heads_per_group * ceil_div(problem.seqlen_q, image.block_m);
+  const int64_t room = (image.shared_bytes - layout(0).bytes) / layout(0).row_tile;
+  units.row_tiles_in_flight = static_cast<int32_t>(std::min({tiles, int64_t{kMaxRowTilesInFlight}, room}));
+  units.shared_bytes = layout(units.row_tiles_in_flight).bytes;
   launch_single_tile(planner, image, std::max<int>(kSingleTileBlockWarps, units.warps), arguments);
 }
 

@@ -25,7 +25,6 @@ struct QueryPart {
 template <Dtype DTYPE, class Part, class ScoreTile, class KeyTile>
 FA_DEVICE void multiply_scores_keys(Accumulators<Part::kMatrices, Part::kBlocks>& part, const LaneAddress<ScoreTile>& scores,
                                     const LaneAddress<KeyTile>& keys) {
-  const float zero[4] = {};
 #pragma unroll
   for (int step = 0; step < KeyTile::kRows / 16; ++step) {
     uint32_t a[Part::kMatrices][4];
@@ -36,13 +35,7 @@ FA_DEVICE void multiply_scores_keys(Accumulators<Part::kMatrices, Part::kBlocks>
       uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, keys.at(16 * step, Part::kColumnGroups * (n / 2)));
 #pragma unroll
-      for (int m = 0; m < Part::kMatrices; ++m) {
-        using Block = const float (&)[4];
-        Block left_sum = step == 0 ? zero : static_cast<Block>(part[m][n]);
-        Block right_sum = step == 0 ? zero : static_cast<Block>(part[m][n + 1]);
-        ptx::mma_m16n8k16<DTYPE>(part[m][n], a[m], b[0], b[1], left_sum);
-        ptx::mma_m16n8k16<DTYPE>(part[m][n + 1], a[m], b[2], b[3], right_sum);
-      }
+      for (int m = 0; m < Part::kMatrices; ++m) multiply_step<DTYPE>(part[m], n, a[m], b, step == 0);
     }
   }
 }

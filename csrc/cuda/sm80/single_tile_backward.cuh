@@ -8,33 +8,32 @@
 //   3. dS^T through shared memory; all keys being here, dQ = dS K of these rows is whole: the warps share it out
 // No atomics and no float32 sums in global memory: every sum has one order, and two runs give the same bits.
 #pragma once
+#include "single_tile_layout.h"
 #include "transposed_stores.cuh"
 #include "warp_groups.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
-          int STAGES>
-struct SingleTileBackwardConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr FeatureClass kClass = CLASS;
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kBlockM = BLOCK_M;
-  static_assert(BLOCK_M == 32, "a lane has the mask word of one row");
-  static_assert(BLOCK_N == 16 * NUM_WARPS && HEAD_DIM_V == HEAD_DIM_QK, "dkey and dvalue go where the warp's rows of V were");
+template <class Row>
+struct SingleTileBackwardConfig : Row {
+  static_assert(Row::kBlockM == 32, "a lane has the mask word of one row");
+  static_assert(Row::kBlockN == 16 * Row::kWarps && Row::kHeadDimV == Row::kHeadDimQk,
+                "dkey and dvalue go where the warp's rows of V were");
 
-  using KeyTile = SharedTile<16, HEAD_DIM_QK>;  // of a warp, as the next two
-  using ValueTile = SharedTile<16, HEAD_DIM_V>;
-  using ScoreTile = SharedTile<16, BLOCK_M>;  // dS^T
-  using QueryTile = SharedTile<BLOCK_M, HEAD_DIM_QK>;
-  using GradientTile = SharedTile<BLOCK_M, HEAD_DIM_V>;  // of dout
-  // In this order in shared memory, for each group: K, V, dS^T; `row_tiles_in_flight` times Q, dO, lse and delta; a note of each warp.
-  static constexpr int kWarpBytes = KeyTile::kBytes + ValueTile::kBytes + ScoreTile::kBytes;
-  static constexpr int kStatisticsBytes = 2 * BLOCK_M * 4;
-  static constexpr int kRowTileBytes = QueryTile::kBytes + GradientTile::kBytes + kStatisticsBytes;
-  static constexpr int kNotesBytes = 2 * 4 * NUM_WARPS + 64;  // whether a warp has gradients of scores; its part of a slope's gradient
-  static constexpr int kSharedBytes = NUM_WARPS * kWarpBytes + STAGES * kRowTileBytes + kNotesBytes;
-  static_assert(kNotesBytes % 128 == 0);
+  using KeyTile = SharedTile<16, Row::kHeadDimQk>;  // of a warp, as the next two
+  using ValueTile = SharedTile<16, Row::kHeadDimV>;
+  using ScoreTile = SharedTile<16, Row::kBlockM>;  // dS^T
+  using QueryTile = SharedTile<Row::kBlockM, Row::kHeadDimQk>;
+  using GradientTile = SharedTile<Row::kBlockM, Row::kHeadDimV>;  // of dout
+
+  static constexpr SingleTileBackwardLayout kLargestUnit{Row::kHeadDimQk, Row::kHeadDimV, Row::kBlockM, Row::kWarps, Row::kStages};
+  static_assert(SharedBytes<kLargestUnit.bytes, Row::kSharedBytes>::kAgree);
+  static constexpr int kRowTileBytes = kLargestUnit.row_tile;
+  // SingleTileBackwardMemory steps from one to the next, which takes fewer registers than offsets.
+  static_assert(kLargestUnit.values == Row::kWarps * KeyTile::kBytes);
+  static_assert(kLargestUnit.scores == kLargestUnit.values + Row::kWarps * ValueTile::kBytes);
+  static_assert(kLargestUnit.rows == kLargestUnit.scores + Row::kWarps * ScoreTile::kBytes);
+  static_assert(kLargestUnit.has_gradients == kLargestUnit.rows + Row::kStages * kRowTileBytes);
 };
 
 // The 16 keys of a warp.
@@ -84,7 +83,7 @@ struct SingleTileBackwardUnit {
   static constexpr Dtype kDtype = Config::kDtype;
   static constexpr FeatureClass kClass = Config::kClass;
   static constexpr int kBlockM = Config::kBlockM, kBlocks = kBlockM / 8, kDims = Config::kHeadDimQk;
-  static constexpr bool kPlain = kClass == FeatureClass::plain, kBias = kClass == FeatureClass::bias;
+  static constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
   using ScoreTile = typename Config::ScoreTile;
@@ -289,8 +288,7 @@ struct SingleTileBackwardUnit {
         for (int n = 0; n < 4; n += 2) {
           uint32_t b[4];
           ptx::ldmatrix_x4_trans(b, k_rows.at(16 * from, 2 * columns + n / 2));
-          ptx::mma_m16n8k16<kDtype>(acc[0][n], a, b[0], b[1], acc[0][n]);
-          ptx::mma_m16n8k16<kDtype>(acc[0][n + 1], a, b[2], b[3], acc[0][n + 1]);
+          multiply_step<kDtype>(acc[0], n, a, b);
         }
       }
 #pragma unroll

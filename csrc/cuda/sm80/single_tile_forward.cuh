@@ -10,33 +10,31 @@
 #pragma once
 #include "../dropout.cuh"
 #include "../scores.cuh"
+#include "single_tile_layout.h"
 #include "warp_groups.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <Dtype DTYPE, int HEAD_DIM_QK, int HEAD_DIM_V, FeatureClass CLASS, bool DROPOUT, int BLOCK_M, int BLOCK_N, int NUM_WARPS,
-          int STAGES>
-struct SingleTileForwardConfig {
-  static constexpr Dtype kDtype = DTYPE;
-  static constexpr FeatureClass kClass = CLASS;
-  static constexpr bool kDropout = DROPOUT;
-  static constexpr int kHeadDimQk = HEAD_DIM_QK, kHeadDimV = HEAD_DIM_V, kWords = BLOCK_N / kKeysPerWord;
-  static_assert(BLOCK_M == 16 * NUM_WARPS && BLOCK_N % kKeysPerWord == 0 && STAGES == 1);
-  static_assert(HEAD_DIM_V <= HEAD_DIM_QK, "out goes where Q was");
+template <class Row>
+struct SingleTileForwardConfig : Row {
+  static constexpr int kWords = Row::kBlockN / kKeysPerWord;
+  static_assert(Row::kBlockM == 16 * Row::kWarps && Row::kBlockN % kKeysPerWord == 0 && Row::kStages == 1);
+  static_assert(Row::kHeadDimV <= Row::kHeadDimQk, "out goes where Q was");
 
-  using QueryTile = SharedTile<16, HEAD_DIM_QK>;  // of a warp
-  using OutTile = SharedTile<16, HEAD_DIM_V>;
-  using KeyTile = SharedTile<kKeysPerWord, HEAD_DIM_QK>;
-  using ValueTile = SharedTile<kKeysPerWord, HEAD_DIM_V>;
-  // Of the largest unit. One of fewer keys or warps has less.
-  static constexpr int kSharedBytes = NUM_WARPS * QueryTile::kBytes + kWords * (KeyTile::kBytes + ValueTile::kBytes);
+  using QueryTile = SharedTile<16, Row::kHeadDimQk>;  // of a warp
+  using OutTile = SharedTile<16, Row::kHeadDimV>;
+  using KeyTile = SharedTile<kKeysPerWord, Row::kHeadDimQk>;
+  using ValueTile = SharedTile<kKeysPerWord, Row::kHeadDimV>;
+
+  static constexpr SingleTileForwardLayout kLargestUnit{Row::kHeadDimQk, Row::kHeadDimV, Row::kWarps, Row::kBlockN};
+  static_assert(SharedBytes<kLargestUnit.bytes, Row::kSharedBytes>::kAgree);
 };
 
 template <class Config>
 FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
   constexpr Dtype kDtype = Config::kDtype;
   constexpr int kWords = Config::kWords, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8;
-  constexpr bool kPlain = Config::kClass == FeatureClass::plain, kBias = Config::kClass == FeatureClass::bias;
+  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
   using QueryTile = typename Config::QueryTile;
   using OutTile = typename Config::OutTile;
   using KeyTile = typename Config::KeyTile;
@@ -48,10 +46,11 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
   if (!group.has_work) return;
   const int lane = threadIdx.x % 32, num_words = static_cast<int>((problem.seqlen_k + kKeysPerWord - 1) / kKeysPerWord);
   unsigned char* const group_shared = shared + group.number * arguments.units.shared_bytes;
-  unsigned char* const q_tile = group_shared + group.warp * QueryTile::kBytes;  // (16, HEAD_DIM_QK)
+  const SingleTileForwardLayout layout(Config::kHeadDimQk, Config::kHeadDimV, group.num_warps, num_words * kKeysPerWord);
+  unsigned char* const q_tile = group_shared + layout.q + group.warp * QueryTile::kBytes;  // (16, HEAD_DIM_QK)
   const uint32_t q_smem = ptx::shared_address(q_tile);
-  const uint32_t k_smem = ptx::shared_address(group_shared) + group.num_warps * QueryTile::kBytes;  // (Lk rounded up to 32, HEAD_DIM_QK)
-  const uint32_t v_smem = k_smem + num_words * KeyTile::kBytes;                                     // (the same, HEAD_DIM_V)
+  const uint32_t k_smem = ptx::shared_address(group_shared) + layout.k;  // (Lk rounded up to 32, HEAD_DIM_QK)
+  const uint32_t v_smem = ptx::shared_address(group_shared) + layout.v;  // (the same, HEAD_DIM_V)
 
   // The group's key head; the warp's query head and rows.
   const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv), per_key_head = static_cast<uint32_t>(arguments.units.per_key_head);

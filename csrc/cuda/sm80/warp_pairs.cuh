@@ -26,15 +26,15 @@ struct WarpPair {
   FA_DEVICE void announce(int what) const { ptx::barrier_arrive(1 + what * kPairs + number, 2 * 32); }
   FA_DEVICE void await(int what) const { ptx::barrier_sync(1 + what * kPairs + number, 2 * 32); }
 
-  // buffer: of BLOCKS * 512 bytes for each pair.
+  // buffer: (pairs, BLOCKS * 128), aligned to 16 bytes.
   template <int BLOCKS>
-  FA_DEVICE void put(unsigned char* buffer, const Accumulators<1, BLOCKS>& numbers) const {
+  FA_DEVICE void put(float* buffer, const Accumulators<1, BLOCKS>& numbers) const {
     float4* const target = reinterpret_cast<float4*>(buffer) + number * BLOCKS * 32 + lane;
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) target[n * 32] = {numbers[0][n][0], numbers[0][n][1], numbers[0][n][2], numbers[0][n][3]};
   }
   template <int BLOCKS>
-  FA_DEVICE void take(const unsigned char* buffer, Accumulators<1, BLOCKS>& numbers) const {
+  FA_DEVICE void take(const float* buffer, Accumulators<1, BLOCKS>& numbers) const {
     const float4* const source = reinterpret_cast<const float4*>(buffer) + number * BLOCKS * 32 + lane;
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) {
@@ -52,7 +52,6 @@ struct LeftOperand {
   static constexpr int kRest = COLUMNS - HELD;
   using HeldTile = SharedTile<ROWS, HELD>;  // only until `hold`
   using RestTile = SharedTile<ROWS, kRest == 0 ? 64 : kRest>;
-  static constexpr int kRestBytes = kRest == 0 ? 0 : RestTile::kBytes;
 
   uint32_t pieces[HELD / 16][4];
   LaneAddress<RestTile> rest;
@@ -100,8 +99,7 @@ FA_DEVICE void multiply_add_packed(Accumulators<1, OUT_BLOCKS>& out, const uint3
     for (int n = 0; n < OUT_BLOCKS; n += 2) {
       uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, right.at(16 * step, FIRST + n / 2));
-      ptx::mma_m16n8k16<DTYPE>(out[0][n], a[step], b[0], b[1], out[0][n]);
-      ptx::mma_m16n8k16<DTYPE>(out[0][n + 1], a[step], b[2], b[3], out[0][n + 1]);
+      multiply_step<DTYPE>(out[0], n, a[step], b);
     }
   }
 }

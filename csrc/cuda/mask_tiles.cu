@@ -8,7 +8,6 @@
 //
 // Full: every row that is present may attend to all 64 keys, which all exist. Empty: none may attend to any of them. Rows past
 // query_lengths have no say: what they get does not depend on the keys. mask_arguments.h says which kernels a problem needs.
-#pragma once
 #include "bool_mask.cuh"
 #include "mask_arguments.h"
 
