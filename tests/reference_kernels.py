@@ -24,6 +24,10 @@ def interpreted() -> bool:
     return False
 
 
+def prepares(problem: Problem) -> bool:
+    return False
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     return []
 

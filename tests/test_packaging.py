@@ -120,7 +120,8 @@ def imports(name: str, path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+            extension = source == "fused_attention" and [alias.name for alias in node.names] == ["_native"]
+            found |= set() if extension else {source, *(f"{source}.{alias.name}" for alias in node.names)}
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..problem import NO_OPTIONAL_TENSORS, PLACE, TENSORS, Gradients, OptionalTensors, Problem, empty_lse, empty_output, without_repetition
 
 try:
-    from fused_attention import _native
+    from ... import _native
 except ImportError as error:  # installed without a compiler, or on a platform that has no native kernels
     _native = None  # type: ignore[assignment]
     NOT_BUILT = f"the compiled extension is not available ({error})"
