@@ -174,7 +174,7 @@ def test_the_real_model_is_equal_to_plain_pytorch_token_for_token() -> None:
     files = model_files(installed_model("en-pt"))
     vocabulary = sentencepiece.SentencePieceProcessor(str(files.source_vocab))
     model, plain = Transformer.from_pretrained(files.model), PlainMarian(*read_model_file(files.model))
-    sources = [[*vocabulary.encode(sentence), 0] for sentence in real_sentences(8)]
+    sources = [[*vocabulary.encode(sentence), 0] for sentence in real_sentences(3)]
     padded = torch.full((len(sources), max(map(len, sources))), model.pad_id)
     for row, source in zip(padded, sources, strict=True):
         row[: len(source)] = torch.tensor(source)
