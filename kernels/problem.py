@@ -302,6 +302,13 @@ def has_contiguous_last_dim(tensor: Tensor) -> bool:
     return tensor.shape[-1] == 1 or tensor.stride(-1) == 1
 
 
+def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
+    if tensor is None:
+        return (0,) * dims
+    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True)])
+
+
 def without_repetition(tensor: Tensor) -> Tensor:
     """The tensor with size 1 in dims that it was expanded in."""
     return tensor[tuple([slice(1) if stride == 0 else slice(None) for stride in tensor.stride()])]

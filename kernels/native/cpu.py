@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..call import Call, empty_strided
 from ..dropout import dropout_threshold
-from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers, with_contiguous_last_dim
+from ..problem import Gradients, OptionalTensors, Problem, strides, uncovered_numbers, with_contiguous_last_dim
 from ..replay import prepared
 from . import packed_problem
-from .packed_problem import DTYPES, NOT_BUILT, Plain, _native, address, optional_addresses, strides
+from .packed_problem import DTYPES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
 MIN_SPLIT_KEYS = 128  # of a head whose backward pass is split over its keys

@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import replay
 from ..call import Call, empty_strided
 from ..dropout import dropout_threshold
-from ..problem import Gradients, OptionalTensors, Problem, uncovered_numbers
+from ..problem import Gradients, OptionalTensors, Problem, strides, uncovered_numbers
 from ..torch_internals import answered_once, current_stream
 from . import packed_problem
-from .packed_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses, strides
+from .packed_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
 ROWS_PER_BLOCK = 64  # of the backward kernel for query

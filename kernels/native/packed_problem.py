@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem import NO_OPTIONAL_TENSORS, PLACE, TENSORS, Gradients, OptionalTensors, Problem, empty_lse, empty_output, without_repetition
+from ..problem import (
+    NO_OPTIONAL_TENSORS,
+    PLACE,
+    TENSORS,
+    Gradients,
+    OptionalTensors,
+    Problem,
+    empty_lse,
+    empty_output,
+    strides,
+    without_repetition,
+)
 
 try:
     from ... import _native
@@ -123,13 +134,6 @@ def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) 
 def address(tensor: Tensor | None) -> int:
     """0 of none."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
-    if tensor is None:
-        return (0,) * dims
-    return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True)])
 
 
 def _window_side(side: int | None) -> int:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..dropout import dropout_threshold
-from ..problem import OptionalTensors, Problem
+from ..problem import OptionalTensors, Problem, strides
 
 LOG2_E = math.log2(math.e)
 UNLIMITED = 2**30  # a window side that no sequence reaches; sums with it fit an int32
@@ -40,11 +40,11 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
     attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
     mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
     numbers = (
-        *_strides(attn_mask, 4),
-        *_strides(key_mask, 2),
-        *((0, slopes.stride(0)) if slopes is not None and slopes.dim() == 1 else _strides(slopes, 2)),
-        *_strides(mask_bits, 3),
-        *_strides(tiles, 3),
+        *strides(attn_mask, 4),
+        *strides(key_mask, 2),
+        *((0, slopes.stride(0)) if slopes is not None and slopes.dim() == 1 else strides(slopes, 2)),
+        *strides(mask_bits, 3),
+        *strides(tiles, 3),
         0 if tiles is None else tiles.shape[3] - 2,
         problem.max_seqlen_q,
         problem.max_seqlen_k,
@@ -88,7 +88,7 @@ def input_precision(dtype: torch.dtype) -> str:
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int]:
     """(batch, head, row) strides of a (B, H, L, D) tensor."""
-    batch, head, row = _strides(tensor, 3)
+    batch, head, row = strides(tensor, 3)
     return batch, head, row
 
 
@@ -111,10 +111,3 @@ def needs_tiles(problem: Problem) -> bool:
     """Whether lists of full and mixed tiles say what to visit; otherwise loop bounds do."""
     bool_mask = problem.attn_mask is not None and problem.attn_mask.dtype == torch.bool
     return bool_mask or problem.key_mask is not None or problem.row_tiles is not None
-
-
-def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
-    if tensor is None:
-        return (0,) * dims
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True))

@@ -235,11 +235,8 @@ def run_translate(options: argparse.Namespace) -> None:
     if options.stream or sys.stdin.isatty():
         stream_translations(translator, options)
         return
-    try:
-        with naming("stdin"):
-            lines = text_lines(sys.stdin.buffer.read())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    with naming("stdin"):
+        lines = text_lines("stdin", sys.stdin.buffer.read())
     with heartbeat("translating"):
         text, cut_sources, cut_translations = translated(translator, lines, options)
     too_long = f"longer than {translator.model.max_len - 1} tokens and cut"
@@ -271,10 +268,7 @@ def stream_translations(translator: Translator, options: argparse.Namespace) -> 
     in_pieces = options.beam == options.n_best == 1 and not options.scores and not options.alignment
     with naming("stdin"):
         for number, raw in enumerate(iter(sys.stdin.buffer.readline, b"")):
-            try:
-                line = raw.decode("utf-8").rstrip("\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number + 1} of stdin is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            line = decoded(f"line {number + 1} of stdin", raw).rstrip("\n")
             whole = None if in_pieces else translated(translator, [line], options, number)[0]
             for piece in itertools.chain(translator.stream(line), "\n") if whole is None else [whole]:
                 with naming("stdout"):
@@ -283,12 +277,7 @@ def stream_translations(translator: Translator, options: argparse.Namespace) -> 
 
 
 def run_score(options: argparse.Namespace) -> None:
-    sides = []
-    for path in (options.source, options.translation):
-        try:
-            sides.append(text_lines(path.read_bytes()))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    sides = [text_lines(str(path), path.read_bytes()) for path in (options.source, options.translation)]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"{options.source} has {len(sides[0]):,} lines and {options.translation} {len(sides[1]):,}")
     translator = load_translator(options)
@@ -298,8 +287,16 @@ def run_score(options: argparse.Namespace) -> None:
         sys.stdout.write("".join(f"{value:.4f}\n" for value in found))
 
 
-def text_lines(data: bytes) -> list[str]:
-    lines = data.decode("utf-8").split("\n")
+def decoded(name: str, data: bytes) -> str:
+    """ValueError, which names the source of the data, if it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def text_lines(name: str, data: bytes) -> list[str]:
+    lines = decoded(name, data).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
