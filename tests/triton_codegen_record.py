@@ -43,15 +43,18 @@ def key(function: Any, specialization_data: str, arch: int) -> str:
 
 @functools.cache
 def _settle_hashes() -> None:
-    """Triton 3.6 counts the constants of a called function only if that one was hashed before, so that a kernel's hash depends on what the
-    process met first. Hashed again until all are counted, it does not.
+    """Makes a kernel's hash depend on its source alone.
+
+    Triton 3.6 counts the constants of a called function only if that one was hashed before, so the hash depends on what the process met
+    first: hashing again until all are counted settles it. Triton also counts the line where a function begins, which changes no machine
+    code.
     """
     functions = [value for module in MODULES for value in vars(module).values() if isinstance(value, triton.JITFunction)]
     written = [function.fn.__globals__.get("kernel") for function in functions]  # what the functions that parameters.py writes call
     functions += [function for function in written if isinstance(function, triton.JITFunction)]
     for _ in range(MAX_CALL_DEPTH):
         for function in functions:
-            function.hash = None
+            function.hash, function.starting_line_number = None, 0
         for function in functions:
             function.cache_key  # noqa: B018  # a property that keeps what it finds
 

@@ -23,20 +23,7 @@ from .arguments import common_arguments, feature_class, needs_tiles, padded_head
 from .bias_gradient import summed_mask_gradient
 from .launch import Tile, launch, tile_for
 from .mask import tile_lists
-from .parameters import (
-    AttnMask,
-    Dropout,
-    KeyMask,
-    MaskBits,
-    RowNumbers,
-    Rows,
-    Scores,
-    Sizes,
-    Slopes,
-    Tiles,
-    Window,
-    kernel,
-)
+from .parameters import AttnMask, Dropout, KeyMask, MaskBits, RowNumbers, Rows, Scores, Sizes, Slopes, Tiles, Window, kernel
 from .tiles import (
     block_start,
     key_blocks,

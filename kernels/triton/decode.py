@@ -79,13 +79,7 @@ def prepare(problem: Problem) -> Call:
     split_out_shape = (splits * out.numel(),)
     split_lse_shape = (splits * lse.numel(),)
 
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        optional: OptionalTensors,
-        needs_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
         sinks = optional[PLACE["sinks"]]
         common = common_tensors(optional, None, None)

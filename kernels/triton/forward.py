@@ -56,13 +56,7 @@ def prepare(problem: Problem) -> Call:
     row_tiles, _ = tile_lists(problem, columns=False)
     launch = _launch_for(problem, out, lse, row_tiles) if out.numel() else None
 
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        optional: OptionalTensors,
-        needs_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
         if is_packed:
             out.zero_()
