@@ -104,7 +104,7 @@ class AmxBackward {
       }
       for (int64_t key0 = range.first; key0 < range.last; key0 += kKeys)
         run_key_block(key0, min_of(kKeys, range.last - key0), key0 > range.first || sparse_, key0 - range.first, last_head);
-      store_side_gradients(task);
+      store_head_gradients(problem_, bounds_, batch_, head_, tasks_.split(task), delta_, static_cast<float>(-bias_.slope_sum()));
       if (problem_.num_key_splits > 1)
         store_dquery_part(tasks_.dquery_part(task, bounds_, batch_, head_));
       else
@@ -331,14 +331,6 @@ class AmxBackward {
   static __attribute__((always_inline)) void store_halves(Bf16Bits* row, __m512i both) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(row), _mm512_castsi512_si256(both));
     _mm256_store_si256(reinterpret_cast<__m256i*>(row + kWeightStride), _mm512_extracti64x4_epi64(both, 1));
-  }
-
-  void store_side_gradients(int64_t task) const {
-    const int64_t split = tasks_.split(task), offset = lse_offset(problem_, bounds_, batch_, head_);
-    if (problem_.dsinks && split == 0) store_sink_gradient(problem_, batch_, head_, problem_.lse + offset, delta_, bounds_.seqlen_q);
-    if (problem_.dalibi_slopes)
-      problem_.dalibi_slopes[(batch_ * problem_.num_heads + head_) * problem_.num_key_splits + split] =
-          static_cast<float>(-bias_.slope_sum());
   }
 
   // Rows [row, row + 16) and columns [d, d + 16) of scale * dQ.

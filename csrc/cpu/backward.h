@@ -76,9 +76,6 @@ class BackwardPass {
       const bool last_head = h + 1 == (h_kv + 1) * group_;
       set_head(task, h);
       pack_query_side();
-      if (problem_.dsinks && tasks_.split(task) == 0)
-        store_sink_gradient(problem_, batch_, head_, problem_.lse + lse_offset(problem_, bounds_, batch_, head_), softmax_.delta(),
-                            bounds_.seqlen_q);
       plan_prefetch(more && last_head);
       for (int64_t key0 = range.first; key0 < range.last; key0 += blocks_together_ * kBackwardKeys) {
         const int64_t keys = min_of(blocks_together_ * kBackwardKeys, range.last - key0);
@@ -88,7 +85,7 @@ class BackwardPass {
         for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys)
           store_key_gradients(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
       }
-      if (problem_.dalibi_slopes) problem_.dalibi_slopes[batch_head_ * problem_.num_key_splits + tasks_.split(task)] = softmax_.dslope();
+      store_head_gradients(problem_, bounds_, batch_, head_, tasks_.split(task), softmax_.delta(), softmax_.dslope());
       store_dquery(task);
     }
     if (tasks_.split(task) + 1 == problem_.num_key_splits) {

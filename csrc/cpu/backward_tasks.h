@@ -61,13 +61,18 @@ class BackwardTasks {
   const int64_t batches_, heads_;
 };
 
-// The gradient of a head's sink: d lse / d sink is the sink's own weight, and there is no value to it.
-static inline void store_sink_gradient(const AttentionProblem& problem, int64_t b, int64_t h, const float* lse, const float* delta,
-                                       int64_t rows) {
+// Stores what a head adds to the gradients of its slope and its sink: one range of keys sees part of the slope's, and the sink's follows
+// from the rows alone. d lse / d sink is the sink's own weight, which no value goes with.
+static inline void store_head_gradients(const AttentionProblem& problem, const SequenceBounds& bounds, int64_t b, int64_t h, int64_t split,
+                                        const float* delta, float dslope) {
+  const int64_t head = (b * problem.num_heads + h) * problem.num_key_splits;
+  if (problem.dalibi_slopes) problem.dalibi_slopes[head + split] = dslope;
+  if (!problem.dsinks || split != 0) return;
+  const float* lse = problem.lse + lse_offset(problem, bounds, b, h);
   float sum = 0.0f;
-  for (int64_t i = 0; i < rows; ++i)
+  for (int64_t i = 0; i < bounds.seqlen_q; ++i)
     if (lse[i] != -kInfinity) sum -= __builtin_exp2f((problem.sinks[h] - lse[i]) * kLog2e) * delta[i];
-  problem.dsinks[(b * problem.num_heads + h) * problem.num_key_splits] = sum;
+  problem.dsinks[head] = sum;
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

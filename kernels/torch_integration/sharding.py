@@ -1,8 +1,8 @@
-"""How the operators run on torch.distributed's DTensors: each process its part of the batch or of the heads, with nothing to exchange.
+"""Sharding rules for torch.distributed's DTensors: each process runs its part of the batch or of the heads, and exchanges nothing.
 
-What is sharded otherwise (over lengths or head_dim, or over heads so that a group of query heads would be torn from its key head), DTensor
-gathers first. So it does with dropout, whose masks count batch and heads from the first of all. Gradients of what all parts share (a mask
-for the whole batch, slopes, sinks) are sums over the processes. What no kernel takes runs by the reference, whose backward pass asks for
+DTensor gathers inputs that are sharded any other way: over lengths or head_dim, or over heads so that a group of query heads would lose its
+key head. It also gathers with dropout, whose masks count batch and heads from the first of all. Gradients of shared inputs (a mask for the
+whole batch, a number for each head) are summed over the processes. A call that no kernel takes runs on the reference; its backward needs
 torch.distributed.tensor.experimental.implicit_replication() around it.
 """
 

@@ -57,7 +57,7 @@ def tile_for(kernel_name: str, dtype: torch.dtype, head_dim: int, feature_class:
         kernel_name: forward, dkdv, dq, dbias, decode or weights.
         head_dim: the padded one, a power of two from 16 to 256; the larger of query's and value's.
         feature_class: plain (full, causal, window and lengths, by loop bounds), masked (tile lists, key_mask, bool mask), bias (float mask,
-            softcap, alibi, gradient of the mask) or dropout; sinks are in every class.
+            softcap, alibi, gradient of the mask) or dropout. What none of them names is in every class.
     """
     if INTERPRETED:
         return INTERPRETER_TILES[feature_class]

@@ -53,7 +53,7 @@ def cpu_backward(
 ) -> None:
     """Writes every gradient.
 
-    gradients: addresses of dout, dlse, dquery, dkey, dvalue, dquery_parts, dattn_mask, dalibi_slopes and dsinks (csrc/problem.h), 0 = none.
+    gradients: addresses in the order in which csrc/module.cpp places them, 0 = none.
     """
 
 def cpu_isa() -> str: ...
