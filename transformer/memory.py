@@ -32,7 +32,12 @@ class Padding:
         return {"key_mask": self.key_mask, "key_lengths": self.lengths}
 
     def seen_by(self, queries: Padding, is_causal: bool = False) -> dict[str, Any]:
-        """The options of `attention` from queries to these keys, the padding of both hidden: one mask for every layer."""
+        """The options of `attention` from queries to these keys, the padding of both hidden: one mask for every layer.
+
+        An exported program gets what the mask is made of: the number of its tiles would be that of the example.
+        """
+        if torch.compiler.is_exporting():
+            return {**self.as_keys(), "query_lengths": queries.lengths, "is_causal": is_causal}
         prepared = prepare_mask(
             key_mask=self.key_mask,
             key_lengths=self.lengths,

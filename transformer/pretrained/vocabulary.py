@@ -10,14 +10,18 @@ from .marian_file import PretrainedError
 
 
 class Vocabulary:
-    """Sentences to token ids and back; what translation.tokenizer.Tokenizer is for the models trained here."""
+    """Sentences to token ids and back; what translation.tokenizer.Tokenizer is for the models trained here.
+
+    `model` is the file's content.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises PretrainedError: the file is missing or damaged, or is no vocabulary of Marian's, in which </s> has id 0."""
         import sentencepiece  # of an optional extra
 
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self.model = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except OSError as error:
             raise PretrainedError(f"cannot read {path}: {error.strerror or error}") from error
         except RuntimeError as error:

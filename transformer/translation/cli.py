@@ -1,4 +1,4 @@
-"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, score, demo, bench.
+"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, score, export, demo, bench.
 
 A user's error is one line on stderr and exit status 2.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import itertools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .translate import Translator
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
+EXPORTED_FILES = ENCODER, STEP, SOURCE_VOCABULARY, TARGET_VOCABULARY = "encoder.pt2", "decoder_step.pt2", "source.spm", "target.spm"
 # Settings of TrainingConfig that are arguments of `train`, with their types; None stands for "as in the recipe".
 TRAIN_SETTINGS = {
     **{name: int for name in ("vocab_size", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers")},
@@ -137,6 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--source", type=Path, required=True, help="file with a sentence a line")
     score.add_argument("--translation", type=Path, required=True, help="file with its translation a line")
     score.set_defaults(command=run_score)
+
+    export = commands.add_parser("export", help="write the encoder and a step of the decoder as programs of torch.export")
+    add_model_arguments(export)
+    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=f"folder for {', '.join(EXPORTED_FILES)}")
+    export.add_argument("--overwrite", action="store_true", help="replace earlier ones")
+    export.set_defaults(command=run_export)
 
     demo = commands.add_parser("demo", help="train, translate and write a report, in one go")
     demo.add_argument("--minutes", type=float, help="training time (default: 10 on a CPU, 3 on a GPU)")
@@ -285,6 +294,25 @@ def run_score(options: argparse.Namespace) -> None:
         found = translator.log_probabilities(*sides)
     with naming("stdout"):
         sys.stdout.write("".join(f"{value:.4f}\n" for value in found))
+
+
+def run_export(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..export import export_programs
+    from .output_files import atomic_write, claim_output_folder
+
+    if options.shortlist:
+        raise ValueError("--shortlist does not go with export: a program holds the whole vocabulary")
+    translator = load_translator(options)
+    claim_output_folder(options.output, EXPORTED_FILES, overwrite=options.overwrite)
+    with heartbeat("exporting"):
+        for name, program in zip((ENCODER, STEP), export_programs(translator.model), strict=True):
+            data = io.BytesIO()
+            torch.export.save(program, data, extra_files={"config.json": json.dumps(translator.model.config)})
+            atomic_write(options.output / name, data.getvalue())
+    atomic_write(options.output / SOURCE_VOCABULARY, translator.source_tokenizer.model)
+    atomic_write(options.output / TARGET_VOCABULARY, translator.target_tokenizer.model)
 
 
 def decoded(name: str, data: bytes) -> str:
