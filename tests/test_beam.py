@@ -193,15 +193,18 @@ class RecurrentTranslator(Generation):
 
     def decode(self, tgt: Tensor, memory: RowMemory, cache: RowState) -> Tensor:
         first = tgt == self.bos_id
-        inputs = self.embedding(tgt.masked_fill(first, 0)).masked_fill(first[..., None], 0)[:, 0]
+        inputs = self.embedding(tgt.masked_fill(first, 0)).masked_fill(first[..., None], 0)
         sources = memory.states.repeat_interleave(tgt.shape[0] // memory.batch_size, 0)
-        before = torch.zeros_like(inputs) if cache.state is None else cache.state
-        cache.state = 0.6 * before + torch.tanh(inputs + sources)
-        return self.output(3 * cache.state)[:, None]
+        state = torch.zeros_like(sources) if cache.state is None else cache.state
+        states = []
+        for place in inputs.unbind(1):
+            state = 0.6 * state + torch.tanh(place + sources)
+            states.append(state)
+        cache.state = state
+        return self.output(3 * torch.stack(states, 1))
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
-        memory, cache = self.start_decoding(src, 0)
-        return torch.cat([self.decode(tgt[:, [t]], memory, cache) for t in range(tgt.shape[1])], 1)
+        return self.decode(tgt, *self.start_decoding(src, 0))
 
 
 @dataclass

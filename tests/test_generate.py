@@ -248,6 +248,26 @@ class TestGenerate:
             assert tokens[row, : alone.shape[1]].tolist() == alone[0].tolist()
         assert torch.equal(model.generate(SRC, 3, beam=beam, prefix=prefix[:1].expand(4, 3)), prefix[:1].expand(4, 3))
 
+    @pytest.mark.parametrize("beam", [1, 3])
+    @pytest.mark.parametrize("cell", ["attention", "ssru"])
+    def test_what_every_row_begins_with_is_decoded_in_one_pass(self, cell: str, beam: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = ending_model(decoder_cell=cell)
+        prefix = torch.tensor([[7, 7, 7, 0], [9, 8, 3, 0], [4, 5, 6, 0], [5, 1, 9, 9]])
+        seen = []
+        decode = model.decode
+        monkeypatch.setattr(model, "decode", lambda tgt, *others: seen.append(tgt.tolist()) or decode(tgt, *others))
+        tokens = model.generate(SRC, 10, beam=beam, prefix=prefix)
+        assert seen[0] == [[1, *row[:3]] for row in prefix.tolist() for _ in range(beam)]
+        assert {len(row) for rows in seen[1:] for row in rows} == {1}
+        monkeypatch.undo()
+        for [best], row, src in zip(model.beam_search(SRC, 10, beam=beam, prefix=prefix, early_stopping=True), tokens, SRC, strict=True):
+            if beam == 1:
+                assert best.tokens == row[: len(best.tokens)].tolist()
+            expected = model.score(src[None], torch.tensor([best.tokens])).sentences.item()
+            assert best.log_probability == pytest.approx(expected, rel=1e-9)
+        model.output.bias.data[7] = -torch.inf
+        assert model.generate(SRC, 10, beam=beam, prefix=prefix)[0, :3].tolist() == [7, 7, 7]
+
     @pytest.mark.parametrize("options", [{}, {"beam": 3}, {"beam": 3, "early_stopping": True}], ids=str)
     def test_float32_and_bfloat16_run(self, options: dict[str, Any]) -> None:
         model = ending_model().float()

@@ -70,14 +70,16 @@ class BeamSearch:
         memory, cache = self.model.start_decoding(src, max_length)
         batch_size, device = memory.batch_size, memory.device
         sentences = torch.arange(batch_size, device=device)  # the row of src of each sentence of the batch
-        newest = torch.full((batch_size * width, 1), self.model.bos_id, device=device)
+        newest = self.constraints.beginning(batch_size * width, max_length - 1, device)
+        forced = newest[:, 1:]
         beams: Beams | None = None
         results: Beams | None = None
 
-        for length in range(max_length if batch_size > 0 else 0):
-            log_probabilities = log_softmax(self.model.decode(newest, memory, cache)[:, -1])
+        for length in range(forced.shape[1], max_length if batch_size > 0 else 0):
+            logits = self.model.decode(newest, memory, cache)
+            log_probabilities = log_softmax(logits[:, -1])
             if beams is None:
-                beams = self._empty(batch_size, log_probabilities)
+                beams = self._first(forced.unflatten(0, (batch_size, width)), logits[:, :-1])
                 results = beams.clone()
             history = beams.tokens.flatten(0, 1)[:, :length]
             log_probabilities = self.constraints.apply(log_probabilities, length, history)
@@ -99,13 +101,15 @@ class BeamSearch:
             newest = beams.tokens[:, :, length].reshape(-1, 1)
         return [] if results is None else self._ranked(results)
 
-    def _empty(self, batch_size: int, like: Tensor) -> Beams:
-        """No tokens yet: the first hypothesis of each sentence has sum 0, the others do not exist."""
-        shape = batch_size, self.beam
-        tokens = torch.full((*shape, len(self.penalties)), self.model.pad_id, device=like.device)
-        nothing = like.new_full(shape, -torch.inf)
+    def _first(self, forced: Tensor, logits: Tensor) -> Beams:
+        """One hypothesis of each sentence, with the forced tokens (B, K, n) alone; the others do not exist. logits (B * K, n, V)."""
+        scores = log_softmax(logits).gather(2, forced.flatten(0, 1).unsqueeze(2))
+        tokens = forced.new_full((*forced.shape[:2], len(self.penalties)), self.model.pad_id)
+        tokens[:, :, : forced.shape[2]] = forced
+        nothing = scores.new_full(forced.shape[:2], -torch.inf)
         sums = nothing.clone()
-        sums[:, 0] = 0
+        # A probability of 0 is no reason against a prefix.
+        sums[:, 0] = scores.view(*forced.shape).sum(2)[:, 0].clamp(min=torch.finfo(scores.dtype).min)
         return Beams(tokens, sums, tokens.clone(), nothing, nothing.clone())
 
     def _step(self, beams: Beams, log_probabilities: Tensor, length: int) -> Tensor:

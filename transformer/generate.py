@@ -186,8 +186,11 @@ class Generation(nn.Module):
         memory, cache = self.start_decoding(src, max_new_tokens)
         output = torch.full((memory.batch_size, max_new_tokens), self.pad_id, device=memory.device)
         rows = torch.arange(memory.batch_size, device=memory.device)  # the row of output that each row of the batch writes
-        tokens = output.new_full((memory.batch_size, 1), self.bos_id)
-        for length in range(max_new_tokens if memory.batch_size > 0 else 0):
+        tokens = constraints.beginning(memory.batch_size, max_new_tokens - 1, memory.device)
+        num_forced = tokens.shape[1] - 1
+        output[:, :num_forced] = tokens[:, 1:]
+        yield from output[:, :num_forced].unbind(1)
+        for length in range(num_forced, max_new_tokens if memory.batch_size > 0 else 0):
             logits = self.decode(tokens, memory, cache)[:, -1]
             history = output[rows, :length] if constraints.reads_history(length) else None
             tokens = choose(constraints.apply(logits, length, history))

@@ -1,7 +1,7 @@
 """What the searches for a translation share: the decoder as they see it, and the tokens that may come next.
 
-A search knows nothing of attention. It calls decode with the newest token of every row, and tells memory and cache which
-rows go on; whether a cache holds keys and values or the state of a recurrent cell is the decoder's business.
+A search knows nothing of attention. It calls decode with the newest token of every row, at first with a forced prefix too, and tells
+memory and cache which rows go on; whether a cache holds keys and values or the state of a recurrent cell is the decoder's business.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class SearchableModel(Protocol):
         """src (B, S) int64 -> its DecoderMemory and an empty DecoderCache, with room for capacity tokens."""
 
     def decode(self, tgt: Tensor, memory: Any, cache: Any) -> Tensor:
-        """The next token of each row, tgt (B * beams, 1) int64, -> logits (B * beams, 1, V), a tensor that may be written to.
+        """The next n tokens of each row, tgt (B * beams, n) int64, -> logits (B * beams, n, V), a tensor that may be written to.
 
-        Row r translates source r // beams.
+        Row r translates source r // beams. n is 1, or in the first call 1 + the length of a forced prefix.
         """
 
 
@@ -60,8 +60,17 @@ class Constraints:
     """
 
     def __init__(self, model: SearchableModel, prefix: Tensor | None = None, min_length: int = 0, no_repeat_ngram: int = 0) -> None:
-        self.never, self.eos_id, self.pad_id = {model.pad_id, model.bos_id} - {model.eos_id}, model.eos_id, model.pad_id
+        self.bos_id, self.eos_id, self.pad_id = model.bos_id, model.eos_id, model.pad_id
+        self.never = {model.pad_id, model.bos_id} - {model.eos_id}
         self.prefix, self.min_length, self.no_repeat_ngram = prefix, min_length, no_repeat_ngram
+
+    def beginning(self, num_rows: int, most: int, device: torch.device) -> Tensor:
+        """What decode gets first: bos_id, and as much of the prefixes as no row is without, at most `most` tokens; (R, 1 + n) int64."""
+        begin = torch.full((num_rows, 1), self.bos_id, device=device)
+        if self.prefix is None or num_rows == 0:
+            return begin
+        shortest = int((self.prefix != self.pad_id).sum(1).min())
+        return torch.cat([begin, self.prefix[:, : min(shortest, most)]], 1)
 
     def reads_history(self, length: int) -> bool:
         """Whether apply reads the tokens of rows of this length."""
