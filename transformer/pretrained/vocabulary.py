@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import sentencepiece
+
+from .find import PretrainedError
 from .marian import EOS_ID
-from .marian_file import PretrainedError
 
 
 class Vocabulary:
@@ -17,8 +19,6 @@ class Vocabulary:
 
     def __init__(self, path: Path) -> None:
         """Raises PretrainedError: the file is missing or damaged, or is no vocabulary of Marian's, in which </s> has id 0."""
-        import sentencepiece  # of an optional extra
-
         try:
             self.model = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Transformer
-from .machine import optional_module
+from ..optional import optional_module
 from .output_files import atomic_write
 from .tokenizer import Tokenizer
 from .training_config import TrainingConfig

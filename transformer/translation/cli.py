@@ -12,12 +12,12 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .machine import optional_module
+from ..optional import optional_module
 from .output_files import naming
 from .terminal import heartbeat
 from .training_config import RECIPES, TrainingConfig
@@ -248,16 +248,21 @@ def run_translate(options: argparse.Namespace) -> None:
         lines = text_lines("stdin", sys.stdin.buffer.read())
     with heartbeat("translating"):
         text, cut_sources, cut_translations = translated(translator, lines, options)
-    too_long = f"longer than {translator.model.max_len - 1} tokens and cut"
-    for what, indices in ((too_long, cut_sources), ("translation cut before its end", cut_translations)):
-        if indices:
-            print(f"fused-attention: {what}: {line_numbers(indices)}", file=sys.stderr)
+    report_cut(translator, cut_sources, cut_translations)
     with naming("stdout"):
         sys.stdout.buffer.write(text.encode())
 
 
+def report_cut(translator: Translator, sources: Sequence[int], translations: Sequence[int]) -> None:
+    """On stderr; indices of lines."""
+    too_long = f"longer than {translator.model.max_len - 1} tokens and cut"
+    for what, indices in ((too_long, sources), ("translation cut before its end", translations)):
+        if indices:
+            print(f"fused-attention: {what}: {line_numbers(indices)}", file=sys.stderr)
+
+
 def translated(translator: Translator, lines: list[str], options: argparse.Namespace, first: int = 0) -> tuple[str, list[int], list[int]]:
-    """What is printed of lines, whose numbers count from `first`; the indices of sources and of translations that were cut."""
+    """What is printed of lines; the indices of sources and of translations that were cut. All count from `first`."""
     done = translator.translations(lines, beam=options.beam, n_best=options.n_best, scores=options.scores)
     if options.n_best > 1:
         numbered = [(number, found) for number, candidates in enumerate(done.candidates, first) for found in candidates]
@@ -269,7 +274,8 @@ def translated(translator: Translator, lines: list[str], options: argparse.Names
         if options.alignment:
             pairs = [translator.alignment(line, translation) for line, translation in zip(lines, done.lines, strict=True)]
             printed = [f"{line} ||| {' '.join(f'{s}-{t}' for s, t in of_line)}" for line, of_line in zip(printed, pairs, strict=True)]
-    return "".join(f"{line}\n" for line in printed), done.cut_sources, done.cut_translations
+    cut_sources, cut_translations = ([first + i for i in indices] for indices in (done.cut_sources, done.cut_translations))
+    return "".join(f"{line}\n" for line in printed), cut_sources, cut_translations
 
 
 def stream_translations(translator: Translator, options: argparse.Namespace) -> None:
@@ -278,11 +284,22 @@ def stream_translations(translator: Translator, options: argparse.Namespace) -> 
     with naming("stdin"):
         for number, raw in enumerate(iter(sys.stdin.buffer.readline, b"")):
             line = decoded(f"line {number + 1} of stdin", raw).rstrip("\n")
-            whole = None if in_pieces else translated(translator, [line], options, number)[0]
-            for piece in itertools.chain(translator.stream(line), "\n") if whole is None else [whole]:
-                with naming("stdout"):
-                    sys.stdout.buffer.write(piece.encode())
-                    sys.stdout.buffer.flush()
+            if in_pieces:
+                done = translator.stream(line)
+                write_at_once(itertools.chain(done, "\n"))
+                report_cut(translator, [number] * done.cut_source, [number] * done.cut_translation)
+            else:
+                text, cut_sources, cut_translations = translated(translator, [line], options, number)
+                write_at_once([text])
+                report_cut(translator, cut_sources, cut_translations)
+
+
+def write_at_once(pieces: Iterable[str]) -> None:
+    """On stdout, each piece when it is there."""
+    for piece in pieces:
+        with naming("stdout"):
+            sys.stdout.buffer.write(piece.encode())
+            sys.stdout.buffer.flush()
 
 
 def run_score(options: argparse.Namespace) -> None:
@@ -344,10 +361,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def run_bench(options: argparse.Namespace) -> int:
     for module in ("pytest", "pytest_benchmark"):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ImportError(f"{module} cannot be imported ({error}); pip install 'fused-attention[bench]'") from error
+        optional_module(module, "bench")
     try:
         benchmarks = importlib.import_module("fused_attention.benchmarks")
     except ImportError as error:

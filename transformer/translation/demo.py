@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ..embedding import sinusoidal_positions
+from ..optional import optional_module
 from . import plots, report
 from .checkpoint import CHECKPOINT_NAME
 from .corpora import load_corpus
 from .data import DATA_VARIABLE, Corpus, DataError
-from .machine import backend_lines, choose_device, machine_facts, machine_report, optional_module
+from .machine import backend_lines, choose_device, machine_facts, machine_report
 from .output_files import atomic_write, claim_output_folder
 from .swap_demo import SwapResult, swap_attention
 from .terminal import heartbeat

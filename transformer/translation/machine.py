@@ -1,17 +1,16 @@
-"""What this machine is and has: its attention backends, the device and precision to run in, optional packages."""
+"""What this machine is and has: its attention backends, the device and precision to run in."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -147,18 +146,3 @@ def autocast(device: torch.device, choice: str = "auto") -> contextlib.AbstractC
     if choice == "bf16" or (choice == "auto" and bf16_pays(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
-
-
-class MissingModuleError(ImportError):
-    """A package of the optional extra `translation` is not installed."""
-
-
-def optional_module(name: str) -> Any:
-    """Return the module `name` (dotted names allowed); MissingModuleError names the pip extra when it is absent."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise MissingModuleError(
-            f"{package} cannot be imported ({error}); install it with: pip install 'fused-attention[translation]'"
-        ) from error

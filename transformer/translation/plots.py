@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .machine import optional_module
+from ..optional import optional_module
 from .train import History
 
 TEXT, MUTED, ACCENT, SECOND = "#1f2937", "#94a3b8", "#2563eb", "#d97706"

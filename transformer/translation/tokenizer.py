@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from ..optional import optional_module
 from .data import DataError
-from .machine import optional_module
 
 # sentencepiece's signs for a space and for what is unknown. It trains on no sentence that holds the second one.
 SPACE_SIGN, UNKNOWN_SIGN = "▁", "▅"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import Transformer
+from ..optional import optional_module
 from .batches import BatchSource, Position
 from .checkpoint import (
     CHECKPOINT_NAME,
@@ -30,7 +31,7 @@ from .checkpoint import (
     tokenizer_tensors,
 )
 from .data import Corpus, left_out_text
-from .machine import autocast, optional_module
+from .machine import autocast
 from .terminal import stop_on_interrupt
 from .tokenizer import PAD_ID, Tokenizer
 from .training_config import TrainingConfig, learning_rate

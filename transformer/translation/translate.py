@@ -6,22 +6,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..checks import checked_integer_in
 from ..model import Transformer
-from ..pretrained.find import model_files
-from ..pretrained.marian_file import PretrainedError
-from ..pretrained.shortlist import Shortlist
-from ..pretrained.vocabulary import Vocabulary
+from ..optional import optional_module
+from ..pretrained.find import PACKAGES, PretrainedError, model_files
 from .batches import pad
 from .checkpoint import load_model, load_tokenizers, read_checkpoint
 from .data import ParallelText, left_out_text
-from .machine import autocast, choose_device, optional_module
+from .machine import autocast, choose_device
 from .tokenizer import SPACE_SIGN, Tokenizer
+
+if TYPE_CHECKING:
+    from ..pretrained.vocabulary import Vocabulary
 
 # Source tokens decoded together, padding included and once for each beam; what is finished leaves the batch.
 BATCH_TOKENS = 2048
@@ -67,6 +68,18 @@ class Translations:
     candidates: list[list[Candidate]] = field(default_factory=list)
 
 
+@dataclass
+class TextStream:
+    """A translation in pieces of text, as they come."""
+
+    pieces: Iterator[str] = field(default_factory=lambda: iter(()))
+    cut_source: bool = False  # the line did not fit the model
+    cut_translation: bool = False  # it had not ended at the length limit, which is known after the last piece
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+
 class Translator:
     """A trained model with its tokenizers. Not thread-safe."""
 
@@ -94,8 +107,11 @@ class Translator:
 
         shortlist: choose among the target tokens that the folder's lexical shortlist has for the source alone. Raises PretrainedError.
         """
-        for name in ("yaml", "sentencepiece"):
-            optional_module(name)
+        for name in PACKAGES:
+            optional_module(name, "pretrained")
+        from ..pretrained.shortlist import Shortlist
+        from ..pretrained.vocabulary import Vocabulary
+
         files = model_files(Path(path))
         source, target = Vocabulary(files.source_vocab), Vocabulary(files.target_vocab)
         model = Transformer.from_pretrained(files.model)
@@ -138,16 +154,18 @@ class Translator:
             [found[sentence] if scores or n_best > 1 else [] for sentence in in_order],
         )
 
-    def stream(self, line: str, **options: Any) -> Iterator[str]:
+    def stream(self, line: str, **options: Any) -> TextStream:
         """The translation of one line in pieces of text, as they come; joined, they are the translation.
 
         options: those of Transformer.stream, such as temperature. Raises ValueError or TypeError, naming the argument, at once.
         """
         encoded = self._encoded(self.source_tokenizer, [" ".join(line.split())])
         if not encoded:
-            return iter(())
-        src = self._padded([self.source_tokens(ids) for ids in encoded.values()])
+            return TextStream()
+        (ids,) = encoded.values()
+        src = self._padded([self.source_tokens(ids)])
         columns = self.model.stream(src, self._length_limit(src), **options)
+        stream = TextStream(cut_source=len(ids) >= self.model.max_len)
 
         def pieces() -> Iterator[str]:
             tokens: list[int] = []
@@ -156,6 +174,7 @@ class Translator:
                 with autocast(self.device, self.precision):
                     column = next(columns, None)
                 if column is None:
+                    stream.cut_translation = self.model.eos_id not in tokens
                     return
                 tokens.append(int(column))
                 [text] = self.target_tokenizer.decode([tokens])
@@ -164,7 +183,8 @@ class Translator:
                     yield text[len(shown) :]
                     shown = text
 
-        return pieces()
+        stream.pieces = pieces()
+        return stream
 
     def log_probabilities(self, lines: Sequence[str], translations: Sequence[str]) -> list[float]:
         """The log-probability of each line's given translation, its end with it, in order. ValueError if one does not fit the model."""
