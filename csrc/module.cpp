@@ -21,7 +21,7 @@ using Address = uintptr_t;  // 0 = not given
 using Pair = std::array<int64_t, 2>;
 using Strides = std::array<int64_t, 3>;  // of batch, head and row in elements
 
-// Every tensor of a forward call, in the order of its address: inputs and results, then TENSORS of kernels/problem.py.
+// Every tensor of a forward call, in the order of the addresses: inputs and results, then TENSORS of kernels/problem.py.
 template <class Visit>
 constexpr void visit_tensors(AttentionProblem& problem, Visit visit) {
   visit("query", problem.query.data);
@@ -61,7 +61,7 @@ Enum checked(const char* name, int value) {
   return static_cast<Enum>(value);
 }
 
-// Plain data as bytes, which Python may keep for all calls that differ in nothing else.
+// Plain data as bytes, which Python can keep and reuse for every call with the same values.
 template <class Data>
 py::bytes as_bytes(const Data& data) {
   return py::bytes(reinterpret_cast<const char*>(&data), sizeof(data));
@@ -77,7 +77,7 @@ Data from_bytes(PyObject* bytes, const char* made_by) {
   return data;
 }
 
-// All of a problem but its addresses.
+// A problem without its addresses.
 py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pair& num_tokens, double scale,
                         const std::array<int32_t, 2>& window, int32_t diagonal, bool bottom_right, double softcap,
                         uint32_t dropout_threshold, const Strides& query, const Strides& key, const Strides& value, const Strides& out,
@@ -108,7 +108,7 @@ py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pa
   return as_bytes(problem);
 }
 
-// Puts one address after another into the pointers.
+// Assigns the addresses to the pointers, in order.
 template <size_t kNum, class... T>
 void place(const std::array<Address, kNum>& addresses, T*&... pointers) {
   static_assert(sizeof...(T) == kNum);
@@ -127,7 +127,7 @@ AttentionProblem placed(PyObject* bytes, const Addresses& addresses) {
   return problem;
 }
 
-// The arguments (problem, some integers, addresses) without pybind11's conversions, which take longer than a small kernel.
+// Parses the arguments (problem, integers, addresses) without pybind11, whose conversions take longer than a small kernel.
 template <int kNumIntegers>
 struct RawArguments {
   std::array<Address, kNumIntegers> integers;
@@ -183,7 +183,7 @@ void cpu_weights(const py::bytes& problem, int num_threads, const Addresses& add
   cpu::weights(weights, num_threads);
 }
 
-// dattn_mask: strides of part, batch, head, row and key.
+// dattn_mask: part, batch, head, row and key strides.
 void cpu_backward(const py::bytes& problem, int num_threads, const Addresses& addresses, const CpuGradients& gradients, const Strides& dout,
                   const Strides& dquery, const Strides& dkey, const Strides& dvalue, const std::array<int64_t, 5>& dattn_mask,
                   int32_t num_mask_parts, int32_t num_key_splits) {
@@ -202,7 +202,7 @@ void cpu_backward(const py::bytes& problem, int num_threads, const Addresses& ad
   cpu::backward(backward, num_threads);
 }
 
-// A problem with what a backward call has beyond it.
+// A problem plus what only a backward call has.
 struct CudaBackwardProblem {
   AttentionProblem problem;
   cuda::SideGradients side;
@@ -235,7 +235,7 @@ cuda::Plan backward_plan(const py::bytes& problem, const cuda::DeviceLimits& lim
   return cuda::plan_backward(backward.problem, backward.side, limits, reinterpret_cast<void*>(workspace));
 }
 
-// Returns the bytes of workspace wanted; 0 = launched.
+// Returns the workspace bytes needed, or 0 after launching.
 size_t cuda_backward(const py::bytes& problem, int device, Address stream, Address workspace, const Addresses& addresses,
                      const CudaGradients& gradients) {
   const cuda::Plan plan = backward_plan(problem, cuda::device_limits(device), workspace, addresses, gradients);
@@ -265,7 +265,7 @@ py::tuple cuda_backward_plan(const py::bytes& problem, int compute_capability, i
   return as_tuple(backward_plan(problem, {compute_capability, multiprocessors, shared_bytes}, workspace, addresses, gradients));
 }
 
-// cuda_forward(problem, device, stream, workspace, *addresses) -> bytes of workspace wanted; 0 = launched.
+// cuda_forward(problem, device, stream, workspace, *addresses) -> workspace bytes needed, or 0 after launching
 PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
     const RawArguments<3> given(arguments, num_arguments,
@@ -288,7 +288,7 @@ PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arg
 
 PyMethodDef raw_functions[] = {
     raw_definition("cpu_forward", cpu_forward, "Writes out and lse of a problem."),
-    raw_definition("cuda_forward", cuda_forward, "Launches the forward kernels, or says how many bytes of workspace they want."),
+    raw_definition("cuda_forward", cuda_forward, "Launches the forward kernels, or returns how many bytes of workspace they need."),
 };
 
 }  // namespace
@@ -302,7 +302,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("window"), py::arg("diagonal"), py::arg("bottom_right"), py::arg("softcap"), py::arg("dropout_threshold"),
              py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"),
              py::arg("attn_mask_dtype"), py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"),
-             py::arg("num_tiles"), "All of a problem but its addresses.");
+             py::arg("num_tiles"), "A problem without its addresses.");
   module.def(
       "address_names",
       [] {
@@ -323,11 +323,11 @@ PYBIND11_MODULE(_native, module) {
         for (const cpu::KernelTable* table : cpu::available_tables()) names.append(table->name);
         return names;
       },
-      "Every instruction set that this machine can run, best first.");
+      "Every instruction set this machine can run, best first.");
   module.def("cuda_plan", &cuda_plan,
-             "What cuda_forward would launch: bytes of workspace, and (name, blocks, threads, shared, arguments).");
+             "What cuda_forward would launch: workspace bytes, and a list of (name, blocks, threads, shared, arguments).");
   module.def("cuda_backward_problem", &cuda_backward_problem, "A problem with the strides of gradients, for cuda_backward.");
-  module.def("cuda_backward", &cuda_backward, "Launches the backward kernels, or says how many bytes of workspace they want.");
+  module.def("cuda_backward", &cuda_backward, "Launches the backward kernels, or returns how many bytes of workspace they need.");
   module.def("cuda_backward_plan", &cuda_backward_plan, "What cuda_backward would launch, like cuda_plan.");
   module.def(
       "cuda_why_not",
@@ -337,11 +337,11 @@ PYBIND11_MODULE(_native, module) {
       },
       "Why the CUDA kernels cannot run on a device (-1: on any), or None.");
   module.def("cuda_set_single_tile_kernels", &cuda::set_single_tile_kernels,
-             "Whether the single-tile kernels are used where they can be; returns whether they were.");
+             "Turns the single-tile kernels on or off; returns the previous setting.");
   module.def("cuda_device_count", &cuda::device_count, "How many GPUs the NVIDIA driver sees; 0 without a driver.");
   module.def(
       "cuda_versions", [] { return py::make_tuple(cuda::driver_version(), cuda::kToolkitVersion); },
-      "Of CUDA, that the driver supports (0 without one) and that compiled the kernels (0 without any); 13000 is 13.0.");
+      "The CUDA versions that the driver supports and that compiled the kernels, 0 if there are none; 13000 is 13.0.");
   module.def("cuda_built", [] { return cuda::kBuilt; }, "What compiled the kernels, for which GPUs; empty in a build without CUDA.");
   module.def(
       "cuda_device_limits",
@@ -349,10 +349,10 @@ PYBIND11_MODULE(_native, module) {
         const cuda::DeviceLimits limits = cuda::device_limits(device);
         return py::make_tuple(limits.compute_capability, limits.multiprocessors, limits.shared_bytes);
       },
-      "Compute capability times ten, multiprocessors and bytes of shared memory for a block.");
+      "Compute capability times ten, multiprocessors, and bytes of shared memory per block.");
   module.def("cuda_device_name", &cuda::device_name, "What the NVIDIA driver calls a GPU.");
   module.def("cuda_has_machine_code", &cuda::has_machine_code,
-             "Whether a GPU of a compute capability (times ten) runs machine code of this build; otherwise its driver compiles the PTX.");
+             "Whether this build has machine code for a compute capability (times ten); otherwise the driver compiles the PTX.");
   module.def(
       "cuda_images",
       [] {

@@ -2,13 +2,13 @@
 // The one argument of every native backend: plain data, no ownership, no Python, no torch.
 //
 //   s   = softmax_scale * Q K^T                                      (B, Hq, Lq, Lk)
-//   s   = softcap * tanh(s / softcap) where there is a softcap
+//   s   = softcap * tanh(s / softcap)                              if there is a softcap
 //   s  += attn_mask - alibi_slope * |j - i - offset|                 0 on the diagonal
 //   P   = softmax(s), masked entries exactly 0; exp(sink) is added to the denominator
 //   out = dropout(P) V,  lse = log(sum(exp(s)) + exp(sink))          natural logarithm
 //
-// Strides are in elements and int64; the last dimension of every tensor is contiguous unless it has a stride of its own. A broadcast
-// dimension has stride 0. Members that a backend does not cover are refused before it runs (unsupported_reasons in Python).
+// Strides are int64, in elements; the last dimension of every tensor is contiguous unless it has a stride of its own. A broadcast
+// dimension has stride 0. A backend is never handed a member it does not support (unsupported_reasons in Python).
 #pragma once
 #include <cstdint>
 
@@ -29,8 +29,8 @@ struct BitMask {  // line (b, h, i) of words starts at data + b * batch + h * he
   int64_t batch = 0, head = 0, line = 0;
 };
 
-// The key tiles of 64 that a block of rows visits. Line (b, h, i) is [number of full tiles, number of mixed ones, the full ones
-// ascending, ..., the mixed ones descending], num_tiles places after the two numbers.
+// The tiles of 64 keys that a block of rows visits. Line (b, h, i) is [number of full tiles, number of mixed tiles, the full ones
+// ascending, ..., the mixed ones descending], with room for num_tiles entries after the two counts.
 struct TileLists {
   const int32_t* data = nullptr;
   int64_t batch = 0, head = 0, line = 0;
@@ -42,9 +42,9 @@ struct AttentionProblem {
   int64_t batch = 0, num_heads = 0, seqlen_q = 0, seqlen_k = 0, head_dim_qk = 0, head_dim_v = 0;
   int64_t num_heads_kv = 0;    // Hkv, a divisor of num_heads: query head h reads key and value head h / (num_heads / num_heads_kv)
   float softmax_scale = 1.0f;  // finite and > 0
-  int32_t window_left = kUnlimited, window_right = kUnlimited;  // keys visible to each side of the diagonal: causal sees 0 to the right
-  int32_t diagonal = 0;                                         // which runs through j = i + this,
-  bool bottom_right = false;                                    // + keys present - rows present of each sequence
+  int32_t window_left = kUnlimited, window_right = kUnlimited;  // keys visible on each side of the diagonal; causal: right = 0
+  int32_t diagonal = 0;                                         // the diagonal is j = i + this,
+  bool bottom_right = false;                                    // plus (keys present - rows present) per sequence
   float softcap = 0.0f;                                         // 0 = none
 
   StridedTensor query;   // (B, Hq, Lq, Dqk)
@@ -53,8 +53,8 @@ struct AttentionProblem {
   StridedTensor out;     // (B, Hq, Lq, Dv): written by the forward, read by the backward
   float* lse = nullptr;  // (B, Hq, Lq) contiguous: written by the forward, read by the backward
 
-  // Packed sequences: query is (1, Hq, Tq, Dqk), out and lse likewise, key and value (1, Hkv, Tk, ...); batch is the number of sequences,
-  // seqlen_q and seqlen_k bound the longest. Sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Both null otherwise.
+  // Packed sequences: query is (1, Hq, Tq, Dqk), likewise out and lse; key and value are (1, Hkv, Tk, ...). batch counts the sequences,
+  // seqlen_q and seqlen_k bound their lengths, and sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Null if not packed.
   const int32_t *cu_seqlens_q = nullptr, *cu_seqlens_k = nullptr;  // (B + 1,) contiguous, clamped to [0, Tq] and [0, Tk] when read
   int64_t num_tokens_q = 0, num_tokens_k = 0;                      // Tq and Tk
 
@@ -70,32 +70,32 @@ struct AttentionProblem {
   int64_t alibi_slopes_batch = 0, alibi_slopes_head = 0;
   const float* sinks = nullptr;  // (Hq,) contiguous, may be null
 
-  // A PreparedMask (kernels/prepared_mask.py), which already says everything about causal, window, lengths and masks; may be null.
-  BitMask mask_bits;    // bit j % 32 of word j / 32 of a line is 1 when the query may attend to key j
-  TileLists row_tiles;  // of blocks of 64 rows
+  // A PreparedMask (kernels/prepared_mask.py), which already includes causal, window, lengths and masks; may be null.
+  BitMask mask_bits;    // bit j % 32 of word j / 32 of a line is 1 if the query may attend to key j
+  TileLists row_tiles;  // one line per block of 64 rows
 
-  // A weight is kept when its 16-bit number >= dropout_threshold; 0 = no dropout, 65536 = nothing is kept (and nothing drawn).
+  // A weight is kept if its 16-bit random number >= dropout_threshold; 0 = no dropout, 65536 = drop everything (nothing is drawn).
   uint32_t dropout_threshold = 0;
-  const int64_t* rng_state = nullptr;  // (2,) seed, offset; read by the kernel through this pointer; null when threshold is 0 or 65536
+  const int64_t* rng_state = nullptr;  // (2,) seed, offset, read by the kernel; null if the threshold is 0 or 65536
 
   // Backward only.
   StridedTensor dout;                  // (B, H, Lq, Dv)
   const float* dlse = nullptr;         // (B, H, Lq) contiguous, may be null
   StridedTensor dquery, dkey, dvalue;  // every element is written, with 0 where there is no gradient
 
-  bool average_heads = false;  // of attention_weights on the CPU, whose weights (B, Hq or 1, Lq, Lk) go to `out`
+  bool average_heads = false;  // attention_weights on the CPU only; `out` gets the weights, (B, Hq or 1, Lq, Lk)
 
-  // Backward on the CPU only. The gradients of what masks and biases, in float32 parts that the caller adds up; null = not wanted.
-  // The caller clears them. A packed batch leaves rows of no sequence alone.
-  float* dattn_mask = nullptr;  // (num_mask_parts, B or 1, Hq or 1, Lq or 1, Lk or 1): a task adds to one part
+  // CPU backward only. Gradients of the mask and the biases, as float32 parts that the caller zeroes and later sums; null = not wanted.
+  // Rows of a packed batch that belong to no sequence are not written.
+  float* dattn_mask = nullptr;  // (num_mask_parts, B or 1, Hq or 1, Lq or 1, Lk or 1); a task adds to one part
   int64_t dattn_mask_part = 0, dattn_mask_batch = 0, dattn_mask_head = 0, dattn_mask_row = 0, dattn_mask_key = 0;
-  int32_t num_mask_parts = 1;      // into how many parts the heads that share one slice of the mask are dealt
+  int32_t num_mask_parts = 1;      // the heads that share a slice of the mask are divided among this many parts
   float* dalibi_slopes = nullptr;  // (B, Hq, num_key_splits)
   float* dsinks = nullptr;         // (B, Hq, num_key_splits)
-  int32_t num_key_splits = 1;      // the keys of a head are split among so many tasks
-  float* dquery_parts = nullptr;   // (num_key_splits, B, Hq, Lq, Dqk) instead of dquery when there are several
+  int32_t num_key_splits = 1;      // tasks that the keys of a head are split among
+  float* dquery_parts = nullptr;   // (num_key_splits, B, Hq, Lq, Dqk), used instead of dquery if there are several splits
 
-  // Always inline: a shared copy, compiled for one instruction set, must not serve the others.
+  // Always inline: the linker must not share a copy compiled for one instruction set with the others.
   __attribute__((always_inline)) float dropout_scale() const {
     return dropout_threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - dropout_threshold);
   }

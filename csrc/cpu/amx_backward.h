@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 backward on AMX tiles; a task is the query heads of one key head, or a range of its keys. Everything of score size is kept
-// transposed, keys x queries: then P^T and dS^T leave the softmax as the A operands of dV and dK, an interleaved copy of dS^T is the B
-// operand of dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block of query rows that sees it:
+// bf16 backward on AMX tiles. A task is the query heads of one key head, or a range of its keys. Everything of score size is transposed,
+// keys x queries: P^T and dS^T come out of the softmax as the A operands of dV and dK, an interleaved copy of dS^T is the B operand of
+// dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block of query rows that sees it:
 //
-//   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S + bias - lse), bias and soft cap by amx_bias.h
+//   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S + bias - lse), bias and soft cap: amx_bias.h
 //   2. dS = P * (keep * dropout_scale * dP - delta)           delta = rowsum(dO * O) - dlse
 //   3. dV += (keep * P)^T dO,   dK += dS^T Q,   dQ^T += K^T dS^T
 //
-// Q and dO are packed once per head in both B layouts; K and V once per block of keys. (Dao 2023, algorithm 2, with the loops over
-// keys outside.)
+// Q and dO are packed once per head in both B layouts, K and V once per block of keys. (Dao 2023, algorithm 2, with the loop over keys
+// outside.)
 #pragma once
 #include "amx_bias.h"
 #include "backward_tasks.h"
@@ -96,7 +96,7 @@ class AmxBackward {
       set_head(task, h);
       pack_query_side();
       plan_prefetch(!last_head || more);
-      // Rows before the first one that sees a key get no gradient; where others may be left out too, all start at zero.
+      // Rows before the first one that sees a key get no gradient. If other rows may see none either, all of dQ starts at zero.
       first_row_ = range.first < range.last ? min_of(first_row_seeing(bounds_, range.first) / 32 * 32, rows_padded_) : rows_padded_;
       if (sparse_) {
         first_row_ = 0;
@@ -173,8 +173,8 @@ class AmxBackward {
     }
   }
 
-  // Which present rows see some key. The others take no gradient, whatever their query and dout hold: both are read as zeros.
-  // Returns true when all present rows do.
+  // Finds the present rows that see some key. The others get no gradient, and their query and dout, which may hold garbage, are read as
+  // zeros. Returns true if all present rows see a key.
   bool fill_seeing_bits(const float* lse) {
     bool all = true;
     for (int64_t row = 0; row < rows_padded_; row += 16) {
@@ -187,7 +187,7 @@ class AmxBackward {
     return all;
   }
 
-  // Partial sums of dout * out over one row, 16 lanes of them.
+  // 16 lanes of partial sums of dout * out over one row.
   __m512 row_product(const RowSource& dout, const RowSource& out, int64_t row) const {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t d = 0; d < dim_v_; d += 32) {
@@ -198,7 +198,7 @@ class AmxBackward {
     return sum;
   }
 
-  // held: where the block's dK and dV are among the held ones. add: dQ of earlier keys is there.
+  // held: position of the block's dK and dV in dkey_ and dvalue_. add: add to dQ, which already holds earlier keys' contributions.
   void run_key_block(int64_t key0, int64_t keys, bool add, int64_t held, bool last_head) {
     if (group_ == 1) held = 0, keys_started_[0] = 0;
     const int64_t first_row = first_row_seeing(bounds_, key0),
@@ -272,19 +272,19 @@ class AmxBackward {
     }
   }
 
-  // Lanes i with row0 + i >= first: the rows from the first one that sees the key on.
+  // Lanes i with row0 + i >= first, the first row that sees the key.
   static __attribute__((always_inline)) __mmask16 lanes_from(int64_t first, int64_t row0) {
     return first <= row0 ? 0xffff : first >= row0 + 16 ? 0 : static_cast<__mmask16>(0xffffu << (first - row0));
   }
 
-  enum Scores { kAllSeen, kMasked, kBiased };  // biased: scores are in units of log2, -inf where unseen
+  enum Scores { kAllSeen, kMasked, kBiased };  // biased: scores are in log2 units, -inf for masked pairs
 
   template <Scores kScores>
   void gradient_of_softmax(int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     dropping_ ? softmax_gradient<kScores, true>(row0, rows, key0, keys) : softmax_gradient<kScores, false>(row0, rows, key0, keys);
   }
 
-  // P^T and dS^T of the block, in bf16, from S^T and dP^T; two keys at a time, so that their values also interleave into pairs.
+  // Computes P^T and dS^T of the block in bf16 from S^T and dP^T, two keys at a time, so that dS^T can also be stored as interleaved pairs.
   template <Scores kScores, bool kDropping>
   void softmax_gradient(int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     constexpr int64_t kNever = INT64_MAX / 2;
@@ -363,7 +363,7 @@ class AmxBackward {
     }
   }
 
-  // The share of dQ by this task's keys; part (rows, head_dim_qk) is zero where it has none.
+  // Stores the part of dQ that comes from this task's keys. part: (rows, head_dim_qk), zeroed by the caller.
   void store_dquery_part(float* part) const {
     for (int64_t row = first_row_; row < bounds_.seqlen_q; row += 16) {
       const int64_t rows = min_of(bounds_.seqlen_q - row, int64_t{16});
@@ -379,7 +379,7 @@ class AmxBackward {
     }
   }
 
-  // This head's gradients and the next head's inputs, spread over the matmuls of this head.
+  // Prefetches this head's gradients and the next head's inputs during this head's matmuls.
   void plan_prefetch(bool more) {
     prefetcher_.clear();
     const auto writes = [&](const StridedTensor& tensor, const Bf16Bits* row, int64_t rows, int64_t head_dim) {
@@ -401,7 +401,7 @@ class AmxBackward {
       reads(problem_.key, of_keys, key0, problem_.seqlen_k, problem_.head_dim_qk);
       reads(problem_.value, of_keys, key0, problem_.seqlen_k, problem_.head_dim_v);
     }
-    // 32 x 32 blocks of all five products; under a causal mask about half of them are computed.
+    // 32 x 32 blocks of all five products; a causal mask needs about half of them.
     const int64_t row_tiles = rows_padded_ / 32, key_tiles = divide_up(bounds_.seqlen_k, 32);
     const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded_, kRows) * key_tiles * (dim_qk_ + dim_v_) / 32 +
                           divide_up(bounds_.seqlen_k, kKeys) * row_tiles * dim_qk_ / 32;
@@ -413,12 +413,12 @@ class AmxBackward {
   const AttentionProblem& problem_;
   const BackwardTasks tasks_;
   TransposedBias bias_;
-  const int64_t group_;      // query heads to a key head
-  const int64_t held_keys_;  // whose dK and dV are held at a time: a block, or all of the task for several query heads
+  const int64_t group_;      // query heads per key head
+  const int64_t held_keys_;  // keys whose dK and dV are held at once: a block, or all of the task's if query heads share a key head
   const int64_t dim_qk_, dim_v_, rows_capacity_, dquery_stride_;
-  const float score_scale_;  // scores to exponents of 2
+  const float score_scale_;  // from products to log2 units
   const bool dropping_;
-  const bool sparse_;   // rows in the middle may see no key of a task
+  const bool sparse_;   // whether rows in the middle may see none of a task's keys
   __m512i pair_lanes_;  // {a0 .. a15, b0 .. b15} to {a0, b0, a1, b1, ...}
 
   Bf16Bits *query_tiles_ = nullptr, *query_pairs_ = nullptr, *dout_tiles_ = nullptr, *dout_pairs_ = nullptr;
@@ -428,7 +428,7 @@ class AmxBackward {
         *dweights_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr, *seeing_bits_ = nullptr;
   float* key_bias_ = nullptr;                                // (seqlen_k,) 0 or -inf
-  uint8_t* keys_started_ = nullptr;                          // per block of held keys: dkey_ and dvalue_ hold something
+  uint8_t* keys_started_ = nullptr;                          // per block of held keys: whether dkey_ and dvalue_ hold something
   uint8_t *tile_kinds_ = nullptr, *column_kinds_ = nullptr;  // (row blocks, tiles) of the head; one column of it
 
   int64_t batch_ = -1, head_ = 0, kv_head_ = 0, rows_padded_ = 0, first_row_ = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bias and soft cap of the AMX backward, whose blocks of scores are transposed, keys x rows: rows of ScoreBias are turned into columns
-// 16 x 16 at a time, and the gradients of mask and slopes are turned back.
+// Bias and soft cap of the AMX backward. Its blocks of scores are transposed, keys x rows, so rows of ScoreBias are transposed 16 x 16 at a
+// time, and the mask's gradient is transposed back.
 #pragma once
 #include "amx_tiles.h"
 #include "score_bias.h"
@@ -8,7 +8,7 @@
 namespace fused_attention::cpu::FA_ISA {
 
 constexpr int64_t kBlockRows = 128, kBlockColumns = 64;  // query rows and keys of one block of transposed scores
-constexpr int64_t kScoreStride = kBlockRows + 16;        // elements from one key's scores to the next one's
+constexpr int64_t kScoreStride = kBlockRows + 16;        // elements from one key's scores to the next key's
 
 class TransposedBias {
  public:
@@ -20,21 +20,21 @@ class TransposedBias {
     rows_ = arena.take<float>(16 * kBlockColumns);
   }
 
-  // dmask: of this head, where it is wanted.
+  // dmask: the mask's gradient for this head, or null.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias, float* dmask) {
     score_bias_.enter(bounds, b, h, key_bias);
     bounds_ = &bounds, dmask_ = dmask, slope_sum_ = 0, shared_key0_ = -1;
   }
 
-  // Whether scores need more than a scale and the counts of visible keys and rows.
+  // Whether a score depends on more than its product, the scale and the counts of visible keys and rows.
   bool needed(bool mixed) const { return softcap_ || score_bias_.needed_beyond_absent_keys(mixed); }
   bool has_softcap() const { return static_cast<bool>(softcap_); }
   bool wants_gradients() const { return dmask_ || problem_.dalibi_slopes; }
-  double slope_sum() const { return slope_sum_; }  // of dS * distance over the head so far
-  // 1 - tanh^2 after apply(), under a soft cap.
+  double slope_sum() const { return slope_sum_; }  // sum of dS * distance over the head so far
+  // 1 - tanh^2 after apply(), with a soft cap.
   const float* softcap_derivative() const { return bias_t_; }
 
-  // Products S^T (keys, rows) become scores in units of log2, -inf where unseen.
+  // Turns products S^T (keys, rows) into scores in log2 units, -inf for masked pairs.
   void apply(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed, float* scores) {
     fill(row0, rows, key0, keys, mixed);
     for (int64_t j = 0; j < round_up(keys, 32); ++j)
@@ -46,7 +46,7 @@ class TransposedBias {
       }
   }
 
-  // dscores (keys, rows): the gradients of the scores, to which the mask and the slopes are added.
+  // dscores (keys, rows): the gradient of the scores after the bias was added.
   void add_gradients(int64_t row0, int64_t rows, int64_t key0, int64_t keys, const float* dscores) {
     if (problem_.dalibi_slopes) add_slope_gradient(row0, rows, key0, keys, dscores);
     if (!dmask_) return;
@@ -117,7 +117,7 @@ class TransposedBias {
       }
   }
 
-  // One element for all rows.
+  // For masks that all rows share.
   static void add_key_sums(int64_t rows, int64_t keys, const float* dscores, float* dmask) {
     for (int64_t j = 0; j < keys; ++j) {
       Vec sum = broadcast(0.0f);
@@ -126,7 +126,7 @@ class TransposedBias {
     }
   }
 
-  // One element for all keys, of each row or of all.
+  // For masks with one element for all keys, per row or for all rows.
   void add_row_sums(int64_t row0, int64_t rows, int64_t keys, const float* dscores, float* dmask) const {
     for (int64_t i = 0; i < rows; i += 16) {
       Vec sum = broadcast(0.0f);
@@ -144,7 +144,7 @@ class TransposedBias {
   const SequenceBounds* bounds_ = nullptr;
   float* dmask_ = nullptr;
   double slope_sum_ = 0;
-  int64_t shared_key0_ = -1;  // the key block whose bias, the same for all rows, bias_t_ holds
+  int64_t shared_key0_ = -1;  // the key block whose bias, shared by all rows, is in bias_t_
   float* bias_t_ = nullptr;   // (kBlockColumns, kScoreStride)
   float* rows_ = nullptr;     // (16, kBlockColumns)
 };

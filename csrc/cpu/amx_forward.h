@@ -15,10 +15,10 @@ namespace fused_attention::cpu::FA_ISA {
 class AmxForward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
-    if (problem.seqlen_q <= kFewRows) return in_place().plan(problem, num_threads);  // packing would cost more than it saves
+    if (problem.seqlen_q <= kFewRows) return in_place().plan(problem, num_threads);  // packing would not pay off
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
-    const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start where tiles do
+    const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start at tile boundaries
     rows = min_of(rows, max_of(round_up(problem.seqlen_q, step), step));
     while (rows > 2 * kRows && heads * divide_up(problem.seqlen_q, rows) < wanted_tasks) rows = round_up(rows / 2, step);
     Plan plan{};
@@ -91,7 +91,7 @@ class AmxForward {
     if (!single_block_)
       for (int64_t first = 0; first < live_rows; first += kRows) clear_statistics(first);
     for (int64_t key0 = first_key; key0 < last_key; key0 += block_keys_) {
-      // One block serves the whole head; of several, this task packs what its last row sees.
+      // A single block serves the whole head; otherwise this task packs up to the last key its last row sees.
       const int64_t keys = min_of(block_keys_, (single_block_ ? bounds_.seqlen_k : last_key) - key0);
       if (!single_block_ || packed_head_ != batch_ * problem_.num_heads_kv + kv_head_) pack_keys(key0, keys);
       for (int64_t first = 0; first < live_rows; first += kRows) {
@@ -118,7 +118,7 @@ class AmxForward {
   }
   Bf16Bits* out_row(int64_t row) const { return row_ptr<Bf16Bits>(problem_.out, batch_, head_, bounds_.first_query + row); }
   float* lse_row(int64_t row) const { return problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row; }
-  // Of the task's rows from `row` on and the keys from key0 on; null without a PreparedMask.
+  // The tile kinds for the task's rows from `row` on and keys from key0 on; null without a PreparedMask.
   const uint8_t* tile_kinds(int64_t row, int64_t key0) const {
     return tile_kinds_ ? tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles + key0 / 64 : nullptr;
   }
@@ -137,7 +137,7 @@ class AmxForward {
     score_bias_.enter(bounds_, batch_, head_, has_holes_ ? key_bias_ : nullptr);
   }
 
-  // Of 32 rows: a sink is a key without a value that all of them have seen.
+  // Resets the statistics of 32 rows. A sink is a key without a value that every row has already seen.
   void clear_statistics(int64_t held) {
     const float sink = problem_.sinks ? problem_.sinks[head_] * kLog2e : -kInfinity;
     for (int64_t i = held; i < held + kRows; i += 16) {
@@ -157,7 +157,7 @@ class AmxForward {
     packed_head_ = batch_ * problem_.num_heads_kv + kv_head_;
   }
 
-  // Query rows [row0, row0 + rows), whose state is held at rows `held`, attend to the packed block of keys that starts at key0.
+  // Query rows [row0, row0 + rows), whose state is at rows `held`, attend to the packed block of keys that starts at key0.
   void attend(int64_t row0, int64_t rows, int64_t held, int64_t key0, const uint8_t* kinds) {
     const int64_t first_key = max_of(first_visible_key(bounds_, row0) - key0, int64_t{0}) / 64 * 64,
                   keys_end = min_of(block_keys_, visible_keys(bounds_, row0 + rows - 1) - key0);
@@ -165,7 +165,7 @@ class AmxForward {
                  [&](int64_t first, int64_t last, bool mixed) { attend_run(row0, rows, held, key0, first, last - first, mixed); });
   }
 
-  // The same with keys [first, first + keys) of the block.
+  // The same for keys [first, first + keys) of the block.
   void attend_run(int64_t row0, int64_t rows, int64_t held, int64_t key0, int64_t first, int64_t keys, bool mixed) {
     const int64_t keys_padded = round_up(keys, 32), rows_padded = round_up(rows, 16);
     const auto tick = [this] { prefetcher_.tick(); };
@@ -198,11 +198,11 @@ class AmxForward {
   // 16 rows of a score block.
   struct RowGroup {
     int64_t row0, live;         // query rows [row0, row0 + live); the other rows of the group repeat the last one's mask
-    int64_t held;               // where their statistics and accumulators are
-    int64_t first;              // where their scores and weights are
+    int64_t held;               // first row of their statistics and accumulators
+    int64_t first;              // first row of their scores and weights
     int64_t key0, keys_padded;  // the block's keys
-    bool started;               // acc holds something
-    int64_t visible[16];        // how many of the keys each row sees, holes included
+    bool started;               // whether acc holds something
+    int64_t visible[16];        // how many keys each row sees, counting holes
     int64_t row(int64_t i) const { return row0 + min_of(i, live - 1); }
   };
 
@@ -212,21 +212,21 @@ class AmxForward {
     return group;
   }
 
-  // Of keys [j, j + 16) of the block, those that row i sees.
+  // Which of keys [j, j + 16) of the block row i sees.
   template <bool kCheckHoles>
   __attribute__((always_inline)) __mmask16 seen_lanes(const RowGroup& group, int64_t i, int64_t j) const {
     const __mmask16 lanes = first_lanes(group.visible[i] - j);
     return kCheckHoles && has_holes_ ? static_cast<__mmask16>(lanes & present_bits_[(group.key0 + j) / 16]) : lanes;
   }
 
-  // Online softmax over one block of keys: statistics, bf16 weights, and acc rescaled to the new maximum. block_max: of products, or of
-  // `scaled` scores.
+  // Online softmax over one block of keys: updates the statistics, stores bf16 weights and rescales acc to the new maximum. block_max: the
+  // row maxima of the products, or of the scores if `scaled`.
   template <bool kCheckHoles>
   void softmax(const RowGroup& group, __m512 block_max, bool scaled) {
     const __m512 minus_infinity = _mm512_set1_ps(-kInfinity), old_max = _mm512_load_ps(row_max_ + group.held);
     if (!scaled) block_max = _mm512_mul_ps(block_max, _mm512_set1_ps(score_scale_));
     const __m512 new_max = _mm512_max_ps(old_max, block_max);
-    // A row that has seen nothing yet is shifted by 0: its exponents stay -inf and never become -inf + inf.
+    // A row that has seen nothing yet is shifted by 0, so its exponents stay -inf instead of becoming -inf + inf.
     const __m512 shift = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, minus_infinity, _CMP_NEQ_UQ), new_max);
     const __m512 alpha = exp2_masked<4>(_mm512_sub_ps(old_max, shift), 0xffff);
     scaled = scaled || scale_large_scores(group, shift);
@@ -255,7 +255,7 @@ class AmxForward {
     return reduce_16_vectors(maxima, Max{});
   }
 
-  // Replaces the scores by exponents of 2, if those of any row are large; see kScaleFirstAbove.
+  // Scales the scores to log2 units if any row's are large; see kScaleFirstAbove.
   bool scale_large_scores(const RowGroup& group, __m512 row_max) {
     if (!_mm512_cmp_ps_mask(_mm512_abs_ps(row_max), _mm512_set1_ps(kScaleFirstAbove), _CMP_GT_OQ)) return false;
     for (int64_t i = 0; i < 16; ++i) {
@@ -266,7 +266,7 @@ class AmxForward {
     return true;
   }
 
-  // Replaces the scores by exponents of 2 with soft cap and bias, -inf where unseen. filled: bias_ holds what all rows share.
+  // Turns the products into scores in log2 units, with soft cap and bias, -inf for masked keys. filled: bias_ holds the row that all share.
   __m512 add_bias_and_reduce_max(const RowGroup& group, bool mixed, bool& filled) {
     const bool same = score_bias_.same_for_all_rows(mixed);
     Vec maxima[16];
@@ -290,7 +290,7 @@ class AmxForward {
     return reduce_16_vectors(&maxima[0].x, Max{});
   }
 
-  // weights = bf16 of keep * 2^(scale * score - shift), 0 where unseen. Returns the row sums, without dropout.
+  // weights = bf16 of keep * 2^(scale * score - shift), 0 for unseen keys. Returns the row sums before dropout.
   template <bool kCheckHoles>
   __m512 store_weights(const RowGroup& group, float scale_of_scores, __m512 shift) {
     alignas(64) float row_shift[16];
@@ -332,7 +332,7 @@ class AmxForward {
     }
   }
 
-  // out = acc / row_sum and lse of query rows [row0, row0 + rows).
+  // Stores out = acc / row_sum and lse of query rows [row0, row0 + rows).
   void store_rows(int64_t row0, int64_t rows, int64_t held) {
     for (int64_t i = 0; i < rows; i += 16) {
       const __m512 sum = _mm512_load_ps(row_sum_ + held + i);
@@ -341,7 +341,7 @@ class AmxForward {
       _mm512_mask_storeu_ps(lse_row(row0 + i), first_lanes(rows - i), _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), nonempty, lse));
       alignas(64) float inverse[16];
       _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(problem_.dropout_scale()), sum));
-      // The other rows are selected to 0, not multiplied.
+      // The other rows are set to 0 by selection, not multiplication.
       const int written = problem_.dropout_threshold < 65536 && started_[held / kRows] ? nonempty : 0;
       for (int64_t r = 0; r < min_of(int64_t{16}, rows - i); ++r) {
         const float* from = acc_ + (held + i + r) * dim_v_;
@@ -365,7 +365,7 @@ class AmxForward {
     }
   }
 
-  // Rows of a query head, and of the key head of a query head.
+  // A row of query head batch_head.
   const Bf16Bits* query_row_of(const StridedTensor& tensor, int64_t batch_head, int64_t row) const {
     const int64_t batch = batch_head / problem_.num_heads;
     return row_ptr<const Bf16Bits>(tensor, batch, batch_head % problem_.num_heads, first_query_of(problem_, batch) + row);
@@ -376,8 +376,8 @@ class AmxForward {
                           head_dim * 2);
   }
 
-  // Spreads over the ticks of one step the rows that later steps pack and write: the next query rows with their output, and a
-  // share of the next keys and values.
+  // Spreads prefetches for later steps over the ticks of this one: the next query rows and their output, and a share of the next keys and
+  // values.
   void plan_prefetch(int64_t task, int64_t last_task, int64_t row0, int64_t rows, int64_t key0) {
     prefetcher_.clear();
     const int64_t task_row0 = task % tasks_per_head_ * rows_per_task_, task_rows = min_of(rows_per_task_, problem_.seqlen_q - task_row0);
@@ -394,7 +394,7 @@ class AmxForward {
       prefetcher_.add_reads(query_row_of(problem_.query, next_head, next_row), problem_.query.row * 2, next_rows, problem_.head_dim_qk * 2);
       prefetcher_.add_writes(query_row_of(problem_.out, next_head, next_row), problem_.out.row * 2, next_rows, problem_.head_dim_v * 2);
     }
-    // Keys: the next block of this head, or the first of the next head, in equal shares over the rows that lie before it.
+    // Keys: the next block of this head, or the first one of the next head, in equal shares over the rows before it.
     int64_t next_keys = batch_head, next_key = key0 + block_keys_, first = row0 - task_row0, span = task_rows;
     if (single_block_ || next_key >= bounds_.seqlen_k) {
       next_keys = batch_head + 1, next_key = 0;
@@ -412,19 +412,19 @@ class AmxForward {
 
   const AttentionProblem& problem_;
   const int64_t rows_per_task_, tasks_per_head_, dim_qk_, dim_v_, block_keys_;
-  const bool single_block_;  // one packed block holds all keys of a head
-  const int64_t held_rows_;  // rows whose accumulators live at once
+  const bool single_block_;  // whether one packed block holds all keys of a head
+  const int64_t held_rows_;  // rows whose accumulators are held at once
   const int64_t score_stride_, weight_stride_;
   const bool dropping_;
-  const float score_scale_;  // scores to exponents of 2
+  const float score_scale_;  // from products to log2 units
   const Softcap softcap_;
   ScoreBias score_bias_;
 
   Bf16Bits *packed_key_ = nullptr, *packed_value_ = nullptr, *packed_query_ = nullptr, *weights_ = nullptr;
   float *acc_ = nullptr, *row_max_ = nullptr, *row_sum_ = nullptr, *scores_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr;
-  float *key_bias_ = nullptr, *bias_ = nullptr;  // (seqlen_k,) 0 or -inf; (block_keys,) of one row, or of all
-  uint8_t* started_ = nullptr;                   // per 32 held rows: acc_ holds something
+  float *key_bias_ = nullptr, *bias_ = nullptr;  // (seqlen_k,) 0 or -inf; (block_keys,) for one row, or shared by all
+  uint8_t* started_ = nullptr;                   // per 32 held rows: whether acc_ holds something
   uint8_t* tile_kinds_ = nullptr;                // (rows_per_task / 64, tiles)
 
   int64_t batch_ = -1, head_ = 0, kv_head_ = 0, packed_head_ = -1;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // AMX building blocks for bf16: tile configuration, packing of rows into the layouts that TDPBF16PS reads, the tile matmul, and
-// the vector functions that the AMX kernels share. For AVX-512 only.
+// the vector functions shared by the AMX kernels. Needs AVX-512.
 //
-// A tile holds 16 rows of 64 bytes. TDPBF16PS computes C (16 x 16 fp32) += A (16 x 32 bf16) * B (32 x 16 bf16). A is stored as it
-// is; B as 16 rows of 16 pairs: element (k, n) lies in row k / 2, at position 2 * n + k % 2.
+// A tile holds 16 rows of 64 bytes. TDPBF16PS computes C (16 x 16 fp32) += A (16 x 32 bf16) * B (32 x 16 bf16). A is stored
+// as is; B as 16 rows of 16 pairs: element (k, n) is in row k / 2, at position 2 * n + k % 2.
 //
 //   layout                      a tile holds                          made by                          used as
 //   rows                        -                                     pack_rows                        A, depth = head dim
@@ -32,7 +32,7 @@ static const TileConfiguration kFullTiles;
 // NOTE: GCC's tile intrinsics do not tell the compiler which memory they read; this makes every earlier store visible to them.
 FA_INLINE void publish_stores() { __asm__ volatile("" ::: "memory"); }
 
-// The tiles are configured while an object of this class lives, and released after it, so that context switches stay cheap.
+// Configures the tiles for the lifetime of the object, then releases them, so that context switches stay cheap.
 class ConfiguredTiles {
  public:
   ConfiguredTiles() {
@@ -46,17 +46,17 @@ class ConfiguredTiles {
 
 FA_INLINE __mmask32 first_lanes32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0u : (1u << n) - 1; }
 
-// Rows of one head as they lie in memory. Rows at or past num_rows, and rows whose presence bit is 0, read as zeros: whatever is
-// stored there cannot reach a product.
+// Rows of one head in memory. Rows at or past num_rows, and rows whose presence bit is 0, read as zeros, which keeps garbage in them out of
+// the products.
 struct RowSource {
   const Bf16Bits* rows;  // (num_rows, head_dim)
   int64_t row_stride;    // in elements
   int64_t num_rows;
   int64_t head_dim;
-  const uint16_t* present_bits;  // bit i % 16 of word i / 16 tells whether row i is present; null: all are
+  const uint16_t* present_bits;  // bit i % 16 of word i / 16 is 1 if row i is present; null: all are
 
   bool present(int64_t row) const { return row < num_rows && (!present_bits || (present_bits[row / 16] >> (row % 16) & 1)); }
-  __attribute__((always_inline)) __m512i load32(int64_t row, int64_t dim) const {  // 32 elements from column dim on, 0 past head_dim
+  __attribute__((always_inline)) __m512i load32(int64_t row, int64_t dim) const {  // 32 elements from column `dim` on, 0 past head_dim
     return present(row) ? _mm512_maskz_loadu_epi16(first_lanes32(head_dim - dim), rows + row * row_stride + dim) : _mm512_setzero_si512();
   }
 };
@@ -86,7 +86,7 @@ static inline void pack_pairs_along_head_dim(const RowSource& source, int64_t ro
     }
 }
 
-// Two vectors of 32 values a, b into {a0, b0, a1, b1, ...}: lower and upper half.
+// Interleaves two vectors of 32 values a, b into {a0, b0, a1, b1, ...}: lower and upper half.
 struct Interleaver {
   __m512i lower, upper;
   Interleaver() {
@@ -139,7 +139,7 @@ static inline void pack_transposed_rows(const RowSource& source, int64_t rows_pa
     }
 }
 
-// B tiles of a matmul: the tile of 16 columns `column` and 32 of depth `depth`, both counted in tiles.
+// B tiles of a matmul: 16 columns by 32 of depth each; column and depth indices count tiles.
 struct TileGrid {
   const Bf16Bits* tiles;
   int64_t column_step, depth_step;  // in tiles
@@ -183,7 +183,7 @@ FA_INLINE void matmul_block(int64_t depth, const Bf16Bits* a, int64_t a_stride, 
 }
 
 // C (rows, columns) fp32 (+)= A (rows, depth) * B (depth, columns); rows and columns are multiples of 16, depth of 32.
-// `tick` is called once per 32 x 32 block: the place to prefetch what comes next.
+// Calls `tick` once per 32 x 32 block, to prefetch what comes next.
 template <class Tick>
 FA_INLINE void tile_matmul(int64_t rows, int64_t columns, int64_t depth, const Bf16Bits* a, int64_t a_stride, const TileGrid& b, float* c,
                            int64_t c_stride, bool accumulate, Tick&& tick) {
@@ -207,8 +207,8 @@ FA_INLINE void tile_matmul(int64_t rows, int64_t columns, int64_t depth, const B
   }
 }
 
-// 2^x in `lanes`, 0 in the others and below 2^-126, NaN for NaN; `nonzero` receives the lanes that did not underflow. Degree 3 is
-// enough where the result is rounded to bf16, lse needs 4. Masking VSCALEFPS keeps its slow underflow path from running.
+// 2^x in `lanes`, 0 in the others and below 2^-126, NaN for NaN; `nonzero` receives the lanes that did not underflow. Degree 3 is enough
+// if the result is rounded to bf16; lse needs 4. Masking VSCALEFPS avoids its slow underflow path.
 template <int kDegree>
 FA_INLINE __m512 exp2_masked(__m512 x, __mmask16 lanes, __mmask16* nonzero = nullptr) {
   const float* c = kExp2OfFraction[kDegree - 3];
@@ -262,7 +262,7 @@ FA_INLINE __m512 reduce_16_vectors(const __m512* v, Combine) {
   return Combine::of(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-// bit i % 16 of word i / 16 of present_bits (seqlen_k rounded up to 32 bits): key i is present. Returns true when some is not.
+// Sets bit i % 16 of word i / 16 of present_bits (seqlen_k rounded up to 32 bits) if key i is present. Returns true if some key is not.
 static inline bool fill_present_bits(const AttentionProblem& problem, int64_t b, int64_t seqlen_k, uint16_t* present_bits) {
   const uint8_t* allowed = problem.key_mask + b * problem.key_mask_batch;
   bool holes = false;
@@ -278,7 +278,7 @@ static inline bool fill_present_bits(const AttentionProblem& problem, int64_t b,
   return holes;
 }
 
-// Bit i of keep[j * words_stride + w] = weight (row0 + 16 * w + i, key0 + j) is kept: dropout_keep_bits for transposed scores.
+// dropout_keep_bits for transposed scores: sets bit i of keep[j * words_stride + w] if weight (row0 + 16 * w + i, key0 + j) is kept.
 // row0, key0 and keys are multiples of 16, rows of 32; rows <= kMaxRows.
 template <int64_t kMaxRows>
 static void dropout_keep_bits_transposed(const AttentionProblem& problem, int64_t batch_head, int64_t row0, int64_t rows, int64_t key0,

@@ -3,12 +3,12 @@
 //
 //   delta = rowsum(dout * out) - dlse                                             (rows,)
 //   for each block of keys, for each block of query rows that sees it:
-//     S  = Q K^T,  dP = dout V^T                                                  (rows, keys), which become P and dS: softmax_gradient.h
-//     dV += dropout(P)^T dout,   dK += dS^T Q,   dQ += dS K                       dQ is kept for the whole head
+//     S  = Q K^T,  dP = dout V^T                                                  (rows, keys), turned into P and dS: softmax_gradient.h
+//     dV += dropout(P)^T dout,   dK += dS^T Q,   dQ += dS K                       dQ is held for the whole head
 //
-// Q, dout and dQ of the head live in float32 scratch (3 copies of seqlen_q x head_dim), everything else in blocks of 64 x 64; dK and dV
-// of several query heads that share one key head add up in scratch. Where the three copies do not fit a level-2 cache, a block of rows
-// meets several blocks of keys in turn. As in FlashAttention (Dao et al., 2022), with the lse gradient folded into delta: d lse / d S = P.
+// Q, dout and dQ of the head are in float32 scratch (3 buffers of seqlen_q x head_dim), everything else in blocks of 64 x 64. Query heads
+// that share a key head accumulate dK and dV in scratch. If the three buffers do not fit in L2, each block of rows visits several blocks of
+// keys in turn. As in FlashAttention (Dao et al., 2022), with the lse gradient folded into delta: d lse / d S = P.
 #pragma once
 #include "backward_tasks.h"
 #include "few_rows_forward.h"
@@ -18,9 +18,8 @@ namespace fused_attention::cpu::FA_ISA {
 
 constexpr int64_t kBackwardRows = SoftmaxGradient::kRows, kBackwardKeys = kKeyTile;
 
-// Blocks of keys that each block of rows meets in turn. One where Q, dout and dQ of a head, which every block of keys reads, stay in a
-// level-2 cache for the most part, or where a diagonal keeps rows and keys apart; else as many as fit a part of that cache, packed and
-// with their gradients.
+// How many blocks of keys each block of rows visits in turn. One if Q, dout and dQ of a head, which every block of keys reads, mostly stay
+// in L2, or if a diagonal limits which rows see which keys; otherwise as many as fit in part of L2, packed and with their gradients.
 static int64_t key_blocks_together(const AttentionProblem& problem) {
   constexpr int64_t kRowsBytes = 4 << 20, kKeysBytes = 512 << 10, kSize = sizeof(float);
   const int64_t dim_qk = round_up(problem.head_dim_qk, 16), dim_v = round_up(problem.head_dim_v, 16);
@@ -126,7 +125,7 @@ class BackwardPass {
     const float *lse = problem_.lse + offset, *dlse = problem_.dlse ? problem_.dlse + offset : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
       float* dout = dout_rows_ + i * dim_v_;
-      if (lse[i] == -kInfinity) {  // the row sees nothing: no gradient, whatever is stored in it
+      if (lse[i] == -kInfinity) {  // the row sees nothing, so it gets no gradient; it may hold garbage
         softmax_.enter_row_that_sees_nothing(i);
         for (int64_t d = 0; d < dim_v_; d += kLanes) store(dout + d, broadcast(0.0f));
         for (int64_t d = 0; d < dim_qk_; d += kLanes) store(query_rows_ + i * dim_qk_ + d, broadcast(0.0f));
@@ -142,7 +141,7 @@ class BackwardPass {
     }
   }
 
-  // Packs a block of keys as the one at `place`, in keys, of those that are together.
+  // Packs a block of keys into the packed buffers, starting at key `place`.
   void pack_keys(int64_t key0, int64_t keys, int64_t place) {
     const float* absent = has_holes_ ? key_bias_ + key0 : nullptr;
     const T *key = key_row(problem_.key, key0), *value = key_row(problem_.value, key0);
@@ -155,7 +154,7 @@ class BackwardPass {
     }
   }
 
-  // What the products of this head fetch ahead: the gradients' lines, then the next head's inputs.
+  // Plans what to prefetch during this head's products: the lines of its gradients, then the next head's inputs.
   void plan_prefetch(bool more) {
     prefetcher_.clear();
     const auto writes = [&](const StridedTensor& tensor, const T* row, int64_t rows, int64_t head_dim) {
@@ -184,11 +183,11 @@ class BackwardPass {
                                       matmul_ticks(kBackwardRows, dim_qk_, kBackwardKeys)));
   }
 
-  // All rows that see some of the keys, which are blocks_together_ blocks or fewer.
+  // Processes all rows that see some of these keys, at most blocks_together_ blocks.
   void attend(int64_t key0, int64_t keys) {
     const int64_t first_row = first_row_seeing(bounds_, key0) / kBackwardRows * kBackwardRows,
                   rows_end = rows_seeing(bounds_, key0 + keys - 1);
-    uint32_t loaded = 0;  // a bit for each block of keys
+    uint32_t loaded = 0;  // one bit per block of keys
     for (int64_t row0 = first_row; row0 < rows_end; row0 += kBackwardRows)
       for (int64_t place = 0; place < keys; place += kBackwardKeys) {
         const uint8_t kind = tile_kinds_ ? tile_kinds_[row0 / kBackwardRows * problem_.row_tiles.num_tiles + (key0 + place) / 64]
@@ -201,7 +200,7 @@ class BackwardPass {
       }
   }
 
-  // One block of P and dS, and its share of dV, dK and dQ.
+  // Computes one block of P and dS, and adds its contributions to dV, dK and dQ.
   void accumulate(int64_t row0, int64_t rows, int64_t key0, int64_t keys, int64_t place, bool mixed) {
     const float *q = query_rows_ + row0 * dim_qk_, *dout = dout_rows_ + row0 * dim_v_, *packed_keys = key_rows_ + place * dim_qk_,
                 *keys_t = key_t_ + place * dim_qk_, *values_t = value_t_ + place * dim_v_;
@@ -232,7 +231,7 @@ class BackwardPass {
                seen ? dvalue_ + held * dim_v_ : nullptr, dim_v_, problem_.dropout_scale(), absent);
   }
 
-  // dQ of the head, or its share by this task's keys.
+  // Stores dQ of the head, or the part of it that comes from this task's keys.
   void store_dquery(int64_t task) {
     const bool shared = problem_.num_key_splits > 1;
     for (int64_t row0 = 0; row0 < bounds_.seqlen_q; row0 += kBackwardRows) {
@@ -250,7 +249,7 @@ class BackwardPass {
                  0.0f);
   }
 
-  // Rows [begin, end) of a gradient that starts at `gradient` = factor * source, or 0 where there is no source or the key is absent.
+  // Stores factor * source into rows [begin, end) of `gradient`, or 0 if source is null or the key is absent.
   template <class U>
   static void store_rows(U* gradient, int64_t stride, int64_t begin, int64_t end, int64_t head_dim, const float* source, int64_t source_row,
                          float factor, const float* absent = nullptr) {
@@ -263,22 +262,22 @@ class BackwardPass {
   const AttentionProblem& problem_;
   Arena arena_;
   const BackwardTasks tasks_;
-  const int64_t group_;  // query heads to a key head
+  const int64_t group_;  // query heads per key head
   const int64_t dim_qk_, dim_v_;
   const bool few_rows_;
   const int64_t row_blocks_;
-  const int64_t blocks_together_;  // of keys
-  const int64_t held_keys_;        // whose dK and dV are held at a time: those blocks, or all of the task for several query heads
+  const int64_t blocks_together_;  // see key_blocks_together
+  const int64_t held_keys_;  // keys whose dK and dV are held at once: those blocks, or all of the task's if query heads share a key head
   SoftmaxGradient softmax_;
 
   float *query_rows_, *dquery_;            // (seqlen_q, dim_qk)
   float* dout_rows_;                       // (seqlen_q, dim_v)
-  float *key_t_, *value_t_;                // (blocks_together, head_dim, kBackwardKeys), keys transposed; V as it is for a few rows
+  float *key_t_, *value_t_;                // (blocks_together, head_dim, kBackwardKeys), transposed; V is not for few rows
   float* key_rows_;                        // (blocks_together, kBackwardKeys, dim_qk)
   float* dkey_;                            // (held_keys, dim_qk)
   float* dvalue_;                          // (held_keys, dim_v)
   float* key_bias_;                        // (seqlen_k,) 0 or -inf
-  uint8_t *rows_started_, *keys_started_;  // per block: dquery_, dkey_ and dvalue_ hold something
+  uint8_t *rows_started_, *keys_started_;  // per block: whether dquery_, or dkey_ and dvalue_, hold something
   uint8_t* tile_kinds_ = nullptr;          // (row_blocks, tiles) of the head
 
   int64_t batch_ = -1, head_ = 0, kv_head_ = 0, batch_head_ = 0, held_ = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a backward pass is cut into tasks: the query heads of one key head, and of its keys one range where heads are fewer than
-// threads. With a gradient of attn_mask, the heads that share a slice of the mask follow each other in a task, so that it has the
-// slice, or its part of the slice's gradient, to itself. Every task adds up in a fixed order.
+// How a backward pass is split into tasks. A task is the query heads of one key head, with a range of its keys if there are fewer heads
+// than threads. If attn_mask needs a gradient, the heads that share a slice of the mask go to one task, one after the other, so that the
+// task owns the slice's gradient, or its own part of it. Every task sums in a fixed order.
 #pragma once
 #include "mask.h"
 
@@ -24,7 +24,8 @@ class BackwardTasks {
 
   int64_t split(int64_t task) const { return task % problem_.num_key_splits; }
 
-  // The part of the mask's gradient that a task adds to: keys that are split share no element, unless the mask has one for all keys.
+  // The part of the mask's gradient that a task adds to. Key splits write different elements of one part, unless the mask has a single
+  // element for all keys.
   float* mask_gradient(int64_t task) const {
     if (!problem_.dattn_mask) return nullptr;
     const int64_t part = task / problem_.num_key_splits % problem_.num_mask_parts;
@@ -32,7 +33,7 @@ class BackwardTasks {
     return problem_.dattn_mask + place * problem_.dattn_mask_part;
   }
 
-  // Calls visit(b, h_kv, more) for each key head of a task; more: another one follows.
+  // Calls visit(b, h_kv, more) for each key head of a task; more: whether another one follows.
   template <class Visit>
   void for_each_head(int64_t task, Visit&& visit) const {
     const int64_t unit = task / problem_.num_key_splits, parts = problem_.num_mask_parts, part = unit % parts;
@@ -42,7 +43,7 @@ class BackwardTasks {
       visit(group_b + n / heads, group_h + n % heads, n + 1 < end);
   }
 
-  // The keys of a task, whole tiles of 64 of what is present.
+  // The keys of a task, in whole tiles of 64, up to seqlen_k.
   KeyRange keys(int64_t task, int64_t seqlen_k) const {
     const int64_t tiles = (seqlen_k + 63) / 64, splits = problem_.num_key_splits;
     return {tiles * split(task) / splits * 64, min_of(tiles * (split(task) + 1) / splits * 64, seqlen_k)};
@@ -61,8 +62,8 @@ class BackwardTasks {
   const int64_t batches_, heads_;
 };
 
-// Stores what a head adds to the gradients of its slope and its sink: one range of keys sees part of the slope's, and the sink's follows
-// from the rows alone. d lse / d sink is the sink's own weight, which no value goes with.
+// Stores a head's contribution to the gradients of its slope and its sink. A range of keys gives part of the slope's gradient; the sink's
+// depends on the rows alone: d lse / d sink is the sink's own weight, and the sink has no value.
 static inline void store_head_gradients(const AttentionProblem& problem, const SequenceBounds& bounds, int64_t b, int64_t h, int64_t split,
                                         const float* delta, float dslope) {
   const int64_t head = (b * problem.num_heads + h) * problem.num_key_splits;

@@ -19,11 +19,11 @@ namespace {
 
 constexpr const char* kIsaVariable = "FUSED_ATTENTION_CPU_ISA";
 constexpr size_t kPage = 4096;
-// Contiguous ranges of tasks per thread: enough to even out tasks of unequal cost or a busy core, few enough that a thread
-// rarely starts on rows that nothing has prefetched. The ranges of one thread follow each other, so that two threads seldom touch one
-// page of the results at a time; a thread that has done its own takes those that others have left.
+// Contiguous ranges of tasks per thread: enough to balance uneven tasks or a busy core, few enough that a thread rarely starts on rows
+// that nothing has prefetched. A thread's ranges are adjacent, so two threads seldom touch the same page of the results at once. A thread
+// that finishes its own ranges takes over ranges of the others.
 constexpr int64_t kRangesPerThread = 4;
-// Multiply-adds below which waking other threads costs more than it saves.
+// Below this many multiply-adds, waking other threads costs more than it saves.
 constexpr double kSerialWork = 1 << 18;
 
 #if defined(__x86_64__)
@@ -79,17 +79,17 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// The ranges of one thread, in a cache line of their own.
+// The ranges of one thread, on its own cache line.
 struct alignas(64) Share {
   std::atomic<int64_t> next{0};
   int64_t end = 0;
 };
 
-// The C library maps allocations of this size afresh, whatever was freed before.
+// The C library always maps fresh memory for allocations of this size.
 constexpr int64_t kAlwaysMapped = 32 << 20, kHugePage = 2 << 20;
 
-// Asks for huge pages below a result that has just been allocated: thousands of page faults less, and the kernels' long strides miss
-// fewer address translations. Advice that Linux is free to ignore.
+// Asks for huge pages for a freshly allocated result: thousands fewer page faults, and fewer TLB misses on the kernels' long strides.
+// Linux is free to ignore this.
 void advise_huge_pages(const AttentionProblem& problem, const StridedTensor& result, int64_t num_heads, int64_t rows, int64_t head_dim) {
 #if defined(MADV_HUGEPAGE)
   const int64_t elements = (problem.batch - 1) * result.batch + (num_heads - 1) * result.head + (rows - 1) * result.row + head_dim,

@@ -7,14 +7,14 @@
 
 namespace fused_attention::cpu {
 
-// Every table that this machine can run, best first.
+// Every table this machine can run, best first.
 const std::vector<const KernelTable*>& available_tables();
 
-// The first of them, or the one named by the environment variable FUSED_ATTENTION_CPU_ISA, which is read at every call.
-// Throws std::runtime_error when that name is unknown or not available here.
+// The best table, or the one named by the environment variable FUSED_ATTENTION_CPU_ISA, which is read on every call.
+// Throws std::runtime_error if that name is unknown or not available on this machine.
 const KernelTable& selected_table();
 
-// num_threads <= 1 runs in the calling thread, without a parallel region. Throws std::bad_alloc when scratch memory runs out.
+// num_threads <= 1 runs on the calling thread, without a parallel region. Throws std::bad_alloc if scratch memory cannot be allocated.
 void forward(const AttentionProblem& problem, int num_threads);
 void backward(const AttentionProblem& problem, int num_threads);
 void weights(const AttentionProblem& problem, int num_threads);

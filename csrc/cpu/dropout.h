@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which weights dropout keeps, as bits, 16 x 16 weights from 32 draws of the generator of philox.h.
+// Which weights dropout keeps, as bits: 32 draws of the generator in philox.h cover 16 x 16 weights.
 //
-// A counter is (x, y, batch_head, offset) with x from the key and y from the row, so half of what each of the first rounds computes
-// depends on only one of key and row. With vectors of counters those halves are computed once per 16 keys (PhiloxColumns) and once
-// per 16 rows (PhiloxRows) instead of once per block:
+// A counter is (x, y, batch_head, offset), with x from the key and y from the row, so half of the work of the first rounds depends on
+// only the key or only the row. With vectors of counters, those halves are computed once per 16 keys (PhiloxColumns) and once per
+// 16 rows (PhiloxRows) instead of once per block:
 //
 //   round 1   multiplies x and batch_head;   round 2   the words of x and of y, separately;   round 3   one word of x, one of both
 #pragma once
@@ -29,7 +29,7 @@ FA_INLINE Words xor2(Words a, Words b) { return _mm512_xor_si512(a, b); }
 FA_INLINE Words xor3(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
 // Bit 16 * r + j: row r of 4, key j of 16, is kept. word[0] draws for keys 0-7 and word[1] for keys 8-15; `even` holds the counters
-// with x = 0, 2 of each row and `odd` those with x = 1, 3, so interleaving them puts the numbers of 8 neighbouring keys side by side.
+// with x = 0, 2 of each row and `odd` those with x = 1, 3, so interleaving them puts the numbers of 8 neighboring keys side by side.
 FA_INLINE uint64_t kept(const Words even[2], const Words odd[2], uint16_t threshold) {
   uint64_t bits = 0;
 #pragma GCC unroll 2
@@ -74,8 +74,8 @@ struct PhiloxRows {
 
 static void draw_keep_bits(const AttentionProblem& problem, int64_t batch_head, int64_t row0, int64_t rows, int64_t key0, int64_t words,
                            uint16_t* keep, int64_t words_stride) {
-  constexpr int kRows = kCountersPerVector / 2, kGroups = 8 / kRows;  // rows that a vector covers; vectors that cover 8 rows
-  constexpr int64_t kRowBlocks = 8;                                   // blocks of 16 rows whose PhiloxRows are held at a time
+  constexpr int kRows = kCountersPerVector / 2, kGroups = 8 / kRows;  // rows per vector; vectors per 8 rows
+  constexpr int64_t kRowBlocks = 8;                                   // blocks of 16 rows whose PhiloxRows are held at once
   const PhiloxKey seed = PhiloxKey::from_rng_state(problem.rng_state);
   const uint16_t threshold = static_cast<uint16_t>(problem.dropout_threshold);
   const Words multiplier0 = all_words(kPhiloxMultiplier0), multiplier1 = all_words(kPhiloxMultiplier1), offset = all_words(seed.offset);
@@ -179,8 +179,8 @@ static void draw_keep_bits(const AttentionProblem& problem, int64_t batch_head, 
 
 #endif
 
-// Bit j of keep[r * words_stride + w] = weight (row0 + r, key0 + 16 * w + j) is kept. row0 and key0 are multiples of 16; keep holds
-// rows rounded up to 16.
+// Sets bit j of keep[r * words_stride + w] if weight (row0 + r, key0 + 16 * w + j) is kept. row0 and key0 are multiples of 16; keep has
+// room for `rows` rounded up to 16.
 static void dropout_keep_bits(const AttentionProblem& problem, int64_t batch_head, int64_t row0, int64_t rows, int64_t key0, int64_t words,
                               uint16_t* keep, int64_t words_stride) {
   if (problem.dropout_threshold > 0 && problem.dropout_threshold < 65536) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward pass for at most kFewRows query rows, as in decoding: every key is used a few times, so memory is the bound and keys and values
-// are read where they lie. A task has some key heads of one sequence and the query heads that read them, and visits the keys in blocks
-// of kBlockKeys, four keys of every head at a time: heads that lie next to each other in memory are read as long pieces, which
-// the hardware prefetcher follows, and cost one address translation together. For each block:
-//   1. S = Q K^T          2. the online softmax, line by line          3. O = O * rescale + P V
-// A line is a row of a query head. Tiles that a PreparedMask leaves empty are not read.
+// Forward pass for at most kFewRows query rows, as in decoding. Every key is used only a few times, so memory is the bottleneck, and keys
+// and values are read in place. A task covers some key heads of one sequence and the query heads that read them. It visits the keys in
+// blocks of kBlockKeys, four keys of every head at a time: heads adjacent in memory then form long runs, which the hardware prefetcher
+// follows and which share an address translation. For each block:
+//   1. S = Q K^T          2. online softmax, line by line          3. O = O * rescale + P V
+// A line is a row of a query head. Empty tiles of a PreparedMask are not read.
 #pragma once
 #include "dropout.h"
 #include "kernel_table.h"
@@ -18,7 +18,7 @@ constexpr int64_t kFewRows = 2, kBlockKeys = 512;
 template <class T>
 class FewRowsForward {
  public:
-  // heads_per_task: key heads.
+  // heads_per_task: counted in key heads.
   FewRowsForward(const AttentionProblem& problem, int64_t heads_per_task, char* scratch)
       : problem_(problem),
         heads_per_task_(heads_per_task),
@@ -37,7 +37,7 @@ class FewRowsForward {
     row_sum_ = arena_.take<float>(lines + kLanes);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
     zero_row_ = arena_.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
-    keep_bits_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits come for 16 rows at a time
+    keep_bits_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits are drawn for 16 rows at a time
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(heads_per_task * group_ * problem.row_tiles.num_tiles);
   }
 
@@ -65,7 +65,7 @@ class FewRowsForward {
  private:
   static constexpr int64_t kMostLines = 32, kKeepWords = kBlockKeys / 16, kRowsAhead = 32, kSize = sizeof(T);
 
-  int64_t first_line(int64_t head) const { return head * problem_.seqlen_q; }  // of a query head of the task
+  int64_t first_line(int64_t head) const { return head * problem_.seqlen_q; }  // head: a query head of the task
 
   void set_task(int64_t task) {
     if (const int64_t b = task / tasks_per_sequence_; b != batch_) {
@@ -104,8 +104,8 @@ class FewRowsForward {
     });
   }
 
-  // Calls visit(line, j, rows) for every line and every four keys from key0 + j on that its head may see; rows point into `tensor`, to
-  // zeros for keys that are absent or past the block. `next`: the tensor that is read after this block.
+  // Calls visit(line, j, rows) for every line and every four keys from key0 + j on that its head may see. rows point into `tensor`, or to
+  // zeros for keys that are absent or past the block. next: the tensor that is read after this block.
   template <class Visit>
   FA_MEMBER_INLINE void visit_keys(const StridedTensor& tensor, const StridedTensor& next, int64_t key0, int64_t keys, int64_t head_dim,
                                    Visit&& visit) {
@@ -131,7 +131,7 @@ class FewRowsForward {
       }
   }
 
-  // scores_ become weights; what PreparedMask has as empty tiles was not computed, and its bits are 0.
+  // Replaces scores_ by weights. Scores of a PreparedMask's empty tiles were not computed, but their bits are 0.
   void softmax(int64_t key0, int64_t keys) {
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head;
@@ -161,7 +161,7 @@ class FewRowsForward {
     }
   }
 
-  // out and lse; rows that see nothing, absent ones included, get 0 and -inf.
+  // Stores out and lse: 0 and -inf for rows that see nothing, including absent ones.
   void store_rows() {
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
@@ -170,22 +170,22 @@ class FewRowsForward {
         store_row(row_ptr<T>(problem_.out, batch_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_,
                   problem_.dropout_scale() / sum, problem_.head_dim_v);
       }
-      const Vec sums = select(first_lanes(bounds_.rows), load(row_sum_ + line0), broadcast(1.0f));  // those past the last line are unset
+      const Vec sums = select(first_lanes(bounds_.rows), load(row_sum_ + line0), broadcast(1.0f));  // unset past the last line
       store_first(problem_.lse + lse_offset(problem_, bounds_, batch_, h), natural_lse(load(row_max_ + line0), sums), bounds_.rows);
     }
   }
 
   const AttentionProblem& problem_;
   const int64_t heads_per_task_, tasks_per_sequence_;
-  const int64_t group_;  // query heads to a key head
+  const int64_t group_;  // query heads per key head
   const int64_t dim_qk_, dim_v_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 
   float* query_rows_;              // (lines, dim_qk)
-  float* acc_;                     // (lines, dim_v), not yet normalised
+  float* acc_;                     // (lines, dim_v), not yet normalized
   float* scores_;                  // (lines, score_stride)
-  float *row_max_, *row_sum_;      // (lines,) the maxima in units of log2
+  float *row_max_, *row_sum_;      // (lines,), maxima in log2 units
   float* key_bias_;                // (seqlen_k,) 0 or -inf
   T* zero_row_;                    // (head_dim,)
   uint16_t* keep_bits_;            // (16, kKeepWords) dropout bits of one head

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward pass with float32 arithmetic; query, key, value and out are stored as float32, bfloat16 or float16.
 //
-// A task covers some query rows of one head and walks over the keys that they see in blocks of kBlockKeys:
+// A task covers some query rows of one head and visits the keys they see in blocks of kBlockKeys:
 //   1. pack K^T and V of the key block to float32 (kept for the head's next task when one block holds all keys)
 //   2. for each block of query rows:  S = Q K^T                                 (rows, keys)
 //   3.   row by row, soft cap, bias and online softmax:  P = exp2(c S - row_max), c = scale log2 e
 //   4.   O = O * exp2(old row_max - row_max) + dropout(P) V                     (rows, head_dim_v)
 //   5. out = O * dropout_scale / row_sum,  lse = (row_max + log2 row_sum) ln 2
-// With at most kFewRows query rows (decoding) packing a key would cost more than using it: see few_rows_forward.h.
-// A sink counts as a key without a value: row_max starts from it and row_sum from 1. Empty tiles of a PreparedMask are skipped, and
-// each run of full or mixed ones takes steps 2 to 4 on its own.
-// The blocks and their recurrence are those of FlashAttention (Dao et al., 2022).
+// With at most kFewRows query rows (decoding), packing a key would cost more than using it: see few_rows_forward.h.
+// A sink is a key without a value: row_max starts from it and row_sum from 1. Empty tiles of a PreparedMask are skipped, and each run of
+// full or mixed tiles goes through steps 2 to 4 separately.
+// The blocks and their recurrence follow FlashAttention (Dao et al., 2022).
 #pragma once
 #include "few_rows_forward.h"
 
@@ -24,9 +24,9 @@ static int64_t forward_block_rows(const AttentionProblem& problem) {
   return causal && problem.seqlen_q <= 1024 ? 48 : 96;
 }
 
-// Keys that fit one block stay packed from task to task, so a task is one block of rows. With more keys every task packs all of
-// them once, so it covers several blocks of rows: packing costs about as much as 30 rows of products. Its Q and O stay within
-// 768 KiB and each thread keeps some tasks.
+// If all keys fit one block, they stay packed from task to task, so a task is one block of rows. With more keys, every task packs all of
+// them once, which costs about as much as 30 rows of products, so a task covers several blocks of rows. Its Q and O stay within 768 KiB,
+// and there are enough tasks to give each thread several.
 static int64_t forward_rows_per_task(const AttentionProblem& problem, int num_threads) {
   const int64_t block_rows = forward_block_rows(problem);
   if (problem.seqlen_k <= kBlockKeys) return block_rows;
@@ -95,7 +95,7 @@ class ForwardPass {
   const T* key_row(const StridedTensor& tensor, int64_t key) const {
     return row_ptr<const T>(tensor, batch_, kv_head_, bounds_.first_key + key);
   }
-  // Of the rows from `row` of the task on and the keys from key0 on; null without a PreparedMask.
+  // The tile kinds for the task's rows from `row` on and keys from key0 on; null without a PreparedMask.
   const uint8_t* tile_kinds(int64_t row, int64_t key0) const {
     return tile_kinds_ ? tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles + key0 / 64 : nullptr;
   }
@@ -129,7 +129,7 @@ class ForwardPass {
       expand_tiles(problem_.row_tiles, batch_, head_, (row0_ + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
   }
 
-  // With one block of keys each query is read once or twice: float32 ones where they lie.
+  // With one block of keys, each query is read only once or twice, so float32 queries are read in place.
   void pack_queries(int64_t rows) {
     const T* source = query_row<const T>(problem_.query, row0_);
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -152,7 +152,7 @@ class ForwardPass {
     pack_rows(key_row(problem_.value, key0), problem_.value.row, keys, problem_.head_dim_v, value_rows_, dim_v_, absent);
   }
 
-  // What the products of this key block fetch ahead: the next key block, or what the next task reads and writes.
+  // Plans what to prefetch during this key block's products: the next key block, or what the next task reads and writes.
   void plan_prefetch(int64_t task, int64_t last_task, int64_t key0, int64_t keys_end, int64_t rows) {
     prefetcher_.clear();
     if (key0 + kBlockKeys < keys_end) {
@@ -168,7 +168,7 @@ class ForwardPass {
                              problem_.head_dim_v * kSize);
       if (problem_.seqlen_k > kBlockKeys) {
         prefetch_keys(b, key_head(problem_, h), first_key_of(problem_, b), kBlockKeys);
-      } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head fetches its share of the next head
+      } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head prefetches its share of the next head
         const int64_t following = batch_head_ + 1, begin = problem_.seqlen_k * part / tasks_per_head_,
                       end = problem_.seqlen_k * (part + 1) / tasks_per_head_, next_b = following / problem_.num_heads;
         prefetch_keys(next_b, key_head(problem_, following % problem_.num_heads), first_key_of(problem_, next_b) + begin, end - begin);
@@ -183,7 +183,7 @@ class ForwardPass {
     prefetcher_.add_reads(row_ptr<const T>(problem_.value, b, h_kv, key0), problem_.value.row * kSize, keys, problem_.head_dim_v * kSize);
   }
 
-  // Rows [row, row + rows) of the task against what they see of the packed key block at key0.
+  // Rows [row, row + rows) of the task attend to the keys they see in the packed block at key0.
   void attend(int64_t row, int64_t rows, int64_t key0) {
     const int64_t first_key = max_of(first_visible_key(bounds_, row0_ + row) - key0, int64_t{0}) / kKeyTile * kKeyTile,
                   keys_end = min_of(visible_keys(bounds_, row0_ + row + rows - 1) - key0, kBlockKeys);
@@ -191,7 +191,7 @@ class ForwardPass {
                  [&](int64_t first, int64_t last, bool mixed) { attend_run(row, rows, key0, first, last - first, mixed); });
   }
 
-  // The same with keys [first, first + keys) of the block.
+  // The same for keys [first, first + keys) of the block.
   void attend_run(int64_t row, int64_t rows, int64_t key0, int64_t first, int64_t keys, bool mixed) {
     const float* keys_t = key_t_ + first * problem_.head_dim_qk;
     for (int64_t j = 0; j < keys; j += kKeyTile)
@@ -204,7 +204,7 @@ class ForwardPass {
     started = 1;
   }
 
-  // scores_ of rows [row, row + rows) and `keys` keys from key0 on become weights.
+  // Replaces scores_ by weights, for rows [row, row + rows) and `keys` keys from key0 on.
   void softmax_rows(int64_t row, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
     if (problem_.dropout_threshold)
       dropout_keep_bits(problem_, batch_head_, row0_ + row, rows, key0, (keys + 15) / 16, keep_bits_, kKeepWords);
@@ -218,10 +218,10 @@ class ForwardPass {
     }
   }
 
-  // out and lse of all rows of the task; rows that see nothing, absent ones included, get 0 and -inf.
+  // Stores out and lse of the task's rows: 0 and -inf for rows that see nothing, including absent ones.
   void store_rows() {
     for (int64_t i = 0; i < rows_; ++i) {
-      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // then acc_ may never have been written
+      const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // acc_ may be uninitialized
       store_row(query_row<T>(problem_.out, row0_ + i), empty ? nullptr : acc_ + i * dim_v_, problem_.dropout_scale() / row_sum_[i],
                 problem_.head_dim_v);
     }
@@ -238,18 +238,18 @@ class ForwardPass {
   float* key_t_;                   // (tiles, head_dim_qk, kKeyTile), the key block transposed
   float* value_rows_;              // (keys, dim_v)
   float* packed_query_;            // (rows_per_task, dim_qk)
-  float* acc_;                     // (rows_per_task, dim_v), not yet normalised
+  float* acc_;                     // (rows_per_task, dim_v), not yet normalized
   float* scores_;                  // (block_rows, score_stride)
-  float* row_max_;                 // (rows_per_task,) in units of log2
+  float* row_max_;                 // (rows_per_task,) in log2 units
   float* row_sum_;                 // (rows_per_task,)
   float* key_bias_;                // (seqlen_k,) 0 or -inf
   uint16_t* keep_bits_;            // (block_rows, kKeepWords) dropout bits
-  uint8_t* started_;               // per block of rows: acc_ holds something
+  uint8_t* started_;               // per block of rows: whether acc_ holds something
   uint8_t* tile_kinds_ = nullptr;  // (rows_per_task / 64, tiles)
 
   int64_t batch_ = -1, head_ = 0, kv_head_ = 0, batch_head_ = 0, row0_ = 0, rows_ = 0;
   int64_t packed_head_ = -1, packed_key0_ = -1;
-  const float* query_rows_ = nullptr;  // of the task, packed or not
+  const float* query_rows_ = nullptr;  // the task's queries, packed or in place
   int64_t query_stride_ = 0;
   SequenceBounds bounds_{};
   bool has_holes_ = false;

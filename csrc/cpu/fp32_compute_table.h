@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of an instruction set on which every dtype is computed in float32.
+// The table of an instruction set that computes every dtype in float32.
 #pragma once
 #include "backward.h"
 #include "forward.h"

@@ -11,8 +11,8 @@
 
 namespace fused_attention::cpu {
 
-// Linux grants the 8 KiB of tile state per process, and only to those who ask. Stands before the target pragma: this function
-// must run on every machine.
+// Linux grants the 8 KiB of tile state per process, on request only. This function must run on every machine, so it comes before the
+// target pragma.
 bool amx_available() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool available = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
@@ -22,7 +22,7 @@ bool amx_available() {
 
 }  // namespace fused_attention::cpu
 
-// GCC 12's own intrinsics headers trip these two on _mm512_undefined_ps().
+// GCC 12's own intrinsics headers trigger these warnings on _mm512_undefined_ps().
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,amx-tile,amx-bf16")

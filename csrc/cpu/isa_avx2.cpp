@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels for AVX2, FMA and F16C. Every header that is not ours comes before the target pragma.
+// The kernels for AVX2, FMA and F16C. Headers that are not ours must come before the target pragma.
 #include <immintrin.h>
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels for AVX-512 F, DQ, BW and VL. Every header that is not ours comes before the target pragma.
+// The kernels for AVX-512 F, DQ, BW and VL. Headers that are not ours must come before the target pragma.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include "../philox.h"
 #include "kernel_table.h"
 
-// GCC 12's own intrinsics headers trip these two on _mm512_undefined_ps().
+// GCC 12's own intrinsics headers trigger these warnings on _mm512_undefined_ps().
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi2")

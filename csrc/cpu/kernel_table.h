@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one instruction set offers. Each isa_*.cpp fills one table; dispatch.cpp picks a table at run time.
+// The kernels of one instruction set. Each isa_*.cpp fills one table; dispatch.cpp picks a table at run time.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace fused_attention::cpu {
 // A kernel splits its problem into independent tasks; a thread runs a contiguous range of them with its own scratch memory.
 struct Plan {
   int64_t num_tasks;
-  int64_t task_size;     // what one forward task covers: query rows of a head, or key heads with few rows
+  int64_t task_size;     // size of a forward task: query rows of a head, or key heads if there are few rows
   size_t scratch_bytes;  // per thread, 64-byte aligned
 };
 
@@ -25,9 +25,9 @@ struct KernelTable {
   Kernel forward[3], backward[3], weights[3];  // indexed by Dtype
 };
 
-extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels;  // x86-64 has all of them, other machines kBaseKernels
-extern const Kernel kAmxForward, kAmxBackward;                        // of bfloat16; all else on AMX machines is kAvx512Kernels'
+extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels;  // x86-64 has all three, other machines only kBaseKernels
+extern const Kernel kAmxForward, kAmxBackward;                        // bfloat16 only; AMX machines use kAvx512Kernels for the rest
 
-bool amx_available();  // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; asks once
+bool amx_available();  // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; checked once
 
 }  // namespace fused_attention::cpu

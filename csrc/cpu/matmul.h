@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the float32-compute kernels are made of: a matrix product in register tiles, the packing of strided rows of any storage
-// type into float32 blocks, a prefetcher and the scratch arena.
+// Building blocks of the float32 kernels: a matrix product in register tiles, packing of strided rows of any storage type into float32
+// blocks, a prefetcher and the scratch arena.
 #pragma once
 #include "simd.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
-// Hands out 64-byte aligned pieces of one buffer. On a null base it only counts, so one layout serves both planning and running.
+// Hands out 64-byte aligned pieces of one buffer. With a null base it only counts, so the same code plans the layout and runs it.
 class Arena {
  public:
   explicit Arena(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
@@ -25,8 +25,8 @@ class Arena {
 };
 
 // Spreads software prefetches of strided rows - the next task's inputs, the current task's outputs - over the matrix products
-// of the current task. Rows of a (B, L, H, D) tensor are short pieces far apart, which the hardware prefetcher does not follow. A few
-// lines at a time: a core waits when it asks for more lines than it can have on their way.
+// of the current task. Rows of a (B, L, H, D) tensor are short and far apart, so the hardware prefetcher does not follow them. Only
+// a few lines are fetched at a time, because a core stalls when it has too many misses in flight.
 class RowPrefetcher {
  public:
   void clear() { num_regions_ = current_ = offset_ = total_lines_ = lines_per_tick_ = 0; }
@@ -69,16 +69,16 @@ class RowPrefetcher {
   static constexpr int kMaxRegions = 8;
   Region regions_[kMaxRegions];
   int64_t num_regions_ = 0, current_ = 0;
-  int64_t offset_ = 0;  // bytes, within the row
+  int64_t offset_ = 0;  // in bytes, within the row
   int64_t total_lines_ = 0, lines_per_tick_ = 0;
 };
 
-// A register tile is 6 x 4 vectors with AVX-512 (24 of 32 registers accumulate), 6 x 2 with 16 registers.
+// A register tile is 6 x 4 vectors with AVX-512 (24 of 32 registers are accumulators), 6 x 2 with 16 registers.
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
-constexpr int64_t kTickSteps = 32;  // steps in depth of a register tile between two prefetches
+constexpr int64_t kTickSteps = 32;  // depth steps of a register tile between two prefetches
 
-// The prefetches of a product.
+// The number of prefetch ticks in a product.
 [[maybe_unused]] static int64_t matmul_ticks(int64_t rows, int64_t columns, int64_t depth) {
   constexpr int64_t kTileColumns = kTileVecs * kLanes;
   return (rows + kTileRows - 1) / kTileRows * ((columns + kTileColumns - 1) / kTileColumns) * ((depth + kTickSteps - 1) / kTickSteps);
@@ -133,7 +133,7 @@ FA_NOINLINE void matmul_panel(int64_t rows, int64_t depth, const float* a, int64
   }
 }
 
-// Steps in depth at a time, so that the part of b that every register tile of a panel reads stays in a level-1 cache: 32 KiB.
+// Depth steps at a time: the 32 KiB of b that every register tile of a panel reads then stay in L1.
 constexpr int64_t kDepthBlock = 8192 / (kTileVecs * kLanes);
 
 // c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; columns must be a multiple of kLanes.
@@ -158,7 +158,7 @@ constexpr int64_t kDepthBlock = 8192 / (kTileVecs * kLanes);
   }
 }
 
-// products[n] = a . b[n] for four rows of b at a time: one load of a for the four, and independent sums.
+// products[n] = a . b[n] for four rows of b at a time, with one load of a for all four and independent sums.
 template <class T>
 static void dot_products(const float* a, const T* const b[4], int64_t depth, float products[4]) {
   Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
@@ -170,8 +170,8 @@ static void dot_products(const float* a, const T* const b[4], int64_t depth, flo
   reduce_add4(sums, products);
 }
 
-// c[rows][columns] = a[rows][depth] * b[columns][depth]^T for a few rows, which are not worth a packed transpose of b. Rows of b up to
-// the next multiple of 4 are read, and their products written.
+// c[rows][columns] = a[rows][depth] * b[columns][depth]^T for so few rows that packing b^T would not pay off. Reads rows of b, and writes
+// products, up to the next multiple of 4.
 [[maybe_unused]] static void matmul_few_rows(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b,
                                              int64_t b_row, float* c, int64_t c_row) {
   for (int64_t j = 0; j < columns; j += 4) {
@@ -180,11 +180,11 @@ static void dot_products(const float* a, const T* const b[4], int64_t depth, flo
   }
 }
 
-// Absent rows are packed as zeros, so that nothing stored in them (NaN included) reaches a product.
+// Absent rows are packed as zeros, to keep garbage in them (even NaN) out of the products.
 FA_INLINE bool is_absent(const float* key_bias, int64_t row) { return key_bias && key_bias[row] != 0.0f; }
 
 // source: (rows, head_dim) with rows source_row apart -> packed: (rows, packed_row) float32, columns past head_dim zero.
-// key_bias: (rows,), non-zero where the row is absent; null when all are present.
+// key_bias: (rows,), nonzero for absent rows; null if all are present.
 template <class T>
 static void pack_rows(const T* source, int64_t source_row, int64_t rows, int64_t head_dim, float* packed, int64_t packed_row,
                       const float* key_bias = nullptr) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From raw products of one query row to the weights that multiply V: scale, soft cap, bias, dropout and the online softmax of
-// Milakov and Gimelshein (2018). Scores are in units of log2: one multiply-add, exp2.
+// Turns the raw products of one query row into the weights that multiply V: scale, soft cap, bias, dropout and the online softmax of
+// Milakov and Gimelshein (2018). Scores are in log2 units, so a weight is one multiply-add and one exp2.
 #pragma once
 #include "dropout.h"
 #include "matmul.h"
@@ -17,13 +17,13 @@ class OnlineSoftmax {
         score_bias_(problem),
         bias_(arena.take<float>(score_stride)) {}
 
-  // key_bias: of fill_key_bias, null when all keys below seqlen_k are present.
+  // key_bias: from fill_key_bias, or null if all keys below seqlen_k are present.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias) {
     bounds_ = &bounds;
     score_bias_.enter(bounds, b, h, key_bias);
   }
 
-  // The next rows, from `row` on, have scores of keys [key0, key0 + keys).
+  // The rows that follow, from `row` on, have scores for keys [key0, key0 + keys).
   void enter_block(int64_t row, int64_t key0, int64_t keys, bool mixed) {
     key0_ = key0, keys_ = keys, mixed_ = mixed;
     biased_ = softcap_ || score_bias_.needed(mixed);
@@ -31,8 +31,8 @@ class OnlineSoftmax {
     if (same_bias_) score_bias_.fill(row, key0, keys, mixed, bias_);
   }
 
-  // scores: (keys,) of a row -> exp2(score - row_max), 0 where the row does not see the key or drops it. Returns the factor by which the
-  // row's sums of earlier keys shrink. keep: the row's bits with dropout.
+  // Replaces scores (keys,) of a row by exp2(score - row_max), or 0 if the row does not see the key or drops it. Returns the factor that
+  // rescales the row's sums over earlier keys. keep: the row's dropout bits, if any.
   FA_NOINLINE_MEMBER float weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) {
     return biased_ ? biased_weights(row, scores, row_max, row_sum, keep) : plain_weights(row, scores, row_max, row_sum, keep);
   }
@@ -92,7 +92,7 @@ class OnlineSoftmax {
     return reduce_max(max_of(even, odd));
   }
 
-  // Replaces the visible scores by exp2(scale * score - shift), dropped ones and the rest up to `keys` by 0; returns the sum before
+  // Replaces visible scores by exp2(scale * score - shift), and dropped ones and the rest up to `keys` by 0. Returns the sum before
   // dropout.
   template <bool kDropping>
   static float exponentials(float* scores, int64_t visible, int64_t keys, float scale, float shift, const uint16_t* keep) {
@@ -122,20 +122,20 @@ class OnlineSoftmax {
   const float score_scale_;
   const Softcap softcap_;
   ScoreBias score_bias_;
-  float* bias_;  // (score_stride,) of one row, or of all
+  float* bias_;  // (score_stride,) for one row, or shared by all
   const SequenceBounds* bounds_ = nullptr;
   int64_t key0_ = 0, keys_ = 0;
   bool mixed_ = false, biased_ = false, same_bias_ = false;
 };
 
-// (row_max + log2 row_sum) ln 2, rounded once: the backward recomputes every weight of the row from this number. -inf where row_sum is 0.
+// (row_max + log2 row_sum) ln 2, rounded once, because the backward recomputes every weight of the row from it. -inf if row_sum is 0.
 FA_INLINE Vec natural_lse(Vec row_max, Vec row_sum) {
   const Vec log2_sum = log2(row_sum), total = add(row_max, log2_sum), rest = add(sub(row_max, total), log2_sum);
   const Vec lse = fmadd(total, broadcast(kLn2), fmadd(total, broadcast(kLn2Rest), mul(rest, broadcast(kLn2))));
   return select(less_than(row_sum, broadcast(1e-30f)), broadcast(-kInfinity), lse);
 }
 
-// to: (head_dim,) = factor * from, or 0 without `from`. from is padded to whole vectors.
+// to (head_dim,) = factor * from, or 0 if from is null. from is padded to whole vectors.
 template <class T>
 static void store_row(T* to, const float* from, float factor, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is added to the scores of one row, in units of log2: attn_mask of any dtype and stride, ALiBi, and -inf wherever the row may not
-// attend - masked or absent keys, bits of a PreparedMask, keys outside the diagonal's bounds. Masks alone are read where they lie, in
-// their own dtype (MaskRow); everything together comes as a row of float32 (fill), which the kernels read instead.
+// What is added to the scores of one row, in log2 units: attn_mask of any dtype and stride, ALiBi, and -inf for keys the row may not attend
+// to (masked or absent keys, bits of a PreparedMask, keys outside the causal or window bounds). If there are only masks, the kernels read
+// them in place, in their own dtype (MaskRow); otherwise they read a row of float32 that holds everything (fill).
 #pragma once
 #include "mask.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr float kMaskedBelow = -1e30f * kLog2e;  // in units of log2: attn_mask values below -1e30 mask the entry, as -inf does
+constexpr float kMaskedBelow = -1e30f * kLog2e;  // in log2 units: attn_mask values below -1e30 mask, as -inf does
 
-// The soft cap of scores, s -> softcap * tanh(s / softcap), from raw products Q K^T to units of log2.
+// The soft cap, s -> softcap * tanh(s / softcap), from raw products Q K^T to scores in log2 units.
 struct Softcap {
   float inner, outer;  // x = outer * tanh(inner * product)
   explicit Softcap(const AttentionProblem& problem)
@@ -17,13 +17,13 @@ struct Softcap {
   explicit operator bool() const { return outer != 0.0f; }
 };
 
-// The masks of one row from some key on.
+// The masks of one row, starting at some key.
 struct MaskRow {
-  const char* attn_mask;  // in its dtype; or null
-  const float* key_bias;  // of fill_key_bias; or null
-  const uint32_t* bits;   // of a PreparedMask; or null
-  int64_t bit0;           // the key's place in the first word, 0 or 16
-  const float* plain;     // attn_mask, if it is of float32 and all there is; or null
+  const char* attn_mask;  // in its own dtype, or null
+  const float* key_bias;  // from fill_key_bias, or null
+  const uint32_t* bits;   // of a PreparedMask, or null
+  int64_t bit0;           // the first key's bit in the first word, 0 or 16
+  const float* plain;     // attn_mask if it is float32 and the only mask, or null
   explicit operator bool() const { return attn_mask || bits; }
 };
 
@@ -35,13 +35,13 @@ class ScoreBias {
                       : problem.attn_mask_dtype == MaskDtype::boolean ? 1
                                                                       : 2) {}
 
-  // key_bias: of fill_key_bias, null when all keys below seqlen_k are present.
+  // key_bias: from fill_key_bias, or null if all keys below seqlen_k are present.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias) {
     bounds_ = &bounds, batch_ = b, head_ = h, key_bias_ = key_bias;
     slope_ = problem_.alibi_slopes ? problem_.alibi_slopes[b * problem_.alibi_slopes_batch + h * problem_.alibi_slopes_head] : 0.0f;
   }
 
-  // Whether more than `visible_keys` is needed to compute scores from products; `mixed` tiles of a PreparedMask need their bits.
+  // Whether a score depends on more than its product and `visible_keys`. mixed: tiles of a PreparedMask that need their bits.
   bool needed(bool mixed) const { return key_bias_ || needed_beyond_absent_keys(mixed); }
   bool needed_beyond_absent_keys(bool mixed) const {
     return problem_.attn_mask.data || problem_.alibi_slopes || problem_.window_left < kUnlimited || mixed;
@@ -50,14 +50,14 @@ class ScoreBias {
     return !(mixed || problem_.alibi_slopes || has_diagonal(problem_) || (problem_.attn_mask.data && problem_.attn_mask.row != 0));
   }
 
-  // The row's masks, if they are all there is to add and the elements of attn_mask follow each other; else null. key0: a multiple of 16.
+  // The row's masks if there is nothing else to add and attn_mask is contiguous along keys, else null. key0 is a multiple of 16.
   FA_MEMBER_INLINE MaskRow mask_row(int64_t row, int64_t key0, bool mixed) const {
     const bool alone = !problem_.alibi_slopes && problem_.window_left >= kUnlimited && !mask_elements_lie_apart();
     return alone ? masks_from(row, key0, mixed) : MaskRow{};
   }
 
-  // The kLanes values of such a row from j on, of which `remaining` exist. Fetches those of a later row: rows lie too far from each other
-  // for the hardware prefetcher.
+  // kLanes values of such a row from j on, of which `remaining` exist. Also prefetches a later row: rows are too far apart for the hardware
+  // prefetcher.
   FA_MEMBER_INLINE Vec mask_values(const MaskRow& row, int64_t j, int64_t remaining, int64_t rows_ahead) const {
     if (!row.attn_mask) return without_hidden(row, j, broadcast(0.0f));
     const char* elements = row.attn_mask + j * mask_element_;
@@ -65,13 +65,13 @@ class ScoreBias {
     return without_hidden(row, j, attn_mask_values(elements, remaining));
   }
 
-  // The same of a row of float32 that is all there is.
+  // The same for a float32 mask that is the only one.
   FA_MEMBER_INLINE Vec mask_values(const float* plain, int64_t remaining, int64_t rows_ahead) const {
     __builtin_prefetch(plain + rows_ahead * problem_.attn_mask.row);
     return float_values(plain, remaining);
   }
 
-  // bias[0, keys) of the keys from key0 on, and -inf up to the next multiple of 16.
+  // Fills bias[0, keys) for the keys from key0 on, then -inf up to the next multiple of 16.
   FA_NOINLINE_MEMBER void fill(int64_t row, int64_t key0, int64_t keys, bool mixed, float* bias) const {
     const int64_t padded = round_up(keys, 16);
     const MaskRow masks = masks_from(row, key0, mixed);
@@ -89,7 +89,7 @@ class ScoreBias {
       store(bias + j, select(first_lanes(last - j), load(bias + j), broadcast(-kInfinity)));
   }
 
-  // |j - i - diagonal| of row i and the keys from j on.
+  // |j - i - diagonal| for row i and kLanes keys from j on.
   FA_MEMBER_INLINE Vec distances(int64_t row, int64_t key) const {
     return absolute(add(broadcast(static_cast<float>(key - row - bounds_->diagonal)), lane_indices()));
   }
@@ -111,7 +111,7 @@ class ScoreBias {
             plain ? reinterpret_cast<const float*>(mask) : nullptr};
   }
 
-  // -inf for absent keys and those whose bit is not set.
+  // The values, or -inf for absent keys and keys whose bit is not set.
   FA_MEMBER_INLINE static Vec without_hidden(const MaskRow& row, int64_t j, Vec values) {
     if (row.key_bias) values = select(less_than(load(row.key_bias + j), broadcast(0.0f)), broadcast(-kInfinity), values);
     if (row.bits) {
@@ -122,7 +122,7 @@ class ScoreBias {
     return values;
   }
 
-  // kLanes elements of attn_mask that follow each other, of which `remaining` exist.
+  // kLanes contiguous elements of attn_mask, of which `remaining` exist.
   FA_MEMBER_INLINE Vec attn_mask_values(const char* elements, int64_t remaining) const {
     switch (problem_.attn_mask_dtype) {
       case MaskDtype::float32:
@@ -142,7 +142,7 @@ class ScoreBias {
     return mul(remaining >= kLanes ? load(values) : load_first(values, max_of(remaining, int64_t{0})), broadcast(kLog2e));
   }
 
-  // The same of elements that lie apart.
+  // The same for strided elements.
   Vec gathered_values(const char* elements, int64_t remaining) const {
     const int64_t count = max_of(min_of(remaining, int64_t{kLanes}), int64_t{0});
     switch (mask_element_) {
@@ -162,15 +162,15 @@ class ScoreBias {
   }
 
   const AttentionProblem& problem_;
-  const int64_t mask_element_;  // bytes of an element of attn_mask
+  const int64_t mask_element_;  // size of an attn_mask element in bytes
   const SequenceBounds* bounds_ = nullptr;
   int64_t batch_ = 0, head_ = 0;
   const float* key_bias_ = nullptr;
   float slope_ = 0.0f;
 };
 
-// visit(values), where values(j) is what is added to the scores of kLanes keys from j on: of `mask`, or of `bias` where it is null. Each
-// way to read it has a loop of its own.
+// Calls visit(values), where values(j) is what to add to the scores of kLanes keys from j on, read from `mask`, or from `bias` if `mask` is
+// null. Each way of reading gets its own loop.
 template <class Visit>
 FA_INLINE auto with_bias(const ScoreBias& score_bias, const MaskRow& mask, const float* bias, int64_t visible, int64_t rows_ahead,
                          Visit&& visit) {
@@ -179,7 +179,7 @@ FA_INLINE auto with_bias(const ScoreBias& score_bias, const MaskRow& mask, const
   return visit([&](int64_t j) FA_LAMBDA_INLINE { return load(bias + j); });
 }
 
-// kLanes scores in units of log2 from products, -inf where the bias is; tanh: what the soft cap's slope is computed from.
+// kLanes scores in log2 units from products, -inf if the bias is. tanh_of_score: receives the soft cap's tanh, for its derivative.
 FA_INLINE Vec biased_scores(Vec product, float log2_scale, const Softcap& softcap, Vec bias, Vec* tanh_of_score = nullptr) {
   Vec x;
   if (softcap) {
@@ -192,7 +192,7 @@ FA_INLINE Vec biased_scores(Vec product, float log2_scale, const Softcap& softca
   return select(less_than(bias, broadcast(kMaskedBelow)), broadcast(-kInfinity), x);
 }
 
-// The kinds of a PreparedMask's tiles of 64 keys for one block of 64 rows, from its lists.
+// The kinds of a PreparedMask's tiles of 64 keys, for one block of 64 rows.
 enum TileKind : uint8_t { kEmptyTile = 0, kFullTile = 1, kMixedTile = 2 };
 
 static inline void expand_tiles(const TileLists& lists, int64_t b, int64_t h, int64_t line, uint8_t* kinds) {
@@ -202,8 +202,8 @@ static inline void expand_tiles(const TileLists& lists, int64_t b, int64_t h, in
   for (int32_t n = 0; n < list[1]; ++n) kinds[list[1 + lists.num_tiles - n]] = kMixedTile;
 }
 
-// Calls visit(first, last, mixed) for every run of tiles of one kind within [begin, end), skipping empty ones. Without tiles there is
-// one run. begin is a multiple of 64.
+// Calls visit(first, last, mixed) for every run of tiles of one kind within [begin, end), skipping empty ones. Without tiles the whole
+// range is one run. begin is a multiple of 64.
 template <class Visit>
 FA_INLINE void for_each_run(const uint8_t* kinds, int64_t begin, int64_t end, Visit&& visit) {
   if (!kinds) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector layer: one float vector `Vec` of kLanes lanes and the few operations that the kernels need.
+// The vector layer: a float vector `Vec` of kLanes lanes, and the few operations the kernels need.
 //
-// Included, by itself or by any other header here, after `#pragma GCC target(...)` with FA_ISA naming the namespace of the instruction set:
+// Include it, directly or through another header here, after `#pragma GCC target(...)`, with FA_ISA naming the instruction set's namespace:
 //   FA_AVX512 defined         AVX-512 intrinsics, 16 lanes
 //   FA_LANES defined (4, 8)   GNU vector extensions: AVX2 with 8 lanes, SSE2 or NEON with 4
-// No std function may be used below: an inline std function instantiated here would be compiled for this instruction set, and
-// the linker could pick that copy for every caller on every machine. So isa_*.cpp include what is not of this folder before the pragma, and
+// Do not use std functions below: an inline std function instantiated here would be compiled for this instruction set, and the linker
+// could pick that copy for every caller on every machine. So isa_*.cpp include everything from outside this folder before the pragma;
 // including it again here does nothing.
 #pragma once
 #include <cstdint>
@@ -28,10 +28,10 @@ struct float16_t {
 };
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-constexpr float kLog2eRest = 1.92596303e-8f, kLn2Rest = -1.90465432e-9f;  // what float32 loses of the two
+constexpr float kLog2eRest = 1.92596303e-8f, kLn2Rest = -1.90465432e-9f;  // the parts lost in rounding them to float32
 constexpr float kInfinity = __builtin_inff();
-// Scores (in units of log2) above this are scaled before their maximum is subtracted: in one multiply-add, the bits that the rounded
-// maximum has lost would be left over as exponents.
+// Scores (in log2 units) above this are scaled before their maximum is subtracted. In a single multiply-add, the bits lost in rounding the
+// maximum would end up in the exponents.
 constexpr float kScaleFirstAbove = 1 << 20;
 
 FA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -65,7 +65,7 @@ using LaneMask = __mmask16;
 FA_INLINE LaneMask first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<LaneMask>((1u << n) - 1); }
 // Lanes whose bit is set in 16 consecutive bits; `lane0` is a multiple of kLanes below 16 (always 0 here).
 FA_INLINE LaneMask lanes_of_bits(uint16_t bits, int /*lane0*/) { return bits; }
-// Lanes whose byte is not 0; the second one reads `n` bytes, fewer than kLanes.
+// Lanes whose byte is not 0; the second overload reads `n` bytes, fewer than kLanes.
 FA_INLINE LaneMask nonzero_lanes(const uint8_t* bytes) {
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
   return _mm_test_epi8_mask(all, all);
@@ -106,7 +106,7 @@ FA_INLINE void reduce_add4(const Vec v[4], float sums[4]) {
 }
 
 // 2^x for x <= 127; 0 below -126; NaN stays NaN.
-// NOTE: a scalef result that underflows takes a microcode assist (masked scores are -inf), hence the zero mask.
+// NOTE: scalef takes a microcode assist when its result underflows, as it does for masked scores (-inf), hence the zero mask.
 template <int kDegree = 5>
 FA_INLINE Vec exp2(Vec x) {
   const float* c = kExp2OfFraction[kDegree - 3];
@@ -200,7 +200,7 @@ constexpr IntVector kLaneIndex = FA_LANE_INDICES;
 #undef FA_LANE_INDICES
 
 FA_INLINE LaneMask first_lanes(int64_t n) { return kLaneIndex < static_cast<int32_t>(min_of(max_of(n, int64_t{0}), int64_t{kLanes})); }
-// Lanes whose bit, from `lane0` on (a multiple of kLanes below 16), is set.
+// Lanes whose bit is set, from bit `lane0` on (a multiple of kLanes below 16).
 FA_INLINE LaneMask lanes_of_bits(uint16_t bits, int lane0) { return (((bits >> lane0) - IntVector{}) >> kLaneIndex & 1) != 0; }
 FA_INLINE LaneMask nonzero_lanes(const uint8_t* bytes) {
   return __builtin_convertvector(*reinterpret_cast<const ByteVector*>(bytes), IntVector) != 0;
@@ -227,7 +227,7 @@ FA_INLINE Vec load_first(const float* p, int64_t n) {
 }
 FA_INLINE void store(float* p, Vec a) { *reinterpret_cast<UnalignedFloatVector*>(p) = a.x; }
 
-FA_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }  // contracted where the machine has FMA (GCC's default)
+FA_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }  // contracted to an FMA if the machine has it (GCC's default)
 FA_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return {a.x * b.x - c.x}; }
 FA_INLINE Vec add(Vec a, Vec b) { return {a.x + b.x}; }
 FA_INLINE Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
@@ -357,7 +357,7 @@ FA_INLINE void transpose(Vec rows[kLanes]) {
 
 #endif
 
-// log2 of a normal positive number, absolute error 1e-7; NaN stays NaN. log2 m = 2 / ln 2 * atanh((m - 1) / (m + 1)), by its series.
+// log2 of a normal positive number, absolute error 1e-7; NaN stays NaN. Uses the series of log2 m = 2 / ln 2 * atanh((m - 1) / (m + 1)).
 FA_INLINE Vec log2(Vec x) {
   Vec mantissa;
   const Vec exponent = split_exponent(x, mantissa);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward's counterpart of online_softmax.h. From a block's raw products S = Q K^T and dP = dout V^T to what multiplies dout, Q and K:
+// The backward's counterpart of online_softmax.h. Turns a block's raw products S = Q K^T and dP = dout V^T into what multiplies dout, Q, K:
 //
 //   P  = exp2(c S + bias - lse log2 e),  c = scale log2 e               recomputed from lse
-//   dB = P * (dropout(dP) - delta)                                      the gradient of what is added to the scores
-//   dS = dB, times 1 - tanh^2 under a soft cap
+//   dB = P * (dropout(dP) - delta)                                      gradient of the bias
+//   dS = dB, times 1 - tanh^2 with a soft cap
 //
-// on the way adding up the gradients of attn_mask and alibi_slopes.
+// and accumulates the gradients of attn_mask and alibi_slopes along the way.
 #pragma once
 #include "dropout.h"
 #include "matmul.h"
@@ -34,7 +34,7 @@ class SoftmaxGradient {
   float* dscores() const { return dscores_; }
   const float* delta() const { return delta_; }  // (seqlen_q,)
 
-  // key_bias: of fill_key_bias, null when all keys below seqlen_k are present. dmask: the mask's gradient for this head, or null.
+  // key_bias: from fill_key_bias, or null if all keys below seqlen_k are present. dmask: the mask's gradient for this head, or null.
   void enter(const SequenceBounds& bounds, int64_t b, int64_t h, const float* key_bias, float* dmask) {
     bounds_ = &bounds, batch_head_ = b * problem_.num_heads + h, dmask_ = dmask, slope_sum_ = 0;
     score_bias_.enter(bounds, b, h, key_bias);
@@ -42,7 +42,7 @@ class SoftmaxGradient {
 
   void enter_row(int64_t row, float lse, float delta) {
     delta_[row] = delta;
-    // lse log2 e does not fit a float32; what rounding takes from it is put back as a factor.
+    // lse log2 e is not exact in float32; the rounding error is put back as a factor.
     const float shift = lse * kLog2e, lost = __builtin_fmaf(lse, kLog2e, -shift) + lse * kLog2eRest;
     row_shift_[row] = shift;
     row_factor_[row] = 1.0f - lost * kLn2;
@@ -50,7 +50,7 @@ class SoftmaxGradient {
 
   void enter_row_that_sees_nothing(int64_t row) { row_shift_[row] = kInfinity; }
 
-  // The gradient of the head's slope by the blocks so far.
+  // The gradient of the head's slope, over the blocks so far.
   float dslope() const { return static_cast<float>(-slope_sum_); }
 
   FA_NOINLINE_MEMBER void apply(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
@@ -64,7 +64,7 @@ class SoftmaxGradient {
 
  private:
   static constexpr int64_t kKeepWords = kKeyTile / 16;
-  static constexpr int64_t kMaskRowsAhead = 8;  // a row of a block takes less time than memory
+  static constexpr int64_t kMaskRowsAhead = 8;  // processing one row takes less time than a memory access
 
   template <bool kDropping>
   void apply_to_rows(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
@@ -84,7 +84,7 @@ class SoftmaxGradient {
     slope_sum_ += reduce_add(slope_sum);
   }
 
-  // Row i of the block: scores -> dropout(P) / dropout_scale in weights_, dP -> dS in dscores_; both 0 where the row does not see the key.
+  // Row i of the block: scores -> dropout(P) / dropout_scale in weights_, dP -> dS in dscores_; both 0 for keys the row does not see.
   template <bool kDropping>
   FA_MEMBER_INLINE void weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys) {
     float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
@@ -107,7 +107,7 @@ class SoftmaxGradient {
     }
   }
 
-  // The same with a soft cap or with something added to the scores, whose gradients are added up on the way.
+  // The same with a soft cap or a bias, whose gradients are accumulated along the way.
   template <bool kDropping, class Added>
   void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const Added& added, Vec& slope_sum) {
     float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
@@ -153,7 +153,7 @@ class SoftmaxGradient {
 
   float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
   float *weights_, *dscores_;                // (kRows, kScoreStride)
-  float* bias_;                              // (kKeyTile,) of one row, or of all
+  float* bias_;                              // (kKeyTile,) for one row, or shared by all
   uint16_t* keep_bits_;                      // (kRows, kKeepWords) dropout bits
 
   const SequenceBounds* bounds_ = nullptr;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention weights themselves, after dropout, of each head or their mean over heads. A task is a block of query rows of one head,
-// or of all heads for their mean, which adds up in scratch; problem.out is where the weights go, one row of Lk for a query:
+// The attention weights after dropout, for each head or averaged over heads. A task is a block of query rows of one head, or of all heads
+// for the mean, which is accumulated in scratch. The weights go to problem.out, a row of Lk per query:
 //
 //   for each block of keys, for each head:   S = Q K^T,   P = exp2(c S + bias - lse log2 e),   W += dropout(P) / heads
 #pragma once
@@ -68,7 +68,7 @@ class WeightsPass {
     if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
   }
 
-  // What the next head reads, spread over the products of this one: rows of a (B, L, H, D) tensor are far apart.
+  // Prefetches the next head's inputs during this head's products; rows of a (B, L, H, D) tensor are far apart.
   void prefetch(int64_t next_head, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     prefetcher_.clear();
     const int64_t row_bytes = problem_.head_dim_qk * static_cast<int64_t>(sizeof(T)), size = static_cast<int64_t>(sizeof(T));
@@ -83,7 +83,7 @@ class WeightsPass {
       for (int64_t j = i; j < i + keys; j += kLanes) store(mean_ + j, h == 0 ? load(scores_ + j) : add(load(mean_ + j), load(scores_ + j)));
   }
 
-  // scores_ become the weights of one head, 0 wherever there is none.
+  // Replaces scores_ by the weights of one head, 0 for pairs that do not attend.
   void compute(int64_t h, int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     const int64_t rows_present = min_of(bounds_.seqlen_q - row0, rows);
     const int64_t seen = rows_present > 0 ? min_of(visible_keys(bounds_, row0 + rows_present - 1) - key0, keys) : 0;
@@ -113,7 +113,7 @@ class WeightsPass {
     const int64_t visible = seen > 0 ? max_of(min_of(visible_keys(bounds_, row) - key0, seen), int64_t{0}) : 0;
     const bool biased = visible > 0 && score_bias_.needed(mixed);
     if (biased) score_bias_.fill(row, key0, visible, mixed, bias_);
-    // lse log2 e does not fit a float32; what rounding takes from it is put back as a factor.
+    // lse log2 e is not exact in float32; the rounding error is put back as a factor.
     const float shift = lse * kLog2e, lost = __builtin_fmaf(lse, kLog2e, -shift) + lse * kLog2eRest;
     const Vec factor = broadcast(factor_ * (1.0f - lost * kLn2));
     int64_t j = 0;
@@ -145,7 +145,7 @@ class WeightsPass {
 
   float* key_t_;         // (tiles, head_dim_qk, kKeyTile)
   float* query_rows_;    // (kRows, dim_qk)
-  float* scores_;        // (kRows, kScoreStride), of one head
+  float* scores_;        // (kRows, kScoreStride) of one head
   float* mean_;          // (kRows, kScoreStride)
   float* bias_;          // (kBlockKeys,) of one row
   float* key_bias_;      // (seqlen_k,) 0 or -inf
