@@ -1,7 +1,7 @@
 """The public attention functions.
 
-Method: FlashAttention (Dao et al., arXiv 2205.14135; Dao, arXiv 2307.08691): tiles of scores with an online softmax (Milakov and
-Gimelshein, arXiv 1805.02867), never the whole score matrix; the backward recomputes the weights from the saved log-sum-exp.
+Method: FlashAttention (Dao et al., arXiv 2205.14135; Dao, arXiv 2307.08691). Scores are computed in tiles with an online softmax (Milakov
+and Gimelshein, arXiv 1805.02867), so the full score matrix never exists; the backward recomputes the weights from the saved log-sum-exp.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T + bias, masked) V, fused, forward and backward.
 
-    Masks say True = may attend. A query that may attend to nothing gives output 0, lse -inf and zero gradients, never NaN.
-    Differentiable in query, key, value, a float attn_mask, alibi_slopes and sinks, any number of times; so is lse.
+    In masks, True = may attend. A query that may attend to nothing gives output 0, lse -inf and zero gradients, never NaN.
+    out and lse are differentiable, any number of times, in query, key, value, a float attn_mask, alibi_slopes and sinks.
 
     Args:
         query: (B, Hq, Lq, Dqk), float32, float64, float16 or bfloat16; any strides (a non-contiguous last dim is copied).
         key: (B, Hkv, Lk, Dqk); Hq must be a multiple of Hkv (grouped-query attention, Ainslie et al., arXiv 2305.13245).
         value: (B, Hkv, Lk, Dv).
         attn_mask: bool (True = may attend) or float (added to the scaled scores; below -1e30 masks); (Lq, Lk), or 4-D and
-            broadcastable to (B, Hq, Lq, Lk). Or a PreparedMask, which holds all that masks: what prepare_mask takes is given there.
-        key_mask: (B, Lk) bool, True = may attend: padding of any pattern. What absent keys hold never matters, not even NaN.
+            broadcastable to (B, Hq, Lq, Lk). Or a PreparedMask, which holds all the masking: pass such arguments to prepare_mask instead.
+        key_mask: (B, Lk) bool, True = may attend: padding in any pattern. The contents of absent keys never matter, not even NaN.
         key_lengths: (B,) int32 or int64, clamped to [0, Lk]: keys at or past the length are absent.
         query_lengths: (B,) likewise for queries: rows at or past the length give output 0, lse -inf and zero gradients.
-        is_causal: True sees no key past the diagonal, by default keys j <= i of query i, as in torch; "top_left" and "bottom_right" are
-            True with that diagonal.
-        window: (left, right), how many keys each side of the diagonal are visible; None in a place = unlimited.
-        diagonal: where it runs that is_causal, window and alibi_slopes refer to. "top_left" (the default): query i stands at key i.
-            "bottom_right": the last query stands at the last key, per sequence where lengths are given. An int in [-2^29, 2^29]: query
-            i stands at key i + diagonal, for instance behind that many cached keys.
-        scale: factor of the scores, finite; default 1 / sqrt(Dqk).
-        dropout_p: probability in [0, 1] of dropping a softmax weight; kept ones are scaled up.
-        rng_state: (2,) int64 seed and offset that replays a dropout mask; by default drawn from torch's generator.
-        softcap: s = softcap * tanh(s / softcap) on the scaled scores, > 0 (Gemma 2, arXiv 2408.00118).
+        is_causal: True hides keys past the diagonal; by default query i sees keys j <= i, as in torch. "top_left" and "bottom_right"
+            mean True with that diagonal.
+        window: (left, right), how many keys are visible on each side of the diagonal; None = unlimited on that side.
+        diagonal: the diagonal that is_causal, window and alibi_slopes refer to. "top_left" (the default): query i is at key i.
+            "bottom_right": the last query is at the last key, per sequence if lengths are given. An int in [-2^29, 2^29]: query i is at
+            key i + diagonal, for instance after that many cached keys.
+        scale: factor applied to the scores, finite; default 1 / sqrt(Dqk).
+        dropout_p: probability in [0, 1] of dropping a softmax weight; the others are scaled up.
+        rng_state: (2,) int64 seed and offset, to replay a dropout mask; by default drawn from torch's generator.
+        softcap: > 0, applies s = softcap * tanh(s / softcap) to the scaled scores (Gemma 2, arXiv 2408.00118).
         alibi_slopes: (Hq,) or (B, Hq): slope * distance to the diagonal is subtracted (Press et al., arXiv 2108.12409).
-        sinks: (Hq,) logits that take part in the softmax but have no value (as in gpt-oss).
+        sinks: (Hq,) logits that join the softmax but have no value (as in gpt-oss).
         return_lse: also return lse, the natural log of the softmax denominator.
         deterministic: ask for bit-reproducible gradients; None follows torch.are_deterministic_algorithms_enabled().
-        backend: None routes; "reference", "triton", "cuda" or "cpu" runs that one or raises with the reasons why it cannot.
+        backend: None chooses one; "reference", "triton", "cuda" or "cpu" runs that one, or raises with the reasons why it cannot.
 
     Returns:
-        out (B, Hq, Lq, Dv) in the query's dtype, a view of (B, Lq, Hq, Dv) memory - (Lq, B, Hq, Dv) for a sequence-first query - so
-        that merging the heads costs nothing; with return_lse also lse (B, Hq, Lq), float32 (float64 for float64 inputs).
+        out (B, Hq, Lq, Dv) in the query's dtype, a view of (B, Lq, Hq, Dv) memory ((Lq, B, Hq, Dv) for a sequence-first query), so that
+        merging the heads is free; with return_lse also lse (B, Hq, Lq), float32 (float64 for float64 inputs).
 
-    query, key and value may be nested tensors of layout torch.jagged, (B, H, ragged L, D), which run as `attention_varlen`; so are out and
-    lse then. Sequences end where they end: masks over keys and key_lengths are refused.
+    query, key and value may also be nested tensors of layout torch.jagged, (B, H, ragged L, D). They run as `attention_varlen`, and out and
+    lse are then nested too. Nested sequences have no padding, so masks over keys and key_lengths are refused.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -145,8 +145,8 @@ def attention_qkv_packed(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention on one packed projection, with one packed gradient; `options` are those of `attention`.
 
-    qkv: (B, L, 3, H, D). Returns out (B, H, L, D), and lse (B, H, L) if asked. Separate views of one buffer would cost three
-    zero-filled gradients that autograd then adds up.
+    qkv: (B, L, 3, H, D). Returns out (B, H, L, D), and lse (B, H, L) if requested. With separate views of the buffer, autograd would
+    zero-fill three gradients and add them up.
     """
     return _run(make_problem("qkv", autocast_inputs(qkv), **options), backend, return_lse)
 
@@ -156,7 +156,7 @@ def attention_kv_packed(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-attention on a query and one packed key-value projection; `options` are those of `attention`.
 
-    query: (B, H, Lq, D); kv: (B, Lk, 2, H, D). Returns out (B, H, Lq, D), and lse (B, H, Lq) if asked.
+    query: (B, H, Lq, D); kv: (B, Lk, 2, H, D). Returns out (B, H, Lq, D), and lse (B, H, Lq) if requested.
     """
     return _run(make_problem("kv", autocast_inputs(query, kv), **options), backend, return_lse)
 
@@ -184,20 +184,20 @@ def attention_varlen(
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of B sequences packed one after another without padding, each with itself (or with its own keys) only.
+    """`attention` on B sequences packed one after another without padding; each attends only to itself (or to its own keys).
 
-    The diagonal, windows, slopes, dropout and lengths count within a sequence. Differentiable like `attention`.
+    The diagonal, windows, slopes, dropout and lengths are relative to each sequence. Differentiable like `attention`.
 
     Args:
         query: (Tq, Hq, Dqk), the tokens of all sequences.
         key: (Tk, Hkv, Dqk).
         value: (Tk, Hkv, Dv).
-        cu_seqlens_q: (B + 1,) int32 or int64, ascending: where each sequence starts in `query`, and where the last one ends. Tokens
+        cu_seqlens_q: (B + 1,) int32 or int64, ascending: the start of each sequence in `query`, then the end of the last one. Tokens
             before the first start or past the last end belong to no sequence: output 0, lse -inf and zero gradients.
         cu_seqlens_k: (B + 1,) likewise for `key` and `value`.
-        max_seqlen_q: at least the length of the longest sequence; tokens past it within a sequence do not count. Costs follow the tokens
-            where it is generous; a GPU launches the least for a close one. A 0-dim tensor is read, for which Python waits for its GPU.
-            None: no bound is known.
+        max_seqlen_q: at least the length of the longest sequence; tokens of a sequence past it are ignored. A loose bound costs little,
+            because costs follow the tokens, but a tight one launches the least on a GPU. A 0-dim tensor is read, which waits for its GPU.
+            None: no known bound.
         max_seqlen_k: likewise for the keys.
         query_lengths: (B,): rows of a sequence at or past its length give output 0, lse -inf and zero gradients.
         alibi_slopes: (Hq,) or (B, Hq).
@@ -249,24 +249,24 @@ def attention_decode(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of the newest tokens to a cache that holds them too, causal from the bottom right; forward only.
+    """`attention` from the newest tokens to a cache that already holds them, causal from the bottom right; forward only.
 
-    The last query is the last key of its sequence: query i of Lq sees the keys up to key_lengths - Lq + i.
+    The last query is at the last key of its sequence: query i of Lq sees the keys up to key_lengths - Lq + i.
 
     Args:
-        query: (B, Hq, Lq, Dqk), mostly Lq = 1.
-        key_cache: (B, Hkv, Lk, Dqk); what stands at or past a sequence's length never matters.
+        query: (B, Hq, Lq, Dqk), usually Lq = 1.
+        key_cache: (B, Hkv, Lk, Dqk); contents at or past a sequence's length never matter.
         value_cache: (B, Hkv, Lk, Dv).
-        key_lengths: (B,) int32 or int64: how many keys each sequence has so far, those of `query` included.
+        key_lengths: (B,) int32 or int64: how many keys each sequence has so far, including those of `query`.
 
     The other arguments are those of `attention`.
 
     Returns:
-        out (B, Hq, Lq, Dv), and lse (B, Hq, Lq) if asked, as from `attention`.
+        out (B, Hq, Lq, Dv), and lse (B, Hq, Lq) if requested, as from `attention`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: grad mode is on and a tensor requires gradients, as torch's functions with out= do.
+        RuntimeError: grad mode is on and a tensor requires a gradient, as in torch's functions with out=.
     """
     arguments = (query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend, "attention_decode", return_lse)
     repeatable = window is softcap is alibi_slopes is sinks is None
@@ -303,7 +303,7 @@ def attention_weights(
         query: (B, Hq, Lq, Dqk).
         key: (B, Hkv, Lk, Dqk).
         lse: (B, Hq, Lq), from `attention(..., return_lse=True)` with the same masks and options.
-        average_heads: return the mean over heads, without holding those of single heads unless a gradient is asked for.
+        average_heads: return the mean over heads, without storing the weights of each head unless a gradient is needed.
         dropout_p: with the `rng_state` given to `attention`, replays its dropout mask.
         options: the masks and options of `attention`.
 
@@ -311,7 +311,7 @@ def attention_weights(
         (B, Hq, Lq, Lk), or (B, Lq, Lk) with average_heads, in the query's dtype. Differentiable in query, key, lse and a float mask.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; dropout without rng_state.
+        TypeError, ValueError: an argument does not fit, or there is dropout without rng_state.
     """
     query, key = autocast_inputs(query, key)
     problem = make_problem("separate", (query, key, key), dropout_p=dropout_p, **options)
@@ -327,13 +327,13 @@ def attention_weights(
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:
-    """Which backend `attention` would choose for these arguments, and every reason why the others would not run.
+    """Returns the backend `attention` would choose for these arguments, and every reason why the others would not run.
 
-    With cu_seqlens_q among the options: which one `attention_varlen` would choose.
+    With cu_seqlens_q among the options, it explains `attention_varlen`.
     """
     options.pop("return_lse", None)
     options.pop("backend", None)
-    if options.get("rng_state") is None and isinstance(query, Tensor):  # only asking must not advance torch's generator
+    if options.get("rng_state") is None and isinstance(query, Tensor):  # explaining must not advance torch's generator
         options["rng_state"] = torch.zeros(2, dtype=torch.int64, device=query.device)
     layout: Layout = "varlen" if "cu_seqlens_q" in options else "separate"
     return explain_problem(make_problem(layout, autocast_inputs(query, key, value), **options))

@@ -1,18 +1,18 @@
-"""The backends by name, in the order in which routing tries them.
+"""The backends by name, in the order routing tries them.
 
 Each is a module with
 
-- `status() -> str | None`: why it cannot run on this machine, None when it can,
-- `unsupported_reasons(problem) -> list[str]`: why it cannot run this problem here, empty when it can,
-- `uncovered(problem) -> list[str]`: what it does not cover on any machine,
+- `status() -> str | None`: why it cannot run on this machine, None if it can,
+- `unsupported_reasons(problem) -> list[str]`: why it cannot run this problem here, empty if it can,
+- `uncovered(problem) -> list[str]`: what it does not support on any machine,
 
-and, all but the reference,
+and, except for the reference,
 
-- `prepare(problem) -> Call`: the forward pass of problems that differ from this one in their tensors' memory alone,
+- `prepare(problem) -> Call`: the forward pass for this problem and any other that differs only in its tensors' memory,
 - `backward(problem, out, lse, dout, dlse, gradients)`: writes every requested gradient,
 - `attention_weights(problem, lse, average_heads) -> Tensor`, if it has a kernel for them.
 
-Importing this needs neither a GPU, nor Triton, nor the compiled extension.
+Importing this module does not need a GPU, Triton or the compiled extension.
 """
 
 from __future__ import annotations

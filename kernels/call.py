@@ -1,4 +1,4 @@
-"""What a backend makes of a problem: a function that runs it, and any other that differs only in its tensors' memory."""
+"""What a backend prepares from a problem: a function that runs it, or any other that differs only in its tensors' memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from .torch_internals import allocators
 
 
 class Call(Protocol):
-    """Everything that follows from sizes, strides, dtypes and options is worked out; it takes the tensors alone."""
+    """Takes only the tensors; everything that depends on sizes, strides, dtypes and options is already worked out."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor] | None:
-        """out (B, Hq, Lq, Dv); with needs_lse also lse (B, Hq, Lq) float32. Packed sequences have B = 1, and rows of none are 0.
+        """Returns out (B, Hq, Lq, Dv), and with needs_lse also lse (B, Hq, Lq) float32. Packed sequences have B = 1; rows outside all
+        sequences are 0.
 
-        None where the tensors' memory is not aligned as the kernels need it. Their GPU must be the current one.
+        Returns None if the tensors' memory is not aligned as the kernels need. Their GPU must be the current one.
         """
 
 
 def empty_strided(like: Tensor) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
-    """torch.empty_strided(shape, strides, dtype) on the device of `like`, in half the time where torch has the function that compiled
-    graphs call. A GPU must be the current one.
+    """torch.empty_strided(shape, strides, dtype) on the device of `like`, in half the time if torch has the function that compiled graphs
+    call. A GPU must be the current one.
     """
     fast = allocators.get(like.device.type)
     if fast is not None:

@@ -1,6 +1,6 @@
-"""Checks and normalises the arguments of an attention call into one Problem; every input error is raised here.
+"""Checks the arguments of an attention call and normalizes them into one Problem; every input error is raised here.
 
-Only shapes, dtypes, devices and strides are looked at, never tensor values: no device synchronisation, no graph break.
+It looks only at shapes, dtypes, devices and strides, never at tensor values: no device synchronization, no graph break.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def make_problem(
     max_seqlen_k: int | Tensor | None = None,
     out_memory: OutMemory = "heads merged",
 ) -> Problem:
-    """Checks every argument of `attention()` or, with cu_seqlens_q and the next three, of `attention_varlen()`, and returns the normalised
-    problem.
+    """Checks every argument of `attention()`, or of `attention_varlen()` if cu_seqlens_q and the next three are given, and returns the
+    normalized problem.
 
     Raises:
         TypeError: a tensor argument is not a tensor, or has the wrong dtype.
         ValueError: a shape, device or value does not fit; the message names the argument, what was given and what is allowed.
-        RuntimeError: torch.jit.trace is at work, which would freeze shapes and options.
+        RuntimeError: torch.jit.trace is running, which would freeze shapes and options.
     """
     if tracing_state() is not None:
         raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
@@ -145,14 +145,14 @@ _PACKED_SHAPES = {"qkv": "(batch, seqlen, 3, num_heads, head_dim)", "kv": "(batc
 
 
 MAX_ACCEPTED = 4096
-# The numbers of descriptions of inputs that _check_inputs found nothing wrong with: it costs more than a small launch, and a number less to
-# look up later than the description. No number is given twice.
+# A number for each description of inputs that passed _check_inputs, which costs more than a small launch. Later lookups use the number,
+# which is cheaper to hash than the description. Numbers are never reused.
 _accepted: dict[tuple | None, int] = {}
 _numbers = itertools.count(1)
 
 
 def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int | None]:
-    """The inputs, those whose last dim is not contiguous copied, and their number."""
+    """Returns the inputs, copied if the last dim is not contiguous, and their number."""
     description = _description(layout, inputs)
     number = _accepted.get(description)
     if number is not None:
@@ -166,7 +166,7 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[T
 
 
 def _description(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple | None:
-    """Everything that _check_inputs looks at; None of what may not be one fixed, dense tensor."""
+    """Everything _check_inputs looks at; None if an input may not be one fixed, dense tensor."""
     if torch.compiler.is_compiling():
         return None
     for tensor in inputs:
@@ -218,14 +218,14 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def _overrides_functions(kind: type[Tensor]) -> bool:
-    """Whether the memory of such a tensor may not hold what it stands for: it would have a say in a call of torch's own functions."""
+    """Whether tensors of this type intercept calls of torch's functions, so that their memory may not hold their values."""
     if kind.__torch_function__ is Parameter.__torch_function__ or not is_torch_function_enabled():
         return False
     return getattr(kind.__torch_function__, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def causal_bias(mask: object) -> Literal["top_left", "bottom_right"] | None:
-    """What a torch.nn.attention.bias.CausalBias, which holds no values, stands for; None of anything else."""
+    """The diagonal that a torch.nn.attention.bias.CausalBias, which holds no values, stands for; None for anything else."""
     kind = type(mask)
     if kind is Tensor or kind.__name__ != "CausalBias" or kind.__module__ != "torch.nn.attention.bias":
         return None
@@ -255,8 +255,8 @@ def _checked_tensor(
 
 
 def saveable(tensor: MaybeTensor) -> MaybeTensor:
-    """A copy of a tensor that was made under torch.inference_mode, where a backward pass may need it: autograd does not save such
-    tensors, because they do not count their changes. Anything else as it is.
+    """Copies a tensor made under torch.inference_mode if a backward pass may need it: autograd cannot save such tensors, because they
+    have no version counter. Returns anything else unchanged.
     """
     if tensor is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
@@ -264,7 +264,7 @@ def saveable(tensor: MaybeTensor) -> MaybeTensor:
 
 
 def _same_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Number by number: torch.compile does not know whether tuples that hold symbols are equal."""
+    """Compares number by number: torch.compile cannot compare tuples that hold symbols."""
     return len(shape) == len(expected) and all(size == wanted for size, wanted in zip(shape, expected, strict=True))
 
 
@@ -280,7 +280,7 @@ def _as_int32(lengths: Tensor) -> Tensor:
 
 
 def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.device, length: int | None = None) -> Tensor:
-    """length: how many there must be, those of the queries; None = any number, at least 1."""
+    """length: the required number of entries, that of the queries; None = any number, at least 1."""
     check_dense(name, cu_seqlens)  # type: ignore[arg-type]  # None is refused by name
     assert cu_seqlens is not None
     if length is None:
@@ -290,12 +290,12 @@ def _checked_cu_seqlens(name: str, cu_seqlens: Tensor | None, device: torch.devi
     return _as_int32(_checked_tensor(name, cu_seqlens, device, (torch.int32, torch.int64), ((length,),), "(batch + 1,)"))
 
 
-MAX_WASTE = 4  # how many rows a bound may stand for, per token
+MAX_WASTE = 4  # rows that a length bound may imply, per token
 
 
 def _longest(name: str, given: int | Tensor | None, cu_seqlens: Tensor, num_tokens: int) -> int:
-    """The bound on the sequences' lengths that costs follow: at most the number of tokens; near the longest where it can be read."""
-    least = min if torch.compiler.is_dynamo_compiling() else torch.sym_min  # which makes the former the latter, of plain numbers not
+    """The length bound that determines costs: at most the number of tokens, and close to the longest sequence if that can be read."""
+    least = min if torch.compiler.is_dynamo_compiling() else torch.sym_min  # Dynamo turns min into sym_min, but not for plain numbers
     bound = num_tokens if given is None else least(checked_seqlen(name, given), num_tokens)
     if torch.compiler.is_compiling() or (cu_seqlens.shape[0] - 1) * bound <= MAX_WASTE * num_tokens or not _is_readable(cu_seqlens):
         return bound
@@ -303,21 +303,21 @@ def _longest(name: str, given: int | Tensor | None, cu_seqlens: Tensor, num_toke
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether eager Python may look at the values, without a wait for a GPU."""
+    """Whether eager Python may read the values without waiting for a GPU."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu":
         return False
     return num_dispatch_modes() == 0 and not is_functorch_tensor(tensor)
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor); a bool is none."""
+    """Whether it is an int of Python, NumPy or torch (SymInt, or a 0-dim integer tensor); a bool does not count."""
     if isinstance(value, Tensor):
         return value.dim() == 0 and value.dtype is not torch.bool and not value.is_floating_point() and not value.is_complex()
     return not isinstance(value, bool) and isinstance(value, (int, torch.SymInt, numbers.Integral))
 
 
 def as_int(integer: Any) -> int:
-    """What is_integer, as an int of Python or the SymInt that it is; a tensor is read."""
+    """Something that is_integer as a Python int, or the SymInt it is; a tensor is read."""
     return integer if isinstance(integer, (int, torch.SymInt)) else int(integer)  # type: ignore[return-value]  # a SymInt passes for one
 
 
@@ -342,7 +342,7 @@ def check_no_padding(what: str, **arguments: object) -> None:
 
 
 def _checked_causal_bias(mask: Any, is_causal: bool | str, seqlen_q: int, seqlen_k: int) -> str:
-    """Which is_causal a CausalBias stands for."""
+    """The is_causal argument that a CausalBias stands for."""
     bias = causal_bias(mask)
     assert bias is not None
     if is_causal is not False:
@@ -401,7 +401,7 @@ def _checked_number(name: str, given: float | Tensor) -> float:
 
 
 def as_number(name: str, given: float | Tensor) -> float:
-    """A number of Python or NumPy, or a 0-dim tensor without a gradient, which is read."""
+    """Accepts a Python or NumPy number, or a 0-dim tensor without a gradient, which is read."""
     if type(given) is float:
         return given
     if isinstance(given, Tensor):
@@ -458,7 +458,7 @@ def _checked_window(window: tuple[int | None, int | None] | None) -> tuple[int |
 
 
 def _checked_diagonal(diagonal: int | str | None, is_causal: bool | str) -> tuple[int, bool]:
-    """Its offset, and whether that counts from the bottom right."""
+    """Returns the diagonal's offset, and whether it counts from the bottom right."""
     if not isinstance(is_causal, bool):
         if is_causal != "top_left" and is_causal != "bottom_right":
             raise ValueError(f"is_causal must be False, True, 'top_left' or 'bottom_right', got {is_causal!r}")

@@ -1,7 +1,7 @@
 """The dropout mask of every backend: Philox4x32 with 7 rounds, here in plain PyTorch for the reference.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The mapping from (batch, head, query, key) to a
-16-bit number is written down in csrc/philox.h; one draw covers queries {i, i + 8} and keys {j, j + 1, j + 8, j + 9}.
+16-bit number is given in csrc/philox.h; one draw covers queries {i, i + 8} and keys {j, j + 1, j + 8, j + 9}.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WORD = 0xFFFFFFFF
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A weight is kept when its 16-bit number is >= this: 0 keeps all, 65536 none; kept weights are scaled by 65536 / (65536 - it)."""
+    """A weight is kept if its 16-bit number is >= this, then scaled by 65536 / (65536 - threshold). 0 keeps all weights, 65536 none."""
     if dropout_p == 0.0:
         return 0
     if dropout_p == 1.0:
@@ -25,7 +25,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def dropout_factors(rng_state: Tensor | None, dropout_p: float, batch_heads: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """(len(batch_heads), seqlen_q, seqlen_k) float32: 0 where a weight is dropped, its scale where it is kept.
+    """(len(batch_heads), seqlen_q, seqlen_k) float32: 0 for dropped weights, the scale for kept ones.
 
     batch_heads: (N,) int64, each batch * num_heads + head. rng_state: (2,) int64; may be None only for dropout_p = 1.
     """
@@ -58,7 +58,7 @@ def _random_numbers(rng_state: Tensor, batch_heads: Tensor, blocks_q: int, block
 
 
 def _philox(words: list[Tensor], key0: Tensor, key1: Tensor) -> list[Tensor]:
-    # int64 products wrap, but their bits 0..63 are those of the unsigned product, which is all that is used.
+    # int64 products wrap, but bits 0..63 equal those of the unsigned product, and only they are used.
     for _ in range(ROUNDS):
         product0, product1 = words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1]
         words = [

@@ -1,7 +1,7 @@
 """Runs a Problem on a backend: autograd, the registered operators with their fakes, and the cheap eager path.
 
-Eager calls on plain tensors skip torch's dispatcher (`_takes_cheap_path` says when); everything that must see an operator
-(torch.compile, export, dispatch modes, tensor subclasses) gets `torch.ops.fused_attention.attention_<layout>`.
+Eager calls on plain tensors skip torch's dispatcher (see `_takes_cheap_path`); everything that must see an operator (torch.compile, export,
+dispatch modes, tensor subclasses) gets `torch.ops.fused_attention.attention_<layout>`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NEEDS_GRAD_SCHEMA = ", ".join([f"bool {name}_needs_grad" for name in DIFFERENTI
 def run(problem: Problem, backend: str, arguments: replay.Arguments | None = None) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq); differentiable in the problem's tensors, any number of times.
 
-    arguments: for replay.repeat to find calls like this one by; None of a call that it does not cover.
+    arguments: what replay.repeat recognizes calls like this one by; None if replay does not cover the call.
     """
     if backend == "reference":
         return _reference(problem)
@@ -75,7 +75,7 @@ def forward(kernels: Any, problem: Problem) -> tuple[Tensor, Tensor]:
             return forward(kernels, problem)
     call = replay.prepared(kernels.prepare, problem)
     results = call(query, problem.key, problem.value, problem.optional_tensors(), True)
-    # Routing would have chosen another backend, but in a compiled graph addresses are known too late.
+    # Eager routing would have chosen another backend, but a compiled graph learns addresses too late.
     return forward(kernels, problem.with_copied_inputs()) if results is None else results
 
 
@@ -87,19 +87,19 @@ def _reference(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
-    """Whether the memory of the problem's and the other tensors may be handed to a kernel from Python, with no operator in between."""
+    """Whether the problem's tensors and the others can go straight to a kernel from Python, with no operator in between."""
     return _takes_cheap_path(problem) and all(map(_is_plain, others))
 
 
 def _transformed(problem: Problem) -> bool:
-    """Whether functorch or forward-mode differentiation is at work, or one of their zero tensors without memory: then the
+    """Whether functorch or forward-mode differentiation is active, or a tensor is one of their zero tensors without memory; if so, the
     reference runs."""
     if _differentiates_otherwise():
         return True
     return not torch.compiler.is_compiling() and any([is_zero_tensor(tensor) for tensor in problem.inputs])
 
 
-@constant_of_graph  # inside the levels that it traces; it guards functorch's levels and forward mode's itself
+@constant_of_graph  # constant within the levels it traces; torch.compile guards on functorch and forward-mode levels
 def _differentiates_otherwise() -> bool:
     return functorch_interpreter() is not None or forward_mode._current_level >= 0
 
@@ -116,16 +116,16 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """The kernel with its gradient, straight from Python."""
+    """The kernel and its gradient, called directly from Python."""
 
     @staticmethod
     def forward(ctx: Any, given: tuple[Problem, str], *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
-        """differentiable: the problem's own."""
+        """differentiable: problem.differentiable()."""
         problem, backend = given
         out, lse = forward(BACKENDS[backend], problem)
         ctx.kind = problem.layout, (*problem.options(), backend)
         ctx.save_for_backward(out, lse, *problem.inputs, *problem.optional_tensors())
-        ctx.set_materialize_grads(False)  # of two results one may have no gradient
+        ctx.set_materialize_grads(False)  # one of the two results may have no gradient
         return out, lse
 
     @staticmethod
@@ -140,10 +140,10 @@ class _Attention(torch.autograd.Function):
 
 
 class _Replayed(_Attention):
-    """Of a call that replay knows: no optional tensor has a gradient, and lse may stay inside."""
+    """A call that replay knows: no optional tensor has a gradient, and lse need not be returned."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # every argument costs time, so that four come in one
+    def forward(  # type: ignore[override]  # every argument costs time, so four come as one
         ctx: Any, given: tuple[Call, tuple, OptionalTensors, bool], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         call, kind, optional, return_lse = given
@@ -164,12 +164,12 @@ class _Replayed(_Attention):
         return out, lse
 
 
-# torch.autograd.Function.apply without what it does for functorch, whose tensors replay's guard keeps out.
+# torch.autograd.Function.apply without its functorch handling; replay's guard rejects functorch tensors.
 _apply_replayed = super(torch.autograd.Function, _Replayed).apply
 
 
 def _call_again(problem: Problem, backend: str, needs_grad: bool) -> Call:
-    """The call that ran a problem with separate inputs and no other tensor that is differentiable."""
+    """The Call for a problem that just ran, with separate inputs and no other differentiable tensor."""
     call = replay.prepared(BACKENDS[backend].prepare, problem)
     kind = problem.layout, (*problem.options(), backend)
 
@@ -183,7 +183,7 @@ def _eager_gradients(
     layout: Layout, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`_gradients` in the backward pass of an eager call."""
-    # torch.autograd.grad(is_grads_batched=True) hands over tensors without memory, which only the operator takes apart.
+    # torch.autograd.grad(is_grads_batched=True) passes tensors without memory, which only the operator can unpack.
     readable = all(gradient is None or has_storage(gradient) for gradient in (dout, dlse))
     kernel_gradients = _kernel_gradients if readable else _registered_gradients
     return _gradients(layout, dout, dlse, out, lse, arguments, needs_grad, kernel_gradients)
@@ -209,7 +209,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a layout's inputs, then those of DIFFERENTIABLE, None where not needed.
 
-    By the kernel, or by the reference when they will be differentiated again, are batched or have tangents. arguments: the operator's.
+    Computed by the kernel, or by the reference if they will be differentiated again, are batched or have tangents.
+    arguments: the operator's.
     """
     if dout is None and dlse is None:
         return (None,) * (NUM_INPUTS[layout] + len(needs_grad))
@@ -228,7 +229,7 @@ def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | No
     num_inputs = NUM_INPUTS[layout]
     tensors = list(arguments[:-1])
     with torch.enable_grad():
-        # Aliases, because inputs may be one tensor, or computed from one another: each gets the gradient of its own part only.
+        # Aliases, because the inputs may be the same tensor, or computed from each other: each must get only its own gradient.
         places = (*range(num_inputs), *(num_inputs + place for place in DIFFERENTIABLE.values()))
         for place in places:
             tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
@@ -266,7 +267,7 @@ def _registered_gradients(
 
 
 def _empty_gradients(problem: Problem, needs_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Uninitialised gradients of the inputs, and of those of DIFFERENTIABLE that need one; None for the others."""
+    """Uninitialized gradients of the inputs, and of the tensors in DIFFERENTIABLE that need one; None for the others."""
     gradients: list[Tensor | None] = [_empty_gradient(tensor) for tensor in problem.inputs]
     for tensor, needed in zip(problem.differentiable()[len(problem.inputs) :], needs_grad, strict=True):
         gradients.append(None if tensor is None or not needed else torch.empty_like(tensor, memory_format=torch.contiguous_format))
@@ -274,7 +275,7 @@ def _empty_gradients(problem: Problem, needs_grad: tuple[bool, ...]) -> tuple[Te
 
 
 def _empty_gradient(tensor: Tensor) -> Tensor:
-    """Uninitialised, in the memory order of `tensor`; the last dim is contiguous even where rows of `tensor` overlap."""
+    """Uninitialized, in the memory order of `tensor`; the last dim is contiguous even if rows of `tensor` overlap."""
     gradient = torch.empty_like(tensor)
     if has_contiguous_last_dim(gradient):
         return gradient

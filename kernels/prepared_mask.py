@@ -1,8 +1,8 @@
-"""Masks made ready for kernels once and used by many calls: bits instead of bytes, and lists of the tiles that hold anything.
+"""Masks prepared for kernels once and used by many calls: bits instead of bytes, and lists of the nonempty tiles.
 
-1. fold everything that decides whether query i may attend to key j into one matrix of bits
-2. in 32-bit words along the keys, and along the queries for the backward pass
-3. classify its 64 x 64 tiles as empty, full or mixed, and list the full and the mixed ones of each row and each column of tiles
+1. Fold everything that decides whether query i may attend to key j into one matrix of bits.
+2. Pack it into 32-bit words along the keys, and along the queries for the backward pass.
+3. Classify its 64 x 64 tiles as empty, full or mixed, and list the full and the mixed tiles of each row and each column of tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .problem import PreparedMask, Problem
 from .reference import MASKED_BELOW, diagonal_offset, present
 
 TILE = 64
-GATHER_BITS = 0x0102040810204080  # times eight bytes that are 0 or 1: byte k ends up as bit 56 + k
+GATHER_BITS = 0x0102040810204080  # multiplied by eight bytes of 0 or 1, it puts byte k in bit 56 + k
 
 
 def prepare_mask(
@@ -33,18 +33,18 @@ def prepare_mask(
     seqlen_k: int | None = None,
     gradients: bool = True,
 ) -> PreparedMask:
-    """Prepares everything that masks, as the arguments of `attention` of these names say, once for many calls and layers.
+    """Prepares all masking once for many calls and layers. The arguments mean what they mean in `attention`.
 
-    A float attn_mask stays what is added to the scores and keeps its gradient; where it masks (below -1e30) is read now.
+    A float attn_mask is still added to the scores and keeps its gradient, but which entries it masks (below -1e30) is decided now.
 
     Args:
         attn_mask: bool (True = may attend) or float; (Lq, Lk), or 4-D and broadcastable to (B, Hq, Lq, Lk).
         key_mask: (B, Lk) bool, True = may attend.
-        seqlen_q: Lq, where it is not the size of attn_mask; seqlen_k: Lk, where it is not the size of key_mask or attn_mask.
-        gradients: also prepare what the backward pass needs; without it no input of the call may require gradients.
+        seqlen_q: Lq, if attn_mask does not give it. seqlen_k: Lk, if neither key_mask nor attn_mask gives it.
+        gradients: also prepare what the backward pass needs; if False, no input of the call may require gradients.
 
     Returns:
-        a PreparedMask, to be given as attn_mask to calls whose sizes are these; 1 fits any batch size or number of heads.
+        a PreparedMask, to pass as attn_mask to calls of the same sizes; size 1 fits any batch size or number of heads.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -94,7 +94,7 @@ def prepare_mask(
 
 
 def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """mask_bits, mask_bits_transposed, row_tiles and column_tiles in plain PyTorch; on a GPU Triton makes the same without a dense mask."""
+    """mask_bits, mask_bits_transposed, row_tiles and column_tiles in plain PyTorch. On a GPU, Triton makes them without a dense mask."""
     mask_bits = allowed_bits(problem)
     full, mixed = classify_tiles(mask_bits, problem.key.shape[2])
     if not gradients:
@@ -104,9 +104,9 @@ def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | 
 
 
 def allowed_bits(problem: Problem, by_key: bool = False) -> Tensor:
-    """reference.allowed_pairs in bits, without a dense matrix where there is no attn_mask.
+    """reference.allowed_pairs as bits, without a dense matrix if there is no attn_mask.
 
-    (B, H or 1, Lq, ceil(Lk / 32)) int32, a line for each query; by_key: (B, H or 1, Lk, ceil(Lq / 32)), a line for each key.
+    (B, H or 1, Lq, ceil(Lk / 32)) int32, one line per query; with by_key (B, H or 1, Lk, ceil(Lq / 32)), one line per key.
     """
     queries, keys = present(problem)
     lines, places = (keys, queries) if by_key else (queries, keys)
@@ -123,11 +123,14 @@ def allowed_bits(problem: Problem, by_key: bool = False) -> Tensor:
 
 
 def visible_span(problem: Problem, by_key: bool) -> tuple[Tensor, Tensor] | None:
-    """First and one past the last key that causal and window let each query see, or query that sees each key: (B or 1, 1, L) int64."""
+    """First and one past the last key that each query sees through causal and window; with by_key, the queries that see each key.
+
+    (B or 1, 1, L) int64 each; None if there are no such limits.
+    """
     left, right = problem.window_left, problem.window_right
     if left is None and right is None:
         return None
-    before, after = (right, left) if by_key else (left, right)  # of the line's own place on the diagonal; None: all
+    before, after = (right, left) if by_key else (left, right)  # how far a line sees to each side of its diagonal; None: all
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
     num_lines, num_places = (seqlen_k, seqlen_q) if by_key else (seqlen_q, seqlen_k)
     offset = diagonal_offset(problem)
@@ -138,13 +141,13 @@ def visible_span(problem: Problem, by_key: bool) -> tuple[Tensor, Tensor] | None
 
 
 def bits_between(first: Tensor, last: Tensor, length: int) -> Tensor:
-    """(..., L) int64 -> (..., L, ceil(length / 32)) int32: bits first <= j < last of each line."""
+    """(..., L) int64 -> (..., L, ceil(length / 32)) int32: in each line, bits first <= j < last are set."""
     starts = 32 * torch.arange(-(-length // 32), device=first.device)
     return _low_bits(last[..., None] - starts) & ~_low_bits(first[..., None] - starts)
 
 
 def _low_bits(count: Tensor) -> Tensor:
-    """The lowest bits of int32 words, as many as `count`, none below 0 and all from 32 on."""
+    """int32 words with the lowest `count` bits set, where count is clamped to [0, 32]."""
     word = (1 << count.clamp(0, 32)) - 1
     return (word - ((word >> 31) << 32)).int()  # the highest bit is the sign
 
@@ -164,16 +167,16 @@ def pack_bits(allowed: Tensor) -> Tensor:
     num_words = -(-length // 32)
     if num_words == 0:
         return allowed.new_empty(allowed.shape, dtype=torch.int32)
-    padded = allowed.new_zeros((*lines, 32 * num_words))  # not F.pad, which may keep strides that bytes cannot be seen as words with
+    padded = allowed.new_zeros((*lines, 32 * num_words))  # not F.pad: it may keep strides with which bytes cannot be viewed as words
     padded[..., :length] = allowed
-    eight_bools = padded.view(torch.int64)  # little-endian, as every platform of torch is
+    eight_bools = padded.view(torch.int64)  # little-endian, like every platform torch supports
     return ((eight_bools * GATHER_BITS) >> 56).to(torch.uint8).view(torch.int32)
 
 
 def classify_tiles(mask_bits: Tensor, seqlen_k: int) -> tuple[Tensor, Tensor]:
-    """Which tiles are full and which mixed, (B', H', ceil(Lq / 64), ceil(Lk / 64)) bool each.
+    """Which tiles are full and which are mixed, (B', H', ceil(Lq / 64), ceil(Lk / 64)) bool each.
 
-    Full: every row that exists may attend to all 64 keys of the tile, which all exist.
+    Full: all 64 keys of the tile exist, and every row that exists may attend to all of them.
     """
     seqlen_q, num_words = mask_bits.shape[2:]
     num_rows, num_columns = -(-seqlen_q // TILE), -(-seqlen_k // TILE)
@@ -191,7 +194,7 @@ def _by_row_blocks(rows: Tensor, num_blocks: int, fill: bool) -> Tensor:
 def tile_lists(full: Tensor, mixed: Tensor) -> Tensor:
     """(..., n) bool each -> (..., 2 + n) int32 lists.
 
-    A list is [number of full tiles, number of mixed ones, the full ones ascending, ..., the mixed ones descending].
+    A list is [number of full tiles, number of mixed tiles, the full ones ascending, ..., the mixed ones descending].
     """
     num_tiles = full.shape[-1]
     tile = torch.arange(num_tiles, device=full.device)

@@ -1,7 +1,7 @@
-"""One attention call as data: which tensors and numbers it has, and how results lie in memory. `checks.py` makes it.
+"""One attention call as data: its tensors and numbers, and the memory layout of its results. `checks.py` makes it.
 
-Everything that is written once for each argument follows from the fields of Problem: the operators' schemas, which tensors have a gradient,
-how a sharded call is cut up, and the order in which the compiled extension takes addresses.
+The fields of Problem are the single table of arguments. The operators' schemas, which tensors have a gradient, how a sharded call is split,
+and the order in which the compiled extension takes addresses are derived from them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 Layout = Literal["separate", "qkv", "kv", "varlen"]
-# Where (B, H, L, D) results lie: so that merging the heads costs nothing, as the query does, or contiguous.
+# Memory layout of (B, H, L, D) results: one in which merging the heads is free, that of the query, or contiguous.
 OutMemory = Literal["heads merged", "like query", "contiguous"]
 
 Mark = TypeVar("Mark")
-OptionalTensors = tuple[Tensor | None, ...]  # as Problem.optional_tensors has them
+OptionalTensors = tuple[Tensor | None, ...]  # as in Problem.optional_tensors
 
 KERNEL_NUMBERS = (2.0**-60, 2.0**20)  # the smallest and largest scale and softcap that kernels take
 
 
 class TensorArgument(NamedTuple):
-    """A tensor that a call may have beside query, key and value."""
+    """A tensor that a call may have besides query, key and value."""
 
     shape: str  # B sequences, Hq query heads, Lq queries, Lk keys
     dtype: str
-    batch: int | None = None  # the dim that goes with the batch where calls are sharded over it; of size 1 it stands for all
+    batch: int | None = None  # the dim that is split if the call is sharded over the batch; size 1 stands for all
     heads: int | None = None  # likewise for heads
     differentiable: bool = False
-    in_extension: bool = True  # the compiled extension takes its address with every call; arguments without come last
+    in_extension: bool = True  # the compiled extension takes its address on every call; arguments without one come last
 
 
 class Option(NamedTuple):
@@ -41,15 +41,15 @@ class Option(NamedTuple):
 
 @dataclass(slots=True)
 class Problem:
-    """One attention call. `inputs` are the tensors that autograd sees, `query`, `key` and `value` views of them."""
+    """One attention call. `inputs` are the tensors that autograd sees; `query`, `key` and `value` are views of them."""
 
     layout: Layout  # which tensors `inputs` holds: separate and varlen (query, key, value), qkv (qkv,), kv (query, kv)
-    inputs: tuple[Tensor, ...]  # of varlen (T, H, D): sequences one after another, query, key and value with a batch dim of 1
+    inputs: tuple[Tensor, ...]  # varlen: (T, H, D), sequences one after another; query, key and value then have batch 1
     query: Tensor  # (B, Hq, Lq, Dqk)
     key: Tensor  # (B, Hkv, Lk, Dqk)
     value: Tensor  # (B, Hkv, Lk, Dv)
 
-    # bool says True = may attend, float is added
+    # bool: True = may attend; float: added to the scores
     attn_mask: Annotated[
         Tensor | None, TensorArgument("(B or 1, Hq or 1, Lq or 1, Lk or 1)", "bool or float", batch=0, heads=1, differentiable=True)
     ]
@@ -59,10 +59,10 @@ class Problem:
     alibi_slopes: Annotated[Tensor | None, TensorArgument("(Hq,) or (B, Hq)", "float", batch=0, heads=1, differentiable=True)]
     sinks: Annotated[Tensor | None, TensorArgument("(Hq,)", "float", heads=0, differentiable=True)]
     rng_state: Annotated[Tensor | None, TensorArgument("(2,)", "int64")]  # seed and offset of the dropout generator; None without dropout
-    # Varlen only: where each sequence starts, and where the last one ends.
+    # Varlen only: the start of each sequence, then the end of the last one.
     cu_seqlens_q: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
     cu_seqlens_k: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
-    # The tensors of a PreparedMask, the last two None when it was prepared without gradients.
+    # The tensors of a PreparedMask; the backward's are None if it was prepared without gradients.
     mask_bits: Annotated[Tensor | None, TensorArgument("(B or 1, Hq or 1, Lq, ceil(Lk / 32))", "int32", batch=0, heads=1)]
     row_tiles: Annotated[Tensor | None, TensorArgument("(B or 1, Hq or 1, ceil(Lq / 64), 2 + ceil(Lk / 64))", "int32", batch=0, heads=1)]
     mask_bits_transposed: Annotated[
@@ -74,17 +74,17 @@ class Problem:
 
     scale: Annotated[float, Option("float")]
     window_left: Annotated[int | None, Option("int?")]  # keys visible to the left of the diagonal; None = unlimited
-    window_right: Annotated[int | None, Option("int?")]  # 0 of a causal call
-    diagonal: Annotated[int, Option("SymInt")]  # it runs through j = i + this,
-    bottom_right: Annotated[bool, Option("bool")]  # + the keys present - the queries present of each sequence
+    window_right: Annotated[int | None, Option("int?")]  # 0 for a causal call
+    diagonal: Annotated[int, Option("SymInt")]  # the diagonal is j = i + this,
+    bottom_right: Annotated[bool, Option("bool")]  # plus (keys present - queries present) per sequence
     softcap: Annotated[float | None, Option("float?")]
     dropout_p: Annotated[float, Option("float")]
     deterministic: Annotated[bool, Option("bool")]
-    max_seqlen_q: Annotated[int, Option("SymInt")]  # Lq; of varlen a bound: no sequence is longer
+    max_seqlen_q: Annotated[int, Option("SymInt")]  # Lq; for varlen, a bound: no sequence is longer
     max_seqlen_k: Annotated[int, Option("SymInt")]
     out_memory: Annotated[OutMemory, Option("str")]
 
-    # Equal for inputs of equal dtypes, devices, shapes and strides; None if these are not plain numbers.
+    # Equal for inputs with equal dtypes, devices, shapes and strides; None if those are not plain numbers.
     inputs_number: int | None = field(default=None, init=False)
 
     @property
@@ -93,15 +93,15 @@ class Problem:
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The inputs, then the optional tensors that have a gradient."""
+        """The inputs, then the optional tensors that can have a gradient."""
         return (*self.inputs, self.attn_mask, self.alibi_slopes, self.sinks)
 
     def requires_grad(self) -> bool:
-        """Whether any tensor that has a gradient asks for it."""
+        """Whether any differentiable tensor requires a gradient."""
         return any([tensor.requires_grad for tensor in self.differentiable() if tensor is not None])  # a list: twice as fast as a generator
 
     def prepared_pairs(self) -> Tensor | None:
-        """(B or 1, Hq or 1, Lq, Lk) bool: which query may attend to which key by a PreparedMask; None without one."""
+        """(B or 1, Hq or 1, Lq, Lk) bool: which query may attend to which key according to the PreparedMask; None without one."""
         return None if self.mask_bits is None else unpack_bits(self.mask_bits, self.key.shape[2])
 
     def op_arguments(self) -> tuple:
@@ -109,7 +109,7 @@ class Problem:
         return (*self.inputs, *self.optional_tensors(), *self.options())
 
     def optional_tensors(self) -> OptionalTensors:
-        """Those of TENSORS, in its order: written out, which is fast and can be traced."""
+        """The tensors in the order of TENSORS, written out because that is fast and can be traced."""
         return (
             self.attn_mask,
             self.key_mask,
@@ -127,7 +127,7 @@ class Problem:
         )
 
     def options(self) -> tuple:
-        """Those of OPTIONS, in its order."""
+        """The options in the order of OPTIONS."""
         return (
             self.scale,
             self.window_left,
@@ -150,13 +150,13 @@ class Problem:
 
     @classmethod
     def from_op_arguments(cls, layout: Layout, arguments: tuple) -> Problem:
-        """The inverse of `op_arguments`; the arguments were checked when the problem was first made."""
+        """The inverse of `op_arguments`. The arguments were checked when the problem was first made."""
         num_inputs = NUM_INPUTS[layout]
         inputs = arguments[:num_inputs]
         return cls(layout, inputs, *split(layout, inputs), *arguments[num_inputs:])
 
     def with_copied_inputs(self) -> Problem:
-        """On contiguous copies, which start where an allocation does."""
+        """The problem with contiguous copies of its inputs, each at the start of an allocation."""
         inputs = tuple([tensor.clone(memory_format=torch.contiguous_format) for tensor in self.inputs])
         return Problem.from_op_arguments(self.layout, (*inputs, *self.optional_tensors(), *self.options()))
 
@@ -168,7 +168,7 @@ def _fields_marked(mark: type[Mark]) -> dict[str, Mark]:
 
 
 TENSORS, OPTIONS = _fields_marked(TensorArgument), _fields_marked(Option)
-PLACE = {name: place for place, name in enumerate(TENSORS)}  # among optional_tensors()
+PLACE = {name: place for place, name in enumerate(TENSORS)}  # index in optional_tensors()
 DIFFERENTIABLE = {name: PLACE[name] for name, tensor in TENSORS.items() if tensor.differentiable}
 NO_OPTIONAL_TENSORS: OptionalTensors = (None,) * len(TENSORS)
 # The inputs of each layout, with their batch and head dims.
@@ -183,12 +183,12 @@ NUM_INPUTS: dict[Layout, int] = {layout: len(inputs) for layout, inputs in INPUT
 
 @dataclass(slots=True)
 class Gradients:
-    """What a backward pass writes: tensors or views with a contiguous last dim, shaped like the problem's; None = not wanted."""
+    """What a backward pass writes: tensors or views shaped like the problem's, with a contiguous last dim; None = not wanted."""
 
     query: Tensor  # (B, Hq, Lq, Dqk)
     key: Tensor  # (B, Hkv, Lk, Dqk)
     value: Tensor  # (B, Hkv, Lk, Dv)
-    attn_mask: Tensor | None = None  # contiguous, of the mask's own shape and dtype, broadcast dims included
+    attn_mask: Tensor | None = None  # contiguous, with the mask's own shape and dtype, including broadcast dims
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
 
@@ -201,12 +201,12 @@ class PreparedMask:
     key_mask: Tensor | None  # (B, Lk) bool
     key_lengths: Tensor | None  # (B,) int32
     query_lengths: Tensor | None  # (B,) int32
-    window: tuple[int | None, int | None]  # (None or what is on the left, 0) of a causal one
+    window: tuple[int | None, int | None]  # if causal, the right side is 0
     diagonal: int  # as in Problem
     bottom_right: bool
     shape: tuple[int, int, int, int]  # (B', H', Lq, Lk)
-    mask_bits: Tensor  # (B', H', Lq, ceil(Lk / 32)) int32: bit j % 32 of word j // 32 is 1 when the query may attend to key j
-    mask_bits_transposed: Tensor | None  # (B', H', Lk, ceil(Lq / 32)) int32; like column_tiles None without gradients
+    mask_bits: Tensor  # (B', H', Lq, ceil(Lk / 32)) int32: bit j % 32 of word j // 32 is 1 if the query may attend to key j
+    mask_bits_transposed: Tensor | None  # (B', H', Lk, ceil(Lq / 32)) int32; None without gradients, like column_tiles
     row_tiles: Tensor  # (B', H', ceil(Lq / 64), 2 + ceil(Lk / 64)) int32: see prepared_mask.tile_lists
     column_tiles: Tensor | None  # (B', H', ceil(Lk / 64), 2 + ceil(Lq / 64)) int32
 
@@ -247,7 +247,7 @@ def unpack_bits(bits: Tensor, length: int) -> Tensor:
 
 
 def empty_output(problem: Problem) -> Tensor:
-    """Uninitialised (B, Hq, Lq, Dv) output, in the memory that the problem asks for."""
+    """Uninitialized (B, Hq, Lq, Dv) output, in the memory layout the problem asks for."""
     query = problem.query
     shape = (*query.shape[:3], problem.value.shape[3])
     strides, stride = [0, 0, 0, 1], shape[3]
@@ -258,38 +258,38 @@ def empty_output(problem: Problem) -> Tensor:
 
 
 def empty_lse(query: Tensor) -> Tensor:
-    """Uninitialised (B, Hq, Lq) float32."""
+    """Uninitialized (B, Hq, Lq) float32."""
     batch, num_heads, seqlen_q, _ = query.shape
-    # With tuples and strides: torch takes a quarter longer to parse the arguments of torch.empty, and longer still for a torch.Size.
+    # Tuples and strides: torch takes a quarter longer to parse the arguments of torch.empty, and even longer for a torch.Size.
     return query.new_empty_strided((batch, num_heads, seqlen_q), (num_heads * seqlen_q, seqlen_q, 1), dtype=torch.float32)
 
 
 def in_output_memory(problem: Problem, out: Tensor) -> Tensor:
-    """`out` in the memory that `empty_output` gives."""
+    """`out` in the memory layout of `empty_output`."""
     order = _order(problem)
     back = [order.index(dim) for dim in range(3)]
     return out.permute(*order, 3).contiguous().permute(*back, 3)
 
 
 def _order(problem: Problem) -> tuple[int, ...]:
-    """The dims batch, head and row of the output, from the one with the longest stride."""
+    """The batch, head and row dims of the output, longest stride first."""
     strides = problem.query.stride()
     if problem.out_memory == "heads merged":
         is_sequence_first = holds(strides[0] < strides[2]) and strides[0] > 0 and problem.query.shape[0] > 1
         return (2, 0, 1) if is_sequence_first else (0, 2, 1)
     order = [0, 1, 2]
     if problem.out_memory == "like query":
-        for i in (0, 1, 0):  # neighbours in the wrong order change places; an expanded dim, whose stride says nothing, stays
+        for i in (0, 1, 0):  # swap neighbors in the wrong order; an expanded dim, whose stride says nothing, stays
             if holds(strides[order[i]] < strides[order[i + 1]]) and strides[order[i]] > 0:
                 order[i], order[i + 1] = order[i + 1], order[i]
     return tuple(order)
 
 
 def holds(condition: bool) -> bool:
-    """A condition on sizes; false where torch.compile traces and only the values of tensors will tell."""
+    """A condition on sizes; False if torch.compile is tracing and it depends on tensor values."""
     if not torch.compiler.is_compiling():
         return condition
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # torch.compile has imported it, and nothing else may have
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # lazy: only torch.compile is sure to have imported it
 
     return guard_or_false(condition)
 
@@ -303,21 +303,21 @@ def has_contiguous_last_dim(tensor: Tensor) -> bool:
 
 
 def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The first `dims` strides, 0 in dims of size 1, which may stand for any number of lines."""
+    """The first `dims` strides, with 0 for dims of size 1, which broadcast."""
     if tensor is None:
         return (0,) * dims
     return tuple([0 if size == 1 else stride for size, stride in zip(tensor.shape[:dims], tensor.stride()[:dims], strict=True)])
 
 
 def without_repetition(tensor: Tensor) -> Tensor:
-    """The tensor with size 1 in dims that it was expanded in."""
+    """The tensor with its expanded dims back at size 1."""
     return tensor[tuple([slice(1) if stride == 0 else slice(None) for stride in tensor.stride()])]
 
 
 def uncovered_numbers(problem: Problem) -> list[str]:
-    """Why no kernel takes the scale or the softcap.
+    """Why no kernel takes the scale or the softcap, if it is out of range.
 
-    Kernels hold them, their product with log2(e) and their quotient in float32, and find the maximum of a row before they scale it.
+    Kernels keep them, their product with log2(e) and their quotient in float32, and find a row's maximum before scaling.
     """
     smallest, largest = KERNEL_NUMBERS
     reasons = []

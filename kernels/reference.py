@@ -1,11 +1,11 @@
 """The specification of attention in plain PyTorch: any device, any floating dtype, differentiable any number of times.
 
 Numbered like the formula:
-  1. absent keys and queries count as zeros, so that nothing stored in them can leak
+  1. absent keys and queries are zeroed, so that garbage in them cannot leak
   2. s = scale * Q K^T
   3. s = softcap * tanh(s / softcap)
   4. s = s + attn_mask - alibi_slope * |j - i - offset|
-  5. what may not be attended to becomes -inf
+  5. masked pairs become -inf
   6. P = softmax(s), with exp(sink) added to the denominator; lse = log of the denominator
   7. dropout on P
   8. out = P V
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .dropout import dropout_factors
 from .problem import Problem, holds, in_output_memory
 
-MASKED_BELOW = -1e30  # a float mask value below this masks: Hugging Face writes finfo.min
+MASKED_BELOW = -1e30  # a float mask value below this masks; Hugging Face masks with finfo.min
 
 
 def status() -> str | None:
@@ -67,7 +67,7 @@ def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
         lse = (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf).squeeze(-1)
         if problem.dropout_p > 0.0:
             weights = weights * dropout(problem, 0, query.shape[1]).to(weights.dtype)  # 7.
-        out = (weights @ repeat_heads(value, query.shape[1])).masked_fill(empty, 0.0)  # 8.; no gradient into empty rows, not even NaN
+        out = (weights @ repeat_heads(value, query.shape[1])).masked_fill(empty, 0.0)  # 8.; empty rows get no gradient, not even NaN
         return in_output_memory(problem, out.to(query.dtype)), lse
 
 
@@ -97,14 +97,14 @@ def padded(problem: Problem) -> Problem:
 
 
 def _rows_of_sequences(cu_seqlens: Tensor, num_rows: int, max_seqlen: int) -> Tensor:
-    """(B, max_seqlen) int64: each sequence's rows; num_rows past its end."""
+    """(B, max_seqlen) int64: the row indices of each sequence, num_rows past its end."""
     starts = cu_seqlens.clamp(0, num_rows).long()
     rows = starts[:-1, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
     return torch.where(rows < starts[1:, None], rows, num_rows)
 
 
 def unpadded(tensor: Tensor, cu_seqlens: Tensor, num_rows: int, fill: float) -> Tensor:
-    """(B, H, max_seqlen, D) -> (1, H, num_rows, D), `fill` in rows that belong to no sequence."""
+    """(B, H, max_seqlen, D) -> (1, H, num_rows, D), with `fill` in rows that belong to no sequence."""
     batch, _, max_seqlen, _ = tensor.shape
     starts = cu_seqlens.clamp(0, num_rows).long()
     rows = torch.arange(num_rows, device=tensor.device)
@@ -183,7 +183,7 @@ def key_minus_diagonal(problem: Problem) -> Tensor:
 
 
 def diagonal_offset(problem: Problem) -> Tensor | int:
-    """On the diagonal j = i + this; (B,) where the sequences have lengths of their own."""
+    """The diagonal is j = i + this; (B,) if the sequences have their own lengths."""
     if not problem.bottom_right:
         return problem.diagonal
     seqlen_q, seqlen_k = problem.query.shape[2], problem.key.shape[2]
@@ -200,7 +200,7 @@ def dropout(problem: Problem, first_head: int, last_head: int) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    # Only where there is something to switch off: an exported program with such a region in it cannot be loaded.
+    # Only if autocast is on: an exported program that contains such a region cannot be loaded.
     device = tensor.device.type
     on = device != "meta" and torch.is_autocast_enabled(device)  # autocast rejects the meta device
     return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -1,10 +1,10 @@
 """Memory of calls: a call that matches an earlier one goes straight to the Call prepared for it.
 
-There are two memories. `prepared` keeps what follows from a problem's sizes, strides, dtypes and options, for every problem with the same
-ones. `repeat` skips even the making of a problem: the checks of a small call take longer than its kernel, so a call that matches an earlier
-one in everything its checks look at runs the Call that `remember` was given. torch.compile's own guard decides what matches: it compares
-the tensors' types, dtypes, devices, sizes, strides and dispatch keys, which also reveal functorch, autocast, inference mode, lazily negated
-views and tracing. It never matches one tensor passed twice with two different ones.
+There are two memories. `prepared` keeps what depends only on a problem's sizes, strides, dtypes and options, for every problem that shares
+them. `repeat` does not even make a problem: the checks of a small call take longer than its kernel, so a call that matches an earlier one
+in everything the checks look at runs the Call that `remember` was given. torch.compile's own guard decides what matches: it compares the
+tensors' types, dtypes, devices, sizes, strides and dispatch keys, which also reveal functorch, autocast, inference mode, lazily negated
+views and tracing. One tensor passed twice never matches two different tensors.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from .torch_internals import current_device, forward_mode, num_dispatch_modes, t
 
 Prepared = TypeVar("Prepared")
 
-MAX_REMEMBERED = 4096  # different calls, and as many kinds of problems
-MAX_ALIKE = 4  # calls of the same sizes and options, with other strides or dtypes
+MAX_REMEMBERED = 4096  # different calls, and the same number of kinds of problems
+MAX_ALIKE = 4  # calls with the same sizes and options but other strides or dtypes
 
-# Looking a name up through modules takes longer than calling it.
+# Looking a name up through modules takes longer than the call.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch.are_deterministic_algorithms_enabled
 
 
 class _Remembered(NamedTuple):
     guard: Callable[..., bool]  # takes the call's tensors
-    device: int  # must be the current one; -1: the CPU
-    deterministic: bool | None  # must be torch's setting; None: there is no gradient
+    device: int  # must be the current device; -1: the CPU
+    deterministic: bool | None  # must equal torch's setting; None: there is no gradient
     call: Call
 
 
-_NO_OTHERS = (None,) * (len(TENSORS) - 3)  # than attn_mask, key_mask and key_lengths
+_NO_OTHERS = (None,) * (len(TENSORS) - 3)  # all but attn_mask, key_mask and key_lengths
 _calls: dict[tuple, list[_Remembered]] = {}
 _prepared: dict[tuple, Any] = {}
 
 
-# query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller and return_lse of a call whose other arguments have their
-# defaults. caller: "attention", "attention_decode", whose calls have no gradient, or where torch's signature wants its results.
+# query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller and return_lse of a call whose other arguments are defaults.
+# caller: "attention"; "attention_decode", whose calls have no gradient; or, for torch's signature, the memory layout of the result.
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool | str, float | None, str | None, str, bool]
 
 
 def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The results of a call that matches an earlier one, without its checks; None if none does."""
+    """Runs a call that matches an earlier one, without its checks; returns None if none matches."""
     query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller, return_lse = arguments
     if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
         return None
@@ -56,7 +56,7 @@ def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
         return None
     try:
         alike = _calls.get((query.shape, key.shape, is_causal, scale, backend, key_mask is None, key_lengths is None, caller))
-    except RuntimeError:  # a nested tensor of the strided layout has no shape
+    except RuntimeError:  # a nested tensor of strided layout has no shape
         return None
     if alike is None:
         return None
@@ -75,7 +75,7 @@ def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
 
 
 def remember(arguments: Arguments, problem: Problem, make_call: Callable[[], Call]) -> None:
-    """Remembers the Call for arguments like these, unless a tensor was cast or copied on its way into the problem.
+    """Remembers the Call for arguments like these, unless a tensor was cast or copied to make the problem.
 
     make_call: returns the Call, differentiable if a gradient is needed.
     """
@@ -93,7 +93,7 @@ def remember(arguments: Arguments, problem: Problem, make_call: Callable[[], Cal
 
 
 def _guard_of(given: tuple[Tensor | None, ...], problem: Problem) -> Callable[..., bool] | None:
-    """Accepts calls whose tensors match these; None if the problem has other tensors, or if one is given twice."""
+    """A guard that accepts calls whose tensors match these; None if the problem has other tensors, or if one is given twice."""
     if tensor_guard is None:
         return None
     own = problem.query, problem.key, problem.value, problem.key_mask, problem.key_lengths
@@ -106,14 +106,14 @@ def _guard_of(given: tuple[Tensor | None, ...], problem: Problem) -> Callable[..
 
 
 def _are_comparable(is_causal: bool | str, scale: float | None, backend: str | None) -> bool:
-    """Whether equal options mean the same thing: 1 == True, but 1 is refused and must not hit the memory of True."""
+    """Whether equal options mean the same thing: 1 == True, but 1 is refused and must not match a remembered True."""
     if not (is_causal is False or is_causal is True or type(is_causal) is str):
         return False
     return (scale is None or type(scale) is float) and (backend is None or type(backend) is str)
 
 
 def prepared(prepare: Callable[[Problem], Prepared], problem: Problem) -> Prepared:
-    """prepare(problem), made once for all problems that differ in their tensors' memory alone."""
+    """prepare(problem), called once for all problems that differ only in their tensors' memory."""
     kind = prepare, problem.kind()
     found = _prepared.get(kind)
     if found is None:

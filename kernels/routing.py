@@ -10,12 +10,12 @@ import torch
 from .backends import BACKENDS
 from .problem import Problem
 
-WARN_ABOVE_SCORES = 2**20  # a routed call that lands on the reference with more scores per head than this warns once
+WARN_ABOVE_SCORES = 2**20  # warn once if routing sends a call with more scores per head to the reference
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the backend that would run, and for each other backend the reasons why it would not."""
+    """The result of `explain`: the backend that would run, and for each other backend the reasons why it would not."""
 
     backend: str
     reasons: dict[str, list[str]]
@@ -26,12 +26,12 @@ class Explanation:
 
 
 def unsupported_reasons(backend: str, problem: Problem) -> list[str]:
-    """Why a backend cannot run this problem; empty when it can."""
+    """Why a backend cannot run this problem; empty if it can."""
     return BACKENDS[backend].unsupported_reasons(problem)
 
 
 def routed_reasons(backend: str, problem: Problem) -> list[str]:
-    """Why routing does not choose a backend: because it cannot run the problem, or because it is Triton's interpreter, made for tests."""
+    """Why routing does not choose a backend: it cannot run the problem, or it is Triton's interpreter, which is for tests only."""
     reasons = unsupported_reasons(backend, problem)
     if backend == "triton" and not reasons and BACKENDS["triton"].interpreted():
         return ["Triton is interpreted (TRITON_INTERPRET=1), which only backend='triton' asks for"]
@@ -39,18 +39,18 @@ def routed_reasons(backend: str, problem: Problem) -> list[str]:
 
 
 def backend_status() -> dict[str, str | None]:
-    """For each backend None when this machine can run it, else the reason why not."""
+    """For each backend, None if this machine can run it, else the reason why not."""
     return {name: backend.status() for name, backend in BACKENDS.items()}
 
 
 def choose(problem: Problem, backend: str | None) -> str:
-    """The backend to run: the named one, else the first of BACKENDS that covers the problem.
+    """The backend to run: the named one, else the first in BACKENDS that can run the problem.
 
     Raises:
         ValueError: the name is unknown, or that backend cannot run this problem; the message lists the reasons.
     """
     if backend is not None:
-        if backend not in tuple(BACKENDS):  # what is given need not be hashable
+        if backend not in tuple(BACKENDS):  # `backend` may be unhashable
             raise ValueError(f"backend must be None or one of {tuple(BACKENDS)}, got {backend!r}")
         reasons = unsupported_reasons(backend, problem)
         if reasons:

@@ -1,4 +1,4 @@
-"""torch's own signature of attention: numbers, ranks, broadcasting and refusals as torch has them, for `attention` underneath."""
+"""torch's own attention signature, with torch's numbers, ranks, broadcasting and errors, on top of `attention`."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def scaled_dot_product_attention(
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention on the fused kernels: same signature, shapes and refusals.
+    """torch.nn.functional.scaled_dot_product_attention on the fused kernels: same signature, shapes and errors.
 
-    Differs in one thing: a query that may attend to nothing gives 0, never NaN. Tensor subclasses and modes that override torch functions
-    see the call.
+    One difference: a query that may attend to nothing gives 0, never NaN. Tensor subclasses and modes that override torch functions see
+    the call.
 
     Args:
-        query: (..., Hq, Lq, E), 2-D and up; the leading dims of query, key and value broadcast against each other. Or nested, all three:
-            (B, Hq, ragged Lq, E) of layout torch.jagged, or of the strided layout, where (B, ragged Lq, E) without heads is taken too.
+        query: (..., Hq, Lq, E), 2-D and up; the leading dims of query, key and value broadcast against each other. Or all three
+            nested: (B, Hq, ragged Lq, E) of layout torch.jagged or torch.strided; the latter may also be (B, ragged Lq, E), without heads.
         key: (..., Hk, Lk, E).
         value: (..., Hv, Lk, Ev).
         attn_mask: bool (True = may attend) or float, broadcastable to (..., Hq, Lq, Lk); or a torch.nn.attention.bias.CausalBias.
-        enable_gqa: let Hq be a multiple of Hk and of Hv.
+        enable_gqa: allow Hq to be a multiple of Hk and of Hv.
 
     Returns:
         (..., Hq, Lq, Ev). Differentiable in query, key, value and a float attn_mask.
 
     Raises:
         TypeError: an argument is of the wrong Python type.
-        RuntimeError: anything else does not fit, attn_mask together with is_causal included; the message names the argument.
+        RuntimeError: anything else does not fit, including attn_mask together with is_causal; the message names the argument.
         ValueError: a CausalBias together with is_causal.
     """
     if has_torch_function_variadic(query, key, value, attn_mask):
@@ -95,7 +95,7 @@ def _of_any_rank(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """`attention` of dense tensors whose leading dims broadcast, or whose heads are grouped, down to a head_dim of 0."""
+    """`attention` on dense tensors whose leading dims broadcast or whose heads are grouped; head_dim may be 0."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dims (..., seqlen, head_dim), got {tuple(tensor.shape)}")
@@ -103,7 +103,7 @@ def _of_any_rank(
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
         raise ValueError("enable_gqa needs a head dim: query, key and value must have at least 3 dims")
     leading, *others = (tensor.shape[:-head_dims] for tensor in (query, key, value))
-    if others != [leading, leading]:  # broadcast_shapes costs as much as a small attention
+    if others != [leading, leading]:  # broadcast_shapes costs as much as a small attention call
         try:
             leading = torch.broadcast_shapes(leading, *others)
         except RuntimeError as error:
@@ -120,7 +120,7 @@ def _of_any_rank(
     full_shape = (*leading, *query.shape[-head_dims:-1], key.shape[-2])  # (..., Lq, Lk)
     if isinstance(attn_mask, Tensor) and not causal_bias(attn_mask):
         attn_mask = _mask_as_4d(attn_mask, full_shape)
-    # torch's fused kernels, which take four dims and since torch 2.14 three, keep the query's memory; other results are contiguous.
+    # torch's fused kernels (4-D inputs, and since torch 2.14 also 3-D) keep the query's memory layout; other results are contiguous.
     like_query = query.dim() == 4 or (query.dim() == 3 and RESULTS_LIKE_3D_QUERIES)
     out_memory: OutMemory = "like query" if like_query else "contiguous"
     out = _attention_in(out_memory, _as_4d(query), _as_4d(key), _as_4d(value), attn_mask, dropout_p, is_causal, scale)
@@ -138,7 +138,7 @@ def _attention_in(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """`attention` of 4-D tensors, whose result lies as `out_memory` says."""
+    """`attention` on 4-D tensors, with a result in the layout `out_memory`."""
     arguments = (query, key, value, None, None, is_causal, scale, None, out_memory, False)
     repeatable = attn_mask is None and dropout_p == 0.0
     if repeatable:
@@ -151,7 +151,7 @@ def _attention_in(
 
 
 def _with_heads_of(query: Tensor, name: str, tensor: Tensor) -> Tensor:
-    """Each head as often as there are query heads for it, where key and value have different numbers of heads."""
+    """Repeats each head once per query head that uses it; needed if key and value have different numbers of heads."""
     num_heads, own = query.shape[-3], tensor.shape[-3]
     if own == 0 or num_heads % own != 0:
         raise ValueError(f"the {num_heads} heads of query must be a multiple of the {own} heads of {name}")
@@ -168,7 +168,7 @@ def _as_4d(tensor: Tensor) -> Tensor:
 
 
 def _mask_as_4d(mask: Tensor, full_shape: tuple[int, ...]) -> Tensor:
-    """A mask that broadcasts to (..., H, Lq, Lk) -> one that broadcasts to (B, H, Lq, Lk); expanded only where dims merge."""
+    """A mask that broadcasts to (..., H, Lq, Lk) -> one that broadcasts to (B, H, Lq, Lk), expanded only in dims that merge."""
     try:
         expanded = mask.expand(full_shape)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The tables of features and backends, asked of the backends themselves, and of transforms: `python -m fused_attention.kernels.support`."""
+"""Prints the table of features, as the backends report them, and the table of transforms: `python -m fused_attention.kernels.support`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FEATURES: dict[str, Callable[[], Problem]] = {
 
 
 KERNEL, OPERATOR, REFERENCE = "the kernel", "the kernel, as one operator", "the reference"
-TRANSFORMS = {  # what torch may do with a call, and what then runs, on every backend
+TRANSFORMS = {  # what torch may do with a call, and what runs then, for every backend
     "no gradient, inference mode": KERNEL,
     "gradients": KERNEL,
     "derivatives of derivatives, of any order": REFERENCE,
@@ -84,7 +84,7 @@ def transforms_table() -> str:
 
 
 def support_table() -> str:
-    """A Markdown table: yes where a backend's kernels run the feature, forward and backward, forward where only without gradients."""
+    """A Markdown table: "yes" if a backend's kernels run the feature forward and backward, "forward" if only without gradients."""
     lines = ["| feature | " + " | ".join(BACKENDS) + " |", "|---|" + "---|" * len(BACKENDS)]
     for feature, problem in FEATURES.items():
         answers = [_answer(backend.uncovered, problem()) for backend in BACKENDS.values()]

@@ -1,8 +1,8 @@
-"""The torch versions that this library supports, and every private name of torch that it uses.
+"""The torch versions this library supports, and every private torch name it uses.
 
-Each name is looked up here, once, with a fallback. Where a name tells whether anything besides plain eager mode intercepts a call, the
-fallback says yes: the call then takes the path of torch.compile, or the reference runs. `missing` lists the names that this torch lacks,
-which costs speed and nothing else; `python -m fused_attention info` prints them.
+Each name is looked up here, once, with a fallback. If a name tells whether something other than plain eager mode intercepts a call, the
+fallback says yes: the call then takes torch.compile's path, or the reference runs. `missing` lists the names that this torch lacks, which
+costs only speed; `python -m fused_attention info` prints them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def refuse_older(version: str) -> None:
-    """ImportError of a torch older than the oldest that is supported: pip leaves one in place where it is told to."""
+    """Raises ImportError if torch is older than the oldest supported version, which pip can be told to keep."""
     if release(version) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"fused_attention needs torch {oldest} or newer, this is torch {version}: pip install 'torch>={oldest}'")
@@ -35,14 +35,14 @@ def refuse_older(version: str) -> None:
 
 refuse_older(torch.__version__)
 
-# Whether the results of torch's scaled_dot_product_attention lie in memory as 3-D queries do; before, they were contiguous.
+# Whether torch's scaled_dot_product_attention keeps the memory layout of 3-D queries; older versions return contiguous results.
 RESULTS_LIKE_3D_QUERIES = release(torch.__version__) >= (2, 14)
 
 missing: list[str] = []
 
 
 def _found(name: str, otherwise: Any) -> Any:
-    """What torch has under this name, or `otherwise`."""
+    """torch's object of this name, or `otherwise`."""
     try:
         return attrgetter(name)(torch)
     except AttributeError:
@@ -58,7 +58,7 @@ def _found_where_built_for_gpus(name: str, otherwise: Any) -> Any:
 
 num_dispatch_modes: Callable[[], int] = _found("_C._len_torch_dispatch_stack", lambda: 1)
 functorch_interpreter: Callable[[], object | None] = _found("_C._functorch.peek_interpreter_stack", lambda: "unknown")
-# Its _current_level is -1 outside of forward-mode differentiation.
+# Its _current_level is -1 outside forward-mode differentiation.
 forward_mode: Any = SimpleNamespace(_current_level=0)
 if _found("autograd.forward_ad._current_level", None) is not None:
     forward_mode = torch.autograd.forward_ad
@@ -74,7 +74,7 @@ current_device: Callable[[], int] = _found_where_built_for_gpus("_C._cuda_getDev
 current_stream: Callable[[int], int] = _found_where_built_for_gpus(
     "_C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
-# (shape, strides, dtype) -> an uninitialised tensor, by device type
+# (shape, strides, dtype) -> an uninitialized tensor, by device type
 allocators: dict[str, Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]] = {}
 for _device, _find in (("cpu", _found), ("cuda", _found_where_built_for_gpus)):
     if _allocator := _find(f"_C._dynamo.guards._empty_strided_{_device}", None):
@@ -85,16 +85,16 @@ for _device, _find in (("cpu", _found), ("cuda", _found_where_built_for_gpus)):
 
 
 def constant_of_graph(function: Function) -> Function:
-    """Marks a function that torch.compile cannot trace: it asks it while it traces, and takes the answer for a constant.
+    """Marks a function that torch.compile cannot trace: it calls the function while tracing and takes the result as a constant.
 
-    This is all that torch.compiler.assume_constant_result does after importing torch._dynamo and Triton, for two seconds.
+    This is all that torch.compiler.assume_constant_result does, after spending two seconds on importing torch._dynamo and Triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def answered_once(function: Callable[[torch.device | None], Any]) -> Any:
-    """A function of a device that answers once for each; a compiled graph is for one device, and its answer a constant of it."""
+    """Caches a function of a device. A compiled graph is for one device, so the answer is a constant there."""
     cached = functools.cache(function)
 
     @constant_of_graph
@@ -122,5 +122,5 @@ TensorGuards: Any = _found("_C._dynamo.guards.TensorGuards", None)
 if TensorGuards is not None and not _guards_as_expected():
     missing.append("torch._C._dynamo.guards.TensorGuards as it was")
     TensorGuards = None
-# (*tensors) -> whether other tensors match these in type, dtype, device, sizes, strides and dispatch keys; None: this torch has no guards
+# (*tensors) -> a check that other tensors match these in type, dtype, device, sizes, strides and dispatch keys; None: torch has no guards
 tensor_guard: Callable[..., Callable[..., bool]] | None = None if TensorGuards is None else _tensor_guard

@@ -1,4 +1,4 @@
-"""The attention weights themselves, from the scores and their log-sum-exp: by a kernel, differentiable through plain PyTorch."""
+"""The attention weights, from the scores and their log-sum-exp: computed by a kernel, differentiable through plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .reference import dropout, masked_scores, without_autocast
 
 
 def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """Weights after dropout: by a kernel where one runs, else by the reference, which also is where their gradient comes from."""
+    """Weights after dropout, from a kernel if one can run, else from the reference. The gradient always comes from the reference."""
     lse = saveable(lse)
     if lse.dtype == torch.float32 and reaches_kernels(problem, lse):
         for backend, kernels in BACKENDS.items():
@@ -27,7 +27,7 @@ def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
 
 
 class _Weights(torch.autograd.Function):
-    """The kernel's weights; a gradient, where one ever comes, differentiates the reference."""
+    """The kernel's weights, with a backward that differentiates the reference."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backend: str, average_heads: bool, lse: Tensor, *differentiable: Tensor | None) -> Tensor:
@@ -43,9 +43,9 @@ class _Weights(torch.autograd.Function):
         tensors = list(ctx.saved_tensors)
         num_inputs = NUM_INPUTS[ctx.layout]
         optional = 1 + num_inputs  # lse comes first
-        places = (0, 1, 2, optional + PLACE["attn_mask"], optional + PLACE["alibi_slopes"])  # of lse, query, key, and these
+        places = (0, 1, 2, optional + PLACE["attn_mask"], optional + PLACE["alibi_slopes"])  # lse, query, key, and these
         with torch.enable_grad():
-            for place in places:  # aliases: one tensor may be another one, or be computed from it
+            for place in places:  # aliases: a tensor may be the same as another, or computed from it
                 tensors[place] = None if tensors[place] is None else tensors[place].view_as(tensors[place])
             problem = Problem.from_op_arguments(ctx.layout, (*tensors[1:], *ctx.options))
             weights = reference_weights(problem, tensors[0], ctx.average_heads)
@@ -57,7 +57,7 @@ class _Weights(torch.autograd.Function):
 
 
 def reference_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) summed up head by head."""
+    """Weights after dropout, from the scores and their lse: (B, Hq, Lq, Lk), or (B, Lq, Lk) accumulated head by head."""
     query, num_heads = problem.query, problem.query.shape[1]
     with without_autocast(query):
         chunks = [(head, head + 1) for head in range(num_heads)] if average_heads else [(0, num_heads)]

@@ -13,21 +13,21 @@ from . import packed_problem
 from .packed_problem import DTYPES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
-MIN_SPLIT_KEYS = 128  # of a head whose backward pass is split over its keys
+MIN_SPLIT_KEYS = 128  # keys a head needs for its backward pass to be split over them
 
 
 def status() -> str | None:
-    """None when the CPU kernels can run on this machine, else the reason why not."""
+    """None if the CPU kernels can run on this machine, else the reason why not."""
     return NOT_BUILT if _native is None else None
 
 
 def instruction_sets() -> tuple[str, list[str]]:
-    """The instruction set in use, and every one that this machine can run, best first."""
+    """The instruction set in use, and all that this machine can run, best first."""
     return _native.cpu_isa(), _native.cpu_isas()
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why the CPU kernels cannot run this problem here; empty when they can."""
+    """Why the CPU kernels cannot run this problem here; empty if they can."""
     query = problem.query
     reasons = []
     if _native is None:
@@ -38,7 +38,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def uncovered(problem: Problem) -> list[str]:
-    """What the kernels do not cover on any machine."""
+    """What the kernels do not support on any machine."""
     query = problem.query
     reasons = []
     if query.dtype not in DTYPES:
@@ -50,7 +50,7 @@ def uncovered(problem: Problem) -> list[str]:
 
 
 def prepare(problem: Problem) -> Call:
-    """The forward pass of all problems that differ from this one only in their tensors' memory."""
+    """The forward pass for all problems that differ from this one only in their tensors' memory."""
     plain = prepared(_plain, problem)
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
@@ -129,7 +129,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
 
 
 def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), which never holds those of single heads."""
+    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), without storing the weights of each head."""
     batch, num_heads, seqlen_q, _ = problem.query.shape
     weights = problem.query.new_empty(batch, 1 if average_heads else num_heads, seqlen_q, problem.key.shape[2])
     lse = lse.contiguous()
@@ -141,7 +141,7 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
 
 
 def _key_splits(problem: Problem, num_threads: int) -> int:
-    """Into how many ranges the keys of a head are split: two for each thread that would have no head of its own."""
+    """How many ranges the keys of a head are split into: two for each thread that would otherwise have no head."""
     heads = problem.batch * problem.key.shape[1]
     if heads == 0 or heads >= num_threads:
         return 1
@@ -151,7 +151,7 @@ def _key_splits(problem: Problem, num_threads: int) -> int:
 def _mask_gradient_parts(gradient: Tensor | None, problem: Problem, splits: int, num_threads: int) -> Tensor | None:
     """Zeros (parts, B or 1, Hq or 1, Lq or 1, Lk or 1) float32, to be summed over the parts; one part may be the gradient itself.
 
-    Heads that share a slice of the mask are dealt to as many parts as keep every thread busy.
+    Heads that share a slice of the mask are divided among enough parts to keep every thread busy.
     """
     if gradient is None:
         return None
@@ -167,7 +167,7 @@ def _mask_gradient_parts(gradient: Tensor | None, problem: Problem, splits: int,
 
 
 def _mask_gradient_arguments(parts: Tensor | None, splits: int) -> tuple[tuple[int, ...], int]:
-    """Strides of part, batch, head, row and key, and how many parts the heads are dealt to."""
+    """The part, batch, head, row and key strides, and how many parts the heads are divided among."""
     if parts is None:
         return (0, 0, 0, 0, 0), 1
     num_parts = parts.shape[0] // (splits if parts.shape[4] == 1 else 1)
@@ -179,7 +179,7 @@ def _plain(problem: Problem) -> Plain:
 
 
 def _strides(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
-    """packed_problem.strides of what broadcasts nothing, in a fraction of its time. packed: the sequences are all in one batch element."""
+    """A faster packed_problem.strides for a tensor without broadcast dims. packed: one batch element holds all sequences."""
     batch, head, row, _ = tensor.stride()
     return 0 if packed else batch, head, row
 

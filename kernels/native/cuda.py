@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels (csrc/cuda) as a backend: what they take, and how a Problem gets to them."""
+"""The CUDA C++ kernels (csrc/cuda) as a backend: what they support, and how a Problem is passed to them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from . import packed_problem
 from .packed_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
-ROWS_PER_BLOCK = 64  # of the backward kernel for query
+ROWS_PER_BLOCK = 64  # of the backward kernel for dquery
 DTYPES = (torch.bfloat16, torch.float16)
 BACKWARD_KERNELS = {"chosen": 0, "two passes": 1, "one pass": 2}
 
 
 def status() -> str | None:
-    """None when this machine can run the kernels, else the reason why not."""
+    """None if this machine can run the kernels, else the reason why not."""
     return _machine_reason(None)
 
 
 @answered_once
 def _machine_reason(device: torch.device | None) -> str | None:
-    """Why the kernels cannot run on a device (None: on any of this machine)."""
+    """Why the kernels cannot run on a device (None: on any device of this machine)."""
     if _native is None:
         return NOT_BUILT
     if device is not None and device.type != "cuda":
@@ -49,13 +49,13 @@ def compiled() -> str:
 
 
 def driver() -> str:
-    """What the NVIDIA driver supports, asked without initializing CUDA."""
+    """What the NVIDIA driver supports, queried without initializing CUDA."""
     version = _native.cuda_versions()[0] if _native is not None else 0
     return f"supports CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"
 
 
 def gpus() -> list[str]:
-    """Of each GPU that the NVIDIA driver sees its name, its compute capability and how it gets the kernels. Initializes CUDA."""
+    """For each GPU the NVIDIA driver sees: its name, compute capability and how it gets the kernels. Initializes CUDA."""
     return [_described(device) for device in range(_native.cuda_device_count())] if _native is not None else []
 
 
@@ -73,13 +73,13 @@ def _described(device: int) -> str:
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why the CUDA kernels cannot run this problem here; empty when they can."""
+    """Why the CUDA kernels cannot run this problem here; empty if they can."""
     machine = _machine_reason(problem.query.device)
     return [machine, *uncovered(problem)] if machine else uncovered(problem)
 
 
 def uncovered(problem: Problem) -> list[str]:
-    """What the kernels do not cover on any machine."""
+    """What the kernels do not support on any machine."""
     query, key, value = problem.query, problem.key, problem.value
     reasons = []
     if query.dtype not in DTYPES:
@@ -96,7 +96,7 @@ def uncovered(problem: Problem) -> list[str]:
             elif _address_if_known(tensor) % 16:
                 reasons.append(f"the address of {name} is not a multiple of 16 bytes")
     reasons += uncovered_numbers(problem)
-    # Asked of a symbol it would become a bound of the exported program.
+    # With a symbolic size, this check would become a bound of the exported program.
     if not torch.compiler.is_compiling():
         seqlen, distance = max(problem.max_seqlen_q, problem.max_seqlen_k), abs(problem.diagonal)
         if seqlen + distance > UNLIMITED:
@@ -105,8 +105,8 @@ def uncovered(problem: Problem) -> list[str]:
 
 
 def _mask_gradient_kind(problem: Problem, shape: tuple[int, ...]) -> str:
-    """How a float mask's gradient follows from those of the scores: stored as they are, or summed over keys, over rows, or over heads that
-    share it alone."""
+    """How a float mask's gradient is made from those of the scores: stored as is, or summed over keys, over rows, or only over the heads
+    that share it."""
     if shape[3] != problem.max_seqlen_k:
         return "over keys"
     if shape[2] != problem.max_seqlen_q:
@@ -123,7 +123,7 @@ def _has_aligned_strides(tensor: Tensor) -> bool:
 
 
 def _address_if_known(tensor: Tensor) -> int:
-    """0 of what has no memory yet: fake tensors and those of functorch. Where such a call runs, `ops.forward` copies what is unaligned."""
+    """0 for tensors without memory: fake ones and functorch's. When such a call runs, `ops.forward` copies unaligned inputs."""
     if torch.compiler.is_compiling():
         return 0
     try:
@@ -134,7 +134,7 @@ def _address_if_known(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def single_tile_kernels(used: bool) -> Iterator[None]:
-    """Whether the single-tile kernels run where they can: to compare them with the others."""
+    """Turns the single-tile kernels on or off, to compare them with the others."""
     before = _native.cuda_set_single_tile_kernels(used)
     replay.forget()
     try:
@@ -145,7 +145,7 @@ def single_tile_kernels(used: bool) -> Iterator[None]:
 
 
 def prepare(problem: Problem) -> Call:
-    """The forward pass of all problems that differ from this one only in their tensors' memory."""
+    """The forward pass for all problems that differ from this one only in their tensors' memory."""
     plain = replay.prepared(_plain, problem)
     numbers, out_shape, out_strides, lse_shape, lse_strides = (
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
@@ -153,7 +153,7 @@ def prepare(problem: Problem) -> Call:
     dtype, float32, empty, as_read = problem.query.dtype, torch.float32, empty_strided(problem.query), packed_problem.as_read
     is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
     drops_all = problem.dropout_p == 1.0
-    lse_bytes, workspace_bytes = 4 * math.prod(lse_shape), 0  # of the workspace as the first launch says
+    lse_bytes, workspace_bytes = 4 * math.prod(lse_shape), 0  # workspace_bytes: as reported by the first launch
 
     def call(
         query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
@@ -164,11 +164,11 @@ def prepare(problem: Problem) -> Call:
             return None
         out = empty(out_shape, out_strides, dtype)
         lse = workspace = None
-        # An lse that the caller does not want shares the workspace's allocation: each one costs as much as many checks.
+        # An lse the caller does not want goes into the workspace's allocation, because an allocation costs as much as many checks.
         if needs_lse:
             lse = empty(lse_shape, lse_strides, float32)
             if workspace_bytes:
-                workspace = empty((workspace_bytes // 2,), (1,), dtype)  # in numbers of 16 bits
+                workspace = empty((workspace_bytes // 2,), (1,), dtype)  # counted in 16-bit elements
         else:
             workspace = empty(((workspace_bytes + lse_bytes) // 2,), (1,), dtype)
         if is_packed:
@@ -204,14 +204,14 @@ def prepare(problem: Problem) -> Call:
 def backward(
     problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients, kernels: str = "chosen"
 ) -> None:
-    """Writes every requested gradient. All but the query's are bit-reproducible; the query's is if the problem is deterministic.
+    """Writes every requested gradient. All are bit-reproducible; the query's only if the problem is deterministic.
 
-    kernels: a name from BACKWARD_KERNELS, for tests and measurements; one pass does not cover every problem.
+    kernels: a name from BACKWARD_KERNELS, for tests and measurements; the one-pass kernels do not support every problem.
     """
     if problem.row_tiles is not None and problem.column_tiles is None:
         raise ValueError("the mask was prepared without what gradients need")
     query, key, value = problem.query, problem.key, problem.value
-    if problem.dropout_p == 1.0:  # out is 0 whatever the inputs are
+    if problem.dropout_p == 1.0:  # out is 0 for any inputs
         dout = dout.new_zeros(dout.shape[3]).expand(dout.shape)
     if gradients.sinks is not None and problem.sinks is not None:
         gradients.sinks.copy_(_sink_gradient(problem.sinks, out, lse, dout, dlse))
@@ -272,7 +272,7 @@ def backward(
         BACKWARD_KERNELS[kernels],
     )
     wanted = _run_backward(call, device, stream, 0, addresses, gradient_addresses)
-    if wanted:  # else a kernel ran that writes every element
+    if wanted:  # otherwise a kernel ran that writes every element
         if stored is not None and kind == "stored":
             stored.zero_()  # tiles that nothing visits
         workspace = query.new_empty(wanted, dtype=torch.uint8)
@@ -300,17 +300,17 @@ def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: 
 
 
 def _run_backward(problem: bytes, device: int, stream: int, workspace: int, addresses: tuple[int, ...], gradients: tuple[int, ...]) -> int:
-    """Launches the kernels, or returns how many bytes of workspace they want."""
+    """Launches the kernels, or returns how many bytes of workspace they need."""
     return _native.cuda_backward(problem, device, stream, workspace, addresses, gradients)
 
 
-# Launches the kernels, or returns how many bytes of workspace they want: (problem, device, stream, workspace, *addresses) -> int.
-# Tests replace it by one that runs _native.cuda_plan.
+# Launches the kernels, or returns how many bytes of workspace they need: (problem, device, stream, workspace, *addresses) -> int.
+# Tests replace it with a function that calls _native.cuda_plan.
 _run: Callable[..., int] = getattr(_native, "cuda_forward", None)  # type: ignore[assignment]
 
 
 def _device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    """The tensor's device and torch's current stream of it."""
+    """The tensor's device, and torch's current stream on it."""
     device = tensor.get_device()
     return device, current_stream(device)
 

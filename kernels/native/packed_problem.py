@@ -1,4 +1,4 @@
-"""A Problem as the compiled extension (csrc/module.cpp) takes it: plain numbers, and the addresses of its tensors."""
+"""A Problem in the form the compiled extension (csrc/module.cpp) takes: plain numbers, and the addresses of its tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..problem import (
 
 try:
     from ... import _native
-except ImportError as error:  # installed without a compiler, or on a platform that has no native kernels
+except ImportError as error:  # installed without a compiler, or on a platform without native kernels
     _native = None  # type: ignore[assignment]
     NOT_BUILT = f"the compiled extension is not available ({error})"
 else:
@@ -38,7 +38,7 @@ _NO_ADDRESSES = (0,) * _NUM_OPTIONAL
 
 @dataclass(slots=True)
 class Plain:
-    """What problems share that differ in their tensors' memory alone."""
+    """What problems that differ only in their tensors' memory have in common."""
 
     numbers: bytes  # an AttentionProblem (csrc/problem.h) without its addresses
     out_shape: tuple[int, ...]
@@ -61,7 +61,10 @@ def are_as_read(optional: OptionalTensors) -> bool:
 
 
 def as_read(optional: OptionalTensors) -> OptionalTensors:
-    """In dtypes that the kernels read: alibi_slopes, sinks and an attn_mask of any other become float32. To be kept until they have run."""
+    """Converts to dtypes the kernels read: alibi_slopes, sinks and an attn_mask of another dtype become float32.
+
+    Keep the result alive until the kernels have run.
+    """
     attn_mask, key_mask, key_lengths, query_lengths, alibi_slopes, sinks, *others = optional
     if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
         attn_mask = without_repetition(attn_mask).float()  # an expanded mask stays small
@@ -71,14 +74,14 @@ def as_read(optional: OptionalTensors) -> OptionalTensors:
 
 
 def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> bytes:
-    """An AttentionProblem without its addresses, whose results go to a tensor like `out`."""
+    """An AttentionProblem without its addresses; the result goes to a tensor like `out`."""
     query, key, value = problem.query, problem.key, problem.value
     optional = as_read(problem.optional_tensors())
     attn_mask, alibi_slopes = optional[PLACE["attn_mask"]], optional[PLACE["alibi_slopes"]]
     mask_strides = strides(attn_mask, 4)
     slopes = None if alibi_slopes is None else alibi_slopes.expand(problem.batch, -1)
     left, right = problem.window_left, problem.window_right
-    if problem.mask_bits is not None:  # which know the window already; of causal it helps to know which half of the scores counts
+    if problem.mask_bits is not None:  # they include the window, but causal still helps: half of the scores are not needed
         left, right = None, 0 if right == 0 else None
     return _native.problem(
         dtype=DTYPES[query.dtype],
@@ -114,25 +117,25 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
 
 
 def addresses(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, out: Tensor, lse: Tensor) -> tuple[int, ...]:
-    """Of a problem, in the order of _native.address_names(); optional: `as_read`."""
+    """The addresses of a problem's tensors, in the order of _native.address_names(). optional: from `as_read`."""
     inputs_and_results = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()
     return (*inputs_and_results, *optional_addresses(optional))
 
 
 def optional_addresses(optional: OptionalTensors) -> Sequence[int]:
-    """The last of `addresses`."""
+    """The addresses of the optional tensors, which come last in `addresses`."""
     if optional is NO_OPTIONAL_TENSORS:
         return _NO_ADDRESSES
     return [0 if tensor is None else tensor.data_ptr() for tensor in optional[:_NUM_OPTIONAL]]
 
 
 def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> tuple[int, ...]:
-    """The first five that a backward pass of any device takes."""
+    """The first five addresses that a backward pass takes, on any device."""
     return dout.data_ptr(), address(dlse), gradients.query.data_ptr(), gradients.key.data_ptr(), gradients.value.data_ptr()
 
 
 def address(tensor: Tensor | None) -> int:
-    """0 of none."""
+    """The tensor's address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

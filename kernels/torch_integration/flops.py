@@ -1,7 +1,7 @@
-"""How many FLOPs an operator counts in torch.utils.flop_counter.FlopCounterMode: as many as torch's own attention of the same sizes.
+"""FLOP counts of the operators for torch.utils.flop_counter.FlopCounterMode, the same as for torch's own attention of the same sizes.
 
-Two for each multiplication of a matrix product. What masks, windows and lengths leave out is not deducted, as torch does not;
-of packed sequences each counts with its own length, where the starts can be read.
+Two per multiplication of a matrix product. As in torch, masks, windows and lengths are not deducted. Each packed sequence counts with its
+own length if the starts can be read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def forward_flops(layout: Layout, arguments: tuple) -> int:
 
 
 def backward_flops(layout: Layout, arguments: tuple) -> int:
-    """Q K^T once more; dP and dV, as long as a value; dQ and dK, as long as a query. arguments: the forward operator's."""
+    """Q K^T again; dP and dV, with the head dim of the value; dQ and dK, with that of the query. arguments: the forward operator's."""
     problem, scores = _problem_and_scores(layout, arguments)
     return 2 * scores * (3 * problem.query.shape[3] + 2 * problem.value.shape[3])
 
 
 def _problem_and_scores(layout: Layout, arguments: tuple) -> tuple[Problem, Any]:
-    """The problem and its number of scores, in all heads."""
+    """The problem, and its number of scores over all heads."""
     problem = Problem.from_op_arguments(layout, arguments[:-1])
     num_heads = problem.query.shape[1]
     if problem.cu_seqlens_q is None or problem.cu_seqlens_k is None:

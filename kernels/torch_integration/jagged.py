@@ -1,4 +1,4 @@
-"""Nested tensors of layout torch.jagged, the sequences of a batch without padding, as what `attention_varlen` takes, and back."""
+"""Converts nested tensors of layout torch.jagged (sequences of a batch without padding) to what `attention_varlen` takes, and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Packed(NamedTuple):
 
     values: Tensor  # (T, H, D)
     offsets: Tensor  # (B + 1,)
-    min_seqlen: int | None  # None where only the offsets would tell, which a compiled graph does not read
+    min_seqlen: int | None  # None if only the offsets would tell, which a compiled graph does not read
     max_seqlen: int | None
 
     def nested(self, values: Tensor) -> Tensor:
@@ -46,18 +46,18 @@ def packed_inputs(query: Any, key: Any, value: Any) -> tuple[Packed, Packed, Pac
     if key.shape[0] != query.shape[0]:
         raise ValueError(f"key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
     packed = _packed(query), _packed(key), _packed(value)
-    # The same symbol stands for the same offsets; another one may, if the two were made apart.
+    # Equal symbols mean equal offsets; different symbols may too, if the two tensors were made separately.
     if key.shape[2] != value.shape[2] and (torch.compiler.is_compiling() or not torch.equal(packed[1].offsets, packed[2].offsets)):
         raise ValueError("value must have the offsets of key: make it by torch.nested.nested_tensor_from_jagged(values, key.offsets())")
     return packed
 
 
 def of_strided_sequences(attention_varlen: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Attention of nested tensors of the strided layout, (B, H, ragged L, D) or (B, ragged L, D).
+    """Attention on nested tensors of strided layout, (B, H, ragged L, D) or (B, ragged L, D).
 
     Raises:
         TypeError: one is not nested.
-        ValueError: the sequences do not fit each other, or a mask is given, for which they have no common size.
+        ValueError: the sequences do not match, or a mask is given, which would need them to have one size.
     """
     check_no_padding("nested tensors", attn_mask=options.pop("attn_mask"))
     sequences = []
@@ -79,9 +79,9 @@ def of_strided_sequences(attention_varlen: Callable[..., Any], query: Tensor, ke
 
 def _packed(tensor: Any) -> Packed:
     if not torch.compiler.is_compiling():
-        tensor._get_max_seqlen()  # reads the offsets once, and remembers
+        tensor._get_max_seqlen()  # reads the offsets once and caches the result
     values, offsets, lengths = tensor.transpose(1, 2).values(), tensor.offsets(), tensor.lengths()
-    if lengths is not None:  # the sequences are parts of longer ones, with something between them
+    if lengths is not None:  # the sequences are parts of longer ones, with gaps between them
         starts, offsets = offsets[:-1], torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         places = torch.repeat_interleave(starts - offsets[:-1], lengths)
         values = values[places + torch.arange(places.shape[0], device=places.device)]

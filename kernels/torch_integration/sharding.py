@@ -1,9 +1,9 @@
-"""Sharding rules for torch.distributed's DTensors: each process runs its part of the batch or of the heads, and exchanges nothing.
+"""Sharding rules for torch.distributed's DTensors: each process runs its part of the batch or of the heads, without communication.
 
-DTensor gathers inputs that are sharded any other way: over lengths or head_dim, or over heads so that a group of query heads would lose its
-key head. It also gathers with dropout, whose masks count batch and heads from the first of all. Gradients of shared inputs (a mask for the
-whole batch, a number for each head) are summed over the processes. A call that no kernel takes runs on the reference; its backward needs
-torch.distributed.tensor.experimental.implicit_replication() around it.
+DTensor gathers inputs that are sharded any other way: over lengths or head_dim, or over heads in a way that would separate a group of query
+heads from its key head. It also gathers with dropout, whose masks number batch and heads globally. Gradients of shared inputs (a mask for
+the whole batch, a number per head) are summed over the processes. A call that no kernel supports runs on the reference; its backward must
+run under torch.distributed.tensor.experimental.implicit_replication().
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import DIFFERENTIABLE, INPUTS, NUM_INPUTS, OPTIONS, PLACE, TENSORS, Layout
 
-Dims = tuple[int | None, int | None]  # the dims of a tensor that stand for the batch and for the heads
+Dims = tuple[int | None, int | None]  # a tensor's batch dim and head dim
 
 OPTIONAL_DIMS: list[Dims] = [(tensor.batch, tensor.heads) for tensor in TENSORS.values()]
 DROPOUT_P = list(OPTIONS).index("dropout_p")
@@ -27,7 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def on_all_processes(tensor: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor as a DTensor on the mesh of another, with the values of its first process."""
+    """Replicates a plain tensor as a DTensor on the mesh of another, with the values of the mesh's first process."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh = like.device_mesh  # type: ignore[attr-defined]
@@ -35,14 +35,14 @@ def on_all_processes(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def plain_tensors_are_the_same_everywhere() -> AbstractContextManager:
-    """In it, what the reference makes beside DTensors counts as replicated."""
+    """A context in which plain tensors that the reference creates next to DTensors count as replicated."""
     from torch.distributed.tensor.experimental import implicit_replication
 
     return implicit_replication()
 
 
 def register(layout: Layout, forward: Any, backward: Any) -> None:
-    """Tells DTensor which parts of their arguments the operators of a layout take, and which parts of their results they then give."""
+    """Tells DTensor how the arguments of a layout's operators may be sharded, and how the results are sharded then."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
@@ -50,10 +50,10 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     num_tensors, num_differentiable = num_inputs + len(TENSORS), len(DIFFERENTIABLE)
     slopes = num_inputs + PLACE["alibi_slopes"]
     input_dims = list(INPUTS[layout].values())
-    result_dims = (0, 1)  # of out and lse, which for packed sequences have a batch dim of 1
+    result_dims = (0, 1)  # of out and lse; packed sequences have a batch dim of 1
 
     def place(spec: Any, dim: int | None, otherwise: Any) -> Any:
-        """Of a tensor, None where there is none; a dim of size 1 stands for all."""
+        """The placement of a tensor, None without one; a dim of size 1 stands for all."""
         if spec is None:
             return None
         return otherwise if dim is None or spec.shape[dim] == 1 else Shard(dim)
@@ -62,19 +62,19 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
         dims = [*input_dims, *OPTIONAL_DIMS]
         if arguments[slopes] is not None and arguments[slopes].ndim == 1:
             dims[slopes] = (None, 0)
-        if layout == "varlen":  # lengths and slopes go with sequences, which stay together
+        if layout == "varlen":  # lengths and slopes belong to sequences, which stay together
             dims[num_inputs:] = [(None, heads) for _, heads in dims[num_inputs:]]
         return dims
 
     def kinds(arguments: tuple) -> list[int]:
-        """By what a call may be sharded: 0 the batch, 1 the heads."""
+        """What a call may be sharded over: 0 = the batch, 1 = the heads."""
         if 0.0 < arguments[num_tensors + DROPOUT_P] < 1.0:
             return []
         first, last = arguments[0], arguments[num_inputs - 1]
         num_heads, num_heads_kv = first.shape[input_dims[0][1]], last.shape[input_dims[-1][1]]
         parts = tuple(first.mesh.shape)
         together = num_heads_kv % math.prod(parts) == 0 or (
-            all(num_heads_kv % part == 0 for part in parts) and num_heads_kv < math.prod(parts)  # then not over all of them at once
+            all(num_heads_kv % part == 0 for part in parts) and num_heads_kv < math.prod(parts)  # but not over all of them at once
         )
         by_batch = [0] if layout != "varlen" and first.shape[0] > 1 else []
         return [*by_batch, 1] if num_heads_kv > 1 and (num_heads == num_heads_kv or together) else by_batch

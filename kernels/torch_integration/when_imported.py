@@ -1,4 +1,4 @@
-"""Registrations with parts of torch that are slow to import (one imports Triton): made when somebody else imports them, if ever."""
+"""Delays registrations with parts of torch that are slow to import (one imports Triton) until someone else imports them, if ever."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Calls `action` once the module of this name has been imported: now, or right after its first import."""
+    """Calls `action` now if the module is already imported, else right after its first import."""
     if name in sys.modules:
         action()
     else:
@@ -18,7 +18,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _Watch:
-    """Finds nothing itself; lets the import of one module go on as ever, with the action at its end."""
+    """A finder that finds nothing itself; it lets the import of one module proceed as usual, then runs the action."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action

@@ -1,4 +1,4 @@
-"""A Problem as the arguments that every Triton attention kernel takes, in the order of their parameters: AttnMask to Dropout, head dims."""
+"""Turns a Problem into the arguments every Triton attention kernel takes, in parameter order: AttnMask to Dropout, head dims."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def common_tensors(optional: OptionalTensors, tiles: Tensor | None, mask_bits: T
 
 
 def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor | None) -> Arguments:
-    """tiles: row_tiles, or column_tiles for a kernel that walks down a column of key blocks; mask_bits: the bits that go with it."""
+    """tiles: row_tiles, or column_tiles for a kernel that walks down the rows for a block of keys; mask_bits: the matching bits."""
     query, key = problem.query, problem.key
     attn_mask, key_mask, slopes = problem.attn_mask, problem.key_mask, problem.alibi_slopes
     mask_is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -51,7 +51,7 @@ def common_arguments(problem: Problem, tiles: Tensor | None, mask_bits: Tensor |
         query.shape[2],
         key.shape[2],
         query.shape[1],
-        query.shape[1] // max(key.shape[1], 1),  # there may be no heads at all
+        query.shape[1] // max(key.shape[1], 1),  # there may be no heads
         *window_numbers(problem),
         problem.scale * LOG2_E if problem.softcap is None else problem.scale / problem.softcap,
         0.0 if problem.softcap is None else problem.softcap * LOG2_E,
@@ -82,7 +82,7 @@ def window_constants(problem: Problem) -> tuple[bool, bool, bool]:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """Of products: torch's own setting for float32. Its older name, allow_tf32, cannot be read once this one has been set."""
+    """The precision of matrix products: torch's setting for float32. The older setting, allow_tf32, is unreadable once this one is set."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -93,12 +93,12 @@ def rows_of(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """A tile's width: a power of two, at least the depth of a tensor-core product."""
+    """The width of a tile: a power of two, at least the depth of a tensor-core product."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def feature_class(problem: Problem) -> str:
-    """The row of the tile table: what a kernel's inner loop holds at most."""
+    """The feature class in the tile table: the most expensive feature in a kernel's inner loop."""
     if problem.rng_state is not None:
         return "dropout"
     float_mask = problem.attn_mask is not None and problem.attn_mask.dtype != torch.bool
@@ -108,6 +108,6 @@ def feature_class(problem: Problem) -> str:
 
 
 def needs_tiles(problem: Problem) -> bool:
-    """Whether lists of full and mixed tiles say what to visit; otherwise loop bounds do."""
+    """Whether lists of full and mixed tiles determine what is visited; otherwise loop bounds do."""
     bool_mask = problem.attn_mask is not None and problem.attn_mask.dtype == torch.bool
     return bool_mask or problem.key_mask is not None or problem.row_tiles is not None

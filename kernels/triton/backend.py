@@ -1,4 +1,4 @@
-"""The Triton kernels as a backend: what they take, and where each call goes. Importing it needs no Triton."""
+"""The Triton kernels as a backend: what they support, and which kernel a call goes to. Importing this module does not need Triton."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def interpreted() -> bool:
 
 
 def status() -> str | None:
-    """None when this machine can run the kernels, else the reason why not."""
+    """None if this machine can run the kernels, else the reason why not."""
     return _machine_reason(None)
 
 
 @answered_once
 def _machine_reason(device: torch.device | None) -> str | None:
-    """Why the kernels cannot run on a device (None: on any of this machine)."""
+    """Why the kernels cannot run on a device (None: on any device of this machine)."""
     if device is not None and device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "0":
-        return f"the tensors are on {device}, not on a GPU"  # said without importing Triton, which takes a quarter of a second
+        return f"the tensors are on {device}, not on a GPU"  # no need to import Triton for this, which takes a quarter of a second
     return _missing() or _device_reason(device)
 
 
@@ -62,14 +62,14 @@ def _device_reason(device: torch.device | None) -> str | None:
 
 @constant_of_graph
 def _bfloat16_reason() -> str | None:
-    """Why Triton's interpreter cannot run kernels on bfloat16."""
+    """Why Triton's interpreter cannot run bfloat16 kernels."""
     if not interpreted() or _module("launch").multiplies_bfloat16():
         return None
     return "Triton's interpreter multiplies the bit patterns of bfloat16 instead of its numbers"
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why the Triton kernels cannot run this problem here; empty when they can."""
+    """Why the Triton kernels cannot run this problem here; empty if they can."""
     machine = _machine_reason(problem.query.device)
     if machine is None and problem.query.dtype is torch.bfloat16:
         machine = _bfloat16_reason()
@@ -77,7 +77,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def uncovered(problem: Problem) -> list[str]:
-    """What the kernels do not cover on any machine."""
+    """What the kernels do not support on any machine."""
     reasons = []
     if problem.query.dtype not in DTYPES:
         reasons.append(f"dtype {problem.query.dtype} is not covered (float32, bfloat16 and float16 are)")
@@ -89,13 +89,13 @@ def uncovered(problem: Problem) -> list[str]:
 
 
 def prepare(problem: Problem) -> Call:
-    """The forward pass of all problems that differ from this one only in their tensors' memory."""
+    """The forward pass for all problems that differ from this one only in their tensors' memory."""
     decode = _module("decode")
     kernels = decode if decode.takes(problem) else _module("forward")
     if problem.query.dtype != torch.float32:
         return kernels.prepare(problem)
     input_precision, options = _module("arguments").input_precision, problem.options()
-    calls: dict[str, Call] = {}  # by a setting of torch
+    calls: dict[str, Call] = {}  # keyed by a torch setting
 
     def call(
         query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
@@ -118,7 +118,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
 
 
 def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
-    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), which never holds those of single heads."""
+    """The weights after dropout (B, Hq, Lq, Lk), or their mean over heads (B, Lq, Lk), without storing the weights of each head."""
     if _is_elsewhere(problem.query):
         with torch.cuda.device(problem.query.device):
             return attention_weights(problem, lse, average_heads)
@@ -126,7 +126,7 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
 
 
 def prepares(problem: Problem) -> bool:
-    """Whether prepare_mask may leave its work to the kernels: eager calls on a GPU."""
+    """Whether prepare_mask may use the kernels: for eager calls on a GPU."""
     eager = not torch.compiler.is_compiling() and num_dispatch_modes() == 0 and type(problem.query) is Tensor
     return eager and problem.query.is_cuda and _machine_reason(problem.query.device) is None
 
@@ -140,7 +140,7 @@ def prepared_tiles(problem: Problem, gradients: bool) -> tuple[Tensor, Tensor | 
 
 
 def _is_elsewhere(tensor: Tensor) -> bool:
-    """Whether another GPU than the tensor's is current, which may be of another kind: tiles are the current one's."""
+    """Whether the current GPU is not the tensor's. It may be of another kind, and tiles are chosen for the current one."""
     return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 

@@ -1,8 +1,8 @@
-"""Launches Triton kernels, and looks up the tile sizes they run with in tile_table.json.
+"""Launches Triton kernels, and looks up their tile sizes in tile_table.json.
 
-kernel[grid](...) costs 15 to 25 us of Python for a kernel with fifty arguments. `launch` finds the compiled kernel under a key of its
-own, which holds everything that Triton specialises a kernel on, and hands it to the driver directly; what it has not seen before, and
-whatever it does not know how to do, goes through kernel[grid](...).
+kernel[grid](...) takes 15 to 25 us of Python for a kernel with fifty arguments. `launch` looks the compiled kernel up under its own key,
+which contains everything Triton specializes a kernel on, and hands it directly to the driver. Kernels it has not seen before, and anything
+it cannot handle, go through kernel[grid](...).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-FAST_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # whose CompiledKernel.run takes what _run_compiled passes
+FAST_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")  # versions whose CompiledKernel.run takes the arguments that _run_compiled passes
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether the interpreter multiplies the numbers of bfloat16: that of Triton 3.6 to 3.9 multiplies their bit patterns."""
+    """Whether the interpreter multiplies bfloat16 numbers correctly; in Triton 3.6 to 3.9 it multiplies their bit patterns."""
     import numpy as np
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -40,12 +40,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# The interpreter takes a few milliseconds per tile of any size: small enough that 130 rows are several tiles, and never square.
+# The interpreter takes a few milliseconds per tile of any size. Small enough that 130 rows are several tiles, and never square.
 INTERPRETER_TILES = {"plain": Tile(64, 32, 1, 1), "masked": Tile(32, 64, 1, 1), "bias": Tile(64, 32, 1, 1), "dropout": Tile(32, 64, 1, 1)}
 
-# sm_86, 89 and 120 are one family, because they have 99 KB of shared memory per block; sm_80 has 163 KB, sm_90 and sm_100 have 227 KB.
+# sm_86, 89 and 120 are one family because they all have 99 KB of shared memory per block; sm_80 has 163 KB, sm_90 and sm_100 have 227 KB.
 FAMILIES = {80: "sm80", 87: "sm80", 86: "sm86", 89: "sm86", 120: "sm86", 121: "sm86", 90: "sm90", 100: "sm100", 103: "sm100"}
-OTHER_FAMILY = "other"  # tiles that fit 64 KB, with nothing known of the device
+OTHER_FAMILY = "other"  # unknown devices: tiles that fit in 64 KB
 
 TABLE_FILE = Path(__file__).with_name("tile_table.json")
 
@@ -55,9 +55,9 @@ def tile_for(kernel_name: str, dtype: torch.dtype, head_dim: int, feature_class:
 
     Args:
         kernel_name: forward, dkdv, dq, dbias, decode or weights.
-        head_dim: the padded one, a power of two from 16 to 256; the larger of query's and value's.
+        head_dim: padded, a power of two from 16 to 256; the larger of the query's and the value's.
         feature_class: plain (full, causal, window and lengths, by loop bounds), masked (tile lists, key_mask, bool mask), bias (float mask,
-            softcap, alibi, gradient of the mask) or dropout. What none of them names is in every class.
+            softcap, alibi, gradient of the mask) or dropout. Features not named here are allowed in every class.
     """
     if INTERPRETED:
         return INTERPRETER_TILES[feature_class]
@@ -74,7 +74,7 @@ def current_family() -> str:
 
 @functools.cache
 def _family(device: int) -> str:
-    """Of the current device, whose number is `device`."""
+    """The architecture family of the current device, whose index is `device`."""
     target = triton.runtime.driver.active.get_current_target()
     return FAMILIES.get(target.arch, OTHER_FAMILY) if target.backend == "cuda" else OTHER_FAMILY
 
@@ -91,7 +91,7 @@ def tile_table() -> dict[tuple[str, str, str, int, str], Tile]:
 
 
 class Launch:
-    """A kernel with everything fixed but its tensors, and those in everything but their memory: what a call repeats costs least."""
+    """A kernel with everything fixed except the memory of its tensors, so that repeated launches are as cheap as possible."""
 
     def __init__(self, kernel: Any, num_programs: int, numbers: tuple[int | float, ...], constants: tuple[Any, ...], tile: Tile) -> None:
         self.kernel = kernel
@@ -100,7 +100,7 @@ class Launch:
         self.constants = constants
         self.tile = tile
         self.fixed = (*numbers, *constants, tile.BLOCK_M, tile.BLOCK_N)
-        self.compiled: dict[Any, Any] = {}  # by device, and by which pointers are multiples of 16 if not all are
+        self.compiled: dict[Any, Any] = {}  # keyed by device, plus which pointers are multiples of 16 if not all are
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         if INTERPRETED:
@@ -131,10 +131,10 @@ def launch(
     constants: tuple[Any, ...],
     tile: Tile,
 ) -> Any:
-    """Runs a kernel on the current stream of the device that tensors[0] is on; returns it compiled, if it may be run again as it is.
+    """Runs a kernel on the current stream of tensors[0]'s device; returns the compiled kernel if it can be reused unchanged.
 
-    Its parameters are, in this order, pointers (tensors), numbers, constexprs (constants) and the constexprs BLOCK_M and BLOCK_N. A number
-    that is 1 is compiled in as such only if its parameter has no type: Triton leaves one with a type alone.
+    Its parameters are, in this order, pointers (tensors), numbers, constexprs (constants) and the constexprs BLOCK_M and BLOCK_N. Triton
+    compiles in a number that is 1 only if its parameter has no type.
     """
     if INTERPRETED:
         _launch_through_triton(kernel, num_programs, tensors, numbers, constants, tile)
@@ -145,7 +145,7 @@ def launch(
     if tensors_device not in (device, -1):
         with torch.cuda.device(tensors_device):
             launch(kernel, num_programs, tensors, numbers, constants, tile)
-        return None  # it is not compiled for the current device
+        return None  # not compiled for the current device
     cache = _caches.get(id(kernel)) or _new_cache(kernel, tensors, numbers, constants)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     key = _specialisation(cache, device, tensors, pointers, numbers, constants, tile)
@@ -169,16 +169,16 @@ def _launch_through_triton(kernel: Any, num_programs: int, tensors: tuple, numbe
 
 
 def _run_compiled(compiled: Any, num_programs: int, stream: int, arguments: tuple) -> None:
-    """What JITFunction.run ends with in FAST_VERSIONS, without hooks. Pointers may be ints."""
+    """The last step of JITFunction.run in FAST_VERSIONS, without hooks. Pointers may be ints."""
     compiled.run(num_programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 class _Cache(NamedTuple):
     """The compiled versions of one kernel."""
 
-    kernel: Any  # held, so that its id stays its own
-    specialised: tuple[int, ...]  # places of the integers whose divisibility by 16 Triton compiles in
-    untyped: tuple[int, ...]  # places of the numbers without a type: Triton compiles in that of the value, and a 1
+    kernel: Any  # kept alive, so that its id is not reused
+    specialised: tuple[int, ...]  # positions of the integers that Triton specializes on divisibility by 16
+    untyped: tuple[int, ...]  # positions of the numbers without a type: Triton compiles in the value's type, and a 1
     compiled: dict[tuple, Any]
 
 
@@ -202,7 +202,7 @@ def _new_cache(kernel: Any, tensors: tuple, numbers: tuple, constants: tuple) ->
 def _specialisation(
     cache: _Cache, device: int, tensors: tuple, pointers: list[int | None], numbers: tuple, constants: tuple, tile: Tile
 ) -> tuple:
-    """Everything that Triton compiles into a kernel: two calls that differ in any of it run different code."""
+    """Everything Triton compiles into a kernel: calls that differ in any of it need different code."""
     return (
         device,
         tile,
@@ -215,7 +215,7 @@ def _specialisation(
 
 
 def _value_class(number: int | float) -> tuple:
-    """What Triton makes of a number whose parameter has no type: its type, its divisibility, or a constant 1."""
+    """What Triton specializes on for a number whose parameter has no type: its type, divisibility by 16, and whether it is 1."""
     return type(number), number == 1, number % 16 == 0, number.bit_length() // 32 if isinstance(number, int) else 0
 
 

@@ -1,11 +1,11 @@
-"""What the Triton kernels take: named groups of pointers, strides, sizes and constants.
+"""The parameters of the Triton kernels: named groups of pointers, strides, sizes and constants.
 
-Triton's launcher would give a stride in a tuple its type by its value, and compile a kernel anew for every other one. So `kernel` writes
-the function that is launched: it takes every member of every group by itself, with the type that stands here, puts the groups together
-and calls the kernel, which the compiler inlines.
+Triton's launcher would type a stride in a tuple by its value, and recompile the kernel when that type changes. So `kernel` generates the
+function that is launched. It takes every member of every group as a separate parameter, with the type given here, builds the groups and
+calls the kernel, which the compiler inlines.
 """
 
-# No postponed annotations: `kernel` reads those of the groups.
+# No postponed annotations: `kernel` reads the groups' annotations.
 
 import inspect
 import linecache
@@ -20,14 +20,14 @@ class Kind(NamedTuple):
     """How Triton takes a parameter."""
 
     place: int  # pointers come first, then numbers, then constexprs
-    type: str = ""  # without one, a number's is that of its value, and a 1 is compiled in
+    type: str = ""  # if empty, Triton takes the type of the value, and compiles in a 1
     specialised: bool = True  # on being a multiple of 16
 
 
-Pointer = Annotated[Any, Kind(0)]  # or None: absent, decided at compile time
+Pointer = Annotated[Any, Kind(0)]  # or None if absent, which is decided at compile time
 Stride = Annotated[Any, Kind(1, "tl.int64")]  # tells Triton how wide a load may be
 LooseStride = Annotated[Any, Kind(1, "tl.int64", specialised=False)]
-LastStride = Annotated[Any, Kind(1)]  # of a last dim, which mostly is 1
+LastStride = Annotated[Any, Kind(1)]  # of a last dim, usually 1
 Size = Annotated[Any, Kind(1, "tl.int32", specialised=False)]
 Number = Annotated[Any, Kind(1, "tl.float32")]
 KINDS = {  # of a kernel's own parameters
@@ -84,7 +84,7 @@ class Slopes(NamedTuple):
 
 
 class MaskBits(NamedTuple):
-    """Of a PreparedMask: (B or 1, H or 1, Lq, ceil(Lk / 32)) int32, or the transposed ones."""
+    """The bits of a PreparedMask: (B or 1, H or 1, Lq, ceil(Lk / 32)) int32, or the transposed ones."""
 
     data: Pointer
     stride_batch: LooseStride
@@ -103,7 +103,7 @@ class Tiles(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How long sequences are: the longest, the packed ones together, and each (B,) or (B + 1,) int32."""
+    """Sequence lengths: of the longest, of all packed ones together, and of each, (B,) or (B + 1,) int32."""
 
     query_lengths: Pointer
     key_lengths: Pointer
@@ -118,7 +118,7 @@ class Sizes(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Of the keys in decoding: where each one's results lie, and how many there are."""
+    """The key splits in decoding: where the results of each are, and how many there are."""
 
     stride_out: Stride
     stride_lse: LooseStride
@@ -137,7 +137,7 @@ class Window(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Score = scale * product, in log2 units; or softcap * tanh(scale * product), of which softcap alone is."""
+    """Score = scale * product, with scale in log2 units; or softcap * tanh(scale * product), with only softcap in log2 units."""
 
     scale: Number
     softcap: Number
@@ -146,7 +146,7 @@ class Scores(NamedTuple):
 
 class Dropout(NamedTuple):
     rng_state: Pointer  # (2,) int64: seed and offset
-    threshold: Size  # of 65536
+    threshold: Size  # out of 65536
 
 
 def kernel(function: Callable) -> Any:
@@ -168,7 +168,7 @@ def kernel(function: Callable) -> Any:
     parameters = [f"{name}: {kind.type}" if kind.type else name for name, kind in members]
     source = f"def {function.__name__}({', '.join(parameters)}):\n    kernel({', '.join(groups)})\n"
     file = f"<{function.__module__}.{function.__name__}>"
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # where Triton reads it
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # Triton reads the source from here
     exec(compile(source, file, "exec"), scope)
     return triton.jit(scope[function.__name__], do_not_specialize=[name for name, kind in members if not kind.specialised])
 
