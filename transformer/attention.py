@@ -1,11 +1,11 @@
 """MultiHeadAttention: torch.nn.MultiheadAttention's parameters and interface on the fused attention operation.
 
-1. Project the inputs, packed as far as they are the same tensor: one buffer for q, k and v in self-attention, one for k
-   and v in cross-attention, so that the backward pass writes one gradient buffer instead of adding zero-filled ones.
+1. Project the inputs, packed if they are the same tensor: one buffer for q, k and v in self-attention, one for k and v
+   in cross-attention, so that the backward pass writes one gradient buffer instead of adding zero-filled ones.
 2. Translate torch's masks (True = blocked) to the operation's (True = may attend); key padding is never expanded.
 3. Attend; merge the heads (a view, because the operation writes (batch, length, heads, head_dim)); project out.
 
-It differs from torch's module where that one contradicts itself: a query that may attend to nothing gets weights 0 and
+It differs from torch's module only where torch is inconsistent: a query that may attend to nothing gets weights 0 and
 the output projection's bias, never NaN; training, evaluation and no_grad run the same code; out_proj's hooks run.
 """
 
@@ -28,17 +28,17 @@ from ..kernels.problem import PreparedMask
 from ..kernels.torch_internals import tracing_state
 from . import nested
 
-_HOOK = -1  # the hook's place among the forward pre-hooks; those that torch hands out start at 0
+_HOOK = -1  # the hook's key among the forward pre-hooks; torch's keys start at 0
 
 
 class MultiHeadAttention(torch.nn.MultiheadAttention):
     """Drop-in replacement for torch.nn.MultiheadAttention (Vaswani et al. 2017, section 3.2.2).
 
-    Constructor, parameters, initialisation, state_dict keys and forward signature are torch's. Inside torch's own
-    TransformerEncoderLayer, TransformerDecoderLayer and Transformer it is called in every mode, with no bypass.
-    `replace_attention` swaps it into a model that is already built, `restore_attention` goes back.
+    Constructor, parameters, initialization, state_dict keys and forward signature are torch's. Inside torch's own
+    TransformerEncoderLayer, TransformerDecoderLayer and Transformer it is called in every mode, never bypassed.
+    `replace_attention` swaps it into an existing model, `restore_attention` undoes that.
 
-    torch.fx takes it whole, as it takes torch's. torch.jit.script is refused; torch.jit.trace too, outside torch.onnx.export.
+    torch.fx treats it as a leaf, like torch's. torch.jit.script is refused, and so is torch.jit.trace outside torch.onnx.export.
     """
 
     def _reset_parameters(self) -> None:
@@ -50,10 +50,10 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         self._take_torchs_place()
 
     def _take_torchs_place(self) -> None:
-        # NOTE: torch.nn.TransformerEncoderLayer in eval mode without grad hands its weights to a kernel of torch's own,
-        # whatever class self_attn has, unless a module in it has a forward hook.
+        # NOTE: torch.nn.TransformerEncoderLayer in eval mode without grad passes its weights to torch's own fused kernel,
+        # regardless of self_attn's class, unless a module in it has a forward hook.
         self._forward_pre_hooks[_HOOK] = _keep_forward_in_use
-        # torch.fx asks this of each module, and traces into those that are not of torch.nn.
+        # torch.fx checks this, and traces into modules that are not from torch.nn.
         self.__module__ = torch.nn.MultiheadAttention.__module__
 
     def _leave_torchs_place(self) -> None:
@@ -74,48 +74,48 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends from query to key and value. N batch, L queries, S keys, E embed_dim, H heads.
+        """Attends from query to key and value. N: batch, L: queries, S: keys, E: embed_dim, H: heads.
 
         Args:
-            query: (N, L, E) if batch_first, else (L, N, E); (L, E) without a batch. Where it is the same tensor object
-                as key and value, they are projected together.
+            query: (N, L, E) if batch_first, else (L, N, E); (L, E) without a batch. If it is the same tensor object as
+                key and value, they are projected together.
             key: (N, S, kdim) or (S, N, kdim); (S, kdim) without a batch.
             value: like key, with vdim.
-            key_padding_mask: (N, S), or (S,) without a batch. bool, True = key is absent: no key or value there has any
-                influence on what is returned, nor on gradients of inputs elsewhere. Gradients of the projections' weights
-                take what is stored there times 0, as torch's do, so it must be finite in training. Or float, added to the
-                scores, differentiable.
-            need_weights: also return the attention weights, at the cost of computing and holding them.
+            key_padding_mask: (N, S), or (S,) without a batch. bool, True = the key is absent: its key and value do not
+                affect the result, or the gradients of other inputs. As in torch, the gradients of the projection weights
+                include its contents times 0, so they must be finite in training. Or float, added to the scores,
+                differentiable.
+            need_weights: also return the attention weights, at the cost of computing and storing them.
             attn_mask: (L, S) or (N * H, L, S). bool, True = blocked; or float, added to the scores, differentiable. Or a
-                PreparedMask, which holds all that masks, in its own words: True = may attend; appended keys count in its S.
+                PreparedMask, which holds all the masking and in which True = may attend; its S includes appended keys.
             average_attn_weights: whether the returned weights are averaged over the heads.
-            is_causal: promises that attn_mask is the causal mask (query i sees keys j <= i). It is then not read, as in torch,
-                unless it is a PreparedMask, key_padding_mask is given or weights are returned. Requires attn_mask.
+            is_causal: promises that attn_mask is the causal mask (query i sees keys j <= i). As in torch, the mask is then not
+                read, unless it is a PreparedMask, key_padding_mask is given or weights are returned. Requires attn_mask.
 
-        query, key and value may be nested tensors, (N, ragged L or S, E), if batch_first: without masks and appended keys, and
-        is_causal then needs no attn_mask. With need_weights they are padded for the call; with False they never are.
+        With batch_first, query, key and value may be nested tensors, (N, ragged L or S, E), without masks or appended keys;
+        is_causal then needs no attn_mask. They are padded only if need_weights is True.
 
         Returns:
-            The output in query's layout, and None or, if need_weights, the weights after dropout: (N, L, S) averaged or
-            (N, H, L, S), without N for input without a batch, and of nested tensors padded with 0 to the longest sequences.
-            Both are differentiable. add_bias_kv and add_zero_attn append a key each, which every query sees, to S.
+            The output in query's layout, and None or, if need_weights, the weights after dropout: (N, L, S) averaged, or
+            (N, H, L, S), without N for input without a batch. For nested tensors they are padded with 0 to the longest sequences.
+            Both are differentiable. add_bias_kv and add_zero_attn each append a key to S, which every query sees.
 
         Raises:
             AssertionError: wrong number of dimensions, embedding or padding mask size; integer masks; nested tensors with
-                what they do not go with.
+                arguments they do not support.
             RuntimeError: wrong attn_mask size; is_causal without attn_mask; differing dtypes.
             TypeError: attn_mask is something else.
-            ValueError: a PreparedMask of another size, or beside key_padding_mask.
+            ValueError: a PreparedMask of another size, or together with key_padding_mask.
         """
         if tracing_state() is not None and torch.onnx.is_in_onnx_export():
-            # torch.onnx.export(dynamo=False) knows the operators of torch's own forward only.
+            # torch.onnx.export(dynamo=False) supports only the operators of torch's own forward.
             if isinstance(attn_mask, PreparedMask):
                 raise TypeError("attn_mask must be a torch.Tensor in torch.onnx.export(dynamo=False), got a PreparedMask")
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
             nested.check(self, query, key, value, key_padding_mask, attn_mask)
             return self._forward_nested(query, key, value, need_weights, average_attn_weights, bool(is_causal))
-        # torch.compile may not know is_causal, which torch's decoder finds out from the values of the mask: then the mask is read.
+        # torch's decoder derives is_causal from the mask's values, so torch.compile may not know it; the mask is then read.
         causal = is_causal is True and key_padding_mask is None and not need_weights and not isinstance(attn_mask, PreparedMask)
         _check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal, mask_is_read=not causal)
         self_attention, same_memory = query is key and key is value, key is value
@@ -137,7 +137,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         if self.training and self.dropout > 0.0:
             options["dropout_p"] = self.dropout
             if need_weights:
-                # Drawn here instead of inside the operation: the weights are recomputed with the output's dropout mask.
+                # Drawn here, not inside the operation, because the weights are recomputed with the output's dropout mask.
                 options["rng_state"] = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device)
 
         weights = None
@@ -185,7 +185,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             if self_attention:
                 return (split_heads(F.linear(query, weight, bias), 3),)
             if same_memory:
-                # split, not slices: its backward joins the two gradients, slices would zero-fill and add whole ones.
+                # split, not slices: its backward concatenates the two gradients; slices would zero-fill and add full-size ones.
                 sizes = (self.embed_dim, 2 * self.embed_dim)
                 q_weight, kv_weight = weight.split(sizes)
                 q_bias, kv_bias = (None, None) if bias is None else bias.split(sizes)
@@ -224,7 +224,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Nested tensors (N, ragged, E): packed, or padded for the weights, which have the size of the longest sequences."""
+        """Nested tensors (N, ragged, E) run packed, or padded if weights are needed, which have the size of the longest sequences."""
         if not need_weights:
             dropout_p = self.dropout if self.training else 0.0
             return nested.attend(query, key, value, self._heads_of, self.out_proj, is_causal=is_causal, dropout_p=dropout_p), None
@@ -252,7 +252,7 @@ def _query_and_key(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 def _mask_options(
     key_padding_mask: Tensor | None, attn_mask: Tensor | PreparedMask | None, num_heads: int, extra_keys: int
 ) -> dict[str, Any]:
-    """The operation's mask options: torch's masks, polarity turned round, appended keys left open."""
+    """The operation's mask options: torch's masks with polarity flipped and appended keys unmasked."""
     options: dict[str, Any] = {}
     if isinstance(attn_mask, PreparedMask):
         return {"attn_mask": attn_mask}

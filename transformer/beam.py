@@ -14,24 +14,24 @@ from .search import Constraints, SearchableModel, log_softmax, remaining
 class Hypothesis:
     """A translation with its score."""
 
-    tokens: list[int]  # without bos_id, with eos_id if it has ended
-    log_probability: float  # the sum over tokens, under the model alone: without constraints
-    score: float  # log_probability / penalty of len(tokens)
+    tokens: list[int]  # without bos_id; includes eos_id if ended
+    log_probability: float  # the sum over tokens under the model, without constraints
+    score: float  # log_probability / penalty for len(tokens)
     ended: bool  # False: cut at max_new_tokens
 
 
 @dataclass
 class Beams:
-    """The hypotheses of B sentences: K that go on, in any order, and the K best of those that have ended, best first.
+    """The hypotheses of B sentences: K that are still growing, in any order, and the K best that have ended, best first.
 
-    A place without a hypothesis has the sum -inf.
+    An empty slot has sum -inf.
     """
 
     tokens: Tensor  # (B, K, T) int64
-    sums: Tensor  # (B, K), of log-probabilities
+    sums: Tensor  # (B, K) sums of log-probabilities
     ended_tokens: Tensor  # (B, K, T) int64, padded with pad_id
     ended_sums: Tensor  # (B, K)
-    ended_scores: Tensor  # (B, K), sums over penalties
+    ended_scores: Tensor  # (B, K), sums divided by penalties
 
     def __getitem__(self, rows: Tensor) -> Beams:
         return Beams(*(value[rows] for value in vars(self).values()))
@@ -45,31 +45,31 @@ class Beams:
 
 
 class BeamSearch:
-    """Finds translations for a batch: `run`, under no_grad with the model in eval mode.
+    """Finds translations for a batch. Call `run` under no_grad, with the model in eval mode.
 
-    Each step takes the 2K best continuations of a sentence's K hypotheses. Those among the K best that are eos_id have ended; the
-    K best others go on. A sentence is done, and leaves the batch,
-      - with early_stopping as soon as K hypotheses have ended;
-      - without it as soon as n_best have ended whose scores no other can exceed any more: the best sum, over the largest penalty of
-        the lengths still to come, is an upper bound, because log-probabilities are never positive;
+    Each step takes the 2K best continuations of a sentence's K hypotheses. Among the K best, those that are eos_id have ended; the
+    K best others continue. A sentence is done, and leaves the batch,
+      - with early_stopping, as soon as K hypotheses have ended;
+      - without it, as soon as n_best have ended whose scores no other can still exceed: the best sum divided by the largest penalty
+        of the lengths still to come is an upper bound, because log-probabilities are never positive;
       - at max_new_tokens, or if no continuation is possible.
-    What has ended ranks before what was cut, then the higher score.
+    Ended hypotheses rank before cut ones, then by score.
     """
 
     def __init__(
         self, model: SearchableModel, constraints: Constraints, penalties: list[float], beam: int, n_best: int, early_stopping: bool
     ) -> None:
-        """penalties: what the sums of hypotheses of 1, 2, ... max_new_tokens tokens are divided by, eos_id counted. constraints: for
-        B * beam rows."""
+        """penalties: divisors for the sums of hypotheses of 1, 2, ... max_new_tokens tokens, counting eos_id. constraints: for B * beam
+        rows."""
         self.model, self.constraints, self.penalties = model, constraints, penalties
         self.beam, self.n_best, self.early_stopping = beam, n_best, early_stopping
 
     def run(self, src: Tensor) -> list[list[Hypothesis]]:
-        """The n_best best hypotheses of every sentence of src (B, S), best first; fewer where there are no more."""
+        """The n_best best hypotheses for every sentence of src (B, S), best first; fewer if there are not enough."""
         max_length, width = len(self.penalties), self.beam
         memory, cache = self.model.start_decoding(src, max_length)
         batch_size, device = memory.batch_size, memory.device
-        sentences = torch.arange(batch_size, device=device)  # the row of src of each sentence of the batch
+        sentences = torch.arange(batch_size, device=device)  # the row in src of each sentence still in the batch
         newest = self.constraints.beginning(batch_size * width, max_length - 1, device)
         forced = newest[:, 1:]
         beams: Beams | None = None
@@ -86,7 +86,7 @@ class BeamSearch:
             parents = self._step(beams, log_probabilities, length)
 
             done = self._done(beams, length + 1)
-            # The only wait for the device: where the new rows come from, and which sentences are done.
+            # The only device synchronization: where the new rows come from, and which sentences are done.
             rows, done = torch.cat([parents.flatten(), done]).cpu().split([parents.numel(), done.shape[0]])
             if done.any():
                 stay, leave = remaining(done == 0), done.nonzero()[:, 0].to(device)
@@ -102,20 +102,20 @@ class BeamSearch:
         return [] if results is None else self._ranked(results)
 
     def _first(self, forced: Tensor, logits: Tensor) -> Beams:
-        """One hypothesis of each sentence, with the forced tokens (B, K, n) alone; the others do not exist. logits (B * K, n, V)."""
+        """One hypothesis per sentence, with only the forced tokens (B, K, n); the other slots are empty. logits (B * K, n, V)."""
         scores = log_softmax(logits).gather(2, forced.flatten(0, 1).unsqueeze(2))
         tokens = forced.new_full((*forced.shape[:2], len(self.penalties)), self.model.pad_id)
         tokens[:, :, : forced.shape[2]] = forced
         nothing = scores.new_full(forced.shape[:2], -torch.inf)
         sums = nothing.clone()
-        # A probability of 0 is no reason against a prefix.
+        # A prefix is allowed even if its probability is 0.
         sums[:, 0] = scores.view(*forced.shape).sum(2)[:, 0].clamp(min=torch.finfo(scores.dtype).min)
         return Beams(tokens, sums, tokens.clone(), nothing, nothing.clone())
 
     def _step(self, beams: Beams, log_probabilities: Tensor, length: int) -> Tensor:
         """Adds one token, by log_probabilities (B * K, V), to all hypotheses of `length` tokens.
 
-        Returns the rows (B, K), counted through the batch, that the hypotheses continue: its own wherever one can stay.
+        Returns the rows (B, K), numbered over the whole batch, that the hypotheses continue: each keeps its own row if it can.
         """
         width, vocab_size = self.beam, log_probabilities.shape[1]
         totals = beams.sums.unsqueeze(-1) + log_probabilities.view(-1, width, vocab_size)
@@ -123,7 +123,7 @@ class BeamSearch:
         parents, tokens = places // vocab_size, places % vocab_size
         is_eos = tokens == self.model.eos_id
 
-        # Ended: among the K best only, or a poor one would end before better ones have had their chance.
+        # Ended: only among the K best, or a poor one would end before better ones had their chance.
         candidates = _gather(beams.tokens, parents[:, :width])
         candidates[..., length] = tokens[:, :width]
         ended_sums = sums[:, :width].masked_fill(~is_eos[:, :width], -torch.inf)
@@ -132,7 +132,7 @@ class BeamSearch:
         beams.ended_sums = torch.cat([beams.ended_sums, ended_sums], 1).gather(1, best)
         beams.ended_tokens = _gather(torch.cat([beams.ended_tokens, candidates], 1), best)
 
-        # Going on: at most K of the 2K are eos, one for each hypothesis, so K others are left.
+        # Continuing: at most K of the 2K are eos, one per hypothesis, so K others are left.
         sums, best = sums.masked_fill(is_eos, -torch.inf).topk(width)
         parents, tokens = parents.gather(1, best), tokens.gather(1, best)
         places = _places(parents)
@@ -174,9 +174,9 @@ def _gather(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def _places(parents: Tensor) -> Tensor:
-    """A place for each of K children, so that the first child of every parent gets its parent's. parents, and the result (B, K)."""
+    """A row for each of K children, such that the first child of every parent gets the parent's row. parents and result: (B, K)."""
     is_first = ~(parents.unsqueeze(2) == parents.unsqueeze(1)).tril(-1).any(2)
     has_child = torch.zeros_like(parents).scatter_(1, parents, 1)
-    # The other children, in order, get the places of parents without a child.
+    # The other children, in order, get the rows of parents without a child.
     others, free = is_first.int().argsort(dim=1, stable=True), has_child.argsort(dim=1, stable=True)
     return torch.where(is_first, parents, torch.empty_like(parents).scatter_(1, others, free))

@@ -1,8 +1,8 @@
-"""The keys and values a decoder keeps between steps, so that each new token costs one position of work.
+"""The keys and values a decoder keeps between steps, so that each new token costs only one position of work.
 
-Two kinds, after fairseq's incremental state: the decoder's self-attention gains one position a token, in buffers
-allocated ahead; the cross-attention's keys and values depend on the source alone and are projected once, here or in the
-memory (Memory.keys_values).
+There are two kinds, as in fairseq's incremental state. The decoder's self-attention grows by one position per token, in
+preallocated buffers. The cross-attention's keys and values depend only on the source and are projected once, here or in
+the memory (Memory.keys_values).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class LayerCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.self_kv: Tensor | None = None  # (B, capacity, 2, H, D), the first `length` positions are filled
-        self.cross_kv: Tensor | None = None  # (B, S, 2, H, D), None where the memory holds them
+        self.self_kv: Tensor | None = None  # (B, capacity, 2, H, D), of which the first `length` positions are filled
+        self.cross_kv: Tensor | None = None  # (B, S, 2, H, D), None if the memory holds them
         self.state: Tensor | None = None  # (B, 1, d_model), of an SSRU
 
     def append(self, kv: Tensor) -> Tensor:
-        """Stores kv (B, n, 2, H, D) behind what is held and returns all of it, (B, length, 2, H, D), as a view."""
+        """Appends kv (B, n, 2, H, D) and returns everything held, (B, length, 2, H, D), as a view."""
         end = self.length + kv.shape[1]
         self.self_kv = _grown(self.self_kv, kv, self.length, end, self.capacity)
         self.self_kv[:, self.length : end] = kv
@@ -41,11 +41,11 @@ class LayerCache:
 
 
 class KVCache:
-    """What Transformer.decode carries from call to call. Start with an empty one and pass it to every call for the
+    """What Transformer.decode carries from call to call. Start with an empty one and pass it to every call with the
     same memory.
 
-    capacity: positions to allocate at first; a full buffer doubles. Nothing is allocated before the first call, whose
-    dtype, device and batch size the buffers take. For inference only: under autograd, decode refuses a cache.
+    capacity: positions to allocate at first; a full buffer doubles. Nothing is allocated before the first call, which
+    determines dtype, device and batch size. For inference only: under autograd, decode refuses a cache.
     """
 
     def __init__(self, capacity: int = 64) -> None:
@@ -58,7 +58,7 @@ class KVCache:
         self._key_mask: Tensor | None = None  # (B, capacity) bool
 
     def append(self, key_mask: Tensor, num_layers: int) -> Tensor:
-        """Opens key_mask.shape[1] new positions in num_layers layers; returns the mask of all positions, (B, length)
+        """Adds key_mask.shape[1] new positions in num_layers layers; returns the mask of all positions, (B, length)
         bool."""
         if not self.layers:
             self.layers = [LayerCache(self.capacity) for _ in range(num_layers)]
@@ -74,9 +74,9 @@ class KVCache:
         return None if self._key_mask is None else self._key_mask.shape[0]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i].
+        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64; new row i is old row rows[i].
 
-        Unless there are more rows than before, rows that stay where they are are not copied. Where rows is a GPU's, Python
+        Rows that keep their position are not copied, unless there are more rows than before. If rows is on a GPU, Python
         waits for it.
         """
         if self._key_mask is None:
@@ -88,18 +88,18 @@ class KVCache:
 
 
 class RowSelection:
-    """The rows of a batch that go on, in their new order, for any number of buffers with a row for each."""
+    """The rows of a batch that continue, in their new order, to apply to any number of buffers."""
 
     def __init__(self, rows: Tensor, batch_size: int, device: torch.device) -> None:
-        """rows: (n,) int64, the new row i is the old row rows[i] of batch_size; device: that of the buffers."""
+        """rows: (n,) int64; new row i is old row rows[i] of batch_size rows. device: the buffers' device."""
         self.count = rows.shape[0]
         self.repeated = rows.to(device) if self.count > batch_size else None
         targets = (rows != torch.arange(self.count, device=rows.device)).nonzero()[:, 0]
         self.targets, self.sources = targets.to(device), rows[targets].to(device)
 
     def of(self, buffer: Tensor, filled: int) -> Tensor:
-        """The selected rows of buffer (B, L, ...), of which [:, :filled] is in use: its own first rows, or a new buffer if there
-        are more rows than it has."""
+        """The selected rows of buffer (B, L, ...), of which [:, :filled] is in use: in the buffer's first rows, or in a new buffer if
+        it has too few."""
         if self.repeated is not None:
             selected = buffer.new_empty(self.count, *buffer.shape[1:])
             torch.index_select(buffer[:, :filled], 0, self.repeated, out=selected[:, :filled])
@@ -111,8 +111,8 @@ class RowSelection:
 
 
 def _grown(buffer: Tensor | None, new: Tensor, filled: int, needed: int, capacity: int) -> Tensor:
-    """A buffer (B, >= needed, ...) like `new` that starts with the filled part of the old one; the old one if it is
-    large enough."""
+    """A buffer (B, >= needed, ...) like `new` that starts with the filled part of the old one; the old one itself if it
+    is large enough."""
     if buffer is None:
         return new.new_empty(new.shape[0], max(needed, capacity), *new.shape[2:])
     if buffer.shape[1] >= needed:
@@ -123,5 +123,5 @@ def _grown(buffer: Tensor | None, new: Tensor, filled: int, needed: int, capacit
 
 
 def _writable(buffer: Tensor) -> Tensor:
-    """Outside torch.inference_mode torch does not write into a buffer that was allocated inside it."""
+    """Copies a buffer allocated in torch.inference_mode if used outside, where torch cannot write to it."""
     return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer

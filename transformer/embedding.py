@@ -15,11 +15,11 @@ POSITION_LAYOUTS = ("interleaved", "halves")
 
 
 def sinusoidal_positions(length: int, d_model: int, layout: str = "interleaved") -> Tensor:
-    """The table of position encodings, (length, d_model), float32, on the CPU.
+    """The table of positional encodings, (length, d_model), float32, on the CPU.
 
     "interleaved": column 2i holds sin(position / 10000^(2i / d_model)) and column 2i + 1 the cosine of the same angle (the paper).
     "halves": first all sines, then all cosines, of position / 10000^(i / (d_model / 2 - 1)) (tensor2tensor, Marian); d_model is even.
-    Computed in float64: in float32 the angle of a late position would already be off by more than the table's own rounding.
+    Computed in float64, because in float32 the angle of a late position would be off by more than the table's rounding.
     """
     position = torch.arange(length, dtype=torch.float64, device="cpu").unsqueeze(1)
     count, last = (d_model // 2, max(d_model // 2 - 1, 1)) if layout == "halves" else (-(-d_model // 2), d_model / 2)
@@ -33,17 +33,17 @@ def sinusoidal_positions(length: int, d_model: int, layout: str = "interleaved")
 
 
 class TokenEmbedding(nn.Module):
-    """weight[token] * sqrt(d_model) + position encoding, then dropout.
+    """weight[token] * sqrt(d_model) + positional encoding, then dropout.
 
-    `weight` (vocab_size, d_model) is the only parameter. It starts as N(0, 1 / d_model), so that the scaled
-    embeddings have unit variance and the same matrix can serve as an output projection; the row of `pad_id` starts at
-    0 and gets no gradient from here. The positions are a buffer that is left out of the state_dict: they are computed
-    from (max_len, d_model), again whenever weights are loaded, because a model made without memory lacks them until then.
+    `weight` (vocab_size, d_model) is the only parameter. It is initialized to N(0, 1 / d_model), so that the scaled
+    embeddings have unit variance and the matrix can also serve as the output projection. The row of `pad_id` starts at
+    0 and gets no gradient here. The positions are a buffer outside the state_dict. They are computed from (max_len,
+    d_model), and again when weights are loaded, because a model built on the meta device lacks them until then.
     """
 
     def __init__(self, vocab_size: int, d_model: int, max_len: int, pad_id: int, dropout: float, layout: str = "interleaved") -> None:
         super().__init__()
-        self.layout = layout  # of sinusoidal_positions
+        self.layout = layout  # see sinusoidal_positions
         self.scale = math.sqrt(d_model)
         self.pad_id = pad_id
         self.dropout = dropout
@@ -63,7 +63,7 @@ class TokenEmbedding(nn.Module):
         self._fill_positions()
 
     def _fill_positions(self) -> None:
-        """Computes the positions where the weight is, which to_empty() and load_state_dict(assign=True) move without their values."""
+        """Computes the positions on the weight's device. to_empty() and load_state_dict(assign=True) do not keep their values."""
         with torch.no_grad():
             place = self.weight.device, self.weight.dtype
             if not self.weight.is_meta and (self.positions.device, self.positions.dtype) != place:
@@ -73,8 +73,7 @@ class TokenEmbedding(nn.Module):
                 self.positions.copy_(sinusoidal_positions(length, d_model, self.layout))
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """tokens (B, L) int64 -> (B, L, d_model); the first column stands at position `start`, start + L <=
-        max_len."""
+        """tokens (B, L) int64 -> (B, L, d_model). The first column is at position `start`; start + L <= max_len."""
         embedded = F.embedding(tokens, self.weight, padding_idx=self.pad_id)
         positions = self.positions[start : start + tokens.shape[1]]
         return dropout(torch.add(positions, embedded, alpha=self.scale), self.dropout, self.training)

@@ -1,12 +1,12 @@
-"""A Transformer as two programs of torch.export, which run without its code: the encoder, and a step of the decoder.
+"""A Transformer as two torch.export programs that run without its code: the encoder, and one step of the decoder.
 
     tokens, memory, caches = encoder(src)
     while wanted:
         logits, caches = step(tokens, memory, caches)
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
 
-Both take any number of sources of any length up to max_len. Their attention is this package's operator: `import fused_attention` comes
-before torch.export.load, and they run on the kind of device that they were exported on.
+Both take any number of sources of any length up to max_len. They call this package's attention operator, so `import fused_attention` before
+torch.export.load. They run on the kind of device they were exported on.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ ProgramMemory = tuple[list[Tensor], Tensor, Tensor]
 
 
 class EncoderProgram(nn.Module):
-    """What all steps of the decoder read, and what the first one begins with."""
+    """Returns what all decoder steps read, and what the first one starts from."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, src: Tensor) -> tuple[Tensor, ProgramMemory, list[Tensor]]:
-        """src (B, S) int64, padded with pad_id -> tokens (B, 1), which are bos_id; memory; empty caches.
+        """src (B, S) int64, padded with pad_id -> tokens (B, 1), all bos_id; memory; empty caches.
 
-        memory: the keys and values of every decoder layer, (B, S, 2, H, D) each; the mask of what is no padding, (B, S) bool; the
-        position of the last token + 1, (B,) int32.
+        memory: the keys and values of every decoder layer, (B, S, 2, H, D) each; a mask, (B, S) bool, False for padding; the position
+        of the last token + 1, (B,) int32.
         """
         memory, _ = self.model.start_decoding(src, capacity=1)
         assert memory.keys_values is not None
@@ -48,17 +48,17 @@ class EncoderProgram(nn.Module):
 
 
 class DecoderStepProgram(nn.Module):
-    """What may come next in every row."""
+    """Scores the next token of every row."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, memory: ProgramMemory, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """tokens (B, T) int64, bos_id and all that has followed; memory of the encoder; caches of all tokens but the last -> logits
-        (B, tgt_vocab), -inf for what is never generated, and the caches of all tokens.
+        """tokens (B, T) int64, bos_id and all tokens so far; the encoder's memory; caches of all tokens but the last -> logits
+        (B, tgt_vocab), -inf for tokens that are never generated, and the caches of all tokens.
 
-        caches: of every decoder layer the keys and values of its self-attention, (B, T, 2, H, D), or the state of its SSRU,
+        caches: for every decoder layer, the keys and values of its self-attention, (B, T, 2, H, D), or the state of its SSRU,
         (B, 1, d_model).
         """
         keys_values, key_mask, lengths = memory
@@ -68,10 +68,10 @@ class DecoderStepProgram(nn.Module):
 
 
 class GrowingCache(KVCache):
-    """A cache that is made of tensors and gives new ones, as long as what they hold: a program has no buffers to write to."""
+    """A cache built from exact-length tensors that returns new ones, because a program has no buffers to write to."""
 
     def __init__(self, key_mask: Tensor, tensors: list[Tensor], decoder_cell: str) -> None:
-        """key_mask (B, T) bool, of all tokens; the tensors lack the last one."""
+        """key_mask: (B, T) bool for all tokens; the tensors do not have the last one yet."""
         super().__init__()
         self.length = key_mask.shape[1] - 1
         self._key_mask = key_mask
@@ -96,7 +96,7 @@ class GrowingLayerCache(LayerCache):
 
 
 def export_programs(model: Transformer) -> tuple[ExportedProgram, ExportedProgram]:
-    """The encoder and the step of the decoder, in eval mode. They have no shortlist; ValueError if the model has one."""
+    """The encoder and the decoder step, in eval mode. ValueError if the model has a shortlist, which they do not support."""
     if model.shortlist is not None:
         raise ValueError("model.shortlist must be None: a program holds the whole vocabulary")
     encoder, step = EncoderProgram(model), DecoderStepProgram(model)
@@ -106,7 +106,7 @@ def export_programs(model: Transformer) -> tuple[ExportedProgram, ExportedProgra
     num_layers = len(model.decoder.layers)
     memory_sizes = ([rows_of_any_length] * num_layers, rows_of_any_length, rows)
     with evaluating(model), torch.no_grad():
-        # Sizes of an example must be 2 or more to be free: two sources, and two tokens in the caches.
+        # Example sizes must be at least 2 to stay dynamic: two sources, and two tokens in the caches.
         src = torch.full((2, 2), model.eos_id, device=model.tgt_embedding.weight.device)
         tokens, memory, caches = encoder(src)
         for _ in range(2):

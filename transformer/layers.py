@@ -2,9 +2,9 @@
 
 Parameter names and the order of operations are those of torch.nn.TransformerEncoderLayer and TransformerDecoderLayer
 with activation relu and batch_first, so the weights of a torch.nn.Transformer load by name and give the same outputs.
-What differs is how the work is done: each attention projects once into a packed buffer that the kernels read in
-place, and padding is given as masks over keys and as lengths, prepared once per batch by the caller and passed to
-every layer as attention options.
+The implementation differs: each attention projects once into a packed buffer that the kernels read in place, and
+padding is given as key masks and lengths, prepared once per batch by the caller and passed to every layer as attention
+options.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .ssru import SSRU
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zeroes each element with probability p and scales the others by 1 / (1 - p), while training.
+    """In training, zeroes each element with probability p and scales the others by 1 / (1 - p).
 
-    In eager mode on the CPU the mask takes 16 bits an element from torch's generator, with p rounded to 1/65536 as in the
-    attention kernels: about 5 times faster than torch.nn.functional.dropout, which draws 32 bits an element through a
-    Bernoulli sampler. torch.compile and vmap know that function and not these draws, so they get it.
+    In eager mode on the CPU, the mask takes 16 bits per element from torch's generator, with p rounded to 1/65536 as in
+    the attention kernels. This is about 5 times faster than torch.nn.functional.dropout, which draws 32 bits per element
+    through a Bernoulli sampler. torch.compile and vmap use that function, since they cannot handle these draws.
     """
     if not training or p == 0.0:
         return x
-    # functorch's stack is looked at in eager mode only: torch.compile cannot trace the question.
+    # functorch's stack is checked only in eager mode, because torch.compile cannot trace the check.
     if x.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling() or functorch_interpreter() is not None:
         return F.dropout(x, p, training=True)
     threshold = min(max(round(p * 65536), 1), 65535)
@@ -47,7 +47,7 @@ def add_residual(x: Tensor, sublayer_output: Tensor, p: float, training: bool) -
 
 
 class _PackedAttention(nn.Module):
-    """The parameters of torch.nn.MultiheadAttention under the same names; initial values as in torch.nn.Transformer."""
+    """The parameters of torch.nn.MultiheadAttention under the same names, initialized as in torch.nn.Transformer."""
 
     def __init__(self, d_model: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -71,8 +71,7 @@ class _PackedAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
     def merge_heads(self, heads: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The output projection of heads (B, H, L, D): (B, L, d_model). Kernels lay heads out so that nothing is
-        copied."""
+        """Projects heads (B, H, L, D) to the output (B, L, d_model). The kernels' layout makes merging the heads a view."""
         return self.out_proj(cast(Tensor, heads).transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
@@ -80,7 +79,7 @@ class _PackedAttention(nn.Module):
 
 
 class SelfAttention(_PackedAttention):
-    """Multi-head attention of a sequence to itself, through one projection into a packed (B, L, 3, H, D) buffer."""
+    """Multi-head attention of a sequence to itself, with one projection into a packed (B, L, 3, H, D) buffer."""
 
     def project(self, x: Tensor) -> Tensor:
         return F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -97,7 +96,7 @@ class SelfAttention(_PackedAttention):
         return self.merge_heads(attention_kv_packed(query, kv, dropout_p=self.dropout_p, **options))
 
     def weights(self, x: Tensor, **options: Any) -> Tensor:
-        """The weights (B, H, L, L) that forward(x, **options) averages the values with, before dropout."""
+        """The attention weights (B, H, L, L) of forward(x, **options), before dropout."""
         query, key, value = self.project(x).permute(2, 0, 3, 1, 4)
         _, lse = attention(query, key, value, return_lse=True, **options)
         return attention_weights(query, key, lse, **options)
@@ -108,8 +107,8 @@ class CrossAttention(_PackedAttention):
     buffer."""
 
     def project(self, x: Tensor, memory: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
-        """The query (B, H, L, D) and packed keys and values (B, S, 2, H, D), these from the cache if they are
-        there, or memory itself if it is what keys_values returns."""
+        """The query (B, H, L, D), and packed keys and values (B, S, 2, H, D): from the cache if it has them, or memory
+        itself if that came from keys_values."""
         sizes = [self.d_model, 2 * self.d_model]
         weight_q, weight_kv = self.in_proj_weight.split(sizes)
         bias_q, bias_kv = self.in_proj_bias.split(sizes)
@@ -126,11 +125,11 @@ class CrossAttention(_PackedAttention):
     def forward(self, x: Tensor, memory: Tensor, cache: LayerCache | None = None, **options: Any) -> Tensor:
         """x (B, L, d_model), memory (B, S, d_model) -> (B, L, d_model); memory is not read again once it is cached.
 
-        memory may also be keys_values(memory); x may then be (B * beams, L, d_model), whose row r reads memory row r // beams.
+        memory may also be keys_values(memory). x may then be (B * beams, L, d_model), where row r reads memory row r // beams.
         """
         shape = x.shape
         if memory.ndim == 5 and shape[0] != memory.shape[0]:
-            # The beams of a sentence are queries of one call, so that its keys and values are neither repeated nor read twice.
+            # The beams of a sentence are queries of one call, so its keys and values are neither copied nor read twice.
             x = x.view(memory.shape[0], -1, self.d_model)
         query, kv = self.project(x, memory, cache)
         heads = attention_kv_packed(query, kv, dropout_p=self.dropout_p, **options)
@@ -142,7 +141,7 @@ class CrossAttention(_PackedAttention):
         return F.linear(memory, weight, bias).unflatten(-1, (2, self.num_heads, self.head_dim))
 
     def weights(self, x: Tensor, memory: Tensor, **options: Any) -> Tensor:
-        """The weights (B, H, L, S) that forward(x, memory, **options) averages the values with, before dropout."""
+        """The attention weights (B, H, L, S) of forward(x, memory, **options), before dropout."""
         query, kv = self.project(x, memory)
         key, value = kv.permute(2, 0, 3, 1, 4)
         _, lse = attention(query, key, value, return_lse=True, **options)
@@ -166,7 +165,7 @@ class _Layer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        # relu(dropout(h)) == dropout(relu(h)); in this order autograd keeps one (B, L, dim_feedforward) tensor less.
+        # relu(dropout(h)) == dropout(relu(h)); in this order autograd saves one fewer (B, L, dim_feedforward) tensor.
         return self.linear2(F.relu(dropout(self.linear1(x), self.dropout, self.training), inplace=True))
 
     def add(self, x: Tensor, sublayer_output: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """Self-attention or an SSRU in its place, attention to the encoder's memory and feed-forward network, each in a residual branch."""
+    """Self-attention (or an SSRU instead), attention to the encoder's memory and a feed-forward network, each in a residual branch."""
 
     def __init__(
         self,
@@ -216,8 +215,7 @@ class DecoderLayer(_Layer):
         cross_options: dict[str, Any],
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x (B, T, d_model), memory (B, S, d_model) -> (B, T, d_model); the options are those of the two
-        attentions."""
+        """x (B, T, d_model), memory (B, S, d_model) -> (B, T, d_model); options for each of the two attentions."""
         if self.norm_first:
             x = self.add(x, self.self_attn(self.norm1(x), cache, **self_options))
             x = self.add(x, self.multihead_attn(self.norm2(x), memory, cache, **cross_options))
@@ -236,7 +234,7 @@ class Encoder(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, every_height: bool = False, **options: Any) -> list[Tensor]:
-        """x (B, S, d_model) -> the normalised output of the last layer, or of every layer, lowest first."""
+        """x (B, S, d_model) -> the normalized output of the last layer, or of every layer, lowest first."""
         heights = []
         for layer in self.layers:
             x = layer(x, **options)
@@ -245,7 +243,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers, each with a memory of its own or all with the same one, and the final LayerNorm."""
+    """A stack of decoder layers, each with its own memory or all with the same one, and the final LayerNorm."""
 
     def __init__(self, layers: list[DecoderLayer], norm: nn.Module) -> None:
         super().__init__()
@@ -260,7 +258,7 @@ class Decoder(nn.Module):
         cross_options: dict[str, Any],
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """x (B, T, d_model), memories: (B, S, d_model), one or one for each layer, or the keys and values of each ->
+        """x (B, T, d_model), memories: (B, S, d_model), one or one per layer, or the keys and values for each layer ->
         (B, T, d_model)."""
         for i, layer in enumerate(self.layers):
             memory = memories[i] if len(memories) > 1 else memories[0]

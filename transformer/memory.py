@@ -1,4 +1,4 @@
-"""What the decoder reads of a source batch: the encoder's states, and where the padding is."""
+"""What the decoder needs from a source batch: the encoder's states, and where the padding is."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..kernels.prepared_mask import prepare_mask
 
 @dataclass(frozen=True)
 class Padding:
-    """Where the tokens of a batch are, in the two forms the kernels use. Computed on the device, without reading it
-    back."""
+    """Where the tokens of a batch are, in the two forms the kernels use. Computed on the device, without
+    synchronizing."""
 
     key_mask: Tensor  # (B, L) bool, True = a token, False = padding
-    lengths: Tensor  # (B,) int32, the position of the last token + 1; 0 for a row of padding only
+    lengths: Tensor  # (B,) int32, the position of the last token + 1; 0 for a row that is all padding
 
     @classmethod
     def of(cls, tokens: Tensor, pad_id: int) -> Padding:
@@ -32,9 +32,9 @@ class Padding:
         return {"key_mask": self.key_mask, "key_lengths": self.lengths}
 
     def seen_by(self, queries: Padding, is_causal: bool = False) -> dict[str, Any]:
-        """The options of `attention` from queries to these keys, the padding of both hidden: one mask for every layer.
+        """The options of `attention` from queries to these keys that hide the padding of both, as one mask for every layer.
 
-        An exported program gets what the mask is made of: the number of its tiles would be that of the example.
+        An exported program gets the parts of the mask instead, because the number of tiles would be fixed to that of the example.
         """
         if torch.compiler.is_exporting():
             return {**self.as_keys(), "query_lengths": queries.lengths, "is_causal": is_causal}
@@ -53,7 +53,7 @@ class Padding:
 
 
 class Candidates(NamedTuple):
-    """The target tokens that a batch may be translated with, and their part of the output projection."""
+    """The target tokens allowed in a batch's translations, and their part of the output projection."""
 
     tokens: Tensor  # (n,) int64
     weight: Tensor  # (n, d_model)
@@ -62,13 +62,13 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder reads of a source batch: the result of Transformer.encode."""
+    """What the decoder needs from a source batch: the result of Transformer.encode."""
 
-    states: list[Tensor]  # (B, S, d_model): one for all decoder layers ("last"), or one for each
+    states: list[Tensor]  # (B, S, d_model): one for all decoder layers ("last"), or one each
     padding: Padding
-    # (B, S, 2, H, D), one for each decoder layer, in place of states: what Transformer.start_decoding gives the searches
+    # (B, S, 2, H, D), one per decoder layer, instead of states; Transformer.start_decoding makes these for the searches
     keys_values: list[Tensor] | None = None
-    candidates: Candidates | None = None  # in the searches, where a shortlist leaves no more tokens
+    candidates: Candidates | None = None  # in the searches, if a shortlist limits the tokens
 
     @property
     def batch_size(self) -> int:
@@ -79,6 +79,6 @@ class Memory:
         return self.padding.lengths.device
 
     def select(self, rows: Tensor) -> Memory:
-        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64, the new row i is the old row rows[i]."""
+        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64; new row i is old row rows[i]."""
         keys_values = None if self.keys_values is None else [kv[rows] for kv in self.keys_values]
         return Memory([state[rows] for state in self.states], self.padding.select(rows), keys_values, self.candidates)

@@ -39,35 +39,35 @@ class Transformer(Generation):
     Token embeddings times sqrt(d_model) plus sinusoidal positions; encoder layers of self-attention and feed-forward
     network (relu); decoder layers of causal self-attention, attention to the encoder's memory and feed-forward
     network; dropout and LayerNorm around every residual branch; a projection to the target vocabulary. Padding is
-    found by `pad_id`, in any pattern: a padding token is never attended to, and a source of nothing but padding gives
+    recognized by `pad_id`, in any pattern: padding tokens are never attended to, and a source that is all padding gives
     finite outputs and gradients.
 
     src_vocab, tgt_vocab: vocabulary sizes. max_len: longest source and target, in tokens.
     dropout: probability for embeddings, residual branches, the inside of the feed-forward network and attention
     weights.
-    norm_first: False normalises after each residual sum (the paper), True before each sublayer. Both stacks end in
-        one more LayerNorm (encoder.norm, decoder.norm), as in torch.nn.Transformer, unless final_norm is False, as in the
+    norm_first: False normalizes after each residual sum (the paper), True before each sublayer. Both stacks end with
+        another LayerNorm (encoder.norm, decoder.norm), as in torch.nn.Transformer, unless final_norm is False, as in the
         paper and in Marian.
-    decoder_cell: "attention", the paper's causal self-attention, or "ssru", a recurrent unit in its place (ssru.py).
+    decoder_cell: "attention", the paper's causal self-attention, or "ssru", a recurrent unit instead (ssru.py).
     layer_norm_eps: of every LayerNorm. positions: the layout of the sinusoids, "interleaved" or "halves"
         (embedding.sinusoidal_positions).
-    tie_weights: the output projection is the target embedding's matrix, without a bias; if in addition src_vocab ==
-        tgt_vocab, the source embedding is that matrix too (Press & Wolf 2017; section 3.4 of the paper). A shared
-        matrix stands once in parameters() and in state_dict(), as tgt_embedding.weight. Untied, `output` is a Linear
-        with bias. output_bias: a tied projection has a bias too, `output_bias` (tgt_vocab,).
+    tie_weights: the output projection is the target embedding's matrix, without a bias; if src_vocab == tgt_vocab, the
+        source embedding is that matrix too (Press & Wolf 2017; section 3.4 of the paper). A shared matrix appears once
+        in parameters() and in state_dict(), as tgt_embedding.weight. Untied, `output` is a Linear with bias.
+        output_bias: gives a tied projection a bias, `output_bias` (tgt_vocab,).
     memory_layers: what decoder layer i attends to. "last": the last encoder layer (the paper). "each": encoder layer
-        i, which needs equal depths (He et al. 2018). "mixed": an average of all encoder layers with
-        softmax(memory_mix[i]) as weights, memory_mix (num_decoder_layers, num_encoder_layers) being learned from
-        zeros, i.e. from a plain mean (the transparent attention of Bapna et al. 2018, without their embedding layer).
-        Every height taken passes encoder.norm first.
+        i, which needs equal depths (He et al. 2018). "mixed": an average of all encoder layers with weights
+        softmax(memory_mix[i]), where memory_mix (num_decoder_layers, num_encoder_layers) is learned, starting from
+        zeros, i.e. a plain mean (transparent attention, Bapna et al. 2018, without their embedding layer). Every
+        encoder layer's output goes through encoder.norm first.
     pad_id, bos_id, eos_id: special tokens, the same ids in both vocabularies; pad_id differs from the other two.
 
-    `config` holds these arguments: Transformer(**model.config) builds the same architecture. Parameter names of
-    encoder and decoder are torch.nn.Transformer's: model.load_state_dict(torch_transformer.state_dict(),
-    strict=False) loads all of them, for the default activation and layer_norm_eps. Outputs are differentiable with
-    respect to every parameter.
+    `config` holds these arguments: Transformer(**model.config) builds the same architecture. The encoder's and decoder's
+    parameter names are torch.nn.Transformer's: model.load_state_dict(torch_transformer.state_dict(), strict=False)
+    loads all of them, if the torch model has the default activation and layer_norm_eps. Outputs are differentiable
+    with respect to every parameter.
 
-    Raises ValueError or TypeError, naming the argument, for sizes, ids and options outside what is written here.
+    Raises ValueError or TypeError, naming the argument, for sizes, ids and options other than these.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class Transformer(Generation):
             nn.init.xavier_uniform_(self.output.weight)
             nn.init.zeros_(self.output.bias)
         self.output_bias = nn.Parameter(torch.zeros(tgt_vocab)) if output_bias else None
-        # sources (B, S) -> (n,) int64, the only target tokens that generate, stream and beam_search may take; None: any
+        # sources (B, S) -> (n,) int64, the only target tokens that generate, stream and beam_search may choose; None: any
         self.shortlist: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Transformer:
         """The model in a Marian file, .npz or .bin, or in a folder that holds one; in eval mode, float32, on the CPU.
 
-        Method: Marian (Junczys-Dowmunt et al. 2018); which of its models are covered stands in pretrained/marian.py. Raises
+        Method: Marian (Junczys-Dowmunt et al. 2018); pretrained/marian.py lists the supported models. Raises
         pretrained.find.PretrainedError, a ValueError, which names the file and the tensor or setting that does not fit.
         """
         for name in ("numpy", "yaml"):
@@ -144,9 +144,9 @@ class Transformer(Generation):
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits (B, T, tgt_vocab): position t scores the token after tgt[:, : t + 1].
 
-        src (B, S) and tgt (B, T): int64 token ids, padded with pad_id. For training, tgt starts with bos_id and lacks
-        the last token, and the labels are the target without bos_id. Positions of padding in tgt have finite logits
-        without meaning.
+        src (B, S) and tgt (B, T): int64 token ids, padded with pad_id. For training, tgt starts with bos_id and omits
+        the last token, and the labels are the target without bos_id. Logits at padding positions of tgt are finite but
+        meaningless.
         """
         return self.decode(tgt, self.encode(src))
 
@@ -162,14 +162,14 @@ class Transformer(Generation):
     def decode(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, tgt_vocab) for tgt (B, T) int64; without a cache differentiable with respect to memory.
 
-        With a cache, tgt holds only the tokens after those the cache has seen, and the cache takes them up; memory
-        must be the one of the first call (its rows selected as the cache's, if they were). The logits equal those of
-        decoding everything without a cache. RuntimeError if gradients are recorded: caches are for torch.no_grad().
+        With a cache, tgt holds only the tokens after those the cache has seen, and they are added to the cache. memory
+        must be that of the first call, with the same row selections as the cache. The logits equal those of decoding
+        everything without a cache. RuntimeError if gradients are recorded: caches are for torch.no_grad().
         """
         return self.project(self.decode_states(tgt, memory, cache), memory.candidates)
 
     def decode_states(self, tgt: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
-        """decode without the output projection: (B, T, d_model). project() turns any rows of it into logits."""
+        """decode without the output projection: (B, T, d_model). project() turns any of its rows into logits."""
         start = 0 if cache is None else cache.length
         check_tokens("tgt", tgt, self.max_len, start)
         beams = cache is not None and memory.keys_values is not None and tgt.shape[0] % max(memory.batch_size, 1) == 0
@@ -189,12 +189,12 @@ class Transformer(Generation):
         key_mask = cache.append(tgt != self.pad_id, len(self.decoder.layers))
         if self.decoder_cell == "ssru":
             self_options = {"key_mask": key_mask[:, start:]}
-        else:  # a single new token sees every key; several see each other causally, the last of them standing at the last key
+        else:  # one new token sees every key; several are causal, with the last one at the last key
             self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
         return self.decoder(self.tgt_embedding(tgt, start), memories, self_options, memory.padding.as_keys(), cache.layers)
 
     def project(self, states: Tensor, candidates: Candidates | None = None) -> Tensor:
-        """Decoder states (..., d_model) -> logits (..., tgt_vocab), -inf for what is not among the candidates."""
+        """Decoder states (..., d_model) -> logits (..., tgt_vocab), -inf for tokens not among the candidates."""
         if candidates is None:
             return F.linear(states, *self._output_parameters())
         logits = F.linear(states, candidates.weight, candidates.bias)
@@ -205,8 +205,8 @@ class Transformer(Generation):
         return (self.tgt_embedding.weight, self.output_bias) if self.output is None else (self.output.weight, self.output.bias)
 
     def start_decoding(self, src: Tensor, capacity: int) -> tuple[Memory, KVCache]:
-        """The memory of src (B, S), with its keys and values for every decoder layer, and an empty cache: for decode with tgt
-        (B * beams, T), whose row r translates source r // beams."""
+        """The memory of src (B, S), with keys and values for every decoder layer, and an empty cache. Decode with tgt
+        (B * beams, T), where row r translates source r // beams."""
         memory, layers = self.encode(src), self.decoder.layers
         states = memory.states if len(memory.states) > 1 else memory.states * len(layers)
         keys_values = [cast(DecoderLayer, layer).multihead_attn.keys_values(x) for layer, x in zip(layers, states, strict=True)]
@@ -221,7 +221,7 @@ class Transformer(Generation):
         """The attention weights of every layer for one forward pass, without dropout and without gradients.
 
         Returns {"encoder": [(B, H, S, S), ...], "decoder_self": [(B, H, T, T), ...], "cross": [(B, H, T, S), ...]},
-        one entry a layer, none for a decoder's SSRU. The rows of trailing padding are 0.
+        one entry per layer, none for a decoder's SSRU. Rows of trailing padding are 0.
         """
         groups = {
             "encoder": [layer.get_submodule("self_attn") for layer in self.encoder.layers],
@@ -241,7 +241,7 @@ class Transformer(Generation):
         return {name: [weights[module] for module in group] for name, group in groups.items()}
 
     def _mix(self, heights: list[Tensor]) -> list[Tensor]:
-        """One softmax-weighted average of all heights for each decoder layer."""
+        """One softmax-weighted average of all encoder layers for each decoder layer."""
         stacked = torch.stack(heights)  # (num_encoder_layers, B, S, d_model)
         mixed = self.memory_mix.softmax(-1) @ stacked.flatten(1)
         return list(mixed.view(-1, *stacked.shape[1:]).unbind(0))
@@ -257,7 +257,7 @@ def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
 
 
 def _checked_integers(config: dict[str, Any]) -> dict[str, int]:
-    """The sizes and token ids, as ints of Python."""
+    """The sizes and token ids, as Python ints."""
     integers = {name: checked_integer_in(name, config[name], 1) for name in SIZES}
     target_ids = integers["tgt_vocab"] - 1
     last_ids = {"pad_id": min(integers["src_vocab"] - 1, target_ids), "bos_id": target_ids, "eos_id": target_ids}

@@ -24,7 +24,7 @@ def check(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | PreparedMask | None,
 ) -> None:
-    """Raises AssertionError, as torch.nn.MultiheadAttention does, for what nested inputs do not go with."""
+    """Raises AssertionError, like torch.nn.MultiheadAttention, for arguments that nested inputs do not support."""
     inputs = (query, key, value)
     for wrong, reason in (
         (not all(tensor.is_nested for tensor in inputs), "query, key and value must all be nested"),
@@ -51,7 +51,7 @@ def attend(
     out_proj: Callable[[Tensor], Tensor],
     **options: Any,
 ) -> Tensor:
-    """Attends without padding; the output is nested like query.
+    """Attends without padding; the output is nested like the query.
 
     project: query, key and value (..., E) -> (..., H, D) each. out_proj: (..., E) -> (..., E).
     """
@@ -67,7 +67,7 @@ def attend(
 
 
 def pad(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[tuple[Tensor, Tensor, Tensor], PreparedMask]:
-    """query, key and value (N, longest, E), the same object where they were one, and the mask that hides the padding."""
+    """query, key and value (N, longest, E), still the same object if they were, and the mask that hides the padding."""
     queries, keys, values = _sequences(query, key, value)
     padded = _each(partial(pad_sequence, batch_first=True), queries, keys, values)
     query_lengths, key_lengths = (torch.tensor([len(x) for x in parts], device=query.device) for parts in (queries, keys))
@@ -83,19 +83,19 @@ def pad(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[tup
 
 
 def unpad(output: Tensor, like: Tensor) -> Tensor:
-    """The rows of output (N, longest, E) that stand for those of a nested tensor, in its layout."""
+    """The rows of output (N, longest, E) that are not padding, nested in the layout of `like`."""
     return _nested_like(like, [row[: len(sequence)] for row, sequence in zip(output, like.unbind(), strict=True)])
 
 
 def _each(function: Callable[[Any], Any], query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-    """function of each, once for those that are the same object."""
+    """Applies function to each, only once to inputs that are the same object."""
     of_query = function(query)
     of_key = of_query if key is query else function(key)
     return of_query, of_key, of_key if value is key else function(value)
 
 
 def _sequences(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The sequences (L, E) of each, the same list where they were one."""
+    """The sequences (L, E) of each, the same list if the inputs are the same object."""
     queries, keys, values = _each(lambda x: list(x.unbind()), query, key, value)
     if [len(x) for x in keys] != [len(x) for x in values]:
         raise AssertionError("key's sequence lengths do not match value's")
@@ -103,7 +103,7 @@ def _sequences(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor],
 
 
 def _nested_like(query: Any, sequences: list[Tensor]) -> Tensor:
-    """Sequences (L, E), as long as those of the nested tensor query, in its layout; a jagged one's ragged size is query's own."""
+    """Nests sequences (L, E) of the query's lengths in the query's layout; a jagged result shares the query's ragged size."""
     if query.layout is torch.jagged and query.lengths() is None:
         return torch.nested.nested_tensor_from_jagged(torch.cat(sequences), query.offsets())
     return torch.nested.as_nested_tensor(sequences, layout=query.layout)

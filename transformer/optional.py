@@ -11,7 +11,7 @@ class MissingModuleError(ImportError):
 
 
 def optional_module(name: str, extra: str = "translation") -> Any:
-    """Return the module `name` (dotted names allowed); MissingModuleError names the extra of pip when it is absent."""
+    """Return the module `name` (dotted names allowed). If it is missing, MissingModuleError names the pip extra."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

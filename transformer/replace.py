@@ -20,10 +20,10 @@ from .attention import MultiHeadAttention
 
 @dataclass
 class ReplacementReport:
-    """What replace_attention did, by qualified module name: "" is the model itself, a shared module has its first name.
+    """What replace_attention did, by qualified module name. "" is the model itself; a shared module appears under its first name.
 
-    replaced: the modules that it made MultiHeadAttention.
-    left: the modules that it did not touch although they are attention, or look like it, and why.
+    replaced: the modules it turned into MultiHeadAttention.
+    left: the modules it left alone although they are attention, or look like it, and why.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -37,23 +37,23 @@ class ReplacementReport:
 
 
 def replace_attention(model: torch.nn.Module) -> ReplacementReport:
-    """Swaps every exact torch.nn.MultiheadAttention in `model`, or `model` itself if it is one, for MultiHeadAttention.
+    """Swaps every module in `model` of exactly class torch.nn.MultiheadAttention, or `model` itself, for MultiHeadAttention.
 
-    The swap changes the class of each module object, and adds a forward pre-hook that does nothing, which keeps torch's
-    encoder layers from bypassing the module. So parameters (an optimizer built before still trains them), buffers, hooks
-    and their handles, requires_grad, dtype, device, the training flag and every reference to the module stay as they
-    are; a module used in several places stays shared; the state_dict keeps its keys. `restore_attention` goes back.
+    The swap changes the class of each module object and adds a forward pre-hook that does nothing, which keeps torch's
+    encoder layers from bypassing the module. So parameters (existing optimizers still train them), buffers, hooks and
+    their handles, requires_grad, dtype, device, the training flag and every reference to the module are unchanged; a
+    module used in several places stays shared; the state_dict keeps its keys. `restore_attention` undoes it.
 
-    Left as they are and reported: subclasses of torch.nn.MultiheadAttention, modules with parametrizations on their own
+    Left alone and reported: subclasses of torch.nn.MultiheadAttention, modules with parametrizations on their own
     parameters, modules whose forward is overridden on the instance, scripted modules, and modules whose out_proj has
-    forward hooks or a forward of its own, which torch never calls: running them would change the output.
+    forward hooks or its own forward, which torch never calls, so running them would change the output.
 
-    Reported too: modules of other classes whose code calls torch.nn.functional.scaled_dot_product_attention or
+    Also reported: modules of other classes whose code calls torch.nn.functional.scaled_dot_product_attention or
     multi_head_attention_forward, in a method or in a function that a method calls by name.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: a module is configured in a way MultiHeadAttention does not support; nothing has been changed then.
+        ValueError: a module is configured in a way MultiHeadAttention does not support; nothing was changed.
     """
     _check_model(model)
     report = ReplacementReport()
@@ -81,10 +81,10 @@ def replace_attention(model: torch.nn.Module) -> ReplacementReport:
 
 
 def restore_attention(model: torch.nn.Module) -> list[str]:
-    """Turns every exact MultiHeadAttention in `model`, swapped or built as one, into a torch.nn.MultiheadAttention again.
+    """Turns every module in `model` of exactly class MultiHeadAttention, swapped or built as one, into torch.nn.MultiheadAttention.
 
-    Parameters, hooks and references stay, as in `replace_attention`. Code that looks for the very class, such as torch.ao's
-    static quantization and Opacus's ModuleValidator, finds it then.
+    Parameters, hooks and references are kept, as in `replace_attention`. Code that looks for exactly that class, such as
+    torch.ao's static quantization and Opacus's ModuleValidator, will find it.
 
     Returns:
         the qualified names of the modules; "" is the model itself.
@@ -102,14 +102,14 @@ def restore_attention(model: torch.nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def attention_calls(model: torch.nn.Module) -> Iterator[dict[str, int]]:
-    """How many times each MultiHeadAttention in `model` runs, by qualified name, while the context is open.
+    """Counts how often each MultiHeadAttention in `model` runs while the context is open, by qualified name.
 
         with attention_calls(model) as calls:
             model(x)
         never_ran = [name for name, count in calls.items() if count == 0]
 
-    A model that reads the weights of an attention module, instead of calling it, leaves a 0. Code that torch.compile
-    compiled before does not run the hooks that count: ask the model before it is compiled.
+    If a model reads an attention module's weights instead of calling it, the count stays 0. Code already compiled by
+    torch.compile does not run the counting hooks, so count before compiling the model.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -180,12 +180,12 @@ _ATTENTION_FUNCTIONS = ("scaled_dot_product_attention", "multi_head_attention_fo
 
 @functools.cache
 def _attention_function_called_by(kind: type[torch.nn.Module]) -> str | None:
-    """The attention function of torch that a method of the class calls, or a function that the method names."""
+    """The torch attention function that a method of the class calls, directly or in a function it calls by name."""
     for base in kind.__mro__:
         if base.__module__.split(".")[0] in ("torch", "builtins"):
             continue
         for method in vars(base).values():
-            method = getattr(method, "__func__", method)  # of a staticmethod or classmethod
+            method = getattr(method, "__func__", method)  # unwraps a staticmethod or classmethod
             if not isinstance(method, FunctionType):
                 continue
             names = _names_in(method.__code__)

@@ -14,10 +14,10 @@ from .checks import checked_integer_in
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws from softmax(logits / temperature), restricted to the top_k best tokens, and then to the fewest of these that hold at least
-    top_p of their probability.
+    """Draws from softmax(logits / temperature), restricted to the top_k best tokens, then to the smallest set of these that holds at
+    least top_p of their probability.
 
-    temperature > 0; top_k in [1, vocabulary] or None; top_p in (0, 1]. generator: torch's own for the device if None.
+    temperature > 0; top_k in [1, vocabulary] or None; top_p in (0, 1]. generator: None means torch's default for the device.
     """
 
     temperature: float = 1.0
@@ -29,7 +29,7 @@ class Sampler:
     def checked(
         cls, vocab_size: int, temperature: float | None, top_k: int | None, top_p: float | None, generator: Generator | None
     ) -> Sampler:
-        """None means: not restricted. Raises ValueError or TypeError, naming the argument."""
+        """None means unrestricted. Raises ValueError or TypeError, naming the argument."""
         temperature = checked_number("temperature", 1.0 if temperature is None else temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
@@ -44,7 +44,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits (R, V) -> tokens (R, 1) int64."""
-        # The best logit is taken off first: a small temperature would otherwise make it infinite.
+        # Subtract the best logit first: otherwise a small temperature would make it infinite.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probabilities = ((logits - logits.amax(1, keepdim=True)) / self.temperature).softmax(1)
         if self.top_k is not None or self.top_p < 1:

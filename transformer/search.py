@@ -1,7 +1,7 @@
-"""What the searches for a translation share: the decoder as they see it, and the tokens that may come next.
+"""What the translation searches share: their view of the decoder, and the tokens that may come next.
 
-A search knows nothing of attention. It calls decode with the newest token of every row, at first with a forced prefix too, and tells
-memory and cache which rows go on; whether a cache holds keys and values or the state of a recurrent cell is the decoder's business.
+A search knows nothing about attention. It calls decode with the newest token of every row (the first call may add a forced prefix), and
+tells memory and cache which rows continue. Whether a cache holds keys and values or the state of a recurrent cell is up to the decoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class DecoderMemory(Protocol):
-    """What the decoder reads of B sources, one row each, whatever the number of beams."""
+    """What the decoder reads about B sources, one row each, for any number of beams."""
 
     @property
     def batch_size(self) -> int: ...
@@ -23,29 +23,29 @@ class DecoderMemory(Protocol):
     def device(self) -> torch.device: ...
 
     def select(self, rows: Tensor) -> DecoderMemory:
-        """The memory of these sources alone; rows (n,) int64, on the memory's device."""
+        """The memory for only these sources; rows (n,) int64, on the memory's device."""
 
 
 class DecoderCache(Protocol):
-    """What the decoder carries from token to token, one row for each beam of each source."""
+    """What the decoder carries from token to token, one row per beam of each source."""
 
     def select(self, rows: Tensor) -> None:
-        """From now on row i is the old row rows[i]; rows (n,) int64, on the CPU, n <= the rows held. May move rows in place: where
-        rows[i] == i, nothing is to be done."""
+        """Makes old row rows[i] the new row i; rows (n,) int64, on the CPU, n <= the rows held. May move rows in place; rows with
+        rows[i] == i need no work."""
 
 
 class SearchableModel(Protocol):
-    """What a search asks of a model."""
+    """What a search needs from a model."""
 
     pad_id: int  # fills rows that have ended; may be eos_id
-    bos_id: int  # the first token that decode gets; may lie outside the vocabulary
+    bos_id: int  # the first token passed to decode; may be outside the vocabulary
     eos_id: int
 
     def start_decoding(self, src: Tensor, capacity: int) -> tuple[Any, Any]:
-        """src (B, S) int64 -> its DecoderMemory and an empty DecoderCache, with room for capacity tokens."""
+        """src (B, S) int64 -> its DecoderMemory, and an empty DecoderCache with room for `capacity` tokens."""
 
     def decode(self, tgt: Tensor, memory: Any, cache: Any) -> Tensor:
-        """The next n tokens of each row, tgt (B * beams, n) int64, -> logits (B * beams, n, V), a tensor that may be written to.
+        """The next n tokens of each row, tgt (B * beams, n) int64 -> logits (B * beams, n, V), which the caller may overwrite.
 
         Row r translates source r // beams. n is 1, or in the first call 1 + the length of a forced prefix.
         """
@@ -54,9 +54,9 @@ class SearchableModel(Protocol):
 class Constraints:
     """Which tokens may come next in R rows.
 
-    pad_id is never generated, nor bos_id unless it is eos_id. eos_id needs min_length tokens before it. With
-    no_repeat_ngram n > 0 no n tokens in a row occur twice (Paulus et al. 2018). Where all this leaves nothing, eos_id is left.
-    prefix (R, P): what rows begin with, right-padded with pad_id; no other rule holds for its tokens.
+    pad_id is never generated, and neither is bos_id unless it equals eos_id. eos_id needs min_length tokens before it. With
+    no_repeat_ngram n > 0, no sequence of n tokens occurs twice (Paulus et al. 2018). If these rules exclude every token, eos_id
+    is allowed. prefix (R, P): how rows begin, right-padded with pad_id; the other rules do not apply to its tokens.
     """
 
     def __init__(self, model: SearchableModel, prefix: Tensor | None = None, min_length: int = 0, no_repeat_ngram: int = 0) -> None:
@@ -65,7 +65,7 @@ class Constraints:
         self.prefix, self.min_length, self.no_repeat_ngram = prefix, min_length, no_repeat_ngram
 
     def beginning(self, num_rows: int, most: int, device: torch.device) -> Tensor:
-        """What decode gets first: bos_id, and as much of the prefixes as no row is without, at most `most` tokens; (R, 1 + n) int64."""
+        """The first input to decode, (R, 1 + n) int64: bos_id, then the n prefix tokens that all rows have, at most `most`."""
         begin = torch.full((num_rows, 1), self.bos_id, device=device)
         if self.prefix is None or num_rows == 0:
             return begin
@@ -73,16 +73,16 @@ class Constraints:
         return torch.cat([begin, self.prefix[:, : min(shortest, most)]], 1)
 
     def reads_history(self, length: int) -> bool:
-        """Whether apply reads the tokens of rows of this length."""
+        """Whether apply needs the history of rows of this length."""
         return 0 < self.no_repeat_ngram <= length
 
     def apply(self, scores: Tensor, length: int, history: Tensor | None = None) -> Tensor:
-        """-inf for what may not come next. scores (R, V), written to: logits or log-probabilities after `length` tokens, history
-        (R, length) int64."""
+        """Sets the scores of tokens that may not come next to -inf, in place. scores (R, V): logits or log-probabilities after `length`
+        tokens; history (R, length) int64."""
         forced = None
         if self.prefix is not None and length < self.prefix.shape[1]:
             tokens = self.prefix[:, length, None]  # (R, 1), pad_id where the row is free
-            # A probability of 0 is no reason against a prefix, so its score stays finite.
+            # A prefix is allowed even if its probability is 0, so its score stays finite.
             forced = tokens, scores.gather(1, tokens).clamp(min=torch.finfo(scores.dtype).min)
         for token in self.never:
             if 0 <= token < scores.shape[1]:
@@ -110,18 +110,18 @@ class Constraints:
         scores.scatter_reduce_(1, ngrams[..., -1], bans, "amin")
 
     def select(self, rows: Tensor) -> None:
-        """Goes on with these rows, (n,) int64, on any device."""
+        """Continues with these rows, (n,) int64, on any device."""
         if self.prefix is not None:
             self.prefix = self.prefix[rows.to(self.prefix.device)]
 
 
 def remaining(stays: Tensor) -> Tensor:
-    """The rows that stay, (n,) int64, in an order in which as few as possible change their place. stays (B,) bool, on the CPU."""
+    """The rows that stay, (n,) int64, in an order that moves as few of them as possible. stays (B,) bool, on the CPU."""
     rows = torch.arange(int(stays.sum()))
     rows[~stays[: rows.shape[0]]] = stays.nonzero()[:, 0][stays[: rows.shape[0]].sum() :]
     return rows
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension, in float32 at least."""
+    """Over the last dimension, in at least float32."""
     return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))

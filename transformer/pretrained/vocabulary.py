@@ -12,13 +12,13 @@ from .marian import EOS_ID
 
 
 class Vocabulary:
-    """Sentences to token ids and back; what translation.tokenizer.Tokenizer is for the models trained here.
+    """Sentences to token ids and back, like translation.tokenizer.Tokenizer for the models trained here.
 
-    `model` is the file's content.
+    `model` holds the file's contents.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises PretrainedError: the file is missing or damaged, or is no vocabulary of Marian's, in which </s> has id 0."""
+        """Raises PretrainedError: the file is missing, damaged, or not a Marian vocabulary, in which </s> has id 0."""
         try:
             self.model = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
@@ -37,7 +37,7 @@ class Vocabulary:
         return self._processor.encode(list(sentences), out_type=int)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """The sentence of each row of ids, which ends at the first end token; what the vocabulary lacks is left out."""
+        """The sentence for each row of ids, up to the first end token; ids outside the vocabulary are skipped."""
         rows = [[int(token) for token in row] for row in ids]
         rows = [row[: row.index(EOS_ID)] if EOS_ID in row else row for row in rows]
         return self._processor.decode([[token for token in row if token < len(self)] for row in rows])

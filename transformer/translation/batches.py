@@ -12,8 +12,8 @@ from torch import Tensor
 from .data import DataError
 from .tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-# Batches are as wide as a multiple of this. oneDNN compiles code for every new shape: with a few dozen shapes in place of one
-# a batch, a bf16 training step of a small model takes three quarters of the time, for a few percent more padding.
+# Batch widths are rounded up to a multiple of this. oneDNN compiles code for every new shape: with a few dozen shapes instead of a new one
+# for each batch, a bf16 training step of a small model takes three quarters of the time, for a few percent more padding.
 WIDTH_MULTIPLE = 4
 
 
@@ -29,26 +29,26 @@ class Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in (self.src, self.tgt_in, self.tgt_out)))
 
     def tokens(self) -> int:
-        """Source and target tokens, padding not counted."""
+        """Source and target tokens, not counting padding."""
         return int((self.src != PAD_ID).sum() + (self.tgt_out != PAD_ID).sum())
 
 
 @dataclass
 class Position:
-    """Where the training data continues: the next batch to be drawn."""
+    """A position in the training data: the next batch to draw."""
 
     epoch: int = 0
     batch: int = 0
 
 
 def pad(rows: Sequence[Sequence[int]], width: int | None = None, pad_id: int = PAD_ID) -> Tensor:
-    """Right-pad rows of ids to one (len(rows), width) int64 tensor; by default as wide as the longest row."""
+    """Right-pad rows of ids into one (len(rows), width) int64 tensor; by default as wide as the longest row."""
     width = max(map(len, rows)) if width is None else width
     return torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64)
 
 
 class BatchSource:
-    """Cuts encoded pairs into batches of at most `batch_tokens` source and target tokens, ends and padding included.
+    """Splits encoded pairs into batches of at most `batch_tokens` source and target tokens, including end tokens and padding.
 
     Pairs with a side of `max_len` tokens or more are left out (`num_dropped`). Raises DataError if none remain or the
     longest pair exceeds `batch_tokens`.
@@ -63,7 +63,7 @@ class BatchSource:
         max_len: int,
         seed: int = 0,
     ) -> None:
-        # The decoder reads BOS + sentence and the encoder sentence + EOS: one token more than the sentence.
+        # The decoder reads BOS + sentence and the encoder sentence + EOS, one token more than the sentence.
         pairs = [(s, t) for s, t in zip(source, target, strict=True) if max(len(s), len(t)) < max_len]
         if not pairs:
             raise DataError(f"no sentence pair has fewer than max_len = {max_len} tokens on both sides")
@@ -85,10 +85,10 @@ class BatchSource:
         return min(-(-length // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_len)
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The batches of an epoch as indices of pairs, in training order."""
+        """The batches of an epoch as pair indices, in training order."""
         shuffle = random.Random(f"{self.seed}/{epoch}")
-        # Target length first: its side costs most (the output layer). Ties in random order, or every epoch would have
-        # the same batches.
+        # Target length first, because that side costs most (the output layer). Ties are in random order, or every epoch
+        # would have the same batches.
         order = sorted(range(len(self._pairs)), key=lambda i: (self._sizes[i][::-1], shuffle.random()))
         batches: list[list[int]] = [[]]
         src_width = tgt_width = 0
@@ -103,7 +103,7 @@ class BatchSource:
         return batches
 
     def collate(self, indices: Sequence[int]) -> Batch:
-        """Pad the pairs with these indices to one batch."""
+        """Pad the pairs with these indices into one batch."""
         source, target = zip(*(self._pairs[index] for index in indices), strict=True)
         src_width, tgt_width = (max(widths) for widths in zip(*(self._sizes[index] for index in indices), strict=True))
         return Batch(
@@ -113,7 +113,7 @@ class BatchSource:
         )
 
     def from_position(self, position: Position) -> Iterator[Batch]:
-        """Endless batches from `position`, which is advanced before each batch is handed out."""
+        """Endless batches from `position`, which is advanced before each batch is yielded."""
         while True:
             batches = self.epoch(position.epoch)
             while position.batch < len(batches):

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file that holds everything a training run or a translation needs.
 
-Tensors: `model.*`, `optimizer.<parameter>.*`, `rng.*`, `history.*` and the serialised tokenizers `tokenizer.*`.
+Tensors: `model.*`, `optimizer.<parameter>.*`, `rng.*`, `history.*` and the serialized tokenizers `tokenizer.*`.
 Metadata: training configuration, model configuration and progress (step, seconds, data position) as JSON.
 """
 
@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Content of a checkpoint file: tensors by name, and the JSON values of the metadata."""
+    """The contents of a checkpoint file: tensors by name, and the JSON values in the metadata."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -39,12 +39,12 @@ class Checkpoint:
     progress: dict[str, Any]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name starts with "prefix.", by the rest of their name."""
+        """Tensors whose name starts with "prefix.", keyed by the rest of the name."""
         start = prefix + "."
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
     def training_config(self) -> TrainingConfig:
-        """The settings of the run that wrote it. Raises CheckpointError."""
+        """The settings of the run that wrote the checkpoint. Raises CheckpointError."""
         try:
             return TrainingConfig.from_dict(self.config)
         except (TypeError, ValueError) as error:
@@ -59,7 +59,7 @@ def save_checkpoint(
     model_config: dict[str, Any],
     progress: dict[str, Any],
 ) -> None:
-    """Write a checkpoint such that a kill at any moment leaves the previous one or this one. Raises OSError."""
+    """Write a checkpoint so that a kill at any moment leaves either the previous one or this one. Raises OSError."""
     metadata = {
         "format": FORMAT,
         "config": json.dumps(config),
@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
-    """Copy saved tensors into the model in place. Raises CheckpointError unless names and shapes are the model's."""
+    """Copy saved tensors into the model in place. Raises CheckpointError unless names and shapes match."""
     expected = model.state_dict()
     if saved.keys() != expected.keys():
         difference = sorted(saved.keys() ^ expected.keys())
@@ -106,7 +106,7 @@ def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], path: Path) -
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
-    """Build the model that the checkpoint describes, with its weights, in evaluation mode."""
+    """Build the model the checkpoint describes, with its weights, in evaluation mode."""
     try:
         model = Transformer(**checkpoint.model_config).to(device)
     except (TypeError, ValueError) as error:
@@ -127,6 +127,6 @@ def load_tokenizers(checkpoint: Checkpoint) -> tuple[Tokenizer, Tokenizer]:
 
 
 def tokenizer_tensors(source: Tokenizer, target: Tokenizer) -> dict[str, Tensor]:
-    """The serialised tokenizers as uint8 tensors; a joint one is saved once."""
+    """The serialized tokenizers as uint8 tensors; a joint one is saved once."""
     tokenizers = {"source": source} if target is source else {"source": source, "target": target}
     return {f"tokenizer.{side}": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8) for side, tokenizer in tokenizers.items()}

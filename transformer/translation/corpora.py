@@ -19,8 +19,8 @@ NAMED_CORPORA = ("multi30k", "libreoffice-help")
 def load_corpus(name_or_folder: str, source_language: str = "en", target_language: str = "fr", *, max_words: int | None = None) -> Corpus:
     """Load a corpus by name (fetched into the cache folder on first use) or from a folder.
 
-    "multi30k" is read from the folder in FUSED_ATTENTION_DATA when that is set. `max_words` drops pairs with a longer
-    side, from every split. Raises DataError.
+    "multi30k" is read from the folder in FUSED_ATTENTION_DATA if that is set. `max_words` drops pairs with a longer side
+    from every split. Raises DataError.
     """
     if max_words is not None and max_words < 1:
         raise DataError(f"max_words must be at least 1, not {max_words}")
@@ -44,7 +44,7 @@ def load_corpus(name_or_folder: str, source_language: str = "en", target_languag
 def fetch_multi30k(source_language: str, target_language: str) -> Path:
     """Download the Multi30k texts (Elliott et al. 2016) of one language pair: train, val and test_2016_flickr.
 
-    From the public GitHub repository multi30k/dataset, whose texts are for research and education. Raises DataError.
+    They come from the public GitHub repository multi30k/dataset and are for research and education. Raises DataError.
     """
     for language in (source_language, target_language):
         if language not in MULTI30K_LANGUAGES:

@@ -1,7 +1,7 @@
-"""Parallel text: sentences in a source language and their translations, one a line.
+"""Parallel text: sentences in a source language and their translations, one per line.
 
 A corpus is a folder with the files `train.<lang>`, `val.<lang>` and any number of `test*.<lang>`, plain or gzipped.
-corpora.py fetches two by name.
+corpora.py can fetch two by name.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ DATA_VARIABLE = "FUSED_ATTENTION_DATA"
 
 
 class DataError(ValueError):
-    """The corpus is missing, empty or inconsistent; the message is one line that names what and where."""
+    """The corpus is missing, empty or inconsistent; the message is one line that says what and where."""
 
 
 @dataclass(frozen=True)
 class ParallelText:
-    """Sentence i of `source` is translated by sentence i of `target`."""
+    """Sentence i of `target` translates sentence i of `source`."""
 
     source: list[str]
     target: list[str]
-    left_out: dict[str, int] = field(default_factory=dict, compare=False)  # reason -> pairs that the files hold beyond these
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)  # reason -> number of pairs in the files that were left out
 
     def __len__(self) -> int:
         return len(self.source)
 
     def keep(self, wanted: Callable[[str, str], bool], otherwise: str) -> ParallelText:
-        """The pairs for which `wanted(source, target)` holds, in order; the others are counted as `otherwise`, the reason."""
+        """The pairs for which `wanted(source, target)` is true, in order; the others are counted under the reason `otherwise`."""
         pairs = [(source, target) for source, target in zip(self.source, self.target, strict=True) if wanted(source, target)]
         left_out = {**self.left_out, otherwise: len(self) - len(pairs)}
         return ParallelText([source for source, _ in pairs], [target for _, target in pairs], left_out)
 
 
 def left_out_text(left_out: dict[str, int]) -> str:
-    """How many pairs each reason has cost, as "; left out: 2 with an empty side, 1 of more than 20 words"; "" if none."""
+    """How many pairs were left out for each reason, as "; left out: 2 with an empty side, 1 of more than 20 words"; "" if none."""
     reasons = [f"{count:,} {reason}" for reason, count in left_out.items() if count]
     return f"; left out: {', '.join(reasons)}" if reasons else ""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A training, a validation and any number of named test sets in one language pair."""
+    """A training set, a validation set and any number of named test sets in one language pair."""
 
-    name: str  # as given to load_corpus: with the next three fields it loads the same text again
+    name: str  # as given to load_corpus; with the next three fields, it loads the same text again
     source_language: str
     target_language: str
     max_words: int | None
@@ -62,21 +62,21 @@ class Corpus:
     tests: dict[str, ParallelText]
 
     def fingerprint(self) -> str:
-        """Changes whenever the training text does: a resumed run must see the text it started with."""
+        """Changes whenever the training text does, because a resumed run must see the text it started with."""
         digest = hashlib.sha256()
         for sentence in (*self.train.source, *self.train.target):
             digest.update(sentence.encode() + b"\n")
         return digest.hexdigest()[:16]
 
     def held_out(self) -> tuple[str, ParallelText]:
-        """The text that scores are reported on: the first test set by name, or the validation set if there is none."""
+        """The text that scores are reported on: the first test set by name, or the validation set if there are none."""
         return next(iter(self.tests.items()), ("val", self.validation))
 
 
 def read_corpus(
     folder: Path, source_language: str, target_language: str, *, name: str | None = None, max_words: int | None = None
 ) -> Corpus:
-    """Read the splits of `folder`; train and val must be there, tests are whatever test* files both languages have."""
+    """Read the splits in `folder`. train and val must be there; the tests are the test* files that both languages have."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}")
 
@@ -115,7 +115,7 @@ def read_parallel(folder: Path, split: str, source_language: str, target_languag
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, gunzipped if its name ends in .gz, without surrounding white space."""
+    """The lines of a UTF-8 file, gunzipped if its name ends in .gz, without surrounding whitespace."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
@@ -125,7 +125,7 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path} is not a complete gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    # Only "\n" ends a line: str.splitlines would also split at form feeds and Unicode separators inside a sentence.
+    # Only "\n" ends a line; str.splitlines would also split at form feeds and Unicode separators inside a sentence.
     lines = text.removesuffix("\n").split("\n") if text else []
     return [line.strip() for line in lines]
 
@@ -142,9 +142,9 @@ def cache_folder() -> Path:
 
 
 def fill_cache(name: str, fill: Callable[[Path], None]) -> Path:
-    """Return the cache folder `name`; if it is not there yet, `fill` a temporary folder, then rename it into place.
+    """Return the cache folder `name`. If it does not exist yet, `fill` a temporary folder, then rename it into place.
 
-    `fill` writes its files with atomic_write, so that they are on disk before the folder has its name.
+    `fill` writes its files with atomic_write, so that they are on disk before the folder gets its name.
     """
     folder = cache_folder() / name
     if folder.is_dir():

@@ -1,9 +1,9 @@
-"""English-French sentence pairs from the LibreOffice help pages (licence: MPL-2.0), as Debian and Ubuntu package them.
+"""English-French sentence pairs from the LibreOffice help pages (license: MPL-2.0), as Debian and Ubuntu package them.
 
-1. apt fetches the two help packages, with package lists and cache in a private folder, so no root is needed.
-2. Pages pair up by path, paragraphs and headings by their id attribute, which translators do not touch.
-3. A paragraph is split into sentences where both languages have equally many, else it stays whole.
-4. Source sentences that differ at most in case and punctuation are kept once, so no held-out one is in the training set.
+1. apt fetches the two help packages, with package lists and cache in a private folder, so root is not needed.
+2. Pages are paired by path, paragraphs and headings by their id attribute, which translators do not touch.
+3. A paragraph is split into sentences if both languages have the same number, otherwise it stays whole.
+4. Of source sentences that differ only in case and punctuation, one is kept, so no held-out sentence is in the training set.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fetch_packages(folder: Path) -> None:
         *(f"-oDir::State::Lists={state / 'lists'}", f"-oDir::Cache={cache}"),
         *("-oAcquire::Languages=none", "-oAPT::Update::Error-Mode=any", "-q"),
     ]
-    # A list that cannot be fetched matters only if the packages are not found without it, and is then the reason why.
+    # A package list that cannot be fetched matters only if the packages are not found without it; then it is the reason to report.
     update_failure = tool_failure(["apt-get", *options, "update"], folder)
     download_failure = tool_failure(["apt-get", *options, "download", *PACKAGES.values()], folder)
     if download_failure:
@@ -65,7 +65,7 @@ def fetch_packages(folder: Path) -> None:
 
 
 def tool_failure(command: list[str], folder: Path) -> str | None:
-    """Run a command in `folder`; None if it succeeds, else one line that says why it did not."""
+    """Run a command in `folder`; None if it succeeds, else one line that says why not."""
     try:
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired as error:
@@ -93,7 +93,7 @@ class ParagraphParser(HTMLParser):
             self._id = None if is_code else given.get("id")
             self._text, self._span_is_hidden = [], []
         elif tag == "span":
-            # Text that differs by platform or program comes in several hidden spans; the one without a class is shown.
+            # Text that varies by platform or program comes in several hidden spans; the one without a class is shown.
             self._span_is_hidden.append("hidden" in given and "class" in given)
         elif tag == "br":
             self._text.append(" ")
@@ -111,7 +111,7 @@ class ParagraphParser(HTMLParser):
 
 
 def paragraphs_of(page: str) -> dict[str, str]:
-    """Text of the p and h1-h6 elements of an HTML page by their id attribute; code samples are left out."""
+    """Text of the p and h1-h6 elements of an HTML page, keyed by id attribute; code samples are left out."""
     parser = ParagraphParser()
     parser.feed(page)
     parser.close()
@@ -119,7 +119,7 @@ def paragraphs_of(page: str) -> dict[str, str]:
 
 
 def align_pages(source_folder: Path, target_folder: Path) -> ParallelText:
-    """Pair the sentences of equally named pages, in page order; untranslated ones and repetitions are left out."""
+    """Pair the sentences of pages with the same name, in page order; untranslated and repeated ones are left out."""
     pairs: dict[str, tuple[str, str]] = {}
     for source_page in sorted(source_folder.rglob("*.html")):
         target_page = target_folder / source_page.relative_to(source_folder)
@@ -136,7 +136,7 @@ def align_pages(source_folder: Path, target_folder: Path) -> ParallelText:
 
 
 def align_sentences(source: str, target: str) -> list[tuple[str, str]]:
-    """Sentence pairs of a paragraph if both sides have equally many sentences, else the paragraph as one pair."""
+    """Sentence pairs of a paragraph if both sides have the same number of sentences, else the paragraph as one pair."""
     source_sentences, target_sentences = SENTENCE_END.split(source), SENTENCE_END.split(target)
     if len(source_sentences) != len(target_sentences):
         return [(source, target)]

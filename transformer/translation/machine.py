@@ -1,4 +1,4 @@
-"""What this machine is and has: its attention backends, the device and precision to run in."""
+"""What this machine offers: attention backends, and the device and precision to run in."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ AUTOCAST_CHOICES = ("auto", "bf16", "off")
 class GpuFacts(NamedTuple):
     """What is known once CUDA is initialized."""
 
-    gpus: list[str]  # a line each
+    gpus: list[str]  # one line each
     bf16_autocast: str
-    backends: dict[str, str | None]  # as of routing.backend_status
+    backends: dict[str, str | None]  # as from routing.backend_status
 
 
 def gpu_facts() -> GpuFacts:
-    """Where a GPU may be, another process asks: one that has initialized CUDA cannot fork others that use it."""
+    """If there may be a GPU, a separate process checks, because a process that has initialized CUDA cannot fork others that use it."""
     may_be_there = cuda_backend.driver() != "none" or torch.cuda.device_count() > 0
     return _asked_by_another_process() if may_be_there else _asked()
 
@@ -54,7 +54,7 @@ def _asked_by_another_process() -> GpuFacts:
 
 
 def machine_facts() -> dict[str, str]:
-    """Label -> value, one line each, in the order to be shown."""
+    """Label -> value, one line each, in display order."""
     gpus = gpu_facts()
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -77,7 +77,7 @@ def backend_lines() -> dict[str, str]:
 
 
 def machine_report() -> str:
-    """The text of the command `info`."""
+    """The output of the command `info`."""
     tables = {"machine": machine_facts(), "backends": backend_lines()}
     lines = []
     for title, table in tables.items():
@@ -87,7 +87,7 @@ def machine_report() -> str:
 
 
 def cpu_kernels() -> str:
-    """The instruction set in use and the others that could be forced; the reason if there are no CPU kernels."""
+    """The instruction set in use and the others that can be forced, or the reason why there are no CPU kernels."""
     reason = cpu.status()
     if reason is not None:
         return f"none ({reason})"
@@ -97,7 +97,7 @@ def cpu_kernels() -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the machine has."""
+    """Cores this process may run on; in a container, there may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -119,7 +119,7 @@ def memory_size() -> str:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The named device, or for "auto" the GPU if there is one. Raises ValueError if torch cannot use it."""
+    """The named device; "auto" is the GPU if there is one. Raises ValueError if torch cannot use the device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -131,7 +131,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether bfloat16 autocast is faster than float32 there: GPUs with bf16 tensor cores, CPUs with AMX."""
+    """Whether bfloat16 autocast is faster than float32: on GPUs with bf16 tensor cores and CPUs with AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Output files that are complete or not there, whatever kills the process, in folders that are checked before the work starts."""
+"""Output files that are either complete or absent, even if the process is killed, in folders checked before the work starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROBE_NAME = ".write-test"
 
 @contextmanager
 def naming(file: str | Path) -> Iterator[None]:
-    """An OSError names `file`: those of write, flush and fsync, such as a full disk, name none."""
+    """Makes every OSError name `file`; those from write, flush and fsync, such as a full disk, do not."""
     try:
         yield
     except OSError as error:
@@ -20,11 +20,11 @@ def naming(file: str | Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Replace `path` by a file holding `data`; a reader, or a restart after a kill, sees the old file or the new one.
+    """Replace `path` with a file holding `data`; a reader, or a restart after a kill, sees the old file or the new one.
 
-    1. write a hidden temporary file beside it, 2. fsync the file, so that its content is on disk before its name is,
+    1. write a hidden temporary file next to it, 2. fsync the file, so that its contents are on disk before its name is,
     3. rename it over `path`, 4. fsync the folder, so that the new name is on disk.
-    A leftover temporary file of a killed process is overwritten by the next write. Raises OSError that names `path`.
+    A temporary file left by a killed process is overwritten by the next write. Raises OSError naming `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
@@ -51,10 +51,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def claim_output_folder(folder: Path, file_names: Iterable[str], *, overwrite: bool) -> None:
-    """Create `folder` if needed and write a file to it as a test.
+    """Create `folder` if needed and test that it is writable.
 
-    Raises FileExistsError if one of the files is there and `overwrite` is False, IsADirectoryError if a folder has the name of
-    one, OSError if the folder cannot be written.
+    Raises FileExistsError if one of the files exists and `overwrite` is False, IsADirectoryError if a folder has the name of one,
+    OSError if the folder cannot be written.
     """
     paths = [folder / name for name in file_names]
     for path in paths:

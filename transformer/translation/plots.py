@@ -12,9 +12,9 @@ from ..optional import optional_module
 from .train import History
 
 TEXT, MUTED, ACCENT, SECOND = "#1f2937", "#94a3b8", "#2563eb", "#d97706"
-# White means exactly no attention; one hue, so that darker always means more.
+# White means no attention at all; a single hue, so that darker always means more.
 ATTENTION_COLORS = ["#ffffff", "#dbeafe", "#93c5fd", "#3b82f6", "#1e40af", "#172554"]
-# The training loss is smoothed by a running mean over this part of the run.
+# The training loss is smoothed with a running mean over this fraction of the run.
 SMOOTHING_PART = 0.03
 
 
@@ -46,7 +46,7 @@ def loss_curve(history: History) -> Any:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and up to `width` - 1 before it."""
+    """The mean of each value and up to `width` - 1 values before it."""
     means, total = [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - width] if index >= width else 0.0)
@@ -55,7 +55,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def positional_encoding(table: Tensor) -> Any:
-    """The sinusoids that mark positions; table (length, d_model), even columns sines, odd ones cosines, values -1 to 1."""
+    """The positional sinusoids; table (length, d_model), even columns sines, odd ones cosines, values -1 to 1."""
     figure = _new_figure(8.0, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, columns, title in zip(panels, (table[:, 0::2], table[:, 1::2]), ("sine", "cosine"), strict=True):
@@ -71,13 +71,13 @@ def positional_encoding(table: Tensor) -> Any:
 
 
 def attention_grid(maps: Sequence[Tensor], query_tokens: Sequence[str], key_tokens: Sequence[str]) -> Any:
-    """One row of panels a layer, one panel a head; maps[layer] (H, len(query_tokens), len(key_tokens)), rows sum to 1.
+    """One row of panels per layer, one panel per head; maps[layer] (H, len(query_tokens), len(key_tokens)), rows sum to 1.
 
-    In a panel each row is a query token and shows over which key tokens its attention is spread.
+    In a panel, each row is a query token and shows how its attention is spread over the key tokens.
     """
     num_layers, num_heads = len(maps), maps[0].shape[0]
     colors = optional_module("matplotlib.colors").LinearSegmentedColormap.from_list("attention", ATTENTION_COLORS)
-    # Inches: a cell for each token, a margin for the labels of the left and bottom panels.
+    # Inches: one cell per token, and a margin for the labels of the left and bottom panels.
     panel_width, panel_height = max(1.8, 0.15 * len(key_tokens)), max(1.8, 0.15 * len(query_tokens))
     figure = _new_figure(num_heads * panel_width + 1.2, num_layers * panel_height + 1.2)
     panels = figure.subplots(num_layers, num_heads, squeeze=False)
@@ -99,7 +99,7 @@ def attention_grid(maps: Sequence[Tensor], query_tokens: Sequence[str], key_toke
 
 
 def _new_figure(width: float, height: float) -> Any:
-    """An empty figure, sizes in inches; made without pyplot, so nothing is kept open and no display is asked for."""
+    """An empty figure, size in inches; made without pyplot, so nothing stays open and no display is needed."""
     return optional_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 

@@ -1,4 +1,4 @@
-"""A long command in a terminal: it says that it goes on, and ends in order at Ctrl-C."""
+"""Long commands in a terminal: signs of life, and an orderly stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def heartbeat(step: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; the first one does no more than that, a second is KeyboardInterrupt.
+    """Yields a function that returns whether Ctrl-C was pressed. The first press does nothing else; a second raises KeyboardInterrupt.
 
-    Python allows this in the main thread only, and a handler that the caller has set stays: the function then says False.
+    Python allows this only in the main thread, and an existing handler of the caller is kept; in those cases the function returns False.
     """
     pressed = False
 
@@ -43,7 +43,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         nonlocal pressed
         pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(OSError):  # no stderr; written past its buffer, which the signal may have met half full
+        with contextlib.suppress(OSError):  # there may be no stderr; bypass its buffer, which may be half written when the signal arrives
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler

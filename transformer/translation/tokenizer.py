@@ -1,4 +1,4 @@
-"""Byte-pair encoding (Sennrich et al. 2016) by sentencepiece: one vocabulary for both languages, or one for each."""
+"""Byte-pair encoding (Sennrich et al. 2016) with sentencepiece: one vocabulary for both languages, or one each."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from ..optional import optional_module
 from .data import DataError
 
-# sentencepiece's signs for a space and for what is unknown. It trains on no sentence that holds the second one.
+# sentencepiece's symbols for a space and for unknown text. It does not train on sentences that contain the latter.
 SPACE_SIGN, UNKNOWN_SIGN = "▁", "▅"
-# Bytes; the most that sentencepiece takes. Longer sentences, and by default those of more than 4192 bytes, it leaves out in silence.
+# In bytes, the maximum sentencepiece accepts. It silently skips longer sentences, by default those over 4192 bytes.
 MAX_SENTENCE_LENGTH = 2**30
 SPECIAL_IDS = PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 
 class Tokenizer:
-    """Sentences to token ids and back; ids 0 to 3 are padding, begin, end and unknown. `model` is its serialised form."""
+    """Sentences to token ids and back; ids 0 to 3 are padding, begin, end and unknown. `model` is its serialized form."""
 
     def __init__(self, model: bytes) -> None:
         self.model = model
@@ -24,9 +24,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, sentences: Sequence[str], vocab_size: int) -> Tokenizer:
-        """Learn `vocab_size` pieces, the four special ones included. DataError if the text cannot fill or fit them.
+        """Learn `vocab_size` pieces, including the four special ones. DataError if the text cannot fill or fit them.
 
-        Every character of the sentences is a piece, as sentencepiece normalises it (NFKC), except for its own signs and NUL.
+        Every character of the sentences, as normalized by sentencepiece (NFKC), is a piece, except for its own symbols and NUL.
         """
         sentencepiece = optional_module("sentencepiece")
         failure = f"cannot learn a vocabulary of {vocab_size} pieces from this text"
@@ -46,7 +46,7 @@ class Tokenizer:
                 vocab_size=vocab_size,
                 max_sentence_length=MAX_SENTENCE_LENGTH,
                 character_coverage=1.0,
-                # The coverage is reckoned in float32, which is 1 before the last of some ten million characters.
+                # sentencepiece computes the coverage in float32, which reaches 1 before the last of some ten million characters.
                 required_chars="".join(sorted(characters)),
                 pad_id=PAD_ID,
                 bos_id=BOS_ID,
@@ -55,7 +55,7 @@ class Tokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
-            # sentencepiece's message ends with the sentence that says what to do, if it has one, after its source location.
+            # sentencepiece's message is its source location, then a sentence that says what to do, if there is one.
             reason = str(error).rpartition("] ")[2].strip() or str(error)
             raise DataError(f"{failure}: {reason}") from error
         return cls(model.getvalue())
@@ -64,11 +64,11 @@ class Tokenizer:
         return self._processor.vocab_size()
 
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Token ids of each sentence, without begin and end."""
+        """Token ids of each sentence, without begin and end tokens."""
         return self._processor.encode(list(sentences), out_type=int)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """The sentence of each row of ids, which ends at the first end token; padding is left out."""
+        """The sentence for each row of ids, up to the first end token; padding is skipped."""
         rows = []
         for row in ids:
             text = [int(token) for token in row]

@@ -1,8 +1,8 @@
-"""Training of a Transformer on parallel text, resumable from any saved step with bit-identical losses (CPU).
+"""Trains a Transformer on parallel text, resumable from any saved step with bit-identical losses (on the CPU).
 
 1. Learn the tokenizers, encode the corpus. 2. Draw a length-bucketed batch. 3. Label-smoothed cross entropy under bf16
-autocast where that pays. 4. Clip the gradient norm, set the learning rate, AdamW. 5. Validate and save now and then, and save
-when Ctrl-C ends the run.
+autocast if that is faster. 4. Clip the gradient norm, set the learning rate, AdamW. 5. Validate and save periodically, and
+save when Ctrl-C ends the run.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from .terminal import stop_on_interrupt
 from .tokenizer import PAD_ID, Tokenizer
 from .training_config import TrainingConfig, learning_rate
 
-# Losses stay on the device for this many steps, so that a GPU is not waited for at each of them.
+# Losses stay on the device for this many steps, to avoid waiting for a GPU at every step.
 STEPS_PER_LOSS_READ = 10
 VALIDATION_PAIRS = 500
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line."""
+    """Training cannot continue; the message is one line."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C ended a run that has saved its checkpoint; the message is one line that says where, and how to go on."""
+    """Ctrl-C ended a run, which saved its checkpoint; the message is one line that says where, and how to continue."""
 
 
 @dataclass
 class History:
-    """What a run has seen so far: one entry a step, and one a validation."""
+    """The progress of a run so far: one entry per step, and one per validation."""
 
     losses: list[float] = field(default_factory=list)  # label-smoothed, nats per target token
     seconds: list[float] = field(default_factory=list)  # training time at the end of the step
-    tokens: int = 0  # source and target tokens trained on, padding not counted
+    tokens: int = 0  # source and target tokens trained on, not counting padding
     validations: list[tuple[int, float]] = field(default_factory=list)  # (step, cross entropy in nats per target token)
 
 
 class Trainer:
-    """One training run: model, optimizer, data and history, bound to an output folder.
+    """One training run: model, optimizer, data and history, tied to an output folder.
 
     Trainer(config, corpus, folder, device) starts from scratch; Trainer.resume continues the checkpoint in the folder.
     """
@@ -105,7 +105,10 @@ class Trainer:
 
     @classmethod
     def resume(cls, checkpoint: Checkpoint, config: TrainingConfig, corpus: Corpus, device: torch.device) -> Trainer:
-        """Continue a run; on a CPU with the same number of threads its losses are those it would have had. CheckpointError."""
+        """Continue a run. On a CPU with the same number of threads, the losses are those of an uninterrupted run.
+
+        Raises CheckpointError.
+        """
         tokenizers = load_tokenizers(checkpoint)
         if checkpoint.progress.get("corpus") != corpus.fingerprint():
             raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
@@ -114,7 +117,7 @@ class Trainer:
         return trainer
 
     def data_summary(self) -> str:
-        """Two lines: how many pairs are trained and validated on, and why others of the corpus are not."""
+        """Two lines: how many pairs are used for training and validation, and why others in the corpus are not."""
         too_long = f"of {self.config.max_len} tokens or more"
         lines = []
         for use, text, batches in (("train", self.corpus.train, self.batches), ("validate", self.corpus.validation, self.validation)):
@@ -125,10 +128,10 @@ class Trainer:
         return "\n".join(lines)
 
     def run(self) -> None:
-        """Train to the end of the budget, with a progress bar on stderr; saves and validates on the way and at the end.
+        """Train to the end of the budget, with a progress bar on stderr; saves and validates along the way and at the end.
 
-        At least one step is taken. Ctrl-C (SIGINT) ends the run after the step that it meets, saved, by TrainingInterrupted; a
-        second one ends it at once.
+        Takes at least one step. After Ctrl-C (SIGINT), the run finishes the current step, saves and raises TrainingInterrupted; a
+        second Ctrl-C ends it at once.
         """
         seconds = self.history.seconds[-1] if self.history.seconds else 0.0
         started = time.monotonic() - seconds
@@ -199,12 +202,12 @@ class Trainer:
                 tokens = int((batch.tgt_out != PAD_ID).sum())
                 total += tokens * token_loss(logits, batch.tgt_out, label_smoothing=0.0).item()
                 count += tokens
-                bar.update(0)  # time goes on
+                bar.update(0)  # refresh the time
         self.model.train()
         self.history.validations.append((self.step, total / count))
 
     def save(self) -> None:
-        """Write the checkpoint; whatever kills the process, the folder holds the previous one or this one."""
+        """Write the checkpoint; if the process is killed, the folder still holds the previous one or this one."""
         self._read_losses()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -260,9 +263,9 @@ class Trainer:
             unit="step" if by_steps else "s",
             desc="training",
             dynamic_ncols=True,
-            # In a log file every refresh is a line of its own.
+            # In a log file, every refresh is a separate line.
             mininterval=0.5 if sys.stderr.isatty() else 5.0,
-            miniters=0,  # however little was done in that time
+            miniters=0,  # refresh even without progress
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} {unit} [{elapsed}<{remaining}]{postfix}",
         )
 
@@ -279,7 +282,7 @@ class Trainer:
 
 
 def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer, Tokenizer]:
-    """Source and target tokenizer learned on the training text; one for both if the vocabulary is joint."""
+    """Source and target tokenizers learned from the training text; the same one if the vocabulary is joint."""
     if config.joint_vocabulary:
         joint = Tokenizer.train([*corpus.train.source, *corpus.train.target], config.vocab_size)
         return joint, joint
@@ -290,7 +293,7 @@ def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer,
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy in nats over the labels (B, T) that are not padding, for logits (B, T, vocabulary), in float32."""
+    """Mean cross entropy in nats over the non-padding labels (B, T), for logits (B, T, vocabulary), in float32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=PAD_ID, label_smoothing=label_smoothing)
 
 
@@ -303,7 +306,7 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Undo of rng_states; states of GPUs that this machine does not have are left out."""
+    """Restores rng_states; states of GPUs this machine does not have are ignored."""
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -12,11 +12,11 @@ from .machine import AUTOCAST_CHOICES
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides the result of a training run. ValueError or TypeError, naming the setting that is out of range.
+    """Everything that determines the result of a training run. ValueError or TypeError, naming the setting that is out of range.
 
-    Settings become Python's own int, float, bool and str, so that a checkpoint can hold them: numbers of numpy are taken.
+    Settings, including NumPy numbers, become Python ints, floats, bools and strs, so that a checkpoint can hold them.
 
-    Ends after `steps` optimizer steps or after `minutes` of training, whichever is given; exactly one must be.
+    Training ends after `steps` optimizer steps or after `minutes`; exactly one of them must be given.
     """
 
     # Data
@@ -25,7 +25,7 @@ class TrainingConfig:
     target_language: str = "fr"
     max_words: int | None = None  # leave out pairs with a longer side
     vocab_size: int = 4000  # of each tokenizer
-    joint_vocabulary: bool = True  # one tokenizer for both languages; then all embeddings and the output layer are tied
+    joint_vocabulary: bool = True  # one tokenizer for both languages; all embeddings and the output layer are then tied
     # Model
     d_model: int = 192
     num_heads: int = 4
@@ -36,21 +36,21 @@ class TrainingConfig:
     norm_first: bool = True
     memory_layers: str = "last"
     max_len: int = 256  # tokens; longer pairs are left out of training
-    # Optimisation
+    # Optimization
     steps: int | None = None
     minutes: float | None = None
-    batch_tokens: int = 2560  # source and target tokens of a batch, padding included
+    batch_tokens: int = 2560  # source and target tokens per batch, including padding
     warmup_steps: int = 4000
     learning_rate_scale: float = 1.0  # multiplies the paper's schedule
-    cooldown: float = 0.0  # last part of the run in which the learning rate also falls linearly to 0; 0 is the paper
+    cooldown: float = 0.0  # final fraction of the run in which the learning rate also falls linearly to 0; 0 as in the paper
     label_smoothing: float = 0.1
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     seed: int = 0
-    autocast: str = "auto"  # "auto": bf16 where it pays; "bf16"; "off"
+    autocast: str = "auto"  # "auto": bf16 if it is faster; "bf16"; "off"
     # Reporting
-    checkpoint_every: int = 200  # steps; the end of the run is always saved
-    validate_every: int = 200  # steps; and at the end
+    checkpoint_every: int = 200  # in steps; the end of the run is always saved
+    validate_every: int = 200  # in steps; also at the end
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,7 +63,7 @@ class TrainingConfig:
         ]
         for name in positive:
             value = getattr(self, name)
-            # Written so that NaN fails too.
+            # `not >`, so that NaN fails too.
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
         for name in ("cooldown", "label_smoothing", "weight_decay"):
@@ -91,7 +91,7 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
-        """ValueError if `values` has settings this version does not know."""
+        """Raises ValueError if `values` has settings this version does not know."""
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown training settings: {', '.join(unknown)}")
@@ -99,7 +99,7 @@ class TrainingConfig:
 
 
 def _plain(name: str, declared: str, value: Any) -> Any:
-    """The value of a setting in its declared type, such as "int | None"; TypeError if it is of another kind."""
+    """The value of a setting in its declared type, such as "int | None"; TypeError if it does not fit."""
     kind, _, optional = declared.partition(" | ")
     if value is None and optional:
         return None
@@ -118,17 +118,17 @@ def _plain(name: str, declared: str, value: Any) -> Any:
 
 
 def learning_rate(config: TrainingConfig, step: int, progress: float) -> float:
-    """Learning rate of optimizer step `step` (from 1) at `progress` (0 to 1) through the run.
+    """The learning rate of optimizer step `step` (from 1), at `progress` (0 to 1) through the run.
 
     Vaswani et al. 2017, equation 3, d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), times learning_rate_scale, times a
-    linear cooldown to 0 over the last part of the run: short runs gain several BLEU from ending at a small rate.
+    linear cooldown to 0 over the last part of the run, since short runs gain several BLEU from ending at a small rate.
     """
     paper = config.d_model**-0.5 * min(step**-0.5, step * config.warmup_steps**-1.5)
     remaining = max(0.0, 1.0 - progress)
     return config.learning_rate_scale * paper * (min(1.0, remaining / config.cooldown) if config.cooldown else 1.0)
 
 
-# Multi30k en-fr in 2.1 epochs: sacreBLEU of at least 40 on test_2016_flickr. So few epochs need no dropout.
+# Multi30k en-fr in 2.1 epochs, for a sacreBLEU of at least 40 on test_2016_flickr. So few epochs need no dropout.
 MULTI30K_RECIPE = TrainingConfig(steps=900, dropout=0.0, warmup_steps=250, learning_rate_scale=1.2, cooldown=0.6)
 
 RECIPES = {"multi30k": MULTI30K_RECIPE}

@@ -1,4 +1,4 @@
-"""Translation of lines of text, and its score against reference translations."""
+"""Translates lines of text, and scores translations against references."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .tokenizer import SPACE_SIGN, Tokenizer
 if TYPE_CHECKING:
     from ..pretrained.vocabulary import Vocabulary
 
-# Source tokens decoded together, padding included and once for each beam; what is finished leaves the batch.
+# Source tokens decoded together, counting padding, and once per beam; finished sentences leave the batch.
 BATCH_TOKENS = 2048
-# A translation may be this much longer than its source, in tokens, before it is cut off: factor and constant.
+# A translation is cut off at this length limit, in tokens: factor times the source length, plus constant.
 LENGTH_LIMIT = (2, 10)
 
 
@@ -35,13 +35,13 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Scores:
-    """Corpus scores of sacreBLEU on plain text, 0 to 100, with the signature that makes the BLEU comparable."""
+    """sacreBLEU corpus scores on plain text, 0 to 100, with the signature that makes BLEU comparable."""
 
     bleu: float
     chrf: float
     num_sentences: int
     bleu_signature: str
-    remark: str = ""  # what was left out and cut
+    remark: str = ""  # what was left out or cut
 
     def __str__(self) -> str:
         return f"BLEU {self.bleu:.1f}, chrF {self.chrf:.1f} on {self.num_sentences} sentences ({self.bleu_signature}){self.remark}"
@@ -49,32 +49,32 @@ class Scores:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the translations that a beam search found for a sentence."""
+    """One of the translations beam search found for a sentence."""
 
     text: str
-    log_probability: float  # of its tokens, the end with them
-    score: float  # the log-probability over the length penalty, by which candidates are ranked
+    log_probability: float  # of its tokens, including the end
+    score: float  # log-probability divided by the length penalty; ranks the candidates
     ended: bool  # False: cut at the length limit
 
 
 @dataclass(frozen=True)
 class Translations:
-    """Translated lines, in order, and the indices of those that are not whole."""
+    """Translated lines, in order, and the indices of incomplete ones."""
 
     lines: list[str]
     cut_sources: list[int] = field(default_factory=list)  # did not fit the model
     cut_translations: list[int] = field(default_factory=list)  # had not ended at the length limit
-    # Of each line, best first; none for a blank line, and where scores were not asked for.
+    # For each line, best first; none for blank lines, or if scores were not requested.
     candidates: list[list[Candidate]] = field(default_factory=list)
 
 
 @dataclass
 class TextStream:
-    """A translation in pieces of text, as they come."""
+    """A translation in pieces of text, as they are generated."""
 
     pieces: Iterator[str] = field(default_factory=lambda: iter(()))
     cut_source: bool = False  # the line did not fit the model
-    cut_translation: bool = False  # it had not ended at the length limit, which is known after the last piece
+    cut_translation: bool = False  # it had not ended at the length limit; known after the last piece
 
     def __iter__(self) -> Iterator[str]:
         return self.pieces
@@ -97,15 +97,15 @@ class Translator:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> Translator:
-        """From a checkpoint file or a training run's folder. Raises CheckpointError."""
+        """Load from a checkpoint file or a training run's folder. Raises CheckpointError."""
         checkpoint = read_checkpoint(path)
         return cls(load_model(checkpoint, choose_device(device)), *load_tokenizers(checkpoint))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "auto", shortlist: bool = False) -> Translator:
-        """From a folder with a Marian model and its vocabularies, or the model file in it (pretrained/find.py).
+        """Load from a folder with a Marian model and its vocabularies, or the model file in it (pretrained/find.py).
 
-        shortlist: choose among the target tokens that the folder's lexical shortlist has for the source alone. Raises PretrainedError.
+        shortlist: choose only among the target tokens in the folder's lexical shortlist for the source. Raises PretrainedError.
         """
         for name in PACKAGES:
             optional_module(name, "pretrained")
@@ -124,15 +124,15 @@ class Translator:
         return cls(model.to(choose_device(device)), source, target, "off")
 
     def translate(self, lines: Sequence[str], **options: Any) -> list[str]:
-        """Translations, one a line, in order; a blank line stays empty. Equal lines are translated once. options: as for
+        """One translation per line, in order; blank lines stay empty. Duplicate lines are translated once. options: as for
         `translations`."""
         return self.translations(lines, **options).lines
 
     def translations(self, lines: Sequence[str], *, beam: int = 1, n_best: int = 1, scores: bool = False, **options: Any) -> Translations:
-        """As `translate`, and what was cut: a line of more than max_len - 1 tokens, a translation that reached LENGTH_LIMIT or max_len.
+        """Like `translate`, and reports cuts: lines of more than max_len - 1 tokens, translations that reached LENGTH_LIMIT or max_len.
 
-        beam: 1 is greedy. n_best: how many candidates a line has, at most beam; with 1 there are none unless scores is True.
-        options: length_penalty, early_stopping, min_length, no_repeat_ngram of Transformer.beam_search; greedily, those of
+        beam: 1 is greedy. n_best: candidates per line, at most beam; with 1 there are none unless scores is True. options:
+        length_penalty, early_stopping, min_length, no_repeat_ngram of Transformer.beam_search; if greedy, those of
         Transformer.generate. Raises ValueError or TypeError, naming the argument.
         """
         beam = checked_integer_in("beam", beam, 1)
@@ -144,7 +144,7 @@ class Translator:
             if beam == n_best == 1 and not scores:
                 found |= zip(batch, self._greedy(src, options), strict=True)
             else:
-                # A beam of one that stops early is greedy.
+                # A beam of one with early stopping is greedy.
                 search = {"beam": beam, "n_best": n_best, "early_stopping": beam == 1} | options
                 found |= zip(batch, self._beam_search(src, search), strict=True)
         return Translations(
@@ -155,9 +155,9 @@ class Translator:
         )
 
     def stream(self, line: str, **options: Any) -> TextStream:
-        """The translation of one line in pieces of text, as they come; joined, they are the translation.
+        """The translation of one line, in pieces of text as they are generated; joined, they are the translation.
 
-        options: those of Transformer.stream, such as temperature. Raises ValueError or TypeError, naming the argument, at once.
+        options: those of Transformer.stream, such as temperature. Immediately raises ValueError or TypeError, naming the argument.
         """
         encoded = self._encoded(self.source_tokenizer, [" ".join(line.split())])
         if not encoded:
@@ -178,7 +178,7 @@ class Translator:
                     return
                 tokens.append(int(column))
                 [text] = self.target_tokenizer.decode([tokens])
-                # The bytes of one character may be several tokens.
+                # The bytes of one character may span several tokens.
                 if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                     yield text[len(shown) :]
                     shown = text
@@ -187,7 +187,7 @@ class Translator:
         return stream
 
     def log_probabilities(self, lines: Sequence[str], translations: Sequence[str]) -> list[float]:
-        """The log-probability of each line's given translation, its end with it, in order. ValueError if one does not fit the model."""
+        """The log-probability of each line's given translation, including its end. ValueError if one does not fit the model."""
         sentences = [" ".join(line.split()) for line in lines]
         sources, targets = self._encoded(self.source_tokenizer, sentences), self._encoded(self.target_tokenizer, translations)
         pairs = [(sources.get(s, []), targets.get(t, [])) for s, t in zip(sentences, translations, strict=True)]
@@ -203,9 +203,9 @@ class Translator:
         return [found[i] for i in range(len(pairs))]
 
     def alignment(self, line: str, translation: str) -> list[tuple[int, int]]:
-        """(word of the line, word of its translation) for each word of the translation, in its order; words end at white space.
+        """(word of the line, word of its translation) for each word of the translation, in order; words are split at whitespace.
 
-        A word goes with the one that the heads of the last layer, at its tokens, attend to the most.
+        Each word is aligned with the one that the last layer's heads, at its tokens, attend to the most.
         """
         words = [" ".join(line.split()), " ".join(translation.split())]
         if not all(words):
@@ -225,14 +225,14 @@ class Translator:
         return [(int(best), word) for word, best in enumerate(by_words.argmax(1))]
 
     def source_tokens(self, ids: list[int]) -> list[int]:
-        """An encoded sentence as the model reads it: cut at max_len - 1 tokens, with its end."""
+        """An encoded sentence as the model reads it: cut to max_len - 1 tokens, plus the end token."""
         return [*ids[: self.model.max_len - 1], self.model.eos_id]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return pad(rows, pad_id=self.model.pad_id).to(self.device)
 
     def _encoded(self, tokenizer: Tokenizer | Vocabulary, sentences: Sequence[str]) -> dict[str, list[int]]:
-        """The token ids of each different sentence that is not empty."""
+        """The token ids of each distinct nonempty sentence."""
         different = sorted(set(sentences) - {""})
         return dict(zip(different, tokenizer.encode(different), strict=True))
 
@@ -241,7 +241,7 @@ class Translator:
         return min(factor * src.shape[1] + constant, self.model.max_len)
 
     def _greedy(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
-        """One candidate a row, whose scores are not known."""
+        """One candidate per row, with unknown scores."""
         with autocast(self.device, self.precision):
             rows = self.model.generate(src, max_new_tokens=self._length_limit(src), **options).tolist()
         texts = self.target_tokenizer.decode(rows)
@@ -254,7 +254,7 @@ class Translator:
         return [[Candidate(next(texts), found.log_probability, found.score, found.ended) for found in row] for row in rows]
 
     def score(self, text: ParallelText) -> tuple[Scores, list[str]]:
-        """Translate `text.source` and compare with `text.target`; returns the translations too."""
+        """Translate `text.source` and compare with `text.target`; also returns the translations."""
         done = self.translations(text.source)
         remark = left_out_text(text.left_out)
         if done.cut_sources:
@@ -265,7 +265,7 @@ class Translator:
 
 
 def word_numbers(pieces: Sequence[str]) -> list[int]:
-    """Of each piece the word that it is in, counted from 0: a piece that starts with a space starts one, unless nothing came before."""
+    """The index of the word each piece is in. A piece that starts with a space starts a new word, unless nothing came before."""
     numbers: list[int] = []
     for piece in pieces:
         starts = piece.startswith(SPACE_SIGN)
@@ -274,7 +274,7 @@ def word_numbers(pieces: Sequence[str]) -> list[int]:
 
 
 def token_batches(lengths: Mapping[Key, int], batch_tokens: int) -> Iterator[list[Key]]:
-    """Keys of similar length together, shortest first, at most batch_tokens a batch with its padding, and one key at least."""
+    """Batches of keys of similar length, shortest first, of at most batch_tokens with padding, but at least one key."""
     batch: list[Key] = []
     for key in sorted(lengths, key=lengths.__getitem__):
         if batch and lengths[key] * (len(batch) + 1) > batch_tokens:
@@ -286,7 +286,7 @@ def token_batches(lengths: Mapping[Key, int], batch_tokens: int) -> Iterator[lis
 
 
 def score(translations: Sequence[str], references: Sequence[str]) -> Scores:
-    """sacreBLEU (Post 2018) with its default tokenizer and chrF2 (Popovic 2015); one reference a sentence."""
+    """sacreBLEU (Post 2018) with its default tokenizer, and chrF2 (Popovic 2015); one reference per sentence."""
     metrics = optional_module("sacrebleu.metrics")
     bleu, chrf = metrics.BLEU(), metrics.CHRF()
     hypotheses, reference_sets = list(translations), [list(references)]
