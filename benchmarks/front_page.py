@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .pictures import Style, log_ticks, new_figure, save, style_axes
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LENGTHS = {  # batch, heads, Lq, Lk, D of self-attention -> Lq
     "32, 8, 64, 64, 64": 64,
@@ -89,18 +91,6 @@ def one(found: Iterable[Row]) -> Row:
     return row
 
 
-class Style(NamedTuple):
-    """Colors of a picture."""
-
-    text: str
-    grid: str
-    features: dict[str, str]  # told apart by color-blind readers, and by their order
-
-
-STYLES = {
-    "light": Style("#1f2328", "#d8dee4", {"causal": "#0969da", "key padding": "#bc4c00", "float bias": "#1a7f37", "none": "#6e7781"}),
-    "dark": Style("#e6edf3", "#30363d", {"causal": "#58a6ff", "key padding": "#f0883e", "float bias": "#3fb950", "none": "#8b949e"}),
-}
 THREADS, PANELS = "2", ("fp32", "bf16")  # of the plot
 LABELS = {"causal": "causal", "key padding": "padding", "float bias": "float bias", "none": "no mask"}
 
@@ -124,29 +114,16 @@ def curves(text: str) -> list[Curve]:
 
 def plot(text: str, style: Style) -> Any:
     """Times as fast as torch by sequence length, a panel for each dtype."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained", facecolor="none")
+    figure = new_figure(9, 3.4)
     panels = dict(zip(PANELS, figure.subplots(1, len(PANELS)), strict=True))
+    colors = dict(zip(LABELS, style.curves, strict=True))
     for curve in curves(text):
         lengths, ratios = list(curve.ratios), list(curve.ratios.values())
-        panels[curve.dtype].plot(
-            lengths, ratios, color=style.features[curve.feature], marker="o", markersize=4, label=LABELS[curve.feature]
-        )
+        panels[curve.dtype].plot(lengths, ratios, color=colors[curve.feature], marker="o", markersize=4, label=LABELS[curve.feature])
     for dtype, axes in panels.items():
         axes.axhline(1, color=style.text, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(list(LENGTHS.values())))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda length, _: f"{length:.0f}")
-        axes.set_ylim(bottom=0)
-        axes.set_title(DTYPES[dtype], color=style.text, fontsize=11, loc="left")
-        axes.set_xlabel("sequence length", color=style.text)
-        axes.tick_params(length=0, colors=style.text)
-        axes.grid(axis="y", color=style.grid)
-        axes.set_facecolor("none")
-        axes.spines[:].set_visible(False)
+        log_ticks(axes, list(LENGTHS.values()), list(map(str, LENGTHS.values())))
+        style_axes(axes, style, DTYPES[dtype], "sequence length")
     panels["fp32"].set_ylabel("times as fast as torch", color=style.text)
     panels["fp32"].legend(frameon=False, labelcolor=style.text, ncols=2, loc="lower right")
     return figure
@@ -159,15 +136,10 @@ def data_of(text: str) -> str:
 
 
 def main() -> None:
-    import matplotlib
-
     results, folder = map(Path, sys.argv[1:])
     text = results.read_text()
     print(table(text))
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "speed", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        for name, style in STYLES.items():
-            plot(text, style).savefig(folder / f"speed-{name}.svg", metadata={"Date": None, "Description": data_of(text)})
+    save(lambda style: plot(text, style), folder, "speed", data_of(text))
 
 
 if __name__ == "__main__":

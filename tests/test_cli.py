@@ -123,13 +123,13 @@ class TestTrain:
 
     def test_ctrl_c_saves(self, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        original = Trainer._train_step
+        original = Trainer.train_step
 
         def interrupted(trainer: Trainer, *arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGINT)
             return original(trainer, *arguments)
 
-        monkeypatch.setattr(Trainer, "_train_step", interrupted)
+        monkeypatch.setattr(Trainer, "train_step", interrupted)
         try:
             assert cli.main(["train", str(tmp_path / "run"), "--data", str(data), *TINY]) == 130
         finally:

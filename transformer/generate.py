@@ -46,11 +46,16 @@ class Generation(nn.Module):
     eos_id: int
     max_len: int  # of sources and translations
     tgt_vocab: int
+    config: dict[str, Any]  # the arguments that build the same architecture
 
     def start_decoding(self, src: Tensor, capacity: int) -> tuple[Any, Any]:
         raise NotImplementedError
 
     def decode(self, tgt: Tensor, memory: Any, cache: Any) -> Tensor:
+        raise NotImplementedError
+
+    def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
+        """Attention weights of one forward pass, with "cross": (B, H, T, S), one entry for each decoder layer that reads the source."""
         raise NotImplementedError
 
     def generate(

@@ -1,4 +1,4 @@
-"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, score, export, demo, bench.
+"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, score, export, demo, compare, bench.
 
 A user's error is one line on stderr and exit status 2.
 """
@@ -154,6 +154,14 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier report and checkpoint")
     demo.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     demo.set_defaults(command=run_demo)
+
+    compare = commands.add_parser("compare", help="the Transformer beside recurrent models of the same size: speed and quality")
+    compare.add_argument("--grid", choices=("short", "full"), default="short", help="three minutes on a CPU, or an hour (default: short)")
+    compare.add_argument("--minutes", type=float, help="training time of a model (default: 0.3, with --grid full 4)")
+    compare.add_argument("--data", default="multi30k", help="folder with an English-French corpus, multi30k or libreoffice-help")
+    compare.add_argument("--output", type=Path, default=Path("compare"), help="folder for results and plots; one that was stopped goes on")
+    compare.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    compare.set_defaults(command=run_compare)
 
     bench = commands.add_parser(
         "bench", help="compare with torch on this machine, for ten minutes or --minutes; further arguments go to pytest"
@@ -317,11 +325,13 @@ def run_export(options: argparse.Namespace) -> None:
     import torch
 
     from ..export import export_programs
+    from ..model import Transformer
     from .output_files import atomic_write, claim_output_folder
 
     if options.shortlist:
         raise ValueError("--shortlist does not go with export: a program holds the whole vocabulary")
     translator = load_translator(options)
+    assert isinstance(translator.model, Transformer)
     claim_output_folder(options.output, EXPORTED_FILES, overwrite=options.overwrite)
     with heartbeat("exporting"):
         for name, program in zip((ENCODER, STEP), export_programs(translator.model), strict=True):
@@ -359,13 +369,26 @@ def run_demo(options: argparse.Namespace) -> None:
     demo.run_demo(options.output, minutes=options.minutes, data=options.data, overwrite=options.overwrite, device=options.device)
 
 
+def run_compare(options: argparse.Namespace) -> None:
+    comparison = benchmark_module("recurrence.compare")
+    grid, config = comparison.GRIDS[options.grid], replace(comparison.CONFIG, data=options.data)
+    if options.minutes is not None:
+        grid = replace(grid, minutes=options.minutes)
+    comparison.run_compare(options.output, grid, config, options.device)
+
+
+def benchmark_module(name: str) -> Any:
+    """A module of the benchmarks, which an installation may lack. ImportError."""
+    try:
+        return importlib.import_module(f"fused_attention.benchmarks.{name}".rstrip("."))
+    except ImportError as error:
+        raise ImportError(f"this installation has no benchmarks ({error}); run them from a checkout of the repository") from error
+
+
 def run_bench(options: argparse.Namespace) -> int:
     for module in ("pytest", "pytest_benchmark"):
         optional_module(module, "bench")
-    try:
-        benchmarks = importlib.import_module("fused_attention.benchmarks")
-    except ImportError as error:
-        raise ImportError(f"this installation has no benchmarks ({error}); run them from a checkout of the repository") from error
+    benchmarks = benchmark_module("")
     import pytest
 
     folder = Path(str(benchmarks.__file__)).parent

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..generate import Generation
 from ..model import Transformer
 from ..optional import optional_module
-from .batches import BatchSource, Position
+from .batches import Batch, BatchSource, Position
 from .checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -72,12 +74,17 @@ class Trainer:
         folder: Path,
         device: torch.device,
         tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
+        build: Callable[[], Generation] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """build: makes the model, for the vocabularies of `tokenizers`, in place of the Transformer that config describes.
+        clock: by which seconds and minutes are counted."""
+        self.clock = clock
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         self.source_tokenizer, self.target_tokenizer = tokenizers or train_tokenizers(config, corpus)
         torch.manual_seed(config.seed)
         arguments = config.model_arguments(len(self.source_tokenizer), len(self.target_tokenizer))
-        self.model = Transformer(**arguments).to(device)
+        self.model = (Transformer(**arguments) if build is None else build()).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             betas=(0.9, 0.98),  # beta2 and eps as in the paper
@@ -134,15 +141,15 @@ class Trainer:
         second Ctrl-C ends it at once.
         """
         seconds = self.history.seconds[-1] if self.history.seconds else 0.0
-        started = time.monotonic() - seconds
+        started = self.clock() - seconds
         batches = self.batches.from_position(self.position)
         self.model.train()
         with stop_on_interrupt() as interrupted, self._progress_bar() as bar:
             while (progress := self.progress(seconds)) < 1.0:
                 batch = next(batches)
-                self._unread_losses.append(self._train_step(batch.to(self.device), progress))
+                self._unread_losses.append(self.train_step(batch.to(self.device), progress))
                 self.history.tokens += batch.tokens()
-                self.history.seconds.append(time.monotonic() - started)
+                self.history.seconds.append(self.clock() - started)
                 if len(self._unread_losses) >= STEPS_PER_LOSS_READ:
                     self._read_losses()
                 if self.step % self.config.validate_every == 0:
@@ -150,7 +157,7 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
                 self._show_progress(bar)
-                seconds = time.monotonic() - started
+                seconds = self.clock() - started
                 if interrupted():
                     break
             self._read_losses()
@@ -171,7 +178,8 @@ class Trainer:
         assert self.config.minutes is not None
         return seconds / (60.0 * self.config.minutes)
 
-    def _train_step(self, batch: Any, progress: float) -> Tensor:
+    def train_step(self, batch: Batch, progress: float) -> Tensor:
+        """One optimizer step on a batch, at `progress` (0 to 1) through the run; the loss, on the device."""
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, progress)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_integer_in
+from ..generate import Generation
 from ..model import Transformer
 from ..optional import optional_module
 from ..pretrained.find import PACKAGES, PretrainedError, model_files
@@ -85,7 +86,7 @@ class Translator:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Generation,
         source_tokenizer: Tokenizer | Vocabulary,
         target_tokenizer: Tokenizer | Vocabulary,
         precision: str = "auto",

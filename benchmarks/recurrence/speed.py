@@ -1,0 +1,63 @@
+"""Training steps and greedy decoding of sentences of one length, in rounds in which every model has its turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ...transformer.generate import Generation
+from ...transformer.translation.batches import Batch
+from ...transformer.translation.tokenizer import SPECIAL_IDS
+from ...transformer.translation.train import Trainer
+
+BATCH_TOKENS = 2560
+
+Clock = Callable[[], float]  # seconds
+
+
+def fair_clock(device: torch.device) -> Clock:
+    """The processor's own time where one thread does all work, so that other work on the machine hardly counts; else time as it goes by."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.monotonic
+
+
+def training_speed(trainers: Mapping[str, Trainer], length: int, rounds: int, clock: Clock) -> dict[str, float]:
+    """Source and target tokens a second in training steps of sentences of `length` tokens, BATCH_TOKENS of them or one pair.
+
+    The trainers' models learn from random tokens.
+    """
+    some = next(iter(trainers.values()))
+    rows = max(1, BATCH_TOKENS // (2 * length))
+    src, tgt_in, tgt_out = (random_tokens(rows, length, some.model).to(some.device) for _ in range(3))
+    batch = Batch(src, tgt_in, tgt_out)
+    for trainer in trainers.values():
+        trainer.model.train()
+    steps = {name: lambda trainer=trainer: trainer.train_step(batch, 0.5).item() for name, trainer in trainers.items()}
+    return {name: batch.tokens() / seconds for name, seconds in median_seconds(steps, rounds, clock).items()}
+
+
+def decoding_milliseconds(
+    models: Mapping[str, Generation], length: int, rounds: int, device: torch.device, clock: Clock
+) -> dict[str, float]:
+    """For one sentence of `length` tokens, greedily translated into as many."""
+    src = random_tokens(1, length, next(iter(models.values()))).to(device)
+    runs = {name: lambda model=model: model.generate(src, length, min_length=length).cpu() for name, model in models.items()}
+    return {name: 1000 * seconds for name, seconds in median_seconds(runs, rounds, clock).items()}
+
+
+def random_tokens(rows: int, length: int, model: Generation) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(len(SPECIAL_IDS), model.tgt_vocab, (rows, length), generator=generator)
+
+
+def median_seconds(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
+    """Of `rounds` rounds after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            started = clock()
+            run()
+            seconds[name].append(clock() - started)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
