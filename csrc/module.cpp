@@ -176,6 +176,25 @@ PyObject* cpu_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_argu
   });
 }
 
+// cpu_linear(num_threads, x, x_row, weight, weight_row, bias, out, rows, in_features, out_features)
+PyObject* cpu_linear(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
+  return with_python_errors([&] {
+    std::array<int64_t, 10> given;
+    if (num_arguments != static_cast<Py_ssize_t>(given.size())) throw py::type_error("cpu_linear takes ten integers");
+    for (size_t i = 0; i < given.size(); ++i) given[i] = PyLong_AsLongLong(arguments[i]);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    cpu::Linear linear = {};
+    linear.x = reinterpret_cast<const float*>(given[1]), linear.x_row = given[2];
+    linear.weight = reinterpret_cast<const float*>(given[3]), linear.weight_row = given[4];
+    linear.bias = reinterpret_cast<const float*>(given[5]), linear.out = reinterpret_cast<float*>(given[6]);
+    linear.rows = given[7], linear.in_features = given[8], linear.out_features = given[9];
+    if (linear.rows > cpu::Linear::kMaxRows) throw std::invalid_argument("cpu_linear takes at most 64 rows");
+    const py::gil_scoped_release released;
+    cpu::linear(linear, static_cast<int>(given[0]));
+    return Py_NewRef(Py_None);
+  });
+}
+
 void cpu_weights(const py::bytes& problem, int num_threads, const Addresses& addresses, bool average_heads) {
   AttentionProblem weights = placed(problem.ptr(), addresses);
   weights.average_heads = average_heads;
@@ -289,6 +308,7 @@ PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arg
 PyMethodDef raw_functions[] = {
     raw_definition("cpu_forward", cpu_forward, "Writes out and lse of a problem."),
     raw_definition("cuda_forward", cuda_forward, "Launches the forward kernels, or returns how many bytes of workspace they need."),
+    raw_definition("cpu_linear", cpu_linear, "Writes x weight^T + bias for a few rows of x."),
 };
 
 }  // namespace

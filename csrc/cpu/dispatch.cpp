@@ -25,6 +25,7 @@ constexpr size_t kPage = 4096;
 constexpr int64_t kRangesPerThread = 4;
 // Below this many multiply-adds, waking other threads costs more than it saves.
 constexpr double kSerialWork = 1 << 18;
+constexpr int64_t kColumnBlock = 16;  // of a linear layer's result, a cache line, that one thread writes
 
 #if defined(__x86_64__)
 const KernelTable& amx_kernels() {
@@ -169,6 +170,20 @@ void backward(const AttentionProblem& problem, int num_threads) {
 
 void weights(const AttentionProblem& problem, int num_threads) {
   run(selected_table().weights[static_cast<int>(problem.dtype)], problem, num_threads);
+}
+
+void linear(const Linear& linear, int num_threads) {
+  const auto run_columns = selected_table().linear;
+  const int64_t num_blocks = (linear.out_features + kColumnBlock - 1) / kColumnBlock;
+  const double work = static_cast<double>(linear.rows) * static_cast<double>(linear.in_features) * static_cast<double>(linear.out_features);
+  if (num_threads <= 1 || num_blocks <= 1 || work < kSerialWork) return run_columns(linear, 0, linear.out_features);
+  const int64_t num_shares = std::min<int64_t>(num_threads, num_blocks);
+#pragma omp parallel num_threads(static_cast<int>(num_shares))
+  {
+    const int64_t share = omp_get_thread_num();
+    run_columns(linear, num_blocks * share / num_shares * kColumnBlock,
+                std::min(num_blocks * (share + 1) / num_shares * kColumnBlock, linear.out_features));
+  }
 }
 
 }  // namespace fused_attention::cpu

@@ -18,5 +18,6 @@ const KernelTable& selected_table();
 void forward(const AttentionProblem& problem, int num_threads);
 void backward(const AttentionProblem& problem, int num_threads);
 void weights(const AttentionProblem& problem, int num_threads);
+void linear(const Linear& linear, int num_threads);
 
 }  // namespace fused_attention::cpu

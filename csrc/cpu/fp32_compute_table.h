@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "kernel_table.h"
+#include "linear.h"
 #include "weights.h"
 
 namespace fused_attention::cpu::FA_ISA {
@@ -18,7 +19,8 @@ constexpr KernelTable fp32_compute_table(const char* name) {
            {plan_backward<float16_t>, run_backward<float16_t>}},
           {{plan_weights<float>, run_weights<float>},
            {plan_weights<bfloat16_t>, run_weights<bfloat16_t>},
-           {plan_weights<float16_t>, run_weights<float16_t>}}};
+           {plan_weights<float16_t>, run_weights<float16_t>}},
+          run_linear};
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

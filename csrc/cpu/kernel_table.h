@@ -20,9 +20,20 @@ struct Kernel {
   void (*run)(const AttentionProblem&, const Plan&, int64_t first_task, int64_t last_task, char* scratch);
 };
 
+// out (rows, out_features) = x (rows, in_features) * weight (out_features, in_features)^T + bias (out_features,) or 0
+struct Linear {
+  static constexpr int64_t kMaxRows = 64;
+
+  const float *x, *weight, *bias;
+  float* out;
+  int64_t rows, in_features, out_features;
+  int64_t x_row, weight_row;  // elements from one row to the next
+};
+
 struct KernelTable {
   const char* name;
   Kernel forward[3], backward[3], weights[3];  // indexed by Dtype
+  void (*linear)(const Linear&, int64_t first_column, int64_t last_column);
 };
 
 extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels;  // x86-64 has all three, other machines only kBaseKernels
