@@ -91,6 +91,11 @@ def reaches_kernels(problem: Problem, *others: Tensor) -> bool:
     return _takes_cheap_path(problem) and all(map(_is_plain, others))
 
 
+def reach_kernels(*tensors: Tensor) -> bool:
+    """The same of any tensors."""
+    return not _is_watched() and all([_is_plain(tensor) for tensor in tensors])
+
+
 def _transformed(problem: Problem) -> bool:
     """Whether functorch or forward-mode differentiation is active, or a tensor is one of their zero tensors without memory; if so, the
     reference runs."""
@@ -105,9 +110,14 @@ def _differentiates_otherwise() -> bool:
 
 
 def _takes_cheap_path(problem: Problem) -> bool:
-    if torch.compiler.is_compiling() or num_dispatch_modes() > 0 or _differentiates_otherwise():
+    if _is_watched():
         return False
     return all([tensor is None or _is_plain(tensor) for tensor in (*problem.inputs, *problem.optional_tensors())])
+
+
+def _is_watched() -> bool:
+    """Whether anything besides plain eager mode must see the operators that run."""
+    return torch.compiler.is_compiling() or num_dispatch_modes() > 0 or _differentiates_otherwise()
 
 
 def _is_plain(tensor: Tensor) -> bool:

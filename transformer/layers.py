@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
 from ..kernels.torch_internals import functorch_interpreter
 from .cache import LayerCache
+from .linear import Linear, linear
 from .ssru import SSRU
 
 
@@ -57,7 +58,7 @@ class _PackedAttention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,7 +83,7 @@ class SelfAttention(_PackedAttention):
     """Multi-head attention of a sequence to itself, with one projection into a packed (B, L, 3, H, D) buffer."""
 
     def project(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, **options: Any) -> Tensor:
         """x (B, L, d_model) -> (B, L, d_model). With a cache, x attends to everything cached and to itself.
@@ -112,12 +113,12 @@ class CrossAttention(_PackedAttention):
         sizes = [self.d_model, 2 * self.d_model]
         weight_q, weight_kv = self.in_proj_weight.split(sizes)
         bias_q, bias_kv = self.in_proj_bias.split(sizes)
-        query = F.linear(x, weight_q, bias_q).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        query = linear(x, weight_q, bias_q).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         if memory.ndim == 5:
             return query, memory
         if cache is not None and cache.cross_kv is not None:
             return query, cache.cross_kv
-        kv = F.linear(memory, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
+        kv = linear(memory, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
         if cache is not None:
             cache.cross_kv = kv
         return query, kv
@@ -138,7 +139,7 @@ class CrossAttention(_PackedAttention):
     def keys_values(self, memory: Tensor) -> Tensor:
         """The packed keys and values (B, S, 2, H, D) of memory (B, S, d_model)."""
         weight, bias = self.in_proj_weight[self.d_model :], self.in_proj_bias[self.d_model :]
-        return F.linear(memory, weight, bias).unflatten(-1, (2, self.num_heads, self.head_dim))
+        return linear(memory, weight, bias).unflatten(-1, (2, self.num_heads, self.head_dim))
 
     def weights(self, x: Tensor, memory: Tensor, **options: Any) -> Tensor:
         """The attention weights (B, H, L, S) of forward(x, memory, **options), before dropout."""
@@ -156,13 +157,13 @@ class _Layer(nn.Module):
         self.dropout = dropout
         self.norm_first = norm_first
         self.self_attn: nn.Module = SelfAttention(d_model, num_heads, dropout)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.linear1 = Linear(d_model, dim_feedforward)
+        self.linear2 = Linear(dim_feedforward, d_model)
         self.norm1 = nn.LayerNorm(d_model, eps)
         self.norm2 = nn.LayerNorm(d_model, eps)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         # relu(dropout(h)) == dropout(relu(h)); in this order autograd saves one fewer (B, L, dim_feedforward) tensor.

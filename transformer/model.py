@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
@@ -24,6 +23,7 @@ from .layers import (
     EncoderLayer,
     SelfAttention,
 )
+from .linear import Linear, linear
 from .memory import Candidates, Memory, Padding
 from .optional import optional_module
 
@@ -115,7 +115,7 @@ class Transformer(Generation):
         self.decoder = Decoder([DecoderLayer(*sizes, decoder_cell) for _ in range(num_decoder_layers)], norms[1])
         if memory_layers == "mixed":
             self.memory_mix = nn.Parameter(torch.zeros(num_decoder_layers, num_encoder_layers))
-        self.output = None if tie_weights else nn.Linear(d_model, tgt_vocab)
+        self.output = None if tie_weights else Linear(d_model, tgt_vocab)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output.weight)
             nn.init.zeros_(self.output.bias)
@@ -196,8 +196,8 @@ class Transformer(Generation):
     def project(self, states: Tensor, candidates: Candidates | None = None) -> Tensor:
         """Decoder states (..., d_model) -> logits (..., tgt_vocab), -inf for tokens not among the candidates."""
         if candidates is None:
-            return F.linear(states, *self._output_parameters())
-        logits = F.linear(states, candidates.weight, candidates.bias)
+            return linear(states, *self._output_parameters())
+        logits = linear(states, candidates.weight, candidates.bias)
         return logits.new_full((*states.shape[:-1], self.tgt_vocab), -torch.inf).index_copy_(-1, candidates.tokens, logits)
 
     def _output_parameters(self) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import LayerCache
+from .linear import Linear
 
 
 class SSRU(nn.Module):
@@ -19,8 +20,8 @@ class SSRU(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.input = nn.Linear(d_model, d_model, bias=False)
-        self.forget = nn.Linear(d_model, d_model)
+        self.input = Linear(d_model, d_model, bias=False)
+        self.forget = Linear(d_model, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -173,6 +173,7 @@ void weights(const AttentionProblem& problem, int num_threads) {
 }
 
 void linear(const Linear& linear, int num_threads) {
+  if (linear.rows <= 0) return;
   const auto run_columns = selected_table().linear;
   const int64_t num_blocks = (linear.out_features + kColumnBlock - 1) / kColumnBlock;
   const double work = static_cast<double>(linear.rows) * static_cast<double>(linear.in_features) * static_cast<double>(linear.out_features);

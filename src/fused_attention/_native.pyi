@@ -34,6 +34,21 @@ def address_names() -> list[str]:
 def cpu_forward(problem: bytes, num_threads: int, /, *addresses: int) -> None:
     """Writes out and lse."""
 
+def cpu_linear(
+    num_threads: int,
+    x: int,
+    x_row: int,
+    weight: int,
+    weight_row: int,
+    bias: int,
+    out: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    /,
+) -> None:
+    """Writes out (rows, out_features) = x weight^T + bias, all float32, for at most 64 rows; x_row and weight_row are strides."""
+
 def cpu_weights(problem: bytes, num_threads: int, addresses: tuple[int, ...], average_heads: bool, /) -> None:
     """Writes the weights after dropout, or their mean over heads, to `out`."""
 
