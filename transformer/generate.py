@@ -166,7 +166,7 @@ class Generation(nn.Module):
         if prefix is not None and isinstance(prefix, Tensor) and prefix.ndim == 2:
             prefix = prefix.repeat_interleave(beam, 0)
         max_new_tokens, constraints = self._checked(src, max_new_tokens, min_length, no_repeat_ngram, prefix, beam)
-        penalties = _penalties(length_penalty, max_new_tokens)
+        penalties = length_penalties(length_penalty, max_new_tokens)
         with evaluating(self), torch.no_grad():
             return BeamSearch(self, constraints, penalties, beam, n_best, early_stopping).run(src)
 
@@ -248,7 +248,7 @@ def _best_token(scores: Tensor) -> Tensor:
     return scores.max(-1, keepdim=True).indices  # faster than argmax
 
 
-def _penalties(length_penalty: LengthPenalty, max_length: int) -> list[float]:
+def length_penalties(length_penalty: LengthPenalty, max_length: int) -> list[float]:
     """What sums of 1, 2, ... max_length tokens are divided by."""
     if callable(length_penalty):
         penalties = [checked_number("length_penalty's value", length_penalty(length)) for length in range(1, max_length + 1)]

@@ -1,7 +1,7 @@
 """The demonstration: from text to a translating Transformer and a report, in one go, on whatever the machine has.
 
-1. Say what the machine is. 2. Get parallel text. 3. Train for a time budget. 4. Score on held-out text and translate ten
-unseen sentences. 5. Swap the attention of a stock torch.nn.Transformer. 6. Write report.html.
+1. Say what the machine is, and show what a pretrained model does, if there is one. 2. Get parallel text. 3. Train for a time budget.
+4. Score on held-out text and translate ten unseen sentences. 5. Swap the attention of a stock torch.nn.Transformer. 6. Write report.html.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ..embedding import sinusoidal_positions
-from ..optional import optional_module
-from . import plots, report
+from ..optional import MissingModuleError, optional_module
+from ..pretrained.find import PretrainedError, installed_model
+from . import how_it_works, plots, report
 from .checkpoint import CHECKPOINT_NAME
 from .corpora import load_corpus
 from .data import DATA_VARIABLE, Corpus, DataError
@@ -24,18 +25,19 @@ from .machine import backend_lines, choose_device, machine_facts, machine_report
 from .output_files import atomic_write, claim_output_folder
 from .swap_demo import SwapResult, swap_attention
 from .terminal import heartbeat
-from .tokenizer import BOS_ID, EOS_ID
 from .train import Trainer, TrainingError
 from .training_config import TrainingConfig
 from .translate import Scores, Translator
 
 REPORT_NAME = "report.html"
 LANGUAGES = {"en": "English", "fr": "French", "de": "German", "cs": "Czech"}
-DEFAULT_MINUTES = {"cpu": 10.0, "cuda": 3.0}
+DEFAULT_MINUTES = {"cpu": 4.0, "cuda": 3.0}
+PRETRAINED = "en-pt"
+PRETRAINED_LINES = ("Attention is all you need.", "The weather was so good that we had lunch in the garden.")
 NUM_EXAMPLES = 10
 # Long sentences of the help pages would take most of a short budget.
 HELP_MAX_WORDS = 20
-# Imported before the work starts, so that a missing one does not show after ten minutes of training.
+# Imported before the work starts, so that a missing one does not show after minutes of training.
 NEEDED_MODULES = ("sentencepiece", "safetensors", "tqdm", "sacrebleu", "matplotlib")
 
 
@@ -58,6 +60,7 @@ def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = N
     chosen = choose_device(device)
     claim_output_folder(folder, (REPORT_NAME, CHECKPOINT_NAME), overwrite=overwrite)
     print(machine_report(), flush=True)
+    show_pretrained(device)
 
     with heartbeat("getting the text"):
         corpus = load_corpus(data) if data is not None else find_corpus()
@@ -91,6 +94,19 @@ def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = N
         atomic_write(path, demo_report(trainer, translator, test_name, scores, examples, swap).encode())
     print(f"\nreport: {path}\ntranslate more: fused-attention translate {folder} < text.{corpus.source_language}")
     return path
+
+
+def show_pretrained(device: str) -> None:
+    """Print some translations by a pretrained model, or in a line why there is none."""
+    try:
+        with heartbeat("loading a pretrained model"):
+            translator = Translator.from_pretrained(installed_model(PRETRAINED), device)
+    except (MissingModuleError, PretrainedError) as error:
+        print(f"\nno pretrained model to show: {error}", flush=True)
+        return
+    print(f"\na pretrained model, {PRETRAINED}")
+    for line, translation in zip(PRETRAINED_LINES, translator.translate(PRETRAINED_LINES, beam=4), strict=True):
+        print(f"  {line}\n  -> {translation}", flush=True)
 
 
 def find_corpus() -> Corpus:
@@ -178,15 +194,11 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
         report.section(
             "Learning",
             "Loss of every training step and its running mean; cross entropy on held-out sentences.",
-            report.figures([report.Picture("Loss by optimizer step", plots.png(plots.loss_curve(history)))]),
+            report.figures([report.Picture("Loss by optimizer step", plots.svg(plots.loss_curve(history)))]),
         ),
-        report.section(
-            "Where it looks",
-            f"Attention weights for “{example.source}” and its translation “{example.translation}”. Each row of a panel "
-            "is a token and shows over which tokens its attention is spread; darker is more. "
-            "A dot marks a piece that continues a word.",
-            report.figures(attention_pictures(translator, example)),
-        ),
+        how_it_works.one_word(translator, example.source, example.translation),
+        how_it_works.beams(translator, example.source),
+        how_it_works.where_it_looks(translator, example.source, example.translation),
         report.section(
             "How it knows the order of words",
             "Attention alone ignores order, so these waves, a different mix at every position, are added to the embeddings.",
@@ -194,7 +206,7 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
                 [
                     report.Picture(
                         "Sinusoidal positional encoding",
-                        plots.png(plots.positional_encoding(sinusoidal_positions(100, config.d_model))),
+                        plots.svg(plots.positional_encoding(sinusoidal_positions(100, config.d_model))),
                     )
                 ]
             ),
@@ -212,31 +224,3 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
         f"to translate {source} to {target}."
     )
     return report.page("A Transformer that translates", lead, tiles, sections)
-
-
-def attention_pictures(translator: Translator, example: Example) -> list[report.Picture]:
-    """Attention maps of all layers and heads for a sentence and its translation by the model, each cut at the model's max_len."""
-    (source,), (target,) = (
-        translator.source_tokenizer.encode([example.source]),
-        translator.target_tokenizer.encode([example.translation]),
-    )
-    src, tgt = translator.source_tokens(source), [BOS_ID, *target][: translator.model.max_len]
-    maps = translator.model.attention_maps(torch.tensor([src], device=translator.device), torch.tensor([tgt], device=translator.device))
-    source_labels = readable_pieces(translator.source_tokenizer.pieces(src))
-    read_labels = readable_pieces(translator.target_tokenizer.pieces(tgt))
-    written_labels = readable_pieces(translator.target_tokenizer.pieces([*target, EOS_ID][: len(tgt)]))
-    kinds = {
-        "encoder": ("Encoder: each source token looks at the source", source_labels, source_labels),
-        "decoder_self": ("Decoder: each token of the translation looks at itself and those before it", read_labels, read_labels),
-        "cross": ("Cross-attention: writing each token of the translation (rows), it looks at the source", written_labels, source_labels),
-    }
-    return [
-        report.Picture(caption, plots.png(plots.attention_grid([layer[0].cpu() for layer in maps[kind]], queries, keys)))
-        for kind, (caption, queries, keys) in kinds.items()
-    ]
-
-
-def readable_pieces(pieces: list[str]) -> list[str]:
-    """Labels of BPE pieces: begin and end as words, "▁" at the start of a word left out, continuations with a dot."""
-    names = {"<s>": "[begin]", "</s>": "[end]"}
-    return [names.get(piece) or (piece[1:] or "▁" if piece.startswith("▁") else f"·{piece}") for piece in pieces]

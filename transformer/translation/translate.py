@@ -165,7 +165,7 @@ class Translator:
             return TextStream()
         (ids,) = encoded.values()
         src = self._padded([self.source_tokens(ids)])
-        columns = self.model.stream(src, self._length_limit(src), **options)
+        columns = self.model.stream(src, self.length_limit(src), **options)
         stream = TextStream(cut_source=len(ids) >= self.model.max_len)
 
         def pieces() -> Iterator[str]:
@@ -237,20 +237,21 @@ class Translator:
         different = sorted(set(sentences) - {""})
         return dict(zip(different, tokenizer.encode(different), strict=True))
 
-    def _length_limit(self, src: Tensor) -> int:
+    def length_limit(self, src: Tensor) -> int:
+        """The most tokens of a translation of src (B, S)."""
         factor, constant = LENGTH_LIMIT
         return min(factor * src.shape[1] + constant, self.model.max_len)
 
     def _greedy(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
         """One candidate per row, with unknown scores."""
         with autocast(self.device, self.precision):
-            rows = self.model.generate(src, max_new_tokens=self._length_limit(src), **options).tolist()
+            rows = self.model.generate(src, max_new_tokens=self.length_limit(src), **options).tolist()
         texts = self.target_tokenizer.decode(rows)
         return [[Candidate(text, math.nan, math.nan, self.model.eos_id in row)] for text, row in zip(texts, rows, strict=True)]
 
     def _beam_search(self, src: Tensor, options: dict[str, Any]) -> list[list[Candidate]]:
         with autocast(self.device, self.precision):
-            rows = self.model.beam_search(src, max_new_tokens=self._length_limit(src), **options)
+            rows = self.model.beam_search(src, max_new_tokens=self.length_limit(src), **options)
         texts = iter(self.target_tokenizer.decode([found.tokens for row in rows for found in row]))
         return [[Candidate(next(texts), found.log_probability, found.score, found.ended) for found in row] for row in rows]
 
