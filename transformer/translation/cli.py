@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(command=run_export)
 
     demo = commands.add_parser("demo", help="train, translate and write a report, in one go")
-    demo.add_argument("--minutes", type=float, help="training time (default: 10 on a CPU, 3 on a GPU)")
+    demo.add_argument("--minutes", type=float, help="training time (default: 4 on a CPU, 3 on a GPU)")
     demo.add_argument("--data", help="folder with an English-French corpus, multi30k or libreoffice-help (default: what can be had)")
     demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for report and checkpoint (default: demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier report and checkpoint")
