@@ -1,4 +1,4 @@
-"""Plots for the pages: SVG files for a light and a dark background, which carry their numbers as a description."""
+"""Plots for the docs: SVG files for light and dark backgrounds, which contain their numbers as a description."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Style(NamedTuple):
 
     text: str
     grid: str
-    curves: tuple[str, ...]  # told apart by color-blind readers, and by their order
+    curves: tuple[str, ...]  # distinguishable for color-blind readers
 
 
 STYLES = {
@@ -22,14 +22,14 @@ STYLES = {
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Without a background, sizes in inches."""
+    """A figure without a background; sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="none")
 
 
 def style_axes(axes: Any, style: Style, title: str, x_label: str) -> None:
-    """A vertical axis from 0, with a grid and no frame."""
+    """The y axis starts at 0, with grid lines and no frame."""
     axes.set_ylim(bottom=0)
     axes.set_title(title, color=style.text, fontsize=11, loc="left")
     axes.set_xlabel(x_label, color=style.text)
@@ -40,7 +40,7 @@ def style_axes(axes: Any, style: Style, title: str, x_label: str) -> None:
 
 
 def log_ticks(axes: Any, ticks: list[float], labels: list[str]) -> None:
-    """A logarithmic horizontal axis with these ticks alone."""
+    """A logarithmic x axis with only these ticks."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     axes.set_xscale("log", base=2)
@@ -50,7 +50,7 @@ def log_ticks(axes: Any, ticks: list[float], labels: list[str]) -> None:
 
 
 def save(plot: Callable[[Style], Any], folder: Path, name: str, description: str) -> list[Path]:
-    """Writes folder/NAME-light.svg and NAME-dark.svg, the same bytes for the same numbers."""
+    """Write folder/NAME-light.svg and NAME-dark.svg; the same numbers give the same bytes."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,9 @@ class TestModels:
         assert max(counts) / min(counts) <= 1.05
 
     def test_no_width_fits(self) -> None:
-        with pytest.raises(ValueError, match=r"LSTM has [\d,]+ parameters where the Transformer has [\d,]+: more than 5 % apart"):
+        with pytest.raises(
+            ValueError, match=r"LSTM has [\d,]+ parameters where the Transformer has [\d,]+: more than 5 % apart at any width"
+        ):
             builders(tiny_config(Path("corpus"), d_model=48), 60, 60)
 
 
@@ -122,12 +124,12 @@ class TestComparison:
         assert trained == [LSTMEncoderDecoder]
         assert journal.read_text().startswith("".join(kept))
         assert json.loads(journal.read_text().splitlines()[-1])["key"] == json.loads(missing)["key"]
-        assert f"going on with {journal}" in capsys.readouterr().err
+        assert f"continuing {journal}" in capsys.readouterr().err
         assert len(list(tmp_path.glob("*.svg"))) == 4
 
     def test_a_folder_with_other_settings_is_left_alone(self, finished: Path, config: TrainingConfig) -> None:
         before = (finished / compare.RESULTS_NAME).read_bytes()
-        with pytest.raises(ValueError, match="of a comparison with other settings; choose another folder"):
+        with pytest.raises(ValueError, match="holds a comparison with other settings; choose another folder"):
             compare.run_compare(finished, replace(GRID, rounds=2), config, "cpu")
         assert (finished / compare.RESULTS_NAME).read_bytes() == before
 
@@ -136,7 +138,7 @@ class TestComparison:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Trainer, "run", interrupt)
-        with pytest.raises(KeyboardInterrupt, match=r"results\.jsonl keeps what was measured, and the same command goes on"):
+        with pytest.raises(KeyboardInterrupt, match=r"the results so far are in .*results.jsonl; to continue, repeat the command"):
             compare.run_compare(tmp_path, GRID, config, "cpu")
         assert len(Journal(tmp_path / compare.RESULTS_NAME).results) == 5
 
@@ -175,9 +177,10 @@ class TestCommand:
 
 
 RESULTS = {
+    ("run",): {"models": {name: {"parameters": 1234, "config": {"d_model": 32}} for name in curves.MODELS}},
     ("training", 8): {"Transformer": 100.0, "SSRU decoder": 90.0, "LSTM": 1200.0},
     ("training", 16): {"Transformer": 300.0, "SSRU decoder": 200.0, "LSTM": 100.0},
-    ("bleu", "LSTM", 0, "1"): {"bleu": 10.0, "pairs": 5000},
+    ("bleu", "LSTM", 0, "1"): {"bleu": 10.0, "pairs": 5000, "steps": 70, "tokens": 90000, "seconds": 60.0, "cross_entropy": 2.5},
     ("bleu", "LSTM", 0, "0.5"): {"bleu": 4.0, "pairs": 5000},
     ("bleu", "LSTM", 1000, "1"): {"bleu": 7.0, "pairs": 1000},
     ("bleu", "Transformer", 0, "0.5"): {"bleu": 3.0, "pairs": 5000},
@@ -187,6 +190,8 @@ RESULTS = {
 class TestTablesAndPlots:
     def test_tables(self) -> None:
         text = curves.tables(RESULTS)
+        assert "| Transformer | 1,234 | 32 | - | - | - |\n| SSRU decoder | 1,234 | 32 | - | - | - |\n" in text
+        assert "| LSTM | 1,234 | 32 | 70 | 1,500 | 2.50 |\n" in text
         assert "| tokens a second, by tokens in a sentence | 8 | 16 |\n" in text
         assert "| LSTM | 1,200 | 100 |\n" in text
         assert "| BLEU, by minutes of training | 0.5 | 1 |\n" in text
@@ -209,7 +214,7 @@ class TestTablesAndPlots:
         minutes, pairs = curves.plot(qualities, STYLES["light"]).axes
         assert minutes.lines[2].get_xydata().tolist() == [[0.5, 4], [1, 10]]
         assert pairs.lines[2].get_xydata().tolist() == [[1000, 7], [5000, 10]]
-        assert pairs.get_title(loc="left") == "Quality by training set, 1 minutes"
+        assert pairs.get_title(loc="left") == "Quality by size of the training set, 1 min"
         paths = curves.draw(RESULTS, tmp_path)
         assert [path.name for path in paths] == [f"recurrence-{n}-{b}.svg" for n in ("speed", "quality") for b in ("light", "dark")]
         assert "LSTM 8: 1200, 16: 100" in paths[0].read_text()
@@ -219,6 +224,7 @@ class TestTablesAndPlots:
 def test_the_page_shows_the_recorded_run(tmp_path: Path) -> None:
     results = Journal(RECORDED[-1]).results
     page = (ROOT / "docs/recurrence.md").read_text()
+    assert curves.model_table(results) in page
     for group in curves.panels(results).values():
         for panel in group:
             assert curves.table(panel) in page

@@ -55,7 +55,7 @@ class Generation(nn.Module):
         raise NotImplementedError
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
-        """Attention weights of one forward pass, with "cross": (B, H, T, S), one entry for each decoder layer that reads the source."""
+        """The attention weights of one forward pass; "cross" holds (B, H, T, S) for each attention to the source."""
         raise NotImplementedError
 
     def generate(

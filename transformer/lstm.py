@@ -1,4 +1,4 @@
-"""Translation without a Transformer: an LSTM encoder-decoder with attention, searched in the same way (search.py)."""
+"""An LSTM encoder-decoder with attention, to compare with the Transformer; trained and searched by the same code (search.py)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ LSTMState = tuple[Tensor, Tensor]  # hidden and cell states, (num_layers, R, d_m
 class LSTMEncoderDecoder(Generation):
     """The encoder-decoder of Luong et al. 2015 ("Effective Approaches to Attention-based Neural Machine Translation"), batch-first.
 
-    1. A bidirectional LSTM reads the source; both directions together are d_model wide.
-    2. Another LSTM, begun with the encoder's last states, reads the translation: states h (T, d_model).
-    3. Global attention with the score "general", h_t W_a e_s, averages the encoder's outputs e: contexts c (T, d_model).
-    4. tanh(W_c [c_t; h_t]) goes to the projection onto the vocabulary.
-    Attention is not fed back into the LSTM (no input feeding, their section 3.3), so that the LSTM takes a whole translation in one call
-    when it is trained.
+    1. A bidirectional LSTM reads the source and gives e (S, d_model), half of it from each direction.
+    2. Another LSTM, which starts from the encoder's final state, reads the translation and gives h (T, d_model).
+    3. Global attention with the "general" score, h_t W_a e_s, averages e into contexts c (T, d_model).
+    4. tanh(W_c [c_t; h_t]) is projected onto the vocabulary.
+    There is no input feeding (section 3.3 of the paper), so in training the decoder LSTM processes the whole target in one call.
 
-    num_layers: of either LSTM. dropout: probability for embeddings, between the layers of an LSTM, and before the projection.
-    tie_weights: the projection is the target embedding's matrix, without a bias, and the source embedding too if src_vocab == tgt_vocab.
+    num_layers: of each LSTM. dropout: probability for the embeddings, between the layers of each LSTM, and before the projection.
+    tie_weights: the target embedding's matrix is also the projection, without a bias, and the source embedding if src_vocab == tgt_vocab.
     max_len, pad_id, bos_id, eos_id: as in Transformer. Sources are padded on the right.
 
     `config` holds these arguments. Raises ValueError or TypeError, naming the argument.
@@ -76,7 +75,7 @@ class LSTMEncoderDecoder(Generation):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings as in TokenEmbedding, so that a tied projection starts as the Transformer's does; LSTMs as torch does."""
+        """Embeddings start as in TokenEmbedding, so that a tied projection starts like the Transformer's; LSTMs start as in torch."""
         for embedding in (self.tgt_embedding, self.src_embedding):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=self.d_model**-0.5)
@@ -103,7 +102,7 @@ class LSTMEncoderDecoder(Generation):
         if src.numel() == 0:
             state = embedded.new_zeros(2, self.num_layers, src.shape[0], self.d_model)
             return LSTMMemory(embedded, padding, (state[0], state[1]))
-        # The backward direction has to begin at a row's last token. Rows of equal length need no packing, and run several times as fast.
+        # Packing makes the backward direction start at each row's last token. Without it torch uses faster kernels.
         if (lengths == src.shape[1]).all():
             outputs, state = self.encoder(embedded)
         else:
@@ -113,12 +112,14 @@ class LSTMEncoderDecoder(Generation):
         return LSTMMemory(outputs, padding, (hidden, cell))
 
     def start_decoding(self, src: Tensor, capacity: int) -> tuple[LSTMMemory, LSTMCache]:
-        """The memory of src (B, S), and the state before the first token."""
+        """The memory of src (B, S) and an empty cache; the state needs no capacity."""
         return self.encode(src), LSTMCache()
 
     def decode(self, tgt: Tensor, memory: LSTMMemory, cache: LSTMCache) -> Tensor:
-        """Logits (R, T, tgt_vocab) for tgt (R, T) int64, the tokens after those that the cache has seen; row r translates source
-        r // (R / B)."""
+        """Logits (R, T, tgt_vocab) for tgt (R, T) int64, the tokens after those the cache has seen.
+
+        Row r translates source r // (R / B).
+        """
         states = self._states(tgt, memory, cache)
         query, key = self._scored(states, memory)
         context = cast(Tensor, attention(query, key, key, scale=1.0, key_lengths=memory.padding.lengths)).view(states.shape)
@@ -127,7 +128,7 @@ class LSTMEncoderDecoder(Generation):
         return F.linear(dropout(attentional, self.dropout, self.training), weight, bias)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
-        """{"cross": [(B, 1, T, S)]}: where each position of tgt (B, T) looks in src (B, S), without dropout and gradients."""
+        """{"cross": [(B, 1, T, S)]}: the attention of each position of tgt (B, T) to src (B, S), without dropout and gradients."""
         with evaluating(self), torch.no_grad():
             memory = self.encode(src)
             query, key = self._scored(self._states(tgt, memory, LSTMCache()), memory)
@@ -139,11 +140,11 @@ class LSTMEncoderDecoder(Generation):
         return dropout(embedding(tokens) * math.sqrt(self.d_model), self.dropout, self.training)
 
     def _both_directions(self, state: Tensor) -> Tensor:
-        """(num_layers * 2, B, d_model / 2), as the encoder ends -> (num_layers, B, d_model), as the decoder begins."""
+        """The encoder's final state (num_layers * 2, B, d_model / 2) -> the decoder's first (num_layers, B, d_model)."""
         return state.unflatten(0, (self.num_layers, 2)).transpose(1, 2).flatten(2)
 
     def _states(self, tgt: Tensor, memory: LSTMMemory, cache: LSTMCache) -> Tensor:
-        """The decoder LSTM's outputs (R, T, d_model), whose last state the cache keeps."""
+        """The outputs of the decoder LSTM, (R, T, d_model); the cache keeps its state."""
         check_tokens("tgt", tgt, self.max_len)
         if cache.state is None:
             beams = tgt.shape[0] // max(memory.batch_size, 1)
@@ -156,7 +157,7 @@ class LSTMEncoderDecoder(Generation):
         return states
 
     def _scored(self, states: Tensor, memory: LSTMMemory) -> tuple[Tensor, Tensor]:
-        """Query (B, 1, beams * T, d_model) and key (B, 1, S, d_model), whose products are the scores: beams share a source's keys."""
+        """Query (B, 1, beams * T, d_model) and key (B, 1, S, d_model), whose products are the scores; beams share their source's keys."""
         query = self.attention_score(states).view(memory.batch_size, 1, -1, self.d_model)
         return query, memory.outputs.to(query.dtype).unsqueeze(1)
 
@@ -167,7 +168,7 @@ class LSTMMemory:
 
     outputs: Tensor  # (B, S, d_model), of the encoder
     padding: Padding
-    state: LSTMState  # the encoder's last
+    state: LSTMState  # with which the decoder starts
 
     @property
     def batch_size(self) -> int:
@@ -184,7 +185,7 @@ class LSTMMemory:
 
 @dataclass
 class LSTMCache:
-    """The decoder's state after the tokens so far, however many they are; None before the first."""
+    """The decoder's state after the tokens so far, of the same size for any number of them; None before the first."""
 
     state: LSTMState | None = None
 

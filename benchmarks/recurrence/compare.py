@@ -1,8 +1,8 @@
-"""`fused-attention compare`: the Transformer, the same with a recurrent decoder, and an LSTM with attention, on one machine.
+"""`fused-attention compare`: the Transformer, a Transformer with a recurrent decoder, and an LSTM with attention, on one machine.
 
-The models have the same data, tokens, optimizer and number of parameters (models.py). 1. Training speed and decoding latency by sentence
-length (speed.py). 2. BLEU of models that were trained from nothing for a part of the minutes, or for all of them on a part of the text.
-3. Tables and plots (curves.py). Every result is kept as it is taken, and a comparison that was stopped goes on.
+The models get the same data, tokens, optimizer and number of parameters (models.py). 1. Measure training speed and decoding latency by
+sentence length (speed.py). 2. Train each model from scratch, for part of the time budget or on part of the text, and compute BLEU. 3. Print
+tables and draw plots (curves.py). Each result is saved as soon as it is measured, and an interrupted comparison can be resumed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...transformer.translation.data import Corpus, ParallelText
 from ...transformer.translation.machine import choose_device
 from ...transformer.translation.terminal import heartbeat
 from ...transformer.translation.tokenizer import Tokenizer
-from ...transformer.translation.train import Trainer, TrainingInterrupted, train_tokenizers
+from ...transformer.translation.train import Trainer, train_tokenizers
 from ...transformer.translation.training_config import TrainingConfig
 from ...transformer.translation.translate import Translator
 from ..journal import Journal, Key
@@ -35,18 +35,18 @@ from .speed import decoding_milliseconds, fair_clock, training_speed
 
 RESULTS_NAME = "results.jsonl"
 NEVER = 10**9  # steps
-SPEED_PAIRS = 100  # of the text, for trainers whose batches are made up
+SPEED_PAIRS = 100  # speed is measured on random tokens, but a trainer needs some text
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured."""
+    """What to measure."""
 
-    lengths: tuple[int, ...]  # of sentences, in tokens
-    rounds: int  # of every speed
-    pairs: tuple[int, ...]  # of the text that a model is trained on; ALL_PAIRS comes in any case
-    parts: tuple[float, ...]  # of the minutes, on all pairs, beside all of them
-    minutes: float  # of training
+    lengths: tuple[int, ...]  # of sentences, in tokens, for training speed and decoding latency
+    rounds: int  # of each speed measurement
+    pairs: tuple[int, ...]  # sizes of the training set, in addition to all pairs
+    parts: tuple[float, ...]  # shorter training times on all pairs, as fractions of `minutes`
+    minutes: float  # training time of a model
     test_sentences: int  # at most
 
 
@@ -54,7 +54,8 @@ GRIDS = {
     "short": Grid((8, 32, 128), rounds=3, pairs=(1000,), parts=(), minutes=0.3, test_sentences=100),
     "full": Grid((8, 16, 32, 64, 128, 256), rounds=9, pairs=(1000, 4000, 16000), parts=(0.25, 0.5), minutes=4.0, test_sentences=1000),
 }
-# Models of 1.5 million parameters and small batches, so that a minute on a CPU is enough to learn something.
+# 1.5 million parameters and small batches, so that the models learn something in a minute on a CPU. The learning rate is the LSTM's best
+# (docs/recurrence.md).
 CONFIG = TrainingConfig(
     minutes=1.0,
     vocab_size=3000,
@@ -68,9 +69,9 @@ CONFIG = TrainingConfig(
 
 
 def run_compare(folder: Path, grid: Grid, config: TrainingConfig, device: str = "auto") -> None:
-    """Measure what `folder` does not hold yet; print the tables and write the plots beside the results.
+    """Measure whatever is missing from the results in `folder`, print the tables and write the plots to the folder.
 
-    Raises DataError if the corpus cannot be had, ValueError if the folder holds a comparison with other settings.
+    Raises DataError if the corpus cannot be loaded, ValueError if the folder holds a comparison with other settings.
     """
     for name in ("sentencepiece", "safetensors", "tqdm", "sacrebleu", "matplotlib"):
         optional_module(name)
@@ -82,8 +83,10 @@ def run_compare(folder: Path, grid: Grid, config: TrainingConfig, device: str = 
     try:
         comparison.measure_speed()
         comparison.measure_quality()
-    except (KeyboardInterrupt, TrainingInterrupted):
-        raise KeyboardInterrupt(f"interrupted; {comparison.journal.path} keeps what was measured, and the same command goes on") from None
+    except KeyboardInterrupt:  # with TrainingInterrupted, whose message names a temporary folder
+        raise KeyboardInterrupt(
+            f"interrupted; the results so far are in {comparison.journal.path}; to continue, repeat the command"
+        ) from None
     print(tables(comparison.journal.results))
     for path in draw(comparison.journal.results, folder):
         print(path)
@@ -94,7 +97,7 @@ def model_facts(model: Generation) -> dict[str, Any]:
 
 
 class Comparison:
-    """One comparison and its journal."""
+    """A comparison and the journal of its results."""
 
     def __init__(
         self,
@@ -119,14 +122,14 @@ class Comparison:
         self.journal = self.opened(folder, {"settings": settings, "models": models})
 
     def opened(self, folder: Path, facts: dict[str, Any]) -> Journal:
-        """The journal in `folder`, new or of the same comparison."""
+        """The journal in `folder`: a new one, or that of the same comparison."""
         path = folder / RESULTS_NAME
         journal = Journal(path)
         if journal.results:
-            as_read = json.loads(json.dumps(facts["settings"]))  # with lists for tuples
+            as_read = json.loads(json.dumps(facts["settings"]))  # with lists in place of tuples
             if journal.results.get(("run",), {}).get("settings") != as_read:
-                raise ValueError(f"{path} is of a comparison with other settings; choose another folder")
-            print(f"going on with {path}: {len(journal.results) - 1} results", file=sys.stderr)
+                raise ValueError(f"{path} holds a comparison with other settings; choose another folder")
+            print(f"continuing {path}, which has {len(journal.results) - 1} results", file=sys.stderr)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             journal.keep(("run",), facts | {"machine": machine_line(), "commit": commit()})
@@ -151,7 +154,7 @@ class Comparison:
             self.journal.keep((measure, length), result)
 
     def measure_quality(self) -> None:
-        """Models have their turns next to each other, so that a machine that is shared is so for all of them."""
+        """Train and score the models; at each point one right after the other, so that they see similar load on a shared machine."""
         sizes = [size for size in self.grid.pairs if size < len(self.corpus.train)]
         points = [(size, self.grid.minutes) for size in (ALL_PAIRS, *sizes)]
         points += [(ALL_PAIRS, part * self.grid.minutes) for part in self.grid.parts]
@@ -163,7 +166,7 @@ class Comparison:
                     self.journal.keep(key, self.trained(build, pairs, minutes))
 
     def trained(self, build: Build, pairs: int, minutes: float) -> dict[str, Any]:
-        """The scores of a model that was trained for so long on so many pairs, with what it has seen."""
+        """Train a model for this long on this many pairs; its scores, and how far the training got."""
         corpus = self.part_of_text(pairs)
         name, test = self.corpus.held_out()
         limit = self.grid.test_sentences
@@ -182,7 +185,7 @@ class Comparison:
         }
 
     def part_of_text(self, pairs: int) -> Corpus:
-        """The corpus with so many pairs to train on, in an order in which a smaller part is the beginning of a larger one."""
+        """The corpus with this many training pairs, chosen at random; smaller parts are contained in larger ones."""
         text = self.corpus.train
         order = list(range(len(text)))
         random.Random(self.config.seed).shuffle(order)

@@ -1,4 +1,4 @@
-"""The tables and plots of a comparison, from what its journal holds.
+"""The tables and plots of a comparison, from its journal.
 
     python -m fused_attention.benchmarks.recurrence.curves docs/results/recurrence-2026-11-30.jsonl docs/pictures
 
@@ -17,22 +17,22 @@ from ..journal import Journal, Key
 from ..pictures import Style, log_ticks, new_figure, save, style_axes
 
 MODELS = ("Transformer", "SSRU decoder", "LSTM")
-ALL_PAIRS = 0  # in place of their number
+ALL_PAIRS = 0  # stands for their number in keys of the journal
 
 
 class Panel(NamedTuple):
-    """One measure of every model."""
+    """One plot and one table: a measure of each model."""
 
     title: str
     x_label: str
     y_label: str
-    format: str  # of a value
-    curves: dict[str, dict[float, float]]  # model -> x -> value
-    logarithmic: bool  # the horizontal axis
+    format: str  # of y
+    curves: dict[str, dict[float, float]]  # model -> x -> y
+    logarithmic: bool  # the x axis
 
 
 def panels(results: Mapping[Key, Any]) -> dict[str, list[Panel]]:
-    """Name of a picture -> what it shows; what was not measured yet is left out."""
+    """File name -> the panels of that figure, with the points measured so far."""
     minutes = max((float(key[3]) for key in results if key[0] == "bleu"), default=0.0)
     by_minutes = {
         model: {float(key[3]): result["bleu"] for key, result in results.items() if key[:3] == ("bleu", model, ALL_PAIRS)}
@@ -48,8 +48,8 @@ def panels(results: Mapping[Key, Any]) -> dict[str, list[Panel]]:
         Panel("Decoding, one sentence at a time", length, "milliseconds a sentence", ",.1f", by_length(results, "decoding"), True),
     ]
     quality = [
-        Panel("Quality by training time, all pairs", "minutes of training", "BLEU", ".1f", by_minutes, False),
-        Panel(f"Quality by training set, {minutes:g} minutes", "sentence pairs", "BLEU", ".1f", by_pairs, True),
+        Panel("Quality by training time", "minutes of training", "BLEU", ".1f", by_minutes, False),
+        Panel(f"Quality by size of the training set, {minutes:g} min", "sentence pairs", "BLEU", ".1f", by_pairs, True),
     ]
     return {"recurrence-speed": speed, "recurrence-quality": quality}
 
@@ -60,7 +60,7 @@ def by_length(results: Mapping[Key, Any], measure: str) -> dict[str, dict[float,
 
 
 def table(panel: Panel) -> str:
-    """Markdown: a line for each model, a column for each x."""
+    """Markdown, with a row per model and a column per x."""
     columns = sorted({x for curve in panel.curves.values() for x in curve})
     lines = [f"| {panel.y_label}, by {panel.x_label} | {' | '.join(f'{x:,g}' for x in columns)} |", "|---|" + "--:|" * len(columns)]
     for model, curve in panel.curves.items():
@@ -69,8 +69,21 @@ def table(panel: Panel) -> str:
     return "\n".join(lines)
 
 
+def model_table(results: Mapping[Key, Any]) -> str:
+    """Markdown, with a row per model: its size, and what it did in the longest training on all pairs."""
+    minutes = max((key[3] for key in results if key[0] == "bleu"), key=float, default="")
+    lines = ["| model | parameters | wide | steps | tokens a second | cross entropy |", "|---|--:|--:|--:|--:|--:|"]
+    for model in MODELS:
+        facts, run = results["run",]["models"][model], results.get(("bleu", model, ALL_PAIRS, minutes))
+        cells = [model, f"{facts['parameters']:,}", str(facts["config"]["d_model"])]
+        cells += [f"{run['steps']:,}", f"{run['tokens'] / run['seconds']:,.0f}", f"{run['cross_entropy']:.2f}"] if run else ["-"] * 3
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables(results: Mapping[Key, Any]) -> str:
-    return "\n\n".join(f"{panel.title}:\n\n{table(panel)}" for group in panels(results).values() for panel in group)
+    titled = {panel.title: table(panel) for group in panels(results).values() for panel in group}
+    return "\n\n".join(f"{title}:\n\n{text}" for title, text in {"Models": model_table(results), **titled}.items())
 
 
 def plot(group: list[Panel], style: Style) -> Any:
@@ -90,7 +103,7 @@ def plot(group: list[Panel], style: Style) -> Any:
 
 
 def description(group: list[Panel]) -> str:
-    """What a picture shows, in words."""
+    """The numbers that a figure shows, in words."""
     sentences = []
     for panel in group:
         curves = (f"{model} {', '.join(f'{x:g}: {y:.4g}' for x, y in sorted(curve.items()))}" for model, curve in panel.curves.items())
@@ -99,7 +112,7 @@ def description(group: list[Panel]) -> str:
 
 
 def draw(results: Mapping[Key, Any], folder: Path) -> list[Path]:
-    """Writes the pictures and returns their paths."""
+    """Write the figures; returns their paths."""
     paths = []
     for name, group in panels(results).items():
         paths += save(partial(plot, group), folder, name, description(group))

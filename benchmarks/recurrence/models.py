@@ -1,4 +1,4 @@
-"""The models that are compared: as many parameters each, within PARAMETER_TOLERANCE, whatever the vocabulary."""
+"""The models being compared, with equal numbers of parameters (within PARAMETER_TOLERANCE) for any vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...transformer.translation.training_config import TrainingConfig
 
 PARAMETER_TOLERANCE = 0.05
 LSTM_LAYERS = 2  # of the encoder and of the decoder
-SIZE_STEP = 8  # widths are multiples of it, which the kernels ask for
+SIZE_STEP = 8  # widths are multiples of 8, as the kernels require
 
 Build = Callable[[], Generation]
 
@@ -24,8 +24,8 @@ Build = Callable[[], Generation]
 def builders(config: TrainingConfig, source_vocab: int, target_vocab: int) -> dict[str, Build]:
     """The Transformer of `config`, the same with an SSRU in place of the decoder's self-attention, and an LSTM with attention.
 
-    What an SSRU has fewer than an attention goes into the feed-forward networks; the LSTM is as wide as it may be. ValueError if
-    no width is within PARAMETER_TOLERANCE.
+    An SSRU has fewer parameters than self-attention; wider feed-forward networks make up for them. The width of the LSTM is chosen to
+    match. Raises ValueError if no width is within PARAMETER_TOLERANCE.
     """
     arguments = config.model_arguments(source_vocab, target_vocab)
 
@@ -47,18 +47,18 @@ def builders(config: TrainingConfig, source_vocab: int, target_vocab: int) -> di
         size = nearest(build, wanted, sizes)
         count = parameters_of(build, size)
         if abs(count / wanted - 1) > PARAMETER_TOLERANCE:
-            raise ValueError(f"{name} has {count:,} parameters where the Transformer has {wanted:,}: more than 5 % apart at every width")
+            raise ValueError(f"{name} has {count:,} parameters where the Transformer has {wanted:,}: more than 5 % apart at any width")
         found[name] = partial(build, size)
     return found
 
 
 def nearest(build: Callable[[int], nn.Module], wanted: int, sizes: Sequence[int]) -> int:
-    """The size whose number of parameters, which grows with it, is nearest."""
+    """The size whose number of parameters is nearest to `wanted`; the number must grow with the size."""
     above = bisect_left(sizes, wanted, key=partial(parameters_of, build))
     return min(sizes[max(0, above - 1) : above + 1], key=lambda size: abs(parameters_of(build, size) - wanted))
 
 
 def parameters_of(build: Callable[[int], nn.Module], size: int) -> int:
-    """How many parameters there are; no memory is taken for them."""
+    """The number of parameters, counted without allocating memory for them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build(size).parameters())

@@ -1,4 +1,4 @@
-"""Training steps and greedy decoding of sentences of one length, in rounds in which every model has its turn."""
+"""The speed of training and greedy decoding at one sentence length; the models take turns, so that all see the same machine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Clock = Callable[[], float]  # seconds
 
 
 def fair_clock(device: torch.device) -> Clock:
-    """The processor's own time where one thread does all work, so that other work on the machine hardly counts; else time as it goes by."""
+    """Processor time if one thread does all the work, which other programs on the machine hardly affect; otherwise elapsed time."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.monotonic
 
 
 def training_speed(trainers: Mapping[str, Trainer], length: int, rounds: int, clock: Clock) -> dict[str, float]:
-    """Source and target tokens a second in training steps of sentences of `length` tokens, BATCH_TOKENS of them or one pair.
+    """Source and target tokens per second in training steps on random sentences of `length` tokens, BATCH_TOKENS per batch.
 
-    The trainers' models learn from random tokens.
+    Changes the trainers' models. A batch has at least one pair.
     """
     some = next(iter(trainers.values()))
     rows = max(1, BATCH_TOKENS // (2 * length))
@@ -41,7 +41,7 @@ def training_speed(trainers: Mapping[str, Trainer], length: int, rounds: int, cl
 def decoding_milliseconds(
     models: Mapping[str, Generation], length: int, rounds: int, device: torch.device, clock: Clock
 ) -> dict[str, float]:
-    """For one sentence of `length` tokens, greedily translated into as many."""
+    """The time to translate one sentence of `length` tokens greedily into as many tokens."""
     src = random_tokens(1, length, next(iter(models.values()))).to(device)
     runs = {name: lambda model=model: model.generate(src, length, min_length=length).cpu() for name, model in models.items()}
     return {name: 1000 * seconds for name, seconds in median_seconds(runs, rounds, clock).items()}
@@ -53,7 +53,7 @@ def random_tokens(rows: int, length: int, model: Generation) -> torch.Tensor:
 
 
 def median_seconds(runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, float]:
-    """Of `rounds` rounds after one that warms up."""
+    """Medians over `rounds` rounds, after one to warm up; in each round every function runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():

@@ -155,11 +155,15 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     demo.set_defaults(command=run_demo)
 
-    compare = commands.add_parser("compare", help="the Transformer beside recurrent models of the same size: speed and quality")
-    compare.add_argument("--grid", choices=("short", "full"), default="short", help="three minutes on a CPU, or an hour (default: short)")
-    compare.add_argument("--minutes", type=float, help="training time of a model (default: 0.3, with --grid full 4)")
+    compare = commands.add_parser("compare", help="compare the Transformer with recurrent models of the same size: speed and quality")
+    compare.add_argument(
+        "--grid", choices=("short", "full"), default="short", help="three minutes on a CPU, or an hour and a half (default: short)"
+    )
+    compare.add_argument("--minutes", type=float, help="training time of each model (default: 0.3, or 4 with --grid full)")
     compare.add_argument("--data", default="multi30k", help="folder with an English-French corpus, multi30k or libreoffice-help")
-    compare.add_argument("--output", type=Path, default=Path("compare"), help="folder for results and plots; one that was stopped goes on")
+    compare.add_argument(
+        "--output", type=Path, default=Path("compare"), help="folder for results and plots; if it has some, the comparison continues"
+    )
     compare.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
     compare.set_defaults(command=run_compare)
 
@@ -378,7 +382,7 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def benchmark_module(name: str) -> Any:
-    """A module of the benchmarks, which an installation may lack. ImportError."""
+    """A module of the benchmarks. Raises ImportError if this installation lacks them."""
     try:
         return importlib.import_module(f"fused_attention.benchmarks.{name}".rstrip("."))
     except ImportError as error:

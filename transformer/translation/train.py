@@ -77,8 +77,8 @@ class Trainer:
         build: Callable[[], Generation] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """build: makes the model, for the vocabularies of `tokenizers`, in place of the Transformer that config describes.
-        clock: by which seconds and minutes are counted."""
+        """build: makes a model for the vocabularies of `tokenizers`, instead of the Transformer that config describes.
+        clock: measures training time, in seconds."""
         self.clock = clock
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
         self.source_tokenizer, self.target_tokenizer = tokenizers or train_tokenizers(config, corpus)
