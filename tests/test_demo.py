@@ -17,7 +17,7 @@ import torch
 from tiny_translation import tiny_config, write_corpus
 
 from fused_attention.transformer.pretrained.find import PretrainedError
-from fused_attention.transformer.translation import demo, how_it_works, report, swap_demo, terminal
+from fused_attention.transformer.translation import demo, how_it_works, recurrence_demo, report, swap_demo, terminal
 from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME
 from fused_attention.transformer.translation.corpora import load_corpus
 from fused_attention.transformer.translation.data import DATA_VARIABLE, Corpus, DataError, ParallelText
@@ -25,7 +25,7 @@ from fused_attention.transformer.translation.swap_demo import swap_attention
 from fused_attention.transformer.translation.train import TrainingError
 from fused_attention.transformer.translation.translate import Translator
 
-NUM_PICTURES = 1 + 9 + 1 + 3 + 1  # the loss, a word, beams, three kinds of attention map, positions
+NUM_PICTURES = 1 + 9 + 1 + 3 + 1 + 1  # the loss, a word, beams, three kinds of attention map, positions, speed next to recurrence
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Counts pictures and errors, and writes the counts where --dump-dom shows them.
 BROWSER_PROBE = """<script>
@@ -71,6 +71,8 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory, spoken_steps: list[str
         for name, size in {"D_MODEL": 32, "NUM_HEADS": 4, "LENGTH": 16, "REPETITIONS": 1}.items():
             patch.setattr(swap_demo, name, size)
         patch.setattr(demo, "demo_config", lambda corpus, device, minutes: tiny_config(data, minutes=minutes, num_decoder_layers=2))
+        for name, value in {"CONFIG": tiny_config(data, minutes=1.0, dim_feedforward=32), "LENGTHS": (4,), "ROUNDS": 1}.items():
+            patch.setattr(recurrence_demo, name, value)
         patch.setattr(demo, "heartbeat", recorded)
         patch.setattr(demo, "installed_model", no_model)
         demo.run_demo(base / "out", minutes=0.02, data=str(data))
@@ -104,8 +106,10 @@ class TestOutput:
     def test_report_has_every_part_and_needs_no_other_file(self, demo_folder: Path) -> None:
         text = (demo_folder / demo.REPORT_NAME).read_text()
         titles = ("Ten sentences", "Learning", "How it chooses a word", "What a beam search looks at", "Where it looks", "order of words")
-        for title in (*titles, "torch.nn.Transformer", "The machine"):
+        for title in (*titles, "torch.nn.Transformer", "Next to recurrence", "The machine"):
             assert re.search(f"<h2>[^<]*{title}", text), title
+        for model in ("Transformer", "SSRU decoder", "LSTM"):
+            assert re.search(rf"<th>{model}</th><td>BLEU \d+\.\d, cross entropy \d+\.\d\d after [\d,]+ steps; 0\.\d\d million", text), model
         assert text.count("<li>") == 10
         assert text.count("<svg ") == NUM_PICTURES
         assert not re.search(r'(src|href)="(?!data:|#)', text)

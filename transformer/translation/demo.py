@@ -1,28 +1,32 @@
 """The demonstration: from text to a translating Transformer and a report, in one go, on whatever the machine has.
 
 1. Say what the machine is, and show what a pretrained model does, if there is one. 2. Get parallel text. 3. Train for a time budget.
-4. Score on held-out text and translate ten unseen sentences. 5. Swap the attention of a stock torch.nn.Transformer. 6. Write report.html.
+4. Score on held-out text and translate ten unseen sentences. 5. Swap the attention of a stock torch.nn.Transformer. 6. Compare with
+recurrent models. 7. Write report.html.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...benchmarks.journal import Key
 from ..embedding import sinusoidal_positions
 from ..optional import MissingModuleError, optional_module
 from ..pretrained.find import PretrainedError, installed_model
-from . import how_it_works, plots, report
+from . import how_it_works, plots, recurrence_demo, report
 from .checkpoint import CHECKPOINT_NAME
 from .corpora import load_corpus
 from .data import DATA_VARIABLE, Corpus, DataError
 from .machine import backend_lines, choose_device, machine_facts, machine_report
 from .output_files import atomic_write, claim_output_folder
+from .recurrence_demo import compare_with_recurrence
 from .swap_demo import SwapResult, swap_attention
 from .terminal import heartbeat
 from .train import Trainer, TrainingError
@@ -34,6 +38,7 @@ LANGUAGES = {"en": "English", "fr": "French", "de": "German", "cs": "Czech"}
 DEFAULT_MINUTES = {"cpu": 4.0, "cuda": 3.0}
 PRETRAINED = "en-pt"
 PRETRAINED_LINES = ("Attention is all you need.", "The weather was so good that we had lunch in the garden.")
+COMPARED_PART = 0.1  # of the training time, for each model next to recurrence
 NUM_EXAMPLES = 10
 # Long sentences of the help pages would take most of a short budget.
 HELP_MAX_WORDS = 20
@@ -89,9 +94,13 @@ def run_demo(folder: Path, *, minutes: float | None = None, data: str | None = N
     print("\nthe attention of a stock torch.nn.Transformer, replaced")
     for label, value in swap.rows().items():
         print(f"  {label:<27} {value}")
+    print("\nnext to recurrent models", flush=True)
+    recurrence = compare_with_recurrence(corpus, chosen, COMPARED_PART * minutes)
+    for label, value in recurrence_demo.rows(recurrence).items():
+        print(f"  {label:<27} {value}")
     path = folder / REPORT_NAME
     with heartbeat("writing the report"):
-        atomic_write(path, demo_report(trainer, translator, test_name, scores, examples, swap).encode())
+        atomic_write(path, demo_report(trainer, translator, test_name, scores, examples, swap, recurrence).encode())
     print(f"\nreport: {path}\ntranslate more: fused-attention translate {folder} < text.{corpus.source_language}")
     return path
 
@@ -162,7 +171,15 @@ def choose_examples(sentences: list[str]) -> list[int]:
     return [candidates[position * len(candidates) // count] for position in range(count)]
 
 
-def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores: Scores, examples: list[Example], swap: SwapResult) -> str:
+def demo_report(
+    trainer: Trainer,
+    translator: Translator,
+    test_name: str,
+    scores: Scores,
+    examples: list[Example],
+    swap: SwapResult,
+    recurrence: Mapping[Key, Any],
+) -> str:
     """The text of report.html."""
     config, corpus, history = trainer.config, trainer.corpus, trainer.history
     minutes = history.seconds[-1] / 60
@@ -217,6 +234,7 @@ def demo_report(trainer: Trainer, translator: Translator, test_name: str, scores
             "A training step is forward and backward, 512 wide, 3 + 3 layers, batch 8 of up to 128 tokens; medians.",
             report.table(swap.rows()),
         ),
+        recurrence_demo.section(recurrence),
         report.section("The machine and the run", "What produced this page.", report.table(facts)),
     ]
     lead = (

@@ -15,8 +15,8 @@ from .beam_tree import Node
 from .train import History
 
 # As in the light theme of the page, which has variables for them (report.py).
-TEXT, MUTED, LINE, ACCENT, SECOND = "#1f2937", "#94a3b8", "#e2e8f0", "#2563eb", "#d97706"
-VARIABLES = {TEXT: "--text", MUTED: "--axis", LINE: "--line", ACCENT: "--accent", SECOND: "--second"}
+TEXT, MUTED, LINE, ACCENT, SECOND, THIRD = "#1f2937", "#94a3b8", "#e2e8f0", "#2563eb", "#d97706", "#15803d"
+VARIABLES = {TEXT: "--text", MUTED: "--axis", LINE: "--line", ACCENT: "--accent", SECOND: "--second", THIRD: "--third"}
 IMAGE = {"aspect": "auto", "interpolation": "nearest"}  # of a matrix
 # The training loss is smoothed with a running mean over this fraction of the run.
 SMOOTHING_PART = 0.03

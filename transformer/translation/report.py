@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f1f5f9; --card: #fff; --text: #1f2937; --muted: #64748b; --line: #e2e8f0; --axis: #94a3b8;
-  --accent: #2563eb; --second: #d97706; }
+  --accent: #2563eb; --second: #d97706; --third: #15803d; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #0b1120; --card: #141c2e; --text: #e5e7eb; --muted: #94a3b8; --line: #2b3850; --axis: #64748b;
-    --accent: #60a5fa; --second: #fbbf24; }
+    --accent: #60a5fa; --second: #fbbf24; --third: #4ade80; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
