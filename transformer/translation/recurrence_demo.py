@@ -55,7 +55,7 @@ def section(results: Mapping[Key, Any]) -> str:
     note = (
         "Three models of the same size: attention throughout; a recurrent unit (SSRU) in place of the decoder's self-attention; an LSTM "
         f"encoder-decoder with attention. They share data, tokens and optimizer, and each trained for {seconds} seconds, which is short: "
-        "`fused-attention compare --grid full` takes longer and compares more."
+        "fused-attention compare --grid full takes longer and compares more."
     )
     speed = report.Picture("Speed by sentence length", plots.svg(plot(panels(results)["recurrence-speed"], STYLE)))
     return report.section("Next to recurrence", note, f"{report.figures([speed])}\n{report.table(rows(results))}")
