@@ -22,7 +22,7 @@ from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME
 from fused_attention.transformer.translation.corpora import load_corpus
 from fused_attention.transformer.translation.data import DATA_VARIABLE, Corpus, DataError, ParallelText
 from fused_attention.transformer.translation.swap_demo import swap_attention
-from fused_attention.transformer.translation.train import TrainingError
+from fused_attention.transformer.translation.train import TrainingError, TrainingInterrupted
 from fused_attention.transformer.translation.translate import Translator
 
 NUM_PICTURES = 1 + 9 + 1 + 3 + 1 + 1  # the loss, a word, beams, three kinds of attention map, positions, speed next to recurrence
@@ -155,6 +155,20 @@ class TestPretrained:
         lines = capsys.readouterr().out.splitlines()
         assert lines[1] == "a pretrained model, en-pt"
         assert lines[2:4] == ["  Attention is all you need.", "  -> Atenção é tudo que você precisa."]
+
+
+class TestRecurrence:
+    def test_ctrl_c_names_no_temporary_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(comparison: recurrence_demo.Comparison) -> None:
+            raise TrainingInterrupted("a folder holds it")
+
+        data = write_corpus(tmp_path)
+        monkeypatch.setattr(recurrence_demo, "CONFIG", tiny_config(data, minutes=1.0, dim_feedforward=32))
+        monkeypatch.setattr(recurrence_demo, "LENGTHS", ())
+        monkeypatch.setattr(recurrence_demo.Comparison, "measure_quality", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="^$") as caught:
+            recurrence_demo.compare_with_recurrence(load_corpus(str(data)), torch.device("cpu"), 0.01)
+        assert type(caught.value) is KeyboardInterrupt
 
 
 class TestCorpusSearch:

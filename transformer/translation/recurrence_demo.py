@@ -33,8 +33,11 @@ def compare_with_recurrence(corpus: Corpus, device: torch.device, minutes: float
         tokenizers = train_tokenizers(config, corpus)
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(Path(folder), grid, config, corpus, tokenizers, device)
-        comparison.measure_speed()
-        comparison.measure_quality()
+        try:
+            comparison.measure_speed()
+            comparison.measure_quality()
+        except KeyboardInterrupt:  # with TrainingInterrupted, whose message names the temporary folder
+            raise KeyboardInterrupt from None
     return comparison.journal.results
 
 
