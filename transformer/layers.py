@@ -1,10 +1,10 @@
 """Encoder and decoder layers on the fused attention operation (Vaswani et al. 2017, section 3).
 
 Parameter names and the order of operations are those of torch.nn.TransformerEncoderLayer and TransformerDecoderLayer
-with activation relu and batch_first, so the weights of a torch.nn.Transformer load by name and give the same outputs.
-The implementation differs: each attention projects once into a packed buffer that the kernels read in place, and
-padding is given as key masks and lengths, prepared once per batch by the caller and passed to every layer as attention
-options.
+with activation relu, or gelu if so configured, and batch_first, so the weights of a torch.nn.Transformer load by name
+and give the same outputs. The implementation differs: each attention projects once into a packed buffer that the
+kernels read in place, and padding is given as key masks and lengths, prepared once per batch by the caller and passed
+to every layer as attention options.
 """
 
 from __future__ import annotations
@@ -152,10 +152,20 @@ class CrossAttention(_PackedAttention):
 class _Layer(nn.Module):
     """What encoder and decoder layers share: self-attention and the feed-forward network."""
 
-    def __init__(self, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, norm_first: bool, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        norm_first: bool,
+        eps: float = 1e-5,
+        activation: str = "relu",
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.norm_first = norm_first
+        self.activation = activation  # "relu" or "gelu"
         self.self_attn: nn.Module = SelfAttention(d_model, num_heads, dropout)
         self.linear1 = Linear(d_model, dim_feedforward)
         self.linear2 = Linear(dim_feedforward, d_model)
@@ -166,6 +176,8 @@ class _Layer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            return self.linear2(dropout(F.gelu(self.linear1(x)), self.dropout, self.training))
         # relu(dropout(h)) == dropout(relu(h)); in this order autograd saves one fewer (B, L, dim_feedforward) tensor.
         return self.linear2(F.relu(dropout(self.linear1(x), self.dropout, self.training), inplace=True))
 

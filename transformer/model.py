@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .attention_maps import weights_in_forward
 from .cache import KVCache
-from .checks import check_tokens, checked_integer_in
+from .checks import check_layers, check_tokens, checked_integer_in
 from .embedding import POSITION_LAYOUTS, TokenEmbedding
-from .generate import Generation, evaluating
-from .layers import (
-    CrossAttention,
-    Decoder,
-    DecoderLayer,
-    Encoder,
-    EncoderLayer,
-    SelfAttention,
-)
+from .generate import Generation
+from .layers import Decoder, DecoderLayer, Encoder, EncoderLayer
 from .linear import Linear, linear
 from .memory import Candidates, Memory, Padding
 from .optional import optional_module
@@ -228,16 +221,7 @@ class Transformer(Generation):
             "decoder_self": [layer.get_submodule("self_attn") for layer in self.decoder.layers if self.decoder_cell == "attention"],
             "cross": [layer.get_submodule("multihead_attn") for layer in self.decoder.layers],
         }
-        weights: dict[nn.Module, Tensor] = {}
-
-        def keep_weights(module: SelfAttention | CrossAttention, args: tuple, options: dict[str, Any]) -> None:
-            inputs = [arg for arg in args if arg is not None]
-            weights[module] = module.weights(*inputs, **options)
-
-        with evaluating(self), torch.no_grad(), ExitStack() as hooks:
-            for module in (module for group in groups.values() for module in group):
-                hooks.enter_context(_pre_hook(module, keep_weights))
-            self(src, tgt)
+        weights = weights_in_forward(self, (module for group in groups.values() for module in group), src, tgt)
         return {name: [weights[module] for module in group] for name, group in groups.items()}
 
     def _mix(self, heights: list[Tensor]) -> list[Tensor]:
@@ -245,15 +229,6 @@ class Transformer(Generation):
         stacked = torch.stack(heights)  # (num_encoder_layers, B, S, d_model)
         mixed = self.memory_mix.softmax(-1) @ stacked.flatten(1)
         return list(mixed.view(-1, *stacked.shape[1:]).unbind(0))
-
-
-@contextmanager
-def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _checked_integers(config: dict[str, Any]) -> dict[str, int]:
@@ -265,26 +240,18 @@ def _checked_integers(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    d_model, num_heads, dropout = config["d_model"], config["num_heads"], config["dropout"]
     depths = {name: config[name] for name in ("num_encoder_layers", "num_decoder_layers")}
     for name in ("norm_first", "tie_weights", "final_norm", "output_bias"):
         if not isinstance(config[name], bool):
             raise TypeError(f"{name} must be a bool, got {type(config[name]).__name__}")
-    if d_model % num_heads:
-        raise ValueError(f"d_model must be divisible by num_heads, got d_model = {d_model} and num_heads = {num_heads}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+    check_layers(config["d_model"], config["num_heads"], config["dropout"], config["layer_norm_eps"])
     for name, choices in (("memory_layers", MEMORY_LAYERS), ("decoder_cell", DECODER_CELLS), ("positions", POSITION_LAYOUTS)):
         if config[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {config[name]!r}")
-    if isinstance(config["layer_norm_eps"], bool) or not isinstance(config["layer_norm_eps"], float) or not config["layer_norm_eps"] >= 0:
-        raise ValueError(f"layer_norm_eps must be a float >= 0, got {config['layer_norm_eps']!r}")
     if config["output_bias"] and not config["tie_weights"]:
         raise ValueError("output_bias needs tie_weights: an untied output has a bias already")
-    if config["positions"] == "halves" and d_model % 2:
-        raise ValueError(f"positions = 'halves' needs an even d_model, got {d_model}")
+    if config["positions"] == "halves" and config["d_model"] % 2:
+        raise ValueError(f"positions = 'halves' needs an even d_model, got {config['d_model']}")
     if config["memory_layers"] == "each" and len(set(depths.values())) > 1:
         raise ValueError(f"memory_layers = 'each' needs an encoder and a decoder of equal depth, got {depths}")
     for name in ("bos_id", "eos_id"):

@@ -16,6 +16,7 @@ from .transformer.attention import MultiHeadAttention
 from .transformer.cache import KVCache
 from .transformer.model import Transformer
 from .transformer.replace import attention_calls, replace_attention, restore_attention
+from .transformer.vision import VisionTransformer
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "MultiHeadAttention",
     "PreparedMask",
     "Transformer",
+    "VisionTransformer",
     "attention",
     "attention_calls",
     "attention_decode",
