@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(command=run_export)
 
     demo = commands.add_parser("demo", help="train, translate and write a report, in one go")
+    demo.add_argument("--task", choices=("translation", "digits"), default="translation", help="digits: classify images, in a minute")
     demo.add_argument("--minutes", type=float, help="training time (default: 4 on a CPU, 3 on a GPU)")
     demo.add_argument("--data", help="folder with an English-French corpus, multi30k or libreoffice-help (default: what can be had)")
     demo.add_argument("--output", type=Path, default=Path("demo"), help="folder for report and checkpoint (default: demo)")
@@ -368,6 +369,15 @@ def line_numbers(indices: Sequence[int], most: int = 10) -> str:
 
 
 def run_demo(options: argparse.Namespace) -> None:
+    if options.task == "digits":
+        from ..digits import demo as digits_demo
+
+        for name in ("minutes", "data"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} is for --task translation: digits come with scikit-learn and are trained on for a minute")
+        digits_demo.run_demo(options.output, overwrite=options.overwrite, device=options.device)
+        return
+
     from . import demo
 
     demo.run_demo(options.output, minutes=options.minutes, data=options.data, overwrite=options.overwrite, device=options.device)

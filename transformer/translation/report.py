@@ -39,6 +39,10 @@ svg { display: block; max-width: 100%; height: auto; }
 .steps figcaption { margin: 0; }
 .steps p { flex: 1; color: var(--muted); font-size: 14px; margin: 2px 0 8px; }
 .steps svg { width: 100%; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 12px; }
+.gallery figure { margin: 0; }
+.gallery svg { width: 100%; border: 1px solid var(--line); }
+.gallery figcaption { font-size: 13px; font-weight: 400; text-align: center; margin: 4px 0 0; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 7px 14px 7px 0; border-top: 1px solid var(--line); }
 th { font-weight: 500; color: var(--muted); white-space: nowrap; width: 1%; padding-right: 24px; }
@@ -55,7 +59,7 @@ li b { font-weight: 600; color: var(--accent); }
   td { border-top: 0; padding-bottom: 8px; }
   figure > svg { max-width: none; width: 520px; }
   .wide > svg { width: auto; }
-  .steps svg { width: 100%; }
+  .steps svg, .gallery svg { width: 100%; }
 }
 """
 
@@ -109,6 +113,15 @@ def steps(pictures: Sequence[Picture]) -> str:
         caption, note = html.escape(picture.caption), html.escape(picture.note)
         items.append(f"<figure><figcaption>{number}. {caption}</figcaption><p>{note}</p>{picture.element()}</figure>")
     return f'<div class="steps">{"".join(items)}</div>'
+
+
+def gallery(pictures: Iterable[Picture], columns: int | None = None) -> str:
+    """Small pictures above their captions, side by side: in so many columns, or in as many as there is room for."""
+    items = "".join(
+        f"<figure>{picture.element()}<figcaption>{html.escape(picture.caption)}</figcaption></figure>" for picture in pictures
+    )
+    style = "" if columns is None else f' style="grid-template-columns: repeat({columns}, minmax(0, 130px))"'
+    return f'<div class="gallery"{style}>{items}</div>'
 
 
 def translations(rows: Iterable[tuple[str, str, str]]) -> str:
