@@ -88,7 +88,7 @@ class TestReport:
         assert re.findall(r"<figcaption>(\d)", looks) == [str(digit) for digit in range(10) for _ in range(2)]
         assert re.findall(r"<figcaption>(.*?)<", heads) == [f"layer {layer}, head {head}" for layer in (1, 2, 3) for head in (1, 2, 3, 4)]
         number = int(re.search(r"Vision Transformer</th><td>[^;]*?(\d+) wrong", report_text)[1])
-        assert wrong.count("<svg ") == len(re.findall(r"<figcaption>\d, taken for \d<", wrong)) == number > 0
+        assert wrong.count("<svg ") == len(re.findall(r"<figcaption>\d read as \d<", wrong)) == number > 0
 
     def test_the_maps_are_what_the_class_token_weighs_patches_with(self) -> None:
         model = VisionTransformer((4, 6), (2, 3), 5, channels=2, d_model=24, num_heads=3, num_layers=2, dim_feedforward=40)

@@ -95,7 +95,7 @@ def digits_report(model: VisionTransformer, digits: Digits, results: dict[str, R
         ),
         report.section(
             "Where it looks",
-            "Two held-out images of each digit, the first ones of the set. The stronger the tint of a patch, the more the class token "
+            "Two held-out images of each digit, chosen by position. The stronger the tint of a patch, the more the class token "
             "attends to it in the last layer (mean of its heads), relative to the patch with the most.",
             last_layer_gallery(examples, digits, ours, maps),
         ),
@@ -105,7 +105,7 @@ def digits_report(model: VisionTransformer, digits: Digits, results: dict[str, R
             heads_gallery(digits.held_out_images[examples[0], 0], maps[examples[0]]),
         ),
         report.section(
-            "What it gets wrong", "Every held-out image that it takes for another digit.", last_layer_gallery(wrong, digits, ours, maps)
+            "What it gets wrong", "Every held-out image that it reads as another digit.", last_layer_gallery(wrong, digits, ours, maps)
         ),
         report.section("The machine and the run", "What produced this page.", report.table(facts)),
     ]
@@ -124,14 +124,14 @@ def first_of_each(labels: Tensor, count: int) -> list[int]:
 
 
 def last_layer_gallery(indices: Sequence[int], digits: Digits, result: Result, maps: Tensor) -> str:
-    """These held-out images, under the attention of the last layer, with what they are and what they are taken for.
+    """These held-out images, under the attention of the last layer, with what they are and what they are read as.
 
     maps: class_token_maps of all held-out images.
     """
     pictures = []
     for index in indices:
         label, predicted = int(digits.held_out_labels[index]), int(result.predicted[index])
-        caption = f"{label}" if label == predicted else f"{label}, taken for {predicted}"
+        caption = f"{label}" if label == predicted else f"{label} read as {predicted}"
         pictures.append((attention_over(digits.held_out_images[index, 0], maps[index, -1].mean(0), caption), caption))
     return report.gallery(pictures)
 
