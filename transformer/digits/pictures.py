@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -10,21 +9,18 @@ from torch import Tensor
 INK_OPACITY = 0.75  # of a pixel of value 1, so that the tint of its patch shows through
 
 
-def attention_over(image: Tensor, attention: Tensor, alt: str) -> str:
+def attention_over(image: Tensor, attention: Tensor) -> str:
     """An SVG element of image (height, width), values 0 to 1, whose patches are tinted by attention (rows, columns), values >= 0.
 
-    The tint is relative to the patch with the most. alt: the text for those who cannot see it.
+    The tint is relative to the patch with the most.
     """
     height, width = image.shape
     patch_height, patch_width = height / attention.shape[0], width / attention.shape[1]
     parts = [
-        *_cells(attention / attention.max(), "var(--second, #d97706)", patch_height, patch_width),
+        *_cells(attention / attention.max(), "var(--second)", patch_height, patch_width),
         *_cells(image * INK_OPACITY, "var(--text)"),
     ]
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(alt)}" shape-rendering="crispEdges" '
-        f'style="width: 100%; border: 1px solid var(--line)">{"".join(parts)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {width} {height}" shape-rendering="crispEdges">{"".join(parts)}</svg>'
 
 
 def _cells(opacities: Tensor, color: str, height: float = 1, width: float = 1) -> Iterator[str]:

@@ -117,9 +117,7 @@ def steps(pictures: Sequence[Picture]) -> str:
 
 def gallery(pictures: Iterable[Picture], columns: int | None = None) -> str:
     """Small pictures above their captions, side by side: in so many columns, or in as many as there is room for."""
-    items = "".join(
-        f"<figure>{picture.element()}<figcaption>{html.escape(picture.caption)}</figcaption></figure>" for picture in pictures
-    )
+    items = "".join(f"<figure>{picture.element()}<figcaption>{html.escape(picture.caption)}</figcaption></figure>" for picture in pictures)
     style = "" if columns is None else f' style="grid-template-columns: repeat({columns}, minmax(0, 130px))"'
     return f'<div class="gallery"{style}>{items}</div>'
 
