@@ -32,18 +32,21 @@ class Bias {
     }
   }
 
-  // scores, times scale in log2 units, become scores in log2 units with the mask added, -inf where it masks.
-  FA_DEVICE void add_to(Accumulators<MATRICES, BLOCKS>& scores, float scale) const {
+  // scores, times scale in log2 units, become scores in log2 units with the mask added, -inf where it masks. Returns the scale that is
+  // left.
+  FA_DEVICE float add_to(Accumulators<MATRICES, BLOCKS>& scores, float scale) const {
     switch (dtype_) {
       case MaskDtype::float32:
-        return add(scores, scale, [](const uint32_t (&words)[2], int e) { return __uint_as_float(words[e]); });
+        add(scores, scale, [](const uint32_t (&words)[2], int e) { return __uint_as_float(words[e]); });
+        break;
       case MaskDtype::bfloat16:
-        return add(scores, scale,
-                   [](const uint32_t (&words)[2], int e) { return __uint_as_float(e == 0 ? words[0] << 16 : words[0] & 0xffff0000); });
+        add(scores, scale,
+            [](const uint32_t (&words)[2], int e) { return __uint_as_float(e == 0 ? words[0] << 16 : words[0] & 0xffff0000); });
+        break;
       default:
-        return add(scores, scale,
-                   [](const uint32_t (&words)[2], int e) { return ptx::from_half(static_cast<uint16_t>(words[0] >> (16 * e))); });
+        add(scores, scale, [](const uint32_t (&words)[2], int e) { return ptx::from_half(static_cast<uint16_t>(words[0] >> (16 * e))); });
     }
+    return 1.0f;
   }
 
  private:
@@ -100,6 +103,11 @@ class Bias {
 
 struct NoBias {
   FA_DEVICE NoBias(const AttentionProblem&, int64_t, int64_t) {}
+  FA_DEVICE void load(int, int, int) {}
+  template <class Scores>
+  FA_DEVICE float add_to(Scores&, float scale) const {
+    return scale;
+  }
 };
 
 }  // namespace fused_attention::cuda

@@ -157,8 +157,7 @@ struct ScoreGradientStep {
       if constexpr (kBias) {
         Bias<1, BLOCKS, TRANSPOSED> bias(problem, head_mask.batch, head_mask.head);
         bias.load(first_line, (TRANSPOSED ? static_cast<int>(problem.seqlen_k) : sequence.rows_present) - 1, first_column);
-        bias.add_to(scores, scale);
-        scale = 1.0f;
+        scale = bias.add_to(scores, scale);
       }
       return of_head.add_alibi(scores, scale, TRANSPOSED ? -sequence.offset : sequence.offset, first_line, first_column);
     }

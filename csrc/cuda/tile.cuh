@@ -12,63 +12,69 @@ namespace fused_attention::cuda {
 
 constexpr int kChunk = 8;  // elements in 16 bytes
 
+template <class Tile>
+struct LaneAddress;
+
 template <int ROWS, int COLUMNS>
-struct SharedTile {
+struct alignas(128) SharedTile {
   static_assert(COLUMNS % 32 == 0, "rows of whole 64-byte pieces");
   static constexpr int kRows = ROWS, kColumns = COLUMNS, kPitch = 2 * COLUMNS, kBytes = ROWS * kPitch;
   static constexpr int kPermuted = COLUMNS % 64 == 0 ? 8 : 4;  // chunks that change places among each other
 
-  struct alignas(128) Memory {
-    unsigned char bytes[kBytes];
-  };
+  unsigned char bytes[kBytes];
 
   static FA_DEVICE int swizzle(int row) { return kPermuted == 8 ? row % 8 : row / 2 % 4; }
   static FA_DEVICE uint32_t offset_in_row(int row, int chunk) { return (chunk ^ swizzle(row)) << 4; }
   static FA_DEVICE uint32_t offset(int row, int chunk) { return row * kPitch + offset_in_row(row, chunk); }
+
+  // The addresses that the lanes of a warp give to ldmatrix for a 16 x 16 piece. An mma wants its operands in consecutive registers, which
+  // decides the order of the four 8 x 8 matrices:
+  //
+  //   by_rows      upper left, lower left, upper right, lower right: the a operand; with trans b0 and b1 of columns 0 to 7, then of 8 to 15
+  //   by_columns   upper left, upper right, lower left, lower right: b0 and b1 of the piece transposed, of rows 0 to 7, then of 8 to 15
+  //
+  // first_sixteen: 16 * first_sixteen columns to the right; the `sixteens` of at() must have no bit in common with it.
+  FA_DEVICE LaneAddress<SharedTile> by_rows(int first_row = 0, int first_sixteen = 0, uint32_t thread = threadIdx.x) const {
+    const int lane = thread % 32;
+    return {ptx::shared_address(this) + offset(first_row + lane % 16, 2 * first_sixteen + lane / 16)};
+  }
+  FA_DEVICE LaneAddress<SharedTile> by_columns(int first_sixteen = 0, uint32_t thread = threadIdx.x) const {
+    const int lane = thread % 32;
+    return {ptx::shared_address(this) + offset(lane / 16 * 8 + lane % 8, 2 * first_sixteen + lane / 8 % 2)};
+  }
 };
 
-// The address that a lane gives to ldmatrix for a 16 x 16 piece of a tile. An mma wants its operands in registers that follow each other,
-// which decides the order of the four 8 x 8 matrices:
-//
-//   by_rows      upper left, lower left, upper right, lower right: the a operand; with trans b0 and b1 of columns 0 to 7, then of 8 to 15
-//   by_columns   upper left, upper right, lower left, lower right: b0 and b1 of the piece transposed, of rows 0 to 7, then of 8 to 15
-//
-// What changes in loops is added as constants: only the place of the chunk needs an instruction.
+// Where a lane reads in a tile. What changes in loops is added as constants: only the place of the chunk needs an instruction.
 template <class Tile>
 struct LaneAddress {
-  uint32_t first;  // of the lane's chunk among the first two columns of chunks; its bits 4 to 6 are the place that swizzling gave it
-
-  // first_sixteen: 16 * first_sixteen columns to the right; the `sixteens` of at() must have no bit in common with it.
-  static FA_DEVICE LaneAddress by_rows(uint32_t tile, int first_row = 0, int first_sixteen = 0, uint32_t thread = threadIdx.x) {
-    const int lane = thread % 32;
-    return {tile + Tile::offset(first_row + lane % 16, 2 * first_sixteen + lane / 16)};
-  }
-  static FA_DEVICE LaneAddress by_columns(uint32_t tile, int first_sixteen = 0, uint32_t thread = threadIdx.x) {
-    const int lane = thread % 32;
-    return {tile + Tile::offset(lane / 16 * 8 + lane % 8, 2 * first_sixteen + lane / 8 % 2)};
-  }
+  uint32_t first;  // of the lane's chunk in the first two columns of chunks; its bits 4 to 6 are the place that swizzling gave it
 
   // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right. Tiles start at multiples of 128 bytes.
   FA_DEVICE uint32_t at(int rows, int sixteens) const {
     constexpr int kPeriod = Tile::kPermuted / 2;
     return (first ^ (sixteens % kPeriod * 32)) + (rows * Tile::kPitch + sixteens / kPeriod * (kPeriod * 32));
   }
+  // The same place in another tile of an array.
+  FA_DEVICE LaneAddress operator[](int tile) const { return {first + tile * Tile::kBytes}; }
+  // As the left operand of multiply_transposed.
+  FA_DEVICE void operator()(int step, int matrix, uint32_t (&a)[4]) const { ptx::ldmatrix_x4(a, at(16 * matrix, step)); }
 };
 
 // Copies rows of a tensor into a tile, asynchronously. Rows that do not exist and columns past `columns` become 0.
 //   source: row 0 of the tile; exists(row): whether that row of the tile is there
-template <class Tile, int NUM_THREADS, class Exists>
-FA_DEVICE void copy_rows_async(uint32_t tile, const uint16_t* source, int64_t stride, int columns, uint32_t thread, Exists exists) {
+template <int NUM_THREADS, class Tile, class Exists>
+FA_DEVICE void copy_rows_async(Tile& tile, const uint16_t* source, int64_t stride, int columns, uint32_t thread, Exists exists) {
   constexpr int kLanes = Tile::kPermuted, kRowsAtOnce = NUM_THREADS / kLanes;  // lanes that copy a row together
   static_assert(Tile::kRows % kRowsAtOnce == 0, "every pass copies whole rows");
   const int row = static_cast<int>(thread / kLanes), chunk = static_cast<int>(thread % kLanes);
+  const uint32_t first = ptx::shared_address(&tile);
   source += row * stride + chunk * kChunk;
 #pragma unroll
   for (int pass = 0; pass < Tile::kRows / kRowsAtOnce; ++pass) {
     const bool row_exists = exists(row + pass * kRowsAtOnce);
     // The compiler does not see by itself that swizzling repeats every eight rows.
-    const uint32_t target = kRowsAtOnce % 8 == 0 ? tile + Tile::offset(row, chunk) + pass * kRowsAtOnce * Tile::kPitch
-                                                 : tile + Tile::offset(row + pass * kRowsAtOnce, chunk);
+    const uint32_t target = first + (kRowsAtOnce % 8 == 0 ? Tile::offset(row, chunk) + pass * kRowsAtOnce * Tile::kPitch
+                                                          : Tile::offset(row + pass * kRowsAtOnce, chunk));
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / (kLanes * kChunk); ++i) {
       const int column = i * kLanes * kChunk;
@@ -107,7 +113,7 @@ FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Ac
 // Stores a warp's 16 rows times `factor`, those below num_rows and columns below `columns`, through its rows of a tile in shared memory
 // that nobody reads any more. target: row 0 of the tile.
 template <Dtype DTYPE, class Tile, int BLOCKS>
-FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float factor, unsigned char* tile, int first_row, int num_rows,
+FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float factor, Tile& tile, int first_row, int num_rows,
                           uint16_t* target, int64_t stride, int columns) {
   static_assert(8 * BLOCKS == Tile::kColumns);
   constexpr int kLanes = Tile::kPermuted;  // that store a row together
@@ -115,7 +121,7 @@ FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float fac
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + 8 * half + lane / 4;
-    unsigned char* const row_smem = tile + row * Tile::kPitch + 4 * (lane % 4);
+    unsigned char* const row_smem = tile.bytes + row * Tile::kPitch + 4 * (lane % 4);
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) {
       *reinterpret_cast<uint32_t*>(row_smem + Tile::offset_in_row(row, n)) =
@@ -131,7 +137,7 @@ FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float fac
       const int chunk = lane % kLanes + j * kLanes;
       if (row < num_rows && chunk * kChunk < columns) {
         *reinterpret_cast<uint4*>(target + row * stride + chunk * kChunk) =
-            *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
+            *reinterpret_cast<const uint4*>(tile.bytes + Tile::offset(row, chunk));
       }
     }
   }
@@ -147,12 +153,12 @@ FA_DEVICE void multiply_step(float (&sums)[BLOCKS][4], int n, const uint32_t (&a
   ptx::mma_m16n8k16<DTYPE>(sums[n + 1], a, b[2], b[3], right);
 }
 
-// scores = left (16 * MATRICES x 16 * STEPS) times the transpose of keys (8 * BLOCKS x 16 * STEPS)
+// scores = left (16 * MATRICES x HEAD_DIM) times the transpose of keys (8 * BLOCKS x HEAD_DIM)
 //   left(step, matrix, a): puts the a operand of that piece into a
-template <Dtype DTYPE, int STEPS, int MATRICES, int BLOCKS, class KeyTile, class Left>
+template <Dtype DTYPE, int MATRICES, int BLOCKS, class KeyTile, class Left>
 FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left left, const LaneAddress<KeyTile>& keys) {
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
+  for (int step = 0; step < KeyTile::kColumns / 16; ++step) {
     uint32_t a[MATRICES][4];
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) left(step, m, a[m]);
@@ -181,11 +187,11 @@ FA_DEVICE void pack_weights(PackedWeights<BLOCKS>& packed, const Accumulators<1,
 
 // Stores them in a tile, from its row first_row on.
 template <class Tile, int BLOCKS>
-FA_DEVICE void store_packed(const PackedWeights<BLOCKS>& packed, unsigned char* tile, int first_row, int lane) {
+FA_DEVICE void store_packed(const PackedWeights<BLOCKS>& packed, Tile& tile, int first_row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + 8 * half + lane / 4;
-    unsigned char* const row_smem = tile + row * Tile::kPitch + 4 * (lane % 4);
+    unsigned char* const row_smem = tile.bytes + row * Tile::kPitch + 4 * (lane % 4);
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) *reinterpret_cast<uint32_t*>(row_smem + Tile::offset_in_row(row, n)) = packed[n][half];
   }

@@ -19,23 +19,24 @@
 
 namespace fused_attention::cuda::sm80 {
 
-template <class Row>
-struct BackwardConfig : BackwardTiles<Row> {
-  static_assert(Row::kBlockN == 16 * Row::kWarps && Row::kBlockM % 32 == 0);
-  static_assert(Row::kPlain || Row::kBlockN == kKeysPerTile, "lists name tiles of so many keys");
-  static_assert(2 * Row::kBlockM <= Row::kThreads, "a thread copies one number of a row");
+struct Backward : BackwardTiles {
+  static_assert(kBlockN == 16 * kWarps && kBlockM % 32 == 0);
+  static_assert(kPlain || kBlockN == kKeysPerTile, "lists name tiles of so many keys");
+  static_assert(2 * kBlockM <= kThreads, "a thread copies one number of a row");
 
-  using Tiles = BackwardTiles<Row>;
-  using ScoreTile = SharedTile<Row::kBlockN, Row::kBlockM>;  // of the gradients of scores, transposed
-  using Part = QueryPart<Row::kBlockM, Row::kHeadDimQk, Row::kWarps>;
+  static constexpr int kBlocks = kBlockM / 8;
+  using Part = QueryPart<kBlockM, kHeadDimQk, kWarps>;
+  using Visits = RowVisits<kBlockM, !kPlain>;
   struct SharedMemory {
-    typename Tiles::KeyTile::Memory k;    // at the end dkey
-    typename Tiles::ValueTile::Memory v;  // at the end dvalue
-    typename ScoreTile::Memory ds;
-    typename Tiles::QueryTile::Memory q[Row::kStages];
-    typename Tiles::GradientTile::Memory dout[Row::kStages];
-    RowStatistics<Row::kBlockM> statistics[Row::kStages];
+    KeyTile k;                        // at the end dkey
+    ValueTile v;                      // at the end dvalue
+    SharedTile<kBlockN, kBlockM> ds;  // dS^T
+    QueryTile q[kStages];
+    GradientTile dout[kStages];
+    RowStatistics<kBlockM> statistics[kStages];
   };
+
+  static FA_DEVICE void run(const OnePassArguments& arguments);
 };
 
 // The next number of a counter, for a whole block. shared: room for it.
@@ -47,26 +48,8 @@ FA_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t* shared) {
   return ticket;
 }
 
-template <class Config>
-FA_DEVICE void backward(const OnePassArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kBlocks = kBlockM / 8;
-  constexpr bool kPlain = Config::kPlain;
-  using KeyTile = typename Config::KeyTile;
-  using ValueTile = typename Config::ValueTile;
-  using QueryTile = typename Config::QueryTile;
-  using GradientTile = typename Config::GradientTile;
-  using ScoreTile = typename Config::ScoreTile;
-  using Part = typename Config::Part;
-  using Visits = RowVisits<kBlockM, !kPlain>;
-  using SharedMemory = typename Config::SharedMemory;
-  auto& shared = shared_memory<Config>();
-  const uint32_t smem = ptx::shared_address(&shared);
-  const uint32_t k_smem = smem + offsetof(SharedMemory, k);      // (BLOCK_N, HEAD_DIM_QK)
-  const uint32_t v_smem = smem + offsetof(SharedMemory, v);      // (BLOCK_N, HEAD_DIM_V)
-  const uint32_t ds_smem = smem + offsetof(SharedMemory, ds);    // (BLOCK_N, BLOCK_M)
-  const uint32_t q_smem = smem + offsetof(SharedMemory, q);      // STAGES x (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t do_smem = smem + offsetof(SharedMemory, dout);  // STAGES x (BLOCK_M, HEAD_DIM_V)
+FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
+  auto& shared = shared_memory<Backward>();
 
   // Which keys: the last ones first where they are seen by the fewest rows, so that blocks that add first have the least to do before it.
   const AttentionProblem& problem = arguments.problem;
@@ -96,16 +79,16 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
 
   const ScoreMask key_mask{sequence, problem, batch, 0};
   const auto exists = [&](int row) { return kPlain ? start_n + row < sequence.keys_present : key_mask.key_exists(start_n + row); };
-  copy_rows_async<KeyTile, Config::kThreads>(k_smem, rows_of_keys(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk),
-                                             threadIdx.x, exists);
-  copy_rows_async<ValueTile, Config::kThreads>(v_smem, rows_of_keys(problem.value), problem.value.row, static_cast<int>(problem.head_dim_v),
-                                               threadIdx.x, exists);
+  copy_rows_async<kThreads>(shared.k, rows_of_keys(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk), threadIdx.x,
+                            exists);
+  copy_rows_async<kThreads>(shared.v, rows_of_keys(problem.value), problem.value.row, static_cast<int>(problem.head_dim_v), threadIdx.x,
+                            exists);
   ptx::cp_async_commit();
 
   const bool has_all_keys = __syncthreads_and(exists(static_cast<int>(threadIdx.x) % kBlockN)) != 0;
-  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
-  Accumulators<1, Config::kHeadDimQk / 8> dkey = {};
-  Accumulators<1, Config::kHeadDimV / 8> dvalue = {};
+  const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
+  Accumulators<1, kHeadDimQk / 8> dkey = {};
+  Accumulators<1, kHeadDimV / 8> dvalue = {};
 
   const auto visits_of = [&](int head) {
     const int start = static_cast<int>(ptx::again(start_n));
@@ -134,13 +117,11 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
         const uint16_t* const query = head_of(problem.query, its_batch, its_head) + first_row * problem.query.row;  // (Lq - start_m, Dqk)
         const uint16_t* const dout = head_of(problem.dout, its_batch, its_head) + first_row * problem.dout.row;     // (Lq - start_m, Dv)
         const float *const row_lse = arguments.row_lse + statistic, *const row_delta = arguments.row_delta + statistic;
-        copy_rows_async<QueryTile, Config::kThreads>(q_smem + slot * QueryTile::kBytes, query, problem.query.row,
-                                                     static_cast<int>(problem.head_dim_qk), thread,
-                                                     [&](int row) { return row < rows_left; });
+        copy_rows_async<kThreads>(shared.q[slot], query, problem.query.row, static_cast<int>(problem.head_dim_qk), thread,
+                                  [&](int row) { return row < rows_left; });
         // Rows that attend to nothing may have any gradient.
-        copy_rows_async<GradientTile, Config::kThreads>(
-            do_smem + slot * GradientTile::kBytes, dout, problem.dout.row, static_cast<int>(problem.head_dim_v), thread,
-            [&](int row) { return row < rows_left && (visit.is_full || row_lse[row] != kInfinity); });
+        copy_rows_async<kThreads>(shared.dout[slot], dout, problem.dout.row, static_cast<int>(problem.head_dim_v), thread,
+                                  [&](int row) { return row < rows_left && (visit.is_full || row_lse[row] != kInfinity); });
         copy_statistics_async(shared.statistics[slot], row_lse, row_delta, rows_left, thread);
       }
       ptx::cp_async_commit();
@@ -161,23 +142,17 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
       // Addresses made anew at each step: what follows from them takes no registers between steps.
       const uint32_t thread = ptx::again(threadIdx.x);
-      const uint32_t q_tile = q_smem + slot * QueryTile::kBytes, do_tile = do_smem + slot * GradientTile::kBytes;
-      const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem, warp_key, 0, thread);
-      const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem, warp_key, 0, thread);
+      const auto& q = shared.q[slot];
+      const auto& dout = shared.dout[slot];
       Accumulators<1, kBlocks> scores, gradients;
-      multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
-          scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
-          LaneAddress<QueryTile>::by_columns(q_tile, 0, thread));
-      multiply_transposed<kDtype, Config::kHeadDimV / 16>(
-          gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
-          LaneAddress<GradientTile>::by_columns(do_tile, 0, thread));
+      multiply_transposed<kDtype>(scores, shared.k.by_rows(warp_key, 0, thread), q.by_columns(0, thread));
+      multiply_transposed<kDtype>(gradients, shared.v.by_rows(warp_key, 0, thread), dout.by_columns(0, thread));
 
       // P^T and dS^T
       const auto differentiate = [&](auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
         [[maybe_unused]] Accumulators<1, kBlocks> softcap_derivative;
-        const ScoreGradientStep<Config::kClass, true> of_scores{arguments, mask,  static_cast<int>(ptx::again(first_key)),
-                                                                start_m,   drops, lane};
+        const ScoreGradientStep<kClass, true> of_scores{arguments, mask, static_cast<int>(ptx::again(first_key)), start_m, drops, lane};
         const float scale = of_scores.transform(scores, softcap_derivative);
         if constexpr (kMasked) of_scores.mask(scores);
         of_scores.to_weights(scores, scale, [&](int, int n, int e) { return statistics.lse[column(n, e)]; });
@@ -193,10 +168,10 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       pack_weights<kDtype>(weights, scores);
       pack_weights<kDtype>(dscores, gradients);
       const uint32_t later = ptx::again(threadIdx.x);
-      store_packed<ScoreTile>(dscores, shared.ds.bytes, warp_key, static_cast<int>(later % 32));
+      store_packed(dscores, shared.ds, static_cast<int>(later / 32 * 16), static_cast<int>(later % 32));
 
       // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
-      multiply_add_packed<kDtype>(dvalue, weights, LaneAddress<GradientTile>::by_rows(do_tile, 0, 0, later));
+      multiply_add_packed<kDtype>(dvalue, weights, dout.by_rows(0, 0, later));
       uint32_t* turn = nullptr;
       if (in_order) {
         turn = arguments.turns + 1 + (batch * problem.num_heads + head) * arguments.turns_per_head + start_m / kBlockM;
@@ -208,11 +183,11 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
       __syncthreads();  // all of dS is there
 
       // dK += dS^T Q (BLOCK_N, HEAD_DIM_QK), dQ += dS K (BLOCK_M, HEAD_DIM_QK)
-      multiply_add_packed<kDtype>(dkey, dscores, LaneAddress<QueryTile>::by_rows(q_tile, 0, 0, later));
+      multiply_add_packed<kDtype>(dkey, dscores, q.by_rows(0, 0, later));
       Accumulators<Part::kMatrices, Part::kBlocks> dquery;
       const Part part(static_cast<int>(later / 32));
-      multiply_scores_keys<kDtype, Part>(dquery, LaneAddress<ScoreTile>::by_columns(ds_smem, part.first_row() / 16, later),
-                                         LaneAddress<KeyTile>::by_rows(k_smem, 0, part.column_group, later));
+      multiply_scores_keys<kDtype, Part>(dquery, shared.ds.by_columns(part.first_row() / 16, later),
+                                         shared.k.by_rows(0, part.column_group, later));
       const int columns = static_cast<int>(problem.head_dim_qk);
       const int64_t statistic = statistics_of(problem, sequence, ptx::again(batch), ptx::again(head)) + start_m;
       add_to_sums(dquery, part, arguments.dquery_sums + statistic * columns, sequence.rows_present - start_m, columns);
@@ -225,10 +200,10 @@ FA_DEVICE void backward(const OnePassArguments& arguments) {
   __syncthreads();  // K and V have landed and were read
 
   const int keys_left = keys - start_n;
-  store_rows<kDtype, KeyTile>(dkey, problem.softmax_scale, shared.k.bytes, warp_key, keys_left, rows_of_keys(problem.dkey),
-                              problem.dkey.row, static_cast<int>(problem.head_dim_qk));
-  store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, shared.v.bytes, warp_key, keys_left, rows_of_keys(problem.dvalue),
-                                problem.dvalue.row, static_cast<int>(problem.head_dim_v));
+  store_rows<kDtype>(dkey, problem.softmax_scale, shared.k, warp_key, keys_left, rows_of_keys(problem.dkey), problem.dkey.row,
+                     static_cast<int>(problem.head_dim_qk));
+  store_rows<kDtype>(dvalue, arguments.kept_scale, shared.v, warp_key, keys_left, rows_of_keys(problem.dvalue), problem.dvalue.row,
+                     static_cast<int>(problem.head_dim_v));
 }
 
 }  // namespace fused_attention::cuda::sm80

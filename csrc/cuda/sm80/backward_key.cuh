@@ -12,40 +12,26 @@
 namespace fused_attention::cuda::sm80 {
 
 // DKEY, DVALUE: which of the two are computed.
-template <class Row, bool DKEY, bool DVALUE>
-struct BackwardKeyConfig : BackwardTiles<Row> {
-  static constexpr bool kDkey = DKEY, kDvalue = DVALUE;
-  static_assert(Row::kBlockN == 16 * Row::kWarps && Row::kBlockN == kKeysPerTile);
-  static_assert(kKeysPerTile % Row::kBlockM == 0 && Row::kBlockM % 32 == 0);
-  static_assert(2 * Row::kBlockM <= Row::kThreads, "a thread copies one number of a row");
+template <bool DKEY, bool DVALUE>
+struct BackwardKey : BackwardTiles {
+  static_assert(kBlockN == 16 * kWarps && kBlockN == kKeysPerTile);
+  static_assert(kKeysPerTile % kBlockM == 0 && kBlockM % 32 == 0);
+  static_assert(2 * kBlockM <= kThreads, "a thread copies one number of a row");
 
-  using Tiles = BackwardTiles<Row>;
   struct SharedMemory {
-    typename Tiles::KeyTile::Memory k;    // at the end dkey
-    typename Tiles::ValueTile::Memory v;  // at the end dvalue
-    typename Tiles::QueryTile::Memory q[Row::kStages];
-    typename Tiles::GradientTile::Memory dout[Row::kStages];
-    RowStatistics<Row::kBlockM> statistics[Row::kStages];
+    KeyTile k;    // at the end dkey
+    ValueTile v;  // at the end dvalue
+    QueryTile q[kStages];
+    GradientTile dout[kStages];
+    RowStatistics<kBlockM> statistics[kStages];
   };
+
+  static FA_DEVICE void run(const BackwardArguments& arguments);
 };
 
-template <class Config>
-FA_DEVICE void backward_key(const BackwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kBlocks = kBlockM / 8;
-  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
-  using KeyTile = typename Config::KeyTile;
-  using ValueTile = typename Config::ValueTile;
-  using QueryTile = typename Config::QueryTile;
-  using GradientTile = typename Config::GradientTile;
-  using SharedMemory = typename Config::SharedMemory;
-  auto& shared = shared_memory<Config>();
-  const uint32_t smem = ptx::shared_address(&shared);
-  const uint32_t k_smem = smem + offsetof(SharedMemory, k);      // (BLOCK_N, HEAD_DIM_QK)
-  const uint32_t v_smem = smem + offsetof(SharedMemory, v);      // (BLOCK_N, HEAD_DIM_V)
-  const uint32_t q_smem = smem + offsetof(SharedMemory, q);      // STAGES x (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t do_smem = smem + offsetof(SharedMemory, dout);  // STAGES x (BLOCK_M, HEAD_DIM_V)
-
+template <bool DKEY, bool DVALUE>
+FA_DEVICE void BackwardKey<DKEY, DVALUE>::run(const BackwardArguments& arguments) {
+  auto& shared = shared_memory<BackwardKey>();
   const AttentionProblem& problem = arguments.problem;
   const KeyBlock<kBlockN> block(problem, blockIdx.x);
   const Sequence& sequence = block.sequence;
@@ -55,24 +41,24 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
 
   const ScoreMask key_mask{sequence, problem, batch, 0};
   const auto exists = [&](int row) { return key_mask.key_exists(start_n + row); };
-  copy_rows_async<KeyTile, Config::kThreads>(k_smem, block.keys_of(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk),
-                                             threadIdx.x, exists);
-  copy_rows_async<ValueTile, Config::kThreads>(v_smem, block.keys_of(problem.value), problem.value.row,
-                                               static_cast<int>(problem.head_dim_v), threadIdx.x, exists);
+  copy_rows_async<kThreads>(shared.k, block.keys_of(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk), threadIdx.x,
+                            exists);
+  copy_rows_async<kThreads>(shared.v, block.keys_of(problem.value), problem.value.row, static_cast<int>(problem.head_dim_v), threadIdx.x,
+                            exists);
   ptx::cp_async_commit();
 
   const bool all_exist = __syncthreads_and(exists(static_cast<int>(threadIdx.x) % kBlockN)) != 0;
   const SeeingRows<kBlockN> rows(sequence, start_n, all_exist);
 
-  const auto k_lane = LaneAddress<KeyTile>::by_rows(k_smem, warp_key);
-  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem, warp_key);
-  const auto q_columns = LaneAddress<QueryTile>::by_columns(q_smem);
-  const auto q_rows = LaneAddress<QueryTile>::by_rows(q_smem);
-  const auto do_columns = LaneAddress<GradientTile>::by_columns(do_smem);
-  const auto do_rows = LaneAddress<GradientTile>::by_rows(do_smem);
-  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
-  Accumulators<1, Config::kDkey ? Config::kHeadDimQk / 8 : 2> dkey = {};
-  Accumulators<1, Config::kDvalue ? Config::kHeadDimV / 8 : 2> dvalue = {};
+  const auto k_lane = shared.k.by_rows(warp_key);
+  const auto v_lane = shared.v.by_rows(warp_key);
+  const auto q_columns = shared.q[0].by_columns();
+  const auto q_rows = shared.q[0].by_rows();
+  const auto do_columns = shared.dout[0].by_columns();
+  const auto do_rows = shared.dout[0].by_rows();
+  const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
+  Accumulators<1, DKEY ? kHeadDimQk / 8 : 2> dkey = {};
+  Accumulators<1, DVALUE ? kHeadDimV / 8 : 2> dvalue = {};
 
 #pragma unroll 1
   for (int head = block.key_head * arguments.heads_per_group; head < (block.key_head + 1) * arguments.heads_per_group; ++head) {
@@ -90,13 +76,11 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
       if (step < blocks.num_blocks) {
         const int start_m = blocks.start(step), slot = step % kStages, rows_left = sequence.rows_present - start_m;
         const bool all_attend = !kBias && step < blocks.num_full;  // rows that attend to nothing may have any gradient
-        copy_rows_async<QueryTile, Config::kThreads>(q_smem + slot * QueryTile::kBytes, query + start_m * problem.query.row,
-                                                     problem.query.row, static_cast<int>(problem.head_dim_qk), threadIdx.x,
-                                                     [&](int row) { return row < rows_left; });
-        copy_rows_async<GradientTile, Config::kThreads>(do_smem + slot * GradientTile::kBytes, dout + start_m * problem.dout.row,
-                                                        problem.dout.row, static_cast<int>(problem.head_dim_v), threadIdx.x, [&](int row) {
-                                                          return row < rows_left && (all_attend || row_lse[start_m + row] != kInfinity);
-                                                        });
+        copy_rows_async<kThreads>(shared.q[slot], query + start_m * problem.query.row, problem.query.row,
+                                  static_cast<int>(problem.head_dim_qk), threadIdx.x, [&](int row) { return row < rows_left; });
+        copy_rows_async<kThreads>(shared.dout[slot], dout + start_m * problem.dout.row, problem.dout.row,
+                                  static_cast<int>(problem.head_dim_v), threadIdx.x,
+                                  [&](int row) { return row < rows_left && (all_attend || row_lse[start_m + row] != kInfinity); });
         copy_statistics_async(shared.statistics[slot], row_lse + start_m, row_delta + start_m, rows_left, threadIdx.x);
       }
       ptx::cp_async_commit();
@@ -113,23 +97,17 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
       const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
 
       // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
-      Accumulators<1, kBlocks> scores;
-      [[maybe_unused]] Accumulators<1, kBlocks> gradients, softcap_derivative;
-      multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
-          scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
-          LaneAddress<QueryTile>{q_columns.first + slot * QueryTile::kBytes});
-      if constexpr (Config::kDkey) {
-        multiply_transposed<kDtype, Config::kHeadDimV / 16>(
-            gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
-            LaneAddress<GradientTile>{do_columns.first + slot * GradientTile::kBytes});
-      }
+      Accumulators<1, kBlockM / 8> scores;
+      [[maybe_unused]] Accumulators<1, kBlockM / 8> gradients, softcap_derivative;
+      multiply_transposed<kDtype>(scores, k_lane, q_columns[slot]);
+      if constexpr (DKEY) multiply_transposed<kDtype>(gradients, v_lane, do_columns[slot]);
 
       // P^T and dS^T
-      const ScoreGradientStep<Config::kClass, true> of_scores{arguments, mask, first_key, start_m, drops, lane};
+      const ScoreGradientStep<kClass, true> of_scores{arguments, mask, first_key, start_m, drops, lane};
       const float scale = of_scores.transform(scores, softcap_derivative);
       if constexpr (kMasked) of_scores.mask(scores);
       of_scores.to_weights(scores, scale, [&](int, int n, int e) { return statistics.lse[column(n, e)]; });
-      if constexpr (Config::kDkey) {
+      if constexpr (DKEY) {
         of_scores.template to_gradients<kMasked>(gradients, scores, [&](int, int n, int e) { return statistics.delta[column(n, e)]; });
         if constexpr (kBias) {
           if (arguments.column_sums != nullptr) sums.add_lines(gradients);
@@ -140,14 +118,13 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
       }
 
       // dV += P^T dO (BLOCK_N, HEAD_DIM_V) and dK += dS^T Q (BLOCK_N, HEAD_DIM_QK)
-      if constexpr (Config::kDvalue)
-        multiply_add<kDtype>(dvalue, scores, LaneAddress<GradientTile>{do_rows.first + slot * GradientTile::kBytes});
-      if constexpr (Config::kDkey) multiply_add<kDtype>(dkey, gradients, LaneAddress<QueryTile>{q_rows.first + slot * QueryTile::kBytes});
+      if constexpr (DVALUE) multiply_add<kDtype>(dvalue, scores, do_rows[slot]);
+      if constexpr (DKEY) multiply_add<kDtype>(dkey, gradients, q_rows[slot]);
       __syncthreads();  // every warp is past its products with this block
       load(step + kStages);
     };
     blocks.for_each(step_over);
-    if constexpr (Config::kDkey && kBias) {
+    if constexpr (DKEY && kBias) {
       if (arguments.column_sums != nullptr) {
         sums.store_lines(arguments.column_sums + (batch * problem.num_heads + head) * problem.seqlen_k + first_key, block.keys - first_key);
       }
@@ -157,13 +134,13 @@ FA_DEVICE void backward_key(const BackwardArguments& arguments) {
   __syncthreads();  // K and V have landed and were read
 
   const int keys_left = block.keys - start_n;
-  if constexpr (Config::kDkey) {
-    store_rows<kDtype, KeyTile>(dkey, problem.softmax_scale, shared.k.bytes, warp_key, keys_left, block.keys_of(problem.dkey),
-                                problem.dkey.row, static_cast<int>(problem.head_dim_qk));
+  if constexpr (DKEY) {
+    store_rows<kDtype>(dkey, problem.softmax_scale, shared.k, warp_key, keys_left, block.keys_of(problem.dkey), problem.dkey.row,
+                       static_cast<int>(problem.head_dim_qk));
   }
-  if constexpr (Config::kDvalue) {
-    store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, shared.v.bytes, warp_key, keys_left, block.keys_of(problem.dvalue),
-                                  problem.dvalue.row, static_cast<int>(problem.head_dim_v));
+  if constexpr (DVALUE) {
+    store_rows<kDtype>(dvalue, arguments.kept_scale, shared.v, warp_key, keys_left, block.keys_of(problem.dvalue), problem.dvalue.row,
+                       static_cast<int>(problem.head_dim_v));
   }
 }
 

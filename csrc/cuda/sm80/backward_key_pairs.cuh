@@ -14,56 +14,43 @@
 
 namespace fused_attention::cuda::sm80 {
 
-template <class Row>
-struct BackwardKeyPairsConfig : BackwardTiles<Row> {
-  static_assert(Row::kThreads == kPairedThreads && Row::kBlockN == 16 * kPairs && Row::kBlockN == kKeysPerTile);
-  static_assert(kKeysPerTile % Row::kBlockM == 0 && Row::kBlockM % 16 == 0 && Row::kStages >= 2);
+struct BackwardKeyPairs : BackwardTiles {
+  static_assert(kThreads == kPairedThreads && kBlockN == 16 * kPairs && kBlockN == kKeysPerTile);
+  static_assert(kKeysPerTile % kBlockM == 0 && kBlockM % 16 == 0 && kStages >= 2);
 
-  using Tiles = BackwardTiles<Row>;
-  using LeftKey = LeftOperand<Row::kBlockN, Row::kHeadDimQk, Row::kHeldQk>;
-  using LeftValue = LeftOperand<Row::kBlockN, Row::kHeadDimV, Row::kHeldV>;
+  using LeftKey = LeftOperand<kBlockN, kHeadDimQk, kHeldQk>;
+  using LeftValue = LeftOperand<kBlockN, kHeadDimV, kHeldV>;
   struct SharedMemory {
     union {
       struct {
-        typename LeftKey::RestTile::Memory k[LeftKey::kRest == 0 ? 0 : 1];
-        typename LeftValue::RestTile::Memory v[LeftValue::kRest == 0 ? 0 : 1];
+        LeftKey::RestTile k[LeftKey::kRest == 0 ? 0 : 1];
+        LeftValue::RestTile v[LeftValue::kRest == 0 ? 0 : 1];
         union {
-          struct {  // what is held of K and V is read before the first rows come to where it was
-            typename LeftKey::HeldTile::Memory k;
-            typename LeftValue::HeldTile::Memory v;
+          struct {  // what is held of K and V is read before the first rows overwrite it
+            LeftKey::HeldTile k;
+            LeftValue::HeldTile v;
           } held;
           struct {
-            typename Tiles::QueryTile::Memory q[Row::kStages];
-            typename Tiles::GradientTile::Memory dout[Row::kStages];
+            QueryTile q[kStages];
+            GradientTile dout[kStages];
           } steps;
         };
       };
       struct {  // at the end
-        typename Tiles::KeyTile::Memory dkey;
-        typename Tiles::ValueTile::Memory dvalue;
+        KeyTile dkey;
+        ValueTile dvalue;
       } sums;
     };
-    float statistics[Row::kStages * 2 * Row::kBlockM];  // (STAGES, 2, BLOCK_M): lse and delta of each row
-    float weights[Row::kBlockM * Row::kBlockN];
-    float derivative[Row::kPlain ? 0 : Row::kBlockM * Row::kBlockN];  // of softcap
+    float statistics[kStages * 2 * kBlockM];  // (STAGES, 2, BLOCK_M): lse and delta of each row
+    float weights[kBlockM * kBlockN];
+    float derivative[kPlain ? 0 : kBlockM * kBlockN];  // of softcap
   };
+
+  static FA_DEVICE void run(const BackwardArguments& arguments);
 };
 
-template <class Config>
-FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kBlocks = kBlockM / 8;
-  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
-  using LeftKey = typename Config::LeftKey;
-  using LeftValue = typename Config::LeftValue;
-  using QueryTile = typename Config::QueryTile;
-  using GradientTile = typename Config::GradientTile;
-  using SharedMemory = typename Config::SharedMemory;
-  auto& shared = shared_memory<Config>();
-  const uint32_t smem = ptx::shared_address(&shared);
-  const uint32_t q_smem = smem + offsetof(SharedMemory, steps.q);      // STAGES x (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t do_smem = smem + offsetof(SharedMemory, steps.dout);  // STAGES x (BLOCK_M, HEAD_DIM_V)
-
+FA_DEVICE void BackwardKeyPairs::run(const BackwardArguments& arguments) {
+  auto& shared = shared_memory<BackwardKeyPairs>();
   const AttentionProblem& problem = arguments.problem;
   KeyBlock<kBlockN> block(problem, blockIdx.x);
   Sequence& sequence = block.sequence;
@@ -78,29 +65,27 @@ FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
   const bool all_exist = __syncthreads_and(exists(static_cast<int>(threadIdx.x) % kBlockN)) != 0;
   const SeeingRows<kBlockN> rows(sequence, start_n, all_exist);
   const int keys_left = block.keys - start_n;
-  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
+  const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
 
   // What one of a pair's warps does.
   const auto walk = [&](auto of_weights) {
     constexpr bool kWeights = decltype(of_weights)::value;
-    using Left = std::conditional_t<kWeights, LeftKey, LeftValue>;
-    using RowTile = std::conditional_t<kWeights, QueryTile, GradientTile>;
+    std::conditional_t<kWeights, LeftKey, LeftValue> left;
+    auto& held = either<kWeights>(shared.held.k, shared.held.v);  // (BLOCK_N, HELD_QK) or (BLOCK_N, HELD_V)
+    auto& rest = either<kWeights>(shared.k, shared.v);            // the columns to the right
+    auto& row_tiles = either<kWeights>(shared.steps.q, shared.steps.dout);
     const StridedTensor &keys_of = kWeights ? problem.key : problem.value, &rows_of = kWeights ? problem.query : problem.dout;
     const int left_columns = static_cast<int>(kWeights ? problem.head_dim_qk : problem.head_dim_v);
-    // (BLOCK_N, HELD_QK) or (BLOCK_N, HELD_V), and the columns to the right
-    const uint32_t own_held_smem = kWeights ? smem + offsetof(SharedMemory, held.k) : smem + offsetof(SharedMemory, held.v);
-    const uint32_t own_rest_smem = kWeights ? smem + offsetof(SharedMemory, k) : smem + offsetof(SharedMemory, v);
-    Left::copy(own_held_smem, own_rest_smem, block.keys_of(keys_of), keys_of.row, left_columns, threadIdx.x % (kPairedThreads / 2), exists);
+    left.copy(held, rest, block.keys_of(keys_of), keys_of.row, left_columns, threadIdx.x % (kPairedThreads / 2), exists);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    Left left;
-    left.hold(own_held_smem, own_rest_smem, warp_key);
-    const auto q_columns = LaneAddress<QueryTile>::by_columns(q_smem);
-    const auto q_rows = LaneAddress<QueryTile>::by_rows(q_smem);
-    const auto do_columns = LaneAddress<GradientTile>::by_columns(do_smem);
-    const auto do_rows = LaneAddress<GradientTile>::by_rows(do_smem);
-    Accumulators<1, (kWeights ? Config::kHeadDimV : Config::kHeadDimQk) / 8> acc = {};
+    left.hold(held, rest, warp_key);
+    const auto q_columns = shared.steps.q[0].by_columns();
+    const auto q_rows = shared.steps.q[0].by_rows();
+    const auto do_columns = shared.steps.dout[0].by_columns();
+    const auto do_rows = shared.steps.dout[0].by_rows();
+    Accumulators<1, (kWeights ? kHeadDimV : kHeadDimQk) / 8> acc = {};
 
 #pragma unroll 1
     for (int head = block.key_head * arguments.heads_per_group; head < (block.key_head + 1) * arguments.heads_per_group; ++head) {
@@ -119,8 +104,8 @@ FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
           const uint32_t thread = ptx::again(threadIdx.x) % (kPairedThreads / 2);
           const int start_m = blocks.start(step), slot = step % kStages, rows_left = sequence.rows_present - start_m;
           const bool all_attend = kWeights || (!kBias && step < blocks.num_full);  // rows that attend to nothing may have any gradient
-          copy_rows_async<RowTile, kPairedThreads / 2>(
-              (kWeights ? q_smem : do_smem) + slot * RowTile::kBytes, source + start_m * rows_of.row, rows_of.row, left_columns, thread,
+          copy_rows_async<kPairedThreads / 2>(
+              row_tiles[slot], source + start_m * rows_of.row, rows_of.row, left_columns, thread,
               [&](int row) { return row < rows_left && (all_attend || row_lse[start_m + row] != kInfinity); });
           const int row = static_cast<int>(thread);
           if (row < kBlockM) {
@@ -148,12 +133,11 @@ FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
         const auto of_row = [&](int, int n, int e) { return statistic[8 * n + 2 * (pair.lane % 4) + e % 2]; };
 
         // S^T = K Q^T or dP^T = V dO^T (BLOCK_N, BLOCK_M), each pair its own keys.
-        Accumulators<1, kBlocks> scores;
-        const ScoreGradientStep<Config::kClass, true> of_scores{arguments, mask, first_key, start_m, drops, pair.lane};
+        Accumulators<1, kBlockM / 8> scores;
+        const ScoreGradientStep<kClass, true> of_scores{arguments, mask, first_key, start_m, drops, pair.lane};
         if constexpr (kWeights) {
-          multiply_transposed<kDtype, Config::kHeadDimQk / 16>(scores, left,
-                                                               LaneAddress<QueryTile>{q_columns.first + slot * QueryTile::kBytes});
-          Accumulators<1, kBlocks> softcap_derivative;
+          multiply_transposed<kDtype>(scores, left, q_columns[slot]);
+          Accumulators<1, kBlockM / 8> softcap_derivative;
           const float scale = of_scores.transform(scores, softcap_derivative, [&] { pair.put(shared.derivative, softcap_derivative); });
           if constexpr (kMasked) of_scores.mask(scores);
           of_scores.to_weights(scores, scale, of_row);
@@ -161,11 +145,10 @@ FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
           pair.announce(kWeightsReady);
           if (drops) drop_marked(scores);
           // dV += P^T dO (BLOCK_N, HEAD_DIM_V)
-          multiply_add<kDtype>(acc, scores, LaneAddress<GradientTile>{do_rows.first + slot * GradientTile::kBytes});
+          multiply_add<kDtype>(acc, scores, do_rows[slot]);
         } else {
-          multiply_transposed<kDtype, Config::kHeadDimV / 16>(scores, left,
-                                                              LaneAddress<GradientTile>{do_columns.first + slot * GradientTile::kBytes});
-          Accumulators<1, kBlocks> others;
+          multiply_transposed<kDtype>(scores, left, do_columns[slot]);
+          Accumulators<1, kBlockM / 8> others;
           pair.await(kWeightsReady);
           pair.take(shared.weights, others);
           of_scores.template to_gradients<kMasked>(scores, others, of_row);
@@ -174,7 +157,7 @@ FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
           }
           of_scores.through_softcap(scores, others, [&] { pair.take(shared.derivative, others); });
           // dK += dS^T Q (BLOCK_N, HEAD_DIM_QK)
-          multiply_add<kDtype>(acc, scores, LaneAddress<QueryTile>{q_rows.first + slot * QueryTile::kBytes});
+          multiply_add<kDtype>(acc, scores, q_rows[slot]);
         }
       };
       blocks.for_each(step_over);
@@ -189,12 +172,11 @@ FA_DEVICE void backward_key_pairs(const BackwardArguments& arguments) {
     __syncthreads();  // every warp is past its products
 
     if constexpr (kWeights) {
-      store_rows<kDtype, typename Config::ValueTile>(acc, arguments.kept_scale, shared.sums.dvalue.bytes, warp_key, keys_left,
-                                                     block.keys_of(problem.dvalue), problem.dvalue.row,
-                                                     static_cast<int>(problem.head_dim_v));
+      store_rows<kDtype>(acc, arguments.kept_scale, shared.sums.dvalue, warp_key, keys_left, block.keys_of(problem.dvalue),
+                         problem.dvalue.row, static_cast<int>(problem.head_dim_v));
     } else {
-      store_rows<kDtype, typename Config::KeyTile>(acc, problem.softmax_scale, shared.sums.dkey.bytes, warp_key, keys_left,
-                                                   block.keys_of(problem.dkey), problem.dkey.row, static_cast<int>(problem.head_dim_qk));
+      store_rows<kDtype>(acc, problem.softmax_scale, shared.sums.dkey, warp_key, keys_left, block.keys_of(problem.dkey), problem.dkey.row,
+                         static_cast<int>(problem.head_dim_qk));
     }
   };
   if (pair.has_weights) {

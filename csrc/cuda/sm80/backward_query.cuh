@@ -9,45 +9,30 @@
 
 namespace fused_attention::cuda::sm80 {
 
-template <class Row>
-struct BackwardQueryConfig : BackwardTiles<Row> {
-  static_assert(Row::kBlockM == 16 * Row::kWarps && Row::kBlockM == kKeysPerTile);
-  static_assert(kKeysPerTile % Row::kBlockN == 0 && Row::kBlockN % 32 == 0);
+struct BackwardQuery : BackwardTiles {
+  static_assert(kBlockM == 16 * kWarps && kBlockM == kKeysPerTile);
+  static_assert(kKeysPerTile % kBlockN == 0 && kBlockN % 32 == 0);
 
-  using Tiles = BackwardTiles<Row>;
   struct SharedMemory {
-    typename Tiles::QueryTile::Memory q;  // at the end dquery, then parts of a slope's gradient
-    typename Tiles::GradientTile::Memory dout;
-    typename Tiles::KeyTile::Memory k[Row::kStages];
-    typename Tiles::ValueTile::Memory v[Row::kStages];
+    QueryTile q;  // at the end dquery, then parts of a slope's gradient
+    GradientTile dout;
+    KeyTile k[kStages];
+    ValueTile v[kStages];
   };
+
+  static FA_DEVICE void run(const BackwardArguments& arguments);
 };
 
-template <class Config>
-FA_DEVICE void backward_query(const BackwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kBlockN = Config::kBlockN, kBlocks = kBlockN / 8, kOutBlocks = Config::kHeadDimQk / 8;
-  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
-  using QueryTile = typename Config::QueryTile;
-  using GradientTile = typename Config::GradientTile;
-  using KeyTile = typename Config::KeyTile;
-  using ValueTile = typename Config::ValueTile;
-  using SharedMemory = typename Config::SharedMemory;
-  auto& shared = shared_memory<Config>();
-  const uint32_t smem = ptx::shared_address(&shared);
-  const uint32_t q_smem = smem + offsetof(SharedMemory, q);      // (BLOCK_M, HEAD_DIM_QK)
-  const uint32_t do_smem = smem + offsetof(SharedMemory, dout);  // (BLOCK_M, HEAD_DIM_V)
-  const uint32_t k_smem = smem + offsetof(SharedMemory, k);      // STAGES x (BLOCK_N, HEAD_DIM_QK)
-  const uint32_t v_smem = smem + offsetof(SharedMemory, v);      // STAGES x (BLOCK_N, HEAD_DIM_V)
-
+FA_DEVICE void BackwardQuery::run(const BackwardArguments& arguments) {
+  auto& shared = shared_memory<BackwardQuery>();
   const AttentionProblem& problem = arguments.problem;
-  const RowBlock<Config::kBlockM> block(problem, blockIdx.x);
+  const RowBlock<kBlockM> block(problem, blockIdx.x);
   const Sequence& sequence = block.sequence;
   if (block.start_m >= sequence.rows) return;
   const int key_head = block.head / arguments.heads_per_group;
   const uint16_t* const key = block.keys_of(problem.key, key_head);      // (Lk, Dqk)
   const uint16_t* const value = block.keys_of(problem.value, key_head);  // (Lk, Dv)
-  const auto blocks = key_blocks<Config::kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, block.batch, block.head, block.start_m);
+  const auto blocks = key_blocks<kBlockM, kBlockN, !kPlain>(sequence, arguments.tiles, block.batch, block.head, block.start_m);
   const ScoreMask mask{sequence, problem, block.batch, block.head};
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16, first_row = block.start_m + warp_row;
   const float* const row_lse = arguments.row_lse + block.statistics(problem);      // (Lq - start_m,)
@@ -60,20 +45,18 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
       const bool all_of_mask = kPlain || step < blocks.num_full || problem.key_mask == nullptr;
       const auto exists = [&](int row) { return all_of_mask ? row < keys_left : mask.key_exists(start_n + row); };
       const int slot = step % kStages;
-      copy_rows_async<KeyTile, Config::kThreads>(k_smem + slot * KeyTile::kBytes, key + start_n * problem.key.row, problem.key.row,
-                                                 static_cast<int>(problem.head_dim_qk), threadIdx.x, exists);
-      copy_rows_async<ValueTile, Config::kThreads>(v_smem + slot * ValueTile::kBytes, value + start_n * problem.value.row,
-                                                   problem.value.row, static_cast<int>(problem.head_dim_v), threadIdx.x, exists);
+      copy_rows_async<kThreads>(shared.k[slot], key + start_n * problem.key.row, problem.key.row, static_cast<int>(problem.head_dim_qk),
+                                threadIdx.x, exists);
+      copy_rows_async<kThreads>(shared.v[slot], value + start_n * problem.value.row, problem.value.row,
+                                static_cast<int>(problem.head_dim_v), threadIdx.x, exists);
     }
     ptx::cp_async_commit();
   };
-  copy_rows_async<QueryTile, Config::kThreads>(q_smem, block.rows_of(problem.query), problem.query.row,
-                                               static_cast<int>(problem.head_dim_qk), threadIdx.x,
-                                               [&](int row) { return block.start_m + row < sequence.rows_present; });
+  copy_rows_async<kThreads>(shared.q, block.rows_of(problem.query), problem.query.row, static_cast<int>(problem.head_dim_qk), threadIdx.x,
+                            [&](int row) { return block.start_m + row < sequence.rows_present; });
   // Rows that attend to nothing may have any gradient.
-  copy_rows_async<GradientTile, Config::kThreads>(
-      do_smem, block.rows_of(problem.dout), problem.dout.row, static_cast<int>(problem.head_dim_v), threadIdx.x,
-      [&](int row) { return block.start_m + row < sequence.rows_present && row_lse[row] != kInfinity; });
+  copy_rows_async<kThreads>(shared.dout, block.rows_of(problem.dout), problem.dout.row, static_cast<int>(problem.head_dim_v), threadIdx.x,
+                            [&](int row) { return block.start_m + row < sequence.rows_present && row_lse[row] != kInfinity; });
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) load(stage);
 
@@ -85,13 +68,13 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
     lse[half] = present ? row_lse[row] : kInfinity;
     delta[half] = present ? row_delta[row] : 0.0f;
   }
-  const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem, warp_row);
-  const auto do_lane = LaneAddress<GradientTile>::by_rows(do_smem, warp_row);
-  const auto k_columns = LaneAddress<KeyTile>::by_columns(k_smem);
-  const auto v_columns = LaneAddress<ValueTile>::by_columns(v_smem);
-  const auto k_rows = LaneAddress<KeyTile>::by_rows(k_smem);
-  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
-  Accumulators<1, kOutBlocks> acc = {};
+  const auto q_lane = shared.q.by_rows(warp_row);
+  const auto do_lane = shared.dout.by_rows(warp_row);
+  const auto k_columns = shared.k[0].by_columns();
+  const auto v_columns = shared.v[0].by_columns();
+  const auto k_rows = shared.k[0].by_rows();
+  const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
+  Accumulators<1, kHeadDimQk / 8> acc = {};
   ScoreGradientSums sums;
 
   const auto step_over = [&](int step, auto masked) {
@@ -101,17 +84,13 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
     __syncthreads();
 
     // S = Q K^T and dP = dO V^T (BLOCK_M, BLOCK_N), each warp its own rows.
-    Accumulators<1, kBlocks> scores, gradients;
-    [[maybe_unused]] Accumulators<1, kBlocks> softcap_derivative;
-    multiply_transposed<kDtype, Config::kHeadDimQk / 16>(
-        scores, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, q_lane.at(0, i)); },
-        LaneAddress<KeyTile>{k_columns.first + slot * KeyTile::kBytes});
-    multiply_transposed<kDtype, Config::kHeadDimV / 16>(
-        gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, do_lane.at(0, i)); },
-        LaneAddress<ValueTile>{v_columns.first + slot * ValueTile::kBytes});
+    Accumulators<1, kBlockN / 8> scores, gradients;
+    [[maybe_unused]] Accumulators<1, kBlockN / 8> softcap_derivative;
+    multiply_transposed<kDtype>(scores, q_lane, k_columns[slot]);
+    multiply_transposed<kDtype>(gradients, do_lane, v_columns[slot]);
 
     // P and dS
-    const ScoreGradientStep<Config::kClass, false> of_scores{arguments, mask, first_row, start_n, drops, lane};
+    const ScoreGradientStep<kClass, false> of_scores{arguments, mask, first_row, start_n, drops, lane};
     const float scale = of_scores.transform(scores, softcap_derivative);
     if constexpr (kMasked) of_scores.mask(scores);
     of_scores.to_weights(scores, scale, [&](int, int, int e) { return lse[e / 2]; });
@@ -128,7 +107,7 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
     of_scores.through_softcap(gradients, softcap_derivative);
 
     // dQ += dS K (BLOCK_M, HEAD_DIM_QK)
-    multiply_add<kDtype>(acc, gradients, LaneAddress<KeyTile>{k_rows.first + slot * KeyTile::kBytes});
+    multiply_add<kDtype>(acc, gradients, k_rows[slot]);
     __syncthreads();  // every warp is past its products with this block
     load(step + kStages);
   };
@@ -137,14 +116,14 @@ FA_DEVICE void backward_query(const BackwardArguments& arguments) {
   __syncthreads();  // Q has landed and was read
 
   const int rows = sequence.rows - block.start_m;
-  store_rows<kDtype, QueryTile>(acc, problem.softmax_scale, shared.q.bytes, warp_row, rows, block.rows_of(problem.dquery),
-                                problem.dquery.row, static_cast<int>(problem.head_dim_qk));
+  store_rows<kDtype>(acc, problem.softmax_scale, shared.q, warp_row, rows, block.rows_of(problem.dquery), problem.dquery.row,
+                     static_cast<int>(problem.head_dim_qk));
   if constexpr (kBias) {
     if (arguments.row_sums != nullptr) sums.store_lines(arguments.row_sums + block.statistics(problem) + warp_row, rows - warp_row);
   }
   if (arguments.slope_sums != nullptr) {
     __syncthreads();  // dquery was stored from shared memory
-    store_slope_part<Config::kThreads / 32>(arguments, block, sums.slope, threadIdx.x / 32, &shared);
+    store_slope_part<kThreads / 32>(arguments, block, sums.slope, threadIdx.x / 32, &shared);
   }
 }
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the backward kernels have in shared memory: tiles of operands, and two numbers of each row.
 #pragma once
+#include "../row.cuh"
 #include "../row_block.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <class Row>
 struct BackwardTiles : Row {
-  using QueryTile = SharedTile<Row::kBlockM, Row::kHeadDimQk>;
-  using GradientTile = SharedTile<Row::kBlockM, Row::kHeadDimV>;  // of dout
-  using KeyTile = SharedTile<Row::kBlockN, Row::kHeadDimQk>;
-  using ValueTile = SharedTile<Row::kBlockN, Row::kHeadDimV>;
+  using QueryTile = SharedTile<kBlockM, kHeadDimQk>;
+  using GradientTile = SharedTile<kBlockM, kHeadDimV>;  // of dout
+  using KeyTile = SharedTile<kBlockN, kHeadDimQk>;
+  using ValueTile = SharedTile<kBlockN, kHeadDimV>;
 };
 
 template <int ROWS>

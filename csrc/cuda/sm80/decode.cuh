@@ -5,52 +5,47 @@
 // warp visits its own 16 keys of every block of 64, with copies of its own on the way and no barrier; the warps' results are merged at
 // the end. With num_splits > 1 a block sees its share of the keys only, and combine.cuh merges the blocks' results.
 #pragma once
+#include "../row.cuh"
 #include "../scores.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <class Row>
-struct DecodeConfig : Row {
-  static_assert(Row::kBlockM == 16 && Row::kBlockN == 16 * Row::kWarps, "each warp takes one 16 x 16 piece of the scores");
-  static constexpr bool kQueryInRegisters = Row::kHeadDimQk <= 128;
+struct Decode : Row {
+  static_assert(kBlockM == 16 && kBlockN == 16 * kWarps, "each warp takes one 16 x 16 piece of the scores");
+  static constexpr int kSteps = kHeadDimQk / 16;
+  static constexpr bool kQueryInRegisters = kHeadDimQk <= 128;
 
-  using QueryTile = SharedTile<16, Row::kHeadDimQk>;
-  using KeyTile = SharedTile<16, Row::kHeadDimQk>;  // of one warp
-  using ValueTile = SharedTile<16, Row::kHeadDimV>;
+  using QueryTile = SharedTile<16, kHeadDimQk>;
+  using KeyTile = SharedTile<16, kHeadDimQk>;  // of one warp
+  using ValueTile = SharedTile<16, kHeadDimV>;
   union SharedMemory {
     struct {
-      typename QueryTile::Memory q;
-      typename KeyTile::Memory k[Row::kWarps][Row::kStages];
-      typename ValueTile::Memory v[Row::kWarps][Row::kStages];
+      QueryTile q;
+      KeyTile k[kWarps][kStages];
+      ValueTile v[kWarps][kStages];
     } tiles;
     struct {  // at the end, of every warp; padded so that the rows of a matrix lie in different banks
-      float out[Row::kWarps][16][Row::kHeadDimV + 8];
-      float statistics[Row::kWarps][16][2];  // row_max, row_sum
+      float out[kWarps][16][kHeadDimV + 8];
+      float statistics[kWarps][16][2];  // row_max, row_sum
     } merged;
   };
+
+  static FA_DEVICE void run(const ForwardArguments& arguments);
 };
 
-template <class Config>
-FA_DEVICE void decode(const ForwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8, kRows = Config::kBlockM;
-  using QueryTile = typename Config::QueryTile;
-  using KeyTile = typename Config::KeyTile;
-  using ValueTile = typename Config::ValueTile;
-  using SharedMemory = typename Config::SharedMemory;
-  auto& shared = shared_memory<Config>();
-  const uint32_t smem = ptx::shared_address(&shared);
+FA_DEVICE void Decode::run(const ForwardArguments& arguments) {
+  auto& shared = shared_memory<Decode>();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const uint32_t q_smem = smem + offsetof(SharedMemory, tiles.q);  // (16, HEAD_DIM_QK)
-  const uint32_t k_smem =
-      smem + offsetof(SharedMemory, tiles.k) + warp * kStages * KeyTile::kBytes;  // STAGES x (16, HEAD_DIM_QK), this warp's
-  const uint32_t v_smem = smem + offsetof(SharedMemory, tiles.v) + warp * kStages * ValueTile::kBytes;  // STAGES x (16, HEAD_DIM_V)
+  auto& q_tile = shared.tiles.q;
+  auto& k_tiles = shared.tiles.k[warp];
+  auto& v_tiles = shared.tiles.v[warp];
 
   // Grid: splits innermost, then blocks of rows, key heads, batch elements.
   const AttentionProblem& problem = arguments.problem;
   const int seqlen_q = static_cast<int>(problem.seqlen_q), num_rows = arguments.heads_per_group * seqlen_q;
-  const auto num_splits = static_cast<uint32_t>(arguments.num_splits), row_blocks = static_cast<uint32_t>((num_rows + kRows - 1) / kRows);
-  const int split = blockIdx.x % num_splits, start_m = blockIdx.x / num_splits % row_blocks * kRows;
+  const auto num_splits = static_cast<uint32_t>(arguments.num_splits),
+             row_blocks = static_cast<uint32_t>((num_rows + kBlockM - 1) / kBlockM);
+  const int split = blockIdx.x % num_splits, start_m = blockIdx.x / num_splits % row_blocks * kBlockM;
   const uint32_t key_line = blockIdx.x / num_splits / row_blocks, num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv);
   const int64_t key_head = key_line % num_heads_kv, batch = key_line / num_heads_kv;
   const Sequence sequence(problem, batch);
@@ -61,7 +56,6 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   const auto* const value = static_cast<const uint16_t*>(problem.value.data) + batch * problem.value.batch + key_head * problem.value.head;
 
   // The blocks of 64 keys that any row sees, and this split's share of them.
-  constexpr int kBlockN = Config::kBlockN;
   const KeyRange seen = {sequence.keys_of(0).from, sequence.keys_of(seqlen_q - 1).to};
   const int first_block = seen.from / kBlockN, num_blocks = max((max(seen.to, 0) + kBlockN - 1) / kBlockN - first_block, 0);
   const int share = (num_blocks + arguments.num_splits - 1) / arguments.num_splits;
@@ -69,22 +63,22 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   const auto first_key_of = [&](int step) { return (begin + step) * kBlockN + 16 * warp; };
 
   // Loads: every call is one group of cp.async, an empty one past the last block.
-  const auto load = [&](int step, const uint16_t* tensor, int64_t stride, int64_t columns, uint32_t smem, auto tile) {
-    using Tile = decltype(tile);
+  const auto load = [&](int step, const uint16_t* tensor, int64_t stride, int64_t columns, auto& tiles) {
     if (step < steps) {
       const int first_key = first_key_of(step);
-      copy_rows_async<Tile, 32>(smem + step % kStages * Tile::kBytes, tensor + first_key * stride, stride, static_cast<int>(columns), lane,
-                                [&](int row) { return mask.key_exists(first_key + row); });
+      copy_rows_async<32>(tiles[step % kStages], tensor + first_key * stride, stride, static_cast<int>(columns), lane,
+                          [&](int row) { return mask.key_exists(first_key + row); });
     }
     ptx::cp_async_commit();
   };
-  const auto load_k = [&](int step) { load(step, key, problem.key.row, problem.head_dim_qk, k_smem, KeyTile()); };
-  const auto load_v = [&](int step) { load(step, value, problem.value.row, problem.head_dim_v, v_smem, ValueTile()); };
+  const auto load_k = [&](int step) { load(step, key, problem.key.row, problem.head_dim_qk, k_tiles); };
+  const auto load_v = [&](int step) { load(step, value, problem.value.row, problem.head_dim_v, v_tiles); };
   const auto* const query = static_cast<const uint16_t*>(problem.query.data) + batch * problem.query.batch;
-  for (int piece = thread; piece < kRows * Config::kHeadDimQk / kChunk; piece += Config::kThreads) {
-    const int row = piece / (Config::kHeadDimQk / kChunk), chunk = piece % (Config::kHeadDimQk / kChunk), place = start_m + row;
+  for (int piece = thread; piece < kBlockM * kHeadDimQk / kChunk; piece += kThreads) {
+    const int row = piece / (kHeadDimQk / kChunk), chunk = piece % (kHeadDimQk / kChunk), place = start_m + row;
     const uint16_t* const source = query + head_of(place) * problem.query.head + place % seqlen_q * problem.query.row + chunk * kChunk;
-    ptx::cp_async_16(q_smem + QueryTile::offset(row, chunk), source, place < num_rows && chunk * kChunk < problem.head_dim_qk);
+    ptx::cp_async_16(ptx::shared_address(&q_tile) + QueryTile::offset(row, chunk), source,
+                     place < num_rows && chunk * kChunk < problem.head_dim_qk);
   }
   ptx::cp_async_commit();
   load_k(0);
@@ -96,13 +90,13 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   ptx::cp_async_wait<2 * kStages - 1>();
   __syncthreads();  // Q has landed, copied by all warps
 
-  const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem);
-  const auto k_lane = LaneAddress<KeyTile>::by_columns(k_smem);
-  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem);
-  uint32_t q[Config::kQueryInRegisters ? kSteps : 1][4];
-  if constexpr (Config::kQueryInRegisters) {
+  const auto q_lane = q_tile.by_rows();
+  const auto k_lane = k_tiles[0].by_columns();
+  const auto v_lane = v_tiles[0].by_rows();
+  uint32_t q[kQueryInRegisters ? kSteps : 1][4];
+  if constexpr (kQueryInRegisters) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) ptx::ldmatrix_x4(q[i], q_lane.at(0, i));
+    for (int i = 0; i < kSteps; ++i) q_lane(i, 0, q[i]);
   }
   int queries[2];
   float slope_log2[2];
@@ -114,7 +108,7 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
     slope_log2[half] =
         has_slope ? problem.alibi_slopes[batch * problem.alibi_slopes_batch + head_of(row) * problem.alibi_slopes_head] * kLog2E : 0.0f;
   }
-  Accumulators<1, kOutBlocks> acc = {};
+  Accumulators<1, kHeadDimV / 8> acc = {};
   OnlineSoftmax<1> softmax([&](int, int half) {  // a sink counts once
     const bool has_sink = problem.sinks != nullptr && split == 0 && warp == 0 && of_lane(half) < num_rows;
     return has_sink ? problem.sinks[head_of(of_lane(half))] * kLog2E : -kInfinity;
@@ -129,19 +123,17 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
 
     // S = Q K^T (16, 16)
     Accumulators<1, 2> scores;
-    LaneAddress<KeyTile> k_here = k_lane;
-    k_here.first += step % kStages * KeyTile::kBytes;
-    multiply_transposed<kDtype, kSteps>(
+    multiply_transposed<kDtype>(
         scores,
         [&](int i, int, uint32_t (&a)[4]) {
-          if constexpr (Config::kQueryInRegisters) {
+          if constexpr (kQueryInRegisters) {
 #pragma unroll
             for (int word = 0; word < 4; ++word) a[word] = q[i][word];
           } else {
-            ptx::ldmatrix_x4(a, q_lane.at(0, i));
+            q_lane(i, 0, a);
           }
         },
-        k_here);
+        k_lane[step % kStages]);
     ptx::cp_async_wait<2 * kStages - 2>();  // V of this step
     __syncwarp();
     load_k(step + kStages);
@@ -163,9 +155,7 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
     softmax.template update<true>(scores, scale, acc);
 
     // O += P V (16, HEAD_DIM_V)
-    LaneAddress<ValueTile> v_here = v_lane;
-    v_here.first += step % kStages * ValueTile::kBytes;
-    multiply_add<kDtype>(acc, scores, v_here);
+    multiply_add<kDtype>(acc, scores, v_lane[step % kStages]);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // Q, K and V were read
@@ -184,16 +174,16 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   __syncthreads();
 
   // Merge: as many threads to a row as there are for it, eight columns at a time.
-  constexpr int kThreadsPerRow = Config::kThreads / kRows;
+  constexpr int kThreadsPerRow = kThreads / kBlockM;
   const int row = thread / kThreadsPerRow, place = start_m + row;
   if (place >= num_rows) return;
   OnlineSoftmax<1> merged([](int, int) { return -kInfinity; });
   float(&merged_max) = merged.row_max[0][0], (&merged_sum) = merged.row_sum[0][0];
 #pragma unroll
-  for (int w = 0; w < Config::kWarps; ++w) merged_max = fmaxf(merged_max, of_warps.statistics[w][row][0]);
-  float factor[Config::kWarps];
+  for (int w = 0; w < kWarps; ++w) merged_max = fmaxf(merged_max, of_warps.statistics[w][row][0]);
+  float factor[kWarps];
 #pragma unroll
-  for (int w = 0; w < Config::kWarps; ++w) {
+  for (int w = 0; w < kWarps; ++w) {
     const float (&statistics)[2] = of_warps.statistics[w][row];
     factor[w] = ptx::ex2(statistics[0] - (merged_max == -kInfinity ? 0.0f : merged_max));
     merged_sum = fmaf(statistics[1], factor[w], merged_sum);
@@ -206,7 +196,7 @@ FA_DEVICE void decode(const ForwardArguments& arguments) {
   for (int column = thread % kThreadsPerRow * kChunk; column < problem.head_dim_v; column += kThreadsPerRow * kChunk) {
     float sums[kChunk] = {};
 #pragma unroll
-    for (int w = 0; w < Config::kWarps; ++w) {
+    for (int w = 0; w < kWarps; ++w) {
       const float4* const terms = reinterpret_cast<const float4*>(&of_warps.out[w][row][column]);
 #pragma unroll
       for (int quarter = 0; quarter < 2; ++quarter) {

@@ -9,6 +9,7 @@
 //     sum += dS                   the mask comes after softcap, whose derivative has no part in this
 #pragma once
 #include "../gradients.cuh"
+#include "../row.cuh"
 #include "../row_block.cuh"
 
 namespace fused_attention::cuda::sm80 {
@@ -19,19 +20,19 @@ struct MaskVisit {
   bool all_count;  // every score of rows that are present
 };
 
-template <class Row>
-struct MaskGradientConfig : Row {
-  static constexpr int kColumns = 64;  // of a chunk
-  static_assert(Row::kBlockM == 16 * Row::kWarps && Row::kBlockM == kKeysPerTile && Row::kBlockN == kKeysPerTile && Row::kStages >= 2);
+struct MaskGradient : Row {
+  static constexpr int kColumns = 64;           // of a chunk
+  static constexpr int kPieces = kBlockN / 32;  // of 32 keys, whose scores become gradients one piece after the other
+  static_assert(kBlockM == 16 * kWarps && kBlockM == kKeysPerTile && kBlockN == kKeysPerTile && kStages >= 2);
 
-  using LeftTile = SharedTile<Row::kBlockM, kColumns>;   // of query or dout
-  using RightTile = SharedTile<Row::kBlockN, kColumns>;  // of key or value
   struct SharedMemory {
-    typename LeftTile::Memory left[Row::kStages];
-    typename RightTile::Memory right[Row::kStages];
-    MaskVisit visits[Row::kThreads];
-    int visits_of_warp[Row::kWarps];
+    SharedTile<kBlockM, kColumns> left[kStages];   // of query or dout
+    SharedTile<kBlockN, kColumns> right[kStages];  // of key or value
+    MaskVisit visits[kThreads];
+    int visits_of_warp[kWarps];
   };
+
+  static FA_DEVICE void run(const BackwardArguments& arguments);
 };
 
 // Whether the rows from start_m on visit the tile of keys at start_n, and how. Asked by one thread.
@@ -61,36 +62,26 @@ FA_DEVICE bool visits_tile(const BackwardArguments& arguments, int start_m, int 
   return visit.all_count || contains(lists.num_tiles - list[1], lists.num_tiles, false);
 }
 
-template <class Config>
-FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kStages = Config::kStages, kThreads = Config::kThreads, kColumns = Config::kColumns;
-  constexpr int kPieces = Config::kBlockN / 32;  // of 32 keys, whose scores become gradients one piece after the other
-  using LeftTile = typename Config::LeftTile;
-  using RightTile = typename Config::RightTile;
-  using SharedMemory = typename Config::SharedMemory;
-  auto& shared = shared_memory<Config>();
-  const uint32_t smem = ptx::shared_address(&shared);
-  const uint32_t left_smem = smem + offsetof(SharedMemory, left);    // STAGES x (BLOCK_M, kColumns)
-  const uint32_t right_smem = smem + offsetof(SharedMemory, right);  // STAGES x (BLOCK_N, kColumns)
+FA_DEVICE void MaskGradient::run(const BackwardArguments& arguments) {
+  auto& shared = shared_memory<MaskGradient>();
   MaskVisit* const visits = shared.visits;
   int* const visits_of_warp = shared.visits_of_warp;
 
   const AttentionProblem& problem = arguments.problem;
-  const auto row_blocks = static_cast<uint32_t>((problem.seqlen_q + Config::kBlockM - 1) / Config::kBlockM);
-  const auto key_blocks = static_cast<uint32_t>((problem.seqlen_k + Config::kBlockN - 1) / Config::kBlockN);
+  const auto row_blocks = static_cast<uint32_t>((problem.seqlen_q + kBlockM - 1) / kBlockM);
+  const auto key_blocks = static_cast<uint32_t>((problem.seqlen_k + kBlockN - 1) / kBlockN);
   const auto mask_heads = static_cast<uint32_t>(arguments.mask_heads);
   const uint32_t line = blockIdx.x / key_blocks;
-  const int start_n = static_cast<int>(blockIdx.x % key_blocks) * Config::kBlockN;
-  const int start_m = static_cast<int>(line % row_blocks) * Config::kBlockM;
+  const int start_n = static_cast<int>(blockIdx.x % key_blocks) * kBlockN;
+  const int start_m = static_cast<int>(line % row_blocks) * kBlockM;
   const int mask_head = static_cast<int>(line / row_blocks % mask_heads), mask_batch = static_cast<int>(line / row_blocks / mask_heads);
   // The heads that share this piece of the mask.
   const int heads = arguments.mask_heads == 1 ? static_cast<int>(problem.num_heads) : 1;
   const int64_t num_heads = (arguments.mask_batches == 1 ? problem.batch : 1) * heads;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = start_m + 16 * warp;
-  const auto left_rows = LaneAddress<LeftTile>::by_rows(left_smem, 16 * warp);
-  const auto right_columns = LaneAddress<RightTile>::by_columns(right_smem);
+  const auto left_rows = shared.left[0].by_rows(16 * warp);
+  const auto right_columns = shared.right[0].by_columns();
   const int qk_chunks = (static_cast<int>(problem.head_dim_qk) + kColumns - 1) / kColumns;
   const int v_chunks = (static_cast<int>(problem.head_dim_v) + kColumns - 1) / kColumns;
   const bool drops = problem.dropout_threshold != 0;
@@ -126,14 +117,12 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
         const float* const row_lse =
             arguments.row_lse + (static_cast<int64_t>(visit.batch) * problem.num_heads + visit.head) * problem.seqlen_q;
         // Rows that attend to nothing may have any gradient.
-        copy_rows_async<LeftTile, kThreads>(
-            left_smem + next_slot * LeftTile::kBytes, head_of(left, visit.batch, visit.head) + start_m * left.row + column, left.row,
-            columns, threadIdx.x,
+        copy_rows_async<kThreads>(
+            shared.left[next_slot], head_of(left, visit.batch, visit.head) + start_m * left.row + column, left.row, columns, threadIdx.x,
             [&](int row) { return start_m + row < visit.rows_present && (of_scores || row_lse[start_m + row] != kInfinity); });
-        copy_rows_async<RightTile, kThreads>(
-            right_smem + next_slot * RightTile::kBytes,
-            head_of(right, visit.batch, visit.head / arguments.heads_per_group) + start_n * right.row + column, right.row, columns,
-            threadIdx.x, [&](int row) {
+        copy_rows_async<kThreads>(
+            shared.right[next_slot], head_of(right, visit.batch, visit.head / arguments.heads_per_group) + start_n * right.row + column,
+            right.row, columns, threadIdx.x, [&](int row) {
               const int key = start_n + row;
               return key < visit.keys_present && (problem.key_mask == nullptr ||
                                                   problem.key_mask[visit.batch * problem.key_mask_batch + key * problem.key_mask_key] != 0);
@@ -151,15 +140,15 @@ FA_DEVICE void mask_gradient(const BackwardArguments& arguments) {
         ptx::cp_async_wait<kStages - 2>();  // this chunk has landed
         __syncthreads();                    // and every warp is past the one before
         load();
-        const LaneAddress<LeftTile> left{left_rows.first + slot * LeftTile::kBytes};
-        const LaneAddress<RightTile> right{right_columns.first + slot * RightTile::kBytes};
+        const auto left = left_rows[slot];
+        const auto right = right_columns[slot];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (32 * half >= columns) break;
 #pragma unroll
           for (int step = 2 * half; step < 2 * half + 2; ++step) {
             uint32_t a[4];
-            ptx::ldmatrix_x4(a, left.at(0, step));
+            left(step, 0, a);
 #pragma unroll
             for (int n = 0; n < 4 * kPieces; n += 2) {
               uint32_t b[4];

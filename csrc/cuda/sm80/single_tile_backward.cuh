@@ -8,33 +8,12 @@
 //   3. dS^T through shared memory; all keys being here, dQ = dS K of these rows is whole: the warps share it out
 // No atomics and no float32 sums in global memory: every sum has one order, and two runs give the same bits.
 #pragma once
+#include "../row.cuh"
 #include "single_tile_layout.h"
 #include "transposed_stores.cuh"
 #include "warp_groups.cuh"
 
 namespace fused_attention::cuda::sm80 {
-
-template <class Row>
-struct SingleTileBackwardConfig : Row {
-  static_assert(Row::kBlockM == 32, "a lane has the mask word of one row");
-  static_assert(Row::kBlockN == 16 * Row::kWarps && Row::kHeadDimV == Row::kHeadDimQk,
-                "dkey and dvalue go where the warp's rows of V were");
-
-  using KeyTile = SharedTile<16, Row::kHeadDimQk>;  // of a warp, as the next two
-  using ValueTile = SharedTile<16, Row::kHeadDimV>;
-  using ScoreTile = SharedTile<16, Row::kBlockM>;  // dS^T
-  using QueryTile = SharedTile<Row::kBlockM, Row::kHeadDimQk>;
-  using GradientTile = SharedTile<Row::kBlockM, Row::kHeadDimV>;  // of dout
-
-  static constexpr SingleTileBackwardLayout kLargestUnit{Row::kHeadDimQk, Row::kHeadDimV, Row::kBlockM, Row::kWarps, Row::kStages};
-  static_assert(SharedBytes<kLargestUnit.bytes, Row::kSharedBytes>::kAgree);
-  static constexpr int kRowTileBytes = kLargestUnit.row_tile;
-  // SingleTileBackwardMemory steps from one to the next, which takes fewer registers than offsets.
-  static_assert(kLargestUnit.values == Row::kWarps * KeyTile::kBytes);
-  static_assert(kLargestUnit.scores == kLargestUnit.values + Row::kWarps * ValueTile::kBytes);
-  static_assert(kLargestUnit.rows == kLargestUnit.scores + Row::kWarps * ScoreTile::kBytes);
-  static_assert(kLargestUnit.has_gradients == kLargestUnit.rows + Row::kStages * kRowTileBytes);
-};
 
 // The 16 keys of a warp.
 struct KeysOfWarp {
@@ -54,63 +33,72 @@ struct KeysOfWarp {
   }
 };
 
-// The shared memory of a group of warps.
-template <class Config>
-struct SingleTileBackwardMemory {
-  unsigned char *keys, *values, *scores;  // of each warp: (16, HEAD_DIM_QK), (16, HEAD_DIM_V), (16, BLOCK_M)
-  unsigned char* rows;                    // row_tiles_in_flight times Q, dO, lse and delta of BLOCK_M rows
-  int* has_gradients;                     // (warps,)
-  float* slope_parts;                     // (warps,)
-
-  FA_DEVICE SingleTileBackwardMemory(unsigned char* shared, const WarpGroup& group, const SingleTileUnits& units)
-      : keys(shared + group.number * units.shared_bytes),
-        values(keys + group.num_warps * Config::KeyTile::kBytes),
-        scores(values + group.num_warps * Config::ValueTile::kBytes),
-        rows(scores + group.num_warps * Config::ScoreTile::kBytes),
-        has_gradients(reinterpret_cast<int*>(rows + units.row_tiles_in_flight * Config::kRowTileBytes)),
-        slope_parts(reinterpret_cast<float*>(has_gradients + group.num_warps)) {}
-
-  // Of the row tile in a slot.
-  FA_DEVICE unsigned char* query(int slot) const { return rows + slot * Config::kRowTileBytes; }
-  FA_DEVICE unsigned char* dout(int slot) const { return query(slot) + Config::QueryTile::kBytes; }
-  FA_DEVICE float* lse(int slot) const { return reinterpret_cast<float*>(dout(slot) + Config::GradientTile::kBytes); }
-  FA_DEVICE float* delta(int slot) const { return lse(slot) + Config::kBlockM; }
-};
-
 // What a warp works on: its keys, and in steps the rows of the heads that share them. A step is a tile of BLOCK_M rows of one head.
-template <class Config>
-struct SingleTileBackwardUnit {
-  static constexpr Dtype kDtype = Config::kDtype;
-  static constexpr FeatureClass kClass = Config::kClass;
-  static constexpr int kBlockM = Config::kBlockM, kBlocks = kBlockM / 8, kDims = Config::kHeadDimQk;
-  static constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
-  using KeyTile = typename Config::KeyTile;
-  using ValueTile = typename Config::ValueTile;
-  using ScoreTile = typename Config::ScoreTile;
-  using QueryTile = typename Config::QueryTile;
-  using GradientTile = typename Config::GradientTile;
+struct SingleTileBackward : Row {
+  static_assert(kBlockM == 32, "a lane has the mask word of one row");
+  static_assert(kBlockN == 16 * kWarps && kHeadDimV == kHeadDimQk, "dkey and dvalue go where the warp's rows of V were");
+
+  static constexpr int kBlocks = kBlockM / 8;
+  using KeyTile = SharedTile<16, kHeadDimQk>;  // of a warp, as the next two
+  using ValueTile = SharedTile<16, kHeadDimV>;
+  using ScoreTile = SharedTile<16, kBlockM>;  // dS^T
+  using QueryTile = SharedTile<kBlockM, kHeadDimQk>;
+  using GradientTile = SharedTile<kBlockM, kHeadDimV>;  // of dout
+
+  // The shared memory of a group of warps.
+  struct Memory {
+    struct RowTile {
+      QueryTile q;
+      GradientTile dout;
+      float lse[kBlockM], delta[kBlockM];
+    };
+    KeyTile* keys;  // of each warp, as the next two
+    ValueTile* values;
+    ScoreTile* scores;
+    RowTile* rows;       // row_tiles_in_flight of them
+    int* has_gradients;  // (warps,)
+    float* slope_parts;  // (warps,)
+
+    FA_DEVICE Memory(const WarpGroup& group, const SingleTileUnits& units)
+        : keys(reinterpret_cast<KeyTile*>(shared_bytes + group.number * units.shared_bytes)),
+          values(reinterpret_cast<ValueTile*>(keys + group.num_warps)),
+          scores(reinterpret_cast<ScoreTile*>(values + group.num_warps)),
+          rows(reinterpret_cast<RowTile*>(scores + group.num_warps)),
+          has_gradients(reinterpret_cast<int*>(rows + units.row_tiles_in_flight)),
+          slope_parts(reinterpret_cast<float*>(has_gradients + group.num_warps)) {}
+  };
+  // Memory steps from one array to the next, which takes fewer registers than the layout's offsets.
+  static constexpr SingleTileBackwardLayout kLargestUnit{kHeadDimQk, kHeadDimV, kBlockM, kWarps, kStages};
+  static_assert(SharedBytes<kLargestUnit.bytes, kSharedBytes>::kAgree);
+  static_assert(kLargestUnit.row_tile == sizeof(Memory::RowTile));
+  static_assert(kLargestUnit.values == kWarps * KeyTile::kBytes);
+  static_assert(kLargestUnit.scores == kLargestUnit.values + kWarps * ValueTile::kBytes);
+  static_assert(kLargestUnit.rows == kLargestUnit.scores + kWarps * ScoreTile::kBytes);
+  static_assert(kLargestUnit.has_gradients == kLargestUnit.rows + kStages * kLargestUnit.row_tile);
+
+  static FA_DEVICE void run(const BackwardArguments& arguments);
 
   const BackwardArguments& arguments;
   const AttentionProblem& problem;
   const WarpGroup& group;
   const KeysOfWarp& keys;
   const Sequence& sequence;
-  const SingleTileBackwardMemory<Config> memory;
+  const Memory memory;
   const int lane, first_head, row_tiles, num_steps;
   const bool drops, stores_mask_gradient;
 
-  FA_DEVICE SingleTileBackwardUnit(const BackwardArguments& given, const WarpGroup& warps, const KeysOfWarp& of_warp, unsigned char* shared)
+  FA_DEVICE SingleTileBackward(const BackwardArguments& given, const WarpGroup& warps, const KeysOfWarp& of_warp)
       : arguments(given),
         problem(given.problem),
         group(warps),
         keys(of_warp),
         sequence(of_warp.sequence),
-        memory(shared, warps, given.units),
+        memory(warps, given.units),
         lane(threadIdx.x % 32),
         first_head(of_warp.key_head * given.heads_per_group),
         row_tiles((sequence.rows_present + kBlockM - 1) / kBlockM),
         num_steps(row_tiles * given.heads_per_group),
-        drops(kPlain ? Config::kDropout : problem.dropout_threshold != 0),
+        drops(kPlain ? kDropout : problem.dropout_threshold != 0),
         stores_mask_gradient(kBias && given.dattn_mask.data != nullptr) {}
 
   FA_DEVICE int head_of_step(int step) const {
@@ -123,10 +111,10 @@ struct SingleTileBackwardUnit {
   // K and V of the warp, one group of cp.async. existing: bit b where key b of the 16 counts.
   FA_DEVICE void load_keys(uint32_t existing) const {
     const auto exists = [&](int row) { return (existing >> row & 1) != 0; };
-    copy_rows_async<KeyTile, 32>(ptx::shared_address(memory.keys) + group.warp * KeyTile::kBytes, keys.rows_of(problem.key),
-                                 problem.key.row, static_cast<int>(problem.head_dim_qk), lane, exists);
-    copy_rows_async<ValueTile, 32>(ptx::shared_address(memory.values) + group.warp * ValueTile::kBytes, keys.rows_of(problem.value),
-                                   problem.value.row, static_cast<int>(problem.head_dim_v), lane, exists);
+    copy_rows_async<32>(memory.keys[group.warp], keys.rows_of(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk), lane,
+                        exists);
+    copy_rows_async<32>(memory.values[group.warp], keys.rows_of(problem.value), problem.value.row, static_cast<int>(problem.head_dim_v),
+                        lane, exists);
     ptx::cp_async_commit();
   }
 
@@ -140,16 +128,16 @@ struct SingleTileBackwardUnit {
 
   // Q, 8 rows in turn: one group of cp.async.
   FA_DEVICE void load_queries(int first_step, int count, int first_slot) const {
-    using Piece = SharedTile<8, kDims>;
+    using Piece = SharedTile<8, kHeadDimQk>;  // of a QueryTile
 #pragma unroll 1
     for (int piece = group.warp; piece < kBlockM / 8 * count; piece += group.num_warps) {
       const int of_step = piece / (kBlockM / 8), row_in_tile = piece % (kBlockM / 8) * 8, step = first_step + of_step;
       const int first_row = start_of_step(step) + row_in_tile;
       const uint16_t* const query =
           head_of(problem.query, keys.batch, head_of_step(step)) + (sequence.first_row + first_row) * problem.query.row;
-      copy_rows_async<Piece, 32>(
-          ptx::shared_address(memory.rows) + (first_slot + of_step) * Config::kRowTileBytes + row_in_tile * QueryTile::kPitch, query,
-          problem.query.row, static_cast<int>(problem.head_dim_qk), lane, [&](int row) { return first_row + row < sequence.rows_present; });
+      unsigned char* const target = memory.rows[first_slot + of_step].q.bytes + row_in_tile * QueryTile::kPitch;
+      copy_rows_async<32>(*reinterpret_cast<Piece*>(target), query, problem.query.row, static_cast<int>(problem.head_dim_qk), lane,
+                          [&](int row) { return first_row + row < sequence.rows_present; });
     }
     ptx::cp_async_commit();
   }
@@ -157,10 +145,11 @@ struct SingleTileBackwardUnit {
   // dO through registers, as many rows as a warp's lanes hold at once, and with it lse and delta = rowsum(dO * O) - dlse.
   template <int UNROLL>
   FA_DEVICE void load_douts(int first_step, int count, int first_slot) const {
-    constexpr int kLanes = GradientTile::kPermuted, kRowsAtOnce = 32 / kLanes, kChunks = Config::kHeadDimV / (kLanes * kChunk);
+    constexpr int kLanes = GradientTile::kPermuted, kRowsAtOnce = 32 / kLanes, kChunks = kHeadDimV / (kLanes * kChunk);
 #pragma unroll(UNROLL)
     for (int item = group.warp * kRowsAtOnce + lane / kLanes; item < kBlockM * count; item += group.num_warps * kRowsAtOnce) {
-      const int of_step = item / kBlockM, row_in_tile = item % kBlockM, slot = first_slot + of_step, step = first_step + of_step;
+      const int of_step = item / kBlockM, row_in_tile = item % kBlockM, step = first_step + of_step;
+      auto& tile = memory.rows[first_slot + of_step];
       const int head = head_of_step(step), row = start_of_step(step) + row_in_tile;
       const bool present = row < sequence.rows_present;
       const int64_t place = statistics_of(problem, sequence, keys.batch, head) + row;
@@ -178,14 +167,14 @@ struct SingleTileBackwardUnit {
           right = *reinterpret_cast<const uint4*>(dout + column);
         }
         if (!attends) right = {};
-        *reinterpret_cast<uint4*>(memory.dout(slot) + GradientTile::offset(row_in_tile, chunk)) = right;
+        *reinterpret_cast<uint4*>(tile.dout.bytes + GradientTile::offset(row_in_tile, chunk)) = right;
         sum = add_dot<kDtype>(sum, left, right);
       }
       sum = sum_of_lanes<kLanes>(sum);
       if (lane % kLanes == 0) {
         if (attends && problem.dlse != nullptr) sum -= problem.dlse[place];
-        memory.lse(slot)[row_in_tile] = attends ? row_lse * kLog2E : kInfinity;
-        memory.delta(slot)[row_in_tile] = attends ? sum : 0.0f;
+        tile.lse[row_in_tile] = attends ? row_lse * kLog2E : kInfinity;
+        tile.delta[row_in_tile] = attends ? sum : 0.0f;
       }
     }
   }
@@ -195,16 +184,12 @@ struct SingleTileBackwardUnit {
   FA_DEVICE void compute_gradients(const ScoreMask& mask, uint32_t allowed, int start_m, int slot, Accumulators<1, kBlocks>& weights,
                                    Accumulators<1, kBlocks>& gradients, ScoreGradientSums& sums) const {
     const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
-    const float *const lse = memory.lse(slot), *const delta = memory.delta(slot);
-    const auto k_lane = LaneAddress<KeyTile>::by_rows(ptx::shared_address(memory.keys) + group.warp * KeyTile::kBytes);
-    const auto v_lane = LaneAddress<ValueTile>::by_rows(ptx::shared_address(memory.values) + group.warp * ValueTile::kBytes);
+    const auto& rows = memory.rows[slot];
     const ScoreGradientStep<kClass, true> of_scores{arguments, mask, keys.first_key, start_m, drops, lane};
     [[maybe_unused]] Accumulators<1, kBlocks> softcap_derivative;
 
     // S^T = K Q^T (16, BLOCK_M), and P^T
-    multiply_transposed<kDtype, kDims / 16>(
-        weights, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, k_lane.at(0, i)); },
-        LaneAddress<QueryTile>::by_columns(ptx::shared_address(memory.query(slot))));
+    multiply_transposed<kDtype>(weights, memory.keys[group.warp].by_rows(), rows.q.by_columns());
     const float scale = of_scores.transform(weights, softcap_derivative);
     if (!__all_sync(kWholeWarp, allowed == 0xffff)) {
 #pragma unroll
@@ -217,13 +202,11 @@ struct SingleTileBackwardUnit {
         }
       }
     }
-    of_scores.to_weights(weights, scale, [&](int, int n, int e) { return lse[column(n, e)]; });
+    of_scores.to_weights(weights, scale, [&](int, int n, int e) { return rows.lse[column(n, e)]; });
 
     // dP^T = V dO^T (16, BLOCK_M), and dS^T; late, so that what made P^T needs no registers any more
-    multiply_transposed<kDtype, kDims / 16>(
-        gradients, [&](int i, int, uint32_t (&a)[4]) { ptx::ldmatrix_x4(a, v_lane.at(0, i)); },
-        LaneAddress<GradientTile>::by_columns(ptx::shared_address(memory.dout(slot))));
-    of_scores.template to_gradients<true>(gradients, weights, [&](int, int n, int e) { return delta[column(n, e)]; });
+    multiply_transposed<kDtype>(gradients, memory.values[group.warp].by_rows(), rows.dout.by_columns());
+    of_scores.template to_gradients<true>(gradients, weights, [&](int, int n, int e) { return rows.delta[column(n, e)]; });
     if constexpr (kBias) {
       if (stores_mask_gradient) store_mask_gradient_transposed(arguments, gradients, keys.batch, mask.head, keys.first_key, start_m);
       if (arguments.column_sums != nullptr) sums.add_lines(gradients);
@@ -235,7 +218,7 @@ struct SingleTileBackwardUnit {
 
     PackedWeights<kBlocks> packed;
     pack_weights<kDtype>(packed, gradients);
-    store_packed<ScoreTile>(packed, memory.scores + group.warp * ScoreTile::kBytes, 0, lane);
+    store_packed(packed, memory.scores[group.warp], 0, lane);
   }
 
   // After the last rows of a head: the sums over them are stored and start again.
@@ -272,10 +255,12 @@ struct SingleTileBackwardUnit {
     const int rows_left = sequence.rows - start_m, rows_present_left = sequence.rows_present - start_m;
     uint16_t* const dquery = head_of(problem.dquery, keys.batch, head) + (sequence.first_row + start_m) * problem.dquery.row;
     // Transposed: rows of dS are columns of the tile.
-    const auto ds_lane = LaneAddress<ScoreTile>::by_columns(ptx::shared_address(memory.scores));
-    const auto k_rows = LaneAddress<KeyTile>::by_rows(ptx::shared_address(memory.keys));
+    const uint32_t thread = ptx::again(threadIdx.x);  // so that no address takes a register outside this function
+    const int lane = static_cast<int>(thread % 32);
+    const auto ds_lane = memory.scores->by_columns(0, thread);
+    const auto k_rows = memory.keys->by_rows(0, 0, thread);
 #pragma unroll 1
-    for (int piece = group.warp; piece < kBlockM / 16 * (kDims / 32); piece += group.num_warps) {
+    for (int piece = group.warp; piece < kBlockM / 16 * (kHeadDimQk / 32); piece += group.num_warps) {
       const int upper_rows = piece % (kBlockM / 16), columns = piece / (kBlockM / 16);  // in sixteens, in thirty-twos
       if (16 * upper_rows >= rows_left) continue;
       Accumulators<1, 4> acc = {};
@@ -310,15 +295,15 @@ struct SingleTileBackwardUnit {
   }
 
   // dV and dK, through the warp's rows of V, which it has read.
-  FA_DEVICE void store_key_gradients(const Accumulators<1, Config::kHeadDimV / 8>& dvalue, const Accumulators<1, kDims / 8>& dkey) const {
+  FA_DEVICE void store_key_gradients(const Accumulators<1, kHeadDimV / 8>& dvalue, const Accumulators<1, kHeadDimQk / 8>& dkey) const {
     const int keys_left = keys.keys - keys.first_key;
-    unsigned char* const tile = memory.values + group.warp * ValueTile::kBytes;
+    ValueTile& tile = memory.values[group.warp];
     __syncwarp();
-    store_rows<kDtype, ValueTile>(dvalue, arguments.kept_scale, tile, 0, keys_left, keys.rows_of(problem.dvalue), problem.dvalue.row,
-                                  static_cast<int>(problem.head_dim_v));
+    store_rows<kDtype>(dvalue, arguments.kept_scale, tile, 0, keys_left, keys.rows_of(problem.dvalue), problem.dvalue.row,
+                       static_cast<int>(problem.head_dim_v));
     __syncwarp();
-    store_rows<kDtype, ValueTile>(dkey, problem.softmax_scale, tile, 0, keys_left, keys.rows_of(problem.dkey), problem.dkey.row,
-                                  static_cast<int>(problem.head_dim_qk));
+    store_rows<kDtype>(dkey, problem.softmax_scale, tile, 0, keys_left, keys.rows_of(problem.dkey), problem.dkey.row,
+                       static_cast<int>(problem.head_dim_qk));
   }
 
   // Rows of no tile: gradients of query and of the mask are 0.
@@ -342,29 +327,25 @@ struct SingleTileBackwardUnit {
   }
 };
 
-template <class Config>
-FA_DEVICE void single_tile_backward(const BackwardArguments& arguments) {
-  using Unit = SingleTileBackwardUnit<Config>;
-  constexpr int kBlockM = Config::kBlockM;
-  extern __shared__ __align__(128) unsigned char shared[];
+FA_DEVICE void SingleTileBackward::run(const BackwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;
   const WarpGroup group(arguments.units);
   if (!group.has_work) return;
   const KeysOfWarp keys(problem, group);
-  const Unit unit(arguments, group, keys, shared);
+  const SingleTileBackward unit(arguments, group, keys);
   const Sequence& sequence = keys.sequence;
   const int tiles_in_flight = arguments.units.row_tiles_in_flight;
 
   // Which keys exist: of the 32 that the warp's 16 are among, then of the 16.
   const int keys_word = keys.first_key / kKeysPerWord * kKeysPerWord, shift = keys.first_key % kKeysPerWord;
   const uint32_t word =
-      Unit::kPlain ? bits_of({0, sequence.keys_present}, keys_word) : existing_keys(problem, keys.batch, sequence.keys_present, keys_word);
+      kPlain ? bits_of({0, sequence.keys_present}, keys_word) : existing_keys(problem, keys.batch, sequence.keys_present, keys_word);
   const uint32_t existing = sequence.rows_present > 0 ? word >> shift & 0xffff : 0;
   unit.load_keys(existing);
-  unit.template load_steps<2>(0, tiles_in_flight, 0);
+  unit.load_steps<2>(0, tiles_in_flight, 0);
 
-  Accumulators<1, Config::kHeadDimQk / 8> dkey = {};
-  Accumulators<1, Config::kHeadDimV / 8> dvalue = {};
+  Accumulators<1, kHeadDimQk / 8> dkey = {};
+  Accumulators<1, kHeadDimV / 8> dvalue = {};
   ScoreGradientSums sums;  // of one head
   int head = unit.first_head, start_m = 0, slot = 0;
 #pragma unroll 1
@@ -374,23 +355,21 @@ FA_DEVICE void single_tile_backward(const BackwardArguments& arguments) {
     const ScoreMask mask{sequence, problem, keys.batch, head};
     const bool last_of_head = start_m + kBlockM >= sequence.rows_present;
     // Bit b: whether this lane's row may attend to key b of the 16.
-    const uint32_t allowed = existing == 0 ? 0 : allowed_keys<Unit::kPlain>(mask, start_m + unit.lane, keys_word, word) >> shift & 0xffff;
+    const uint32_t allowed = existing == 0 ? 0 : allowed_keys<kPlain>(mask, start_m + unit.lane, keys_word, word) >> shift & 0xffff;
     const bool visits = __any_sync(kWholeWarp, allowed != 0);
     if (visits) {
-      Accumulators<1, Unit::kBlocks> weights, gradients;
+      Accumulators<1, kBlocks> weights, gradients;
       unit.compute_gradients(mask, allowed, start_m, slot, weights, gradients, sums);
       // dV += P^T dO (16, HEAD_DIM_V) and dK += dS^T Q (16, HEAD_DIM_QK)
-      multiply_add<Config::kDtype>(dvalue, weights,
-                                   LaneAddress<typename Config::GradientTile>::by_rows(ptx::shared_address(unit.memory.dout(slot))));
-      multiply_add<Config::kDtype>(dkey, gradients,
-                                   LaneAddress<typename Config::QueryTile>::by_rows(ptx::shared_address(unit.memory.query(slot))));
+      multiply_add<kDtype>(dvalue, weights, unit.memory.rows[slot].dout.by_rows());
+      multiply_add<kDtype>(dkey, gradients, unit.memory.rows[slot].q.by_rows());
     } else if (unit.stores_mask_gradient) {
       unit.store_no_mask_gradient(head, start_m);
     }
     if (last_of_head) unit.finish_sums(head, sums);
     if (unit.lane == 0) unit.memory.has_gradients[group.warp] = visits;
     group.sync();  // dS is complete, and every warp is past its products with these rows
-    unit.template load_steps<Config::kHeadDimQk <= 64 ? 2 : 1>(step + tiles_in_flight, 1, slot);
+    unit.load_steps<kHeadDimQk <= 64 ? 2 : 1>(step + tiles_in_flight, 1, slot);
     unit.store_dquery(head, start_m);
     if (last_of_head) unit.store_slope_gradient(head);
     slot = slot + 1 == tiles_in_flight ? 0 : slot + 1;
@@ -402,7 +381,7 @@ FA_DEVICE void single_tile_backward(const BackwardArguments& arguments) {
   // Where a warp works is found anew, so that the loop above need not remember it.
   const WarpGroup done(arguments.units, ptx::again(threadIdx.x));
   const KeysOfWarp keys_done(problem, done);
-  const Unit unit_done(arguments, done, keys_done, shared);
+  const SingleTileBackward unit_done(arguments, done, keys_done);
   unit_done.store_key_gradients(dvalue, dkey);
   unit_done.clear_absent_rows();
 }

@@ -9,48 +9,39 @@
 // Rows and keys that are not there cost nothing but the zeros that are written.
 #pragma once
 #include "../dropout.cuh"
+#include "../row.cuh"
 #include "../scores.cuh"
 #include "single_tile_layout.h"
 #include "warp_groups.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-template <class Row>
-struct SingleTileForwardConfig : Row {
-  static constexpr int kWords = Row::kBlockN / kKeysPerWord;
-  static_assert(Row::kBlockM == 16 * Row::kWarps && Row::kBlockN % kKeysPerWord == 0 && Row::kStages == 1);
-  static_assert(Row::kHeadDimV <= Row::kHeadDimQk, "out goes where Q was");
+struct SingleTileForward : Row {
+  static constexpr int kWords = kBlockN / kKeysPerWord, kSteps = kHeadDimQk / 16, kOutBlocks = kHeadDimV / 8;
+  static_assert(kBlockM == 16 * kWarps && kBlockN % kKeysPerWord == 0 && kStages == 1);
+  static_assert(kHeadDimV <= kHeadDimQk, "out goes where Q was");
 
-  using QueryTile = SharedTile<16, Row::kHeadDimQk>;  // of a warp
-  using OutTile = SharedTile<16, Row::kHeadDimV>;
-  using KeyTile = SharedTile<kKeysPerWord, Row::kHeadDimQk>;
-  using ValueTile = SharedTile<kKeysPerWord, Row::kHeadDimV>;
+  using QueryTile = SharedTile<16, kHeadDimQk>;  // of a warp
+  using OutTile = SharedTile<16, kHeadDimV>;
+  using KeyTile = SharedTile<kKeysPerWord, kHeadDimQk>;
+  using ValueTile = SharedTile<kKeysPerWord, kHeadDimV>;
 
-  static constexpr SingleTileForwardLayout kLargestUnit{Row::kHeadDimQk, Row::kHeadDimV, Row::kWarps, Row::kBlockN};
-  static_assert(SharedBytes<kLargestUnit.bytes, Row::kSharedBytes>::kAgree);
+  static constexpr SingleTileForwardLayout kLargestUnit{kHeadDimQk, kHeadDimV, kWarps, kBlockN};
+  static_assert(SharedBytes<kLargestUnit.bytes, kSharedBytes>::kAgree);
+
+  static FA_DEVICE void run(const ForwardArguments& arguments);
 };
 
-template <class Config>
-FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
-  constexpr Dtype kDtype = Config::kDtype;
-  constexpr int kWords = Config::kWords, kSteps = Config::kHeadDimQk / 16, kOutBlocks = Config::kHeadDimV / 8;
-  constexpr bool kPlain = Config::kPlain, kBias = Config::kBias;
-  using QueryTile = typename Config::QueryTile;
-  using OutTile = typename Config::OutTile;
-  using KeyTile = typename Config::KeyTile;
-  using ValueTile = typename Config::ValueTile;
-  extern __shared__ __align__(128) unsigned char shared[];
-
+FA_DEVICE void SingleTileForward::run(const ForwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;
   const WarpGroup group(arguments.units);
   if (!group.has_work) return;
   const int lane = threadIdx.x % 32, num_words = static_cast<int>((problem.seqlen_k + kKeysPerWord - 1) / kKeysPerWord);
-  unsigned char* const group_shared = shared + group.number * arguments.units.shared_bytes;
-  const SingleTileForwardLayout layout(Config::kHeadDimQk, Config::kHeadDimV, group.num_warps, num_words * kKeysPerWord);
-  unsigned char* const q_tile = group_shared + layout.q + group.warp * QueryTile::kBytes;  // (16, HEAD_DIM_QK)
-  const uint32_t q_smem = ptx::shared_address(q_tile);
-  const uint32_t k_smem = ptx::shared_address(group_shared) + layout.k;  // (Lk rounded up to 32, HEAD_DIM_QK)
-  const uint32_t v_smem = ptx::shared_address(group_shared) + layout.v;  // (the same, HEAD_DIM_V)
+  unsigned char* const shared = shared_bytes + group.number * arguments.units.shared_bytes;
+  const SingleTileForwardLayout layout(kHeadDimQk, kHeadDimV, group.num_warps, num_words * kKeysPerWord);
+  auto& q_tile = reinterpret_cast<QueryTile*>(shared + layout.q)[group.warp];
+  auto* const k_tiles = reinterpret_cast<KeyTile*>(shared + layout.k);  // Lk / 32, rounded up
+  auto* const v_tiles = reinterpret_cast<ValueTile*>(shared + layout.v);
 
   // The group's key head; the warp's query head and rows.
   const auto num_heads_kv = static_cast<uint32_t>(problem.num_heads_kv), per_key_head = static_cast<uint32_t>(arguments.units.per_key_head);
@@ -73,8 +64,7 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
   }
 
   // Loads: Q and K are one group of cp.async, V is another.
-  const auto load_keys = [&](const StridedTensor& tensor, int columns, uint32_t smem, auto tile) {
-    using Tile = decltype(tile);
+  const auto load_keys = [&](const StridedTensor& tensor, int columns, auto* tiles) {
     const uint16_t* const source = head_of(tensor, batch, key_head) + sequence.first_key * tensor.row;
     int next_warp = 0;  // that copies a word's keys: the warps take turns
 #pragma unroll
@@ -82,16 +72,16 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
       const bool is_mine = next_warp == group.warp;
       next_warp = next_warp + 1 == group.num_warps ? 0 : next_warp + 1;
       if (!is_mine || existing[w] == 0 || sequence.rows_present == 0) continue;
-      copy_rows_async<Tile, 32>(smem + w * Tile::kBytes, source + w * kKeysPerWord * tensor.row, tensor.row, columns, lane,
-                                [&](int row) { return (existing[w] >> row & 1) != 0; });
+      copy_rows_async<32>(tiles[w], source + w * kKeysPerWord * tensor.row, tensor.row, columns, lane,
+                          [&](int row) { return (existing[w] >> row & 1) != 0; });
     }
     ptx::cp_async_commit();
   };
-  copy_rows_async<QueryTile, 32>(q_smem, head_of(problem.query, batch, head) + (sequence.first_row + first_row) * problem.query.row,
-                                 problem.query.row, static_cast<int>(problem.head_dim_qk), lane,
-                                 [&](int row) { return has_rows && first_row + row < sequence.rows_present; });
-  load_keys(problem.key, static_cast<int>(problem.head_dim_qk), k_smem, KeyTile());
-  load_keys(problem.value, static_cast<int>(problem.head_dim_v), v_smem, ValueTile());
+  copy_rows_async<32>(q_tile, head_of(problem.query, batch, head) + (sequence.first_row + first_row) * problem.query.row, problem.query.row,
+                      static_cast<int>(problem.head_dim_qk), lane,
+                      [&](int row) { return has_rows && first_row + row < sequence.rows_present; });
+  load_keys(problem.key, static_cast<int>(problem.head_dim_qk), k_tiles);
+  load_keys(problem.value, static_cast<int>(problem.head_dim_v), v_tiles);
 
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -108,30 +98,27 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
   float largest[2] = {-kInfinity, -kInfinity};  // of rows lane / 4 and 8 below
   {
     uint32_t q[kSteps][4];
-    const auto q_lane = LaneAddress<QueryTile>::by_rows(q_smem);
-    const auto k_lane = LaneAddress<KeyTile>::by_columns(k_smem);
+    const auto q_lane = q_tile.by_rows();
+    const auto k_lane = k_tiles->by_columns();
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) ptx::ldmatrix_x4(q[i], q_lane.at(0, i));
+    for (int i = 0; i < kSteps; ++i) q_lane(i, 0, q[i]);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       if ((visited >> w & 1) == 0) continue;
       const int first_key = w * kKeysPerWord;
       Accumulators<1, 4>& piece_of_row = scores[w];
       [[maybe_unused]] std::conditional_t<kBias, Bias<1, 4>, NoBias> bias(problem, batch, head);
-      if constexpr (kBias) bias.load(first_row, sequence.rows_present - 1, first_key);
-      multiply_transposed<kDtype, kSteps>(
+      bias.load(first_row, sequence.rows_present - 1, first_key);
+      multiply_transposed<kDtype>(
           piece_of_row,
           [&](int i, int, uint32_t (&a)[4]) {
 #pragma unroll
             for (int word = 0; word < 4; ++word) a[word] = q[i][word];
           },
-          LaneAddress<KeyTile>{k_lane.first + w * KeyTile::kBytes});
+          k_lane[w]);
       float scale = transform.factor;
       if constexpr (!kPlain) scale = transform.cap(piece_of_row);
-      if constexpr (kBias) {
-        bias.add_to(piece_of_row, scale);
-        scale = 1.0f;
-      }
+      scale = bias.add_to(piece_of_row, scale);
       if constexpr (!kPlain) scale = transform.add_alibi(piece_of_row, scale, sequence.offset, first_row, first_key);
       const bool all_allowed = __all_sync(kWholeWarp, lane >= 16 || allowed[w] == kAllKeys);
 #pragma unroll
@@ -160,11 +147,11 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
   float shift[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) shift[half] = softmax.raise(0, half, quad_max(largest[half]) * factor_left);
-  const bool drops = kPlain ? Config::kDropout : problem.dropout_threshold != 0;
+  const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
   Dropout dropout;
   if (drops) dropout = Dropout(problem, batch, head);
   Accumulators<1, kOutBlocks> acc = {};
-  const auto v_lane = LaneAddress<ValueTile>::by_rows(v_smem);
+  const auto v_lane = v_tiles->by_rows();
   ptx::cp_async_wait<0>();  // V has landed
   group.sync();
 #pragma unroll
@@ -180,7 +167,7 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
       }
     }
     if (drops) dropout.apply(weights, first_row, w * kKeysPerWord);
-    multiply_add<kDtype>(acc, weights, LaneAddress<ValueTile>{v_lane.first + w * ValueTile::kBytes});
+    multiply_add<kDtype>(acc, weights, v_lane[w]);
   }
 
   // out = O / row_sum. Every row in memory is written.
@@ -200,7 +187,7 @@ FA_DEVICE void single_tile_forward(const ForwardArguments& arguments) {
     if (lane % 4 == 0 && row < rows) lse[row] = present ? softmax.lse(0, half) : -kInfinity;
   }
   uint16_t* const out = head_of(problem.out, batch, head) + (sequence.first_row + first_row) * problem.out.row;  // (rows, Dv)
-  store_rows<kDtype, OutTile>(acc, 1.0f, q_tile, 0, rows, out, problem.out.row, static_cast<int>(problem.head_dim_v));
+  store_rows<kDtype>(acc, 1.0f, reinterpret_cast<OutTile&>(q_tile), 0, rows, out, problem.out.row, static_cast<int>(problem.head_dim_v));
 }
 
 }  // namespace fused_attention::cuda::sm80

@@ -44,6 +44,16 @@ struct WarpPair {
   }
 };
 
+// What the weights' warp works with, or the gradients' warp.
+template <bool WEIGHTS, class OfWeights, class OfGradients>
+FA_DEVICE auto& either(OfWeights& of_weights, OfGradients& of_gradients) {
+  if constexpr (WEIGHTS) {
+    return of_weights;
+  } else {
+    return of_gradients;
+  }
+}
+
 constexpr int kWeightsReady = 0, kGradientsReady = 1;
 
 // 16 rows of a left operand, COLUMNS wide: the first HELD columns in registers for as long as a block runs, the others in shared memory.
@@ -58,21 +68,20 @@ struct LeftOperand {
 
   // Copies all rows, asynchronously, by 128 threads.
   template <class Exists>
-  static FA_DEVICE void copy(uint32_t held_smem, uint32_t rest_smem, const uint16_t* source, int64_t stride, int columns, uint32_t thread,
+  static FA_DEVICE void copy(HeldTile& held_tile, RestTile* rest_tile, const uint16_t* source, int64_t stride, int columns, uint32_t thread,
                              Exists exists) {
-    copy_rows_async<HeldTile, kPairedThreads / 2>(held_smem, source, stride, columns, thread, exists);
-    if constexpr (kRest > 0)
-      copy_rows_async<RestTile, kPairedThreads / 2>(rest_smem, source + HELD, stride, columns - HELD, thread, exists);
+    copy_rows_async<kPairedThreads / 2>(held_tile, source, stride, columns, thread, exists);
+    if constexpr (kRest > 0) copy_rows_async<kPairedThreads / 2>(*rest_tile, source + HELD, stride, columns - HELD, thread, exists);
   }
-  FA_DEVICE void hold(uint32_t held_smem, uint32_t rest_smem, int first_row) {
-    const auto address = LaneAddress<HeldTile>::by_rows(held_smem, first_row);
+  FA_DEVICE void hold(const HeldTile& held_tile, const RestTile* rest_tile, int first_row) {
+    const auto held = held_tile.by_rows(first_row);
 #pragma unroll
-    for (int i = 0; i < HELD / 16; ++i) ptx::ldmatrix_x4(pieces[i], address.at(0, i));
-    rest = LaneAddress<RestTile>::by_rows(rest_smem, first_row);
+    for (int i = 0; i < HELD / 16; ++i) held(i, 0, pieces[i]);
+    if constexpr (kRest > 0) rest = rest_tile->by_rows(first_row);
   }
   FA_DEVICE void operator()(int step, int, uint32_t (&a)[4]) const {
     if (16 * step >= HELD) {
-      ptx::ldmatrix_x4(a, rest.at(0, step - HELD / 16));
+      rest(step - HELD / 16, 0, a);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = pieces[step][i];
