@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every row needs in the backward kernels: lse in log2 units and delta = rowsum(dout * out) - dlse. Clears what backward.cuh adds to.
+// The two numbers per row that the backward kernels need: lse in log2 units, and delta = rowsum(dout * out) - dlse. Also clears what
+// backward.cuh adds to.
 #pragma once
 #include "gradients.cuh"
 #include "row_block.cuh"
 
 namespace fused_attention::cuda {
 
-// Of ROWS rows of one head, packed sequences one after the other: eight lanes to a row, 128 threads.
+// For ROWS rows of one head, packed sequences one after the other: eight lanes per row, 128 threads.
 template <Dtype DTYPE, int ROWS>
 FA_DEVICE void backward_delta(const OnePassArguments& arguments) {
   constexpr int kLanes = 8, kThreads = 128;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// After backward.cuh: dquery = scale * what the blocks of keys have added up.
+// After backward.cuh: dquery = scale * the sums over the blocks of keys.
 #pragma once
 #include "backward_arguments.h"
 #include "row_block.cuh"
 
 namespace fused_attention::cuda {
 
-// Of ROWS rows of one head, packed sequences one after the other: eight lanes to a row, 128 threads.
+// For ROWS rows of one head, packed sequences one after the other: eight lanes per row, 128 threads.
 template <Dtype DTYPE, int ROWS>
 FA_DEVICE void backward_dquery(const OnePassArguments& arguments) {
   constexpr int kLanes = 8;

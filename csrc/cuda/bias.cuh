@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A float attn_mask: a warp's piece of it is loaded into registers before the product of its scores, and added after it.
+// A float attn_mask: a warp loads its piece into registers before it computes the scores, and adds it after.
 #pragma once
 #include <type_traits>
 
@@ -7,7 +7,7 @@
 
 namespace fused_attention::cuda {
 
-// TRANSPOSED: of keys x rows; read "row" as key and "key" as row from here on.
+// TRANSPOSED: of a tile of keys x rows; below, read "row" as key and "key" as row.
 template <int MATRICES, int BLOCKS, bool TRANSPOSED = false>
 class Bias {
  public:
@@ -23,7 +23,7 @@ class Bias {
     in_pairs_ = !TRANSPOSED && key_stride_ == 1 && (reinterpret_cast<intptr_t>(problem.attn_mask.data) | steps * bytes) % (2 * bytes) == 0;
   }
 
-  // Of rows from first_row on, the last one again below it, and of keys from start_n on, 0 past the last one.
+  // Rows from first_row on, repeating the last one, and keys from start_n on, 0 past the last one.
   FA_DEVICE void load(int first_row, int last_row, int start_n) {
     if (dtype_ == MaskDtype::float32) {
       load_elements<uint32_t>(first_row, last_row, start_n);
@@ -32,8 +32,7 @@ class Bias {
     }
   }
 
-  // scores, times scale in log2 units, become scores in log2 units with the mask added, -inf where it masks. Returns the scale that is
-  // left.
+  // Adds the mask to scores times scale, in log2 units; -inf where it masks. Returns the scale that is left to apply.
   FA_DEVICE float add_to(Accumulators<MATRICES, BLOCKS>& scores, float scale) const {
     switch (dtype_) {
       case MaskDtype::float32:
@@ -95,10 +94,10 @@ class Bias {
 
   const unsigned char* base_;
   MaskDtype dtype_;
-  bool in_pairs_;  // two keys by one access
+  bool in_pairs_;  // two keys per access
   int num_keys_;
   int64_t row_stride_, key_stride_;
-  uint32_t words_[MATRICES][BLOCKS][2][2];  // of keys 2 (lane % 4) and the next, in rows lane / 4 and 8 below: a word each or one for both
+  uint32_t words_[MATRICES][BLOCKS][2][2];  // keys 2 (lane % 4) and the next, rows lane / 4 and 8 below: one word each, or one for both
 };
 
 struct NoBias {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A bool attn_mask, a byte for each score, as words of bits.
+// A bool attn_mask, one byte per score, as words of bits.
 #pragma once
 #include "mask.cuh"
 
@@ -14,8 +14,8 @@ __device__ inline uint32_t pack_bytes(uint4 bytes) {
   return pack_four(bytes.x) | pack_four(bytes.y) << 4 | pack_four(bytes.z) << 8 | pack_four(bytes.w) << 12;
 }
 
-// Bit b: whether this thread's row may attend to key first_key + b, of those that `wanted` asks for; nothing is read where it asks for
-// none. A whole warp calls it, each lane with its own row and the same keys. row_offset: of this thread's row in the mask.
+// Bit b: whether this thread's row may attend to key first_key + b, for the bits set in `wanted`; if none is, nothing is read. The whole
+// warp calls it, each lane with its own row and the same keys. row_offset: of this thread's row in the mask.
 __device__ inline uint32_t attn_mask_bits(const AttentionProblem& problem, int64_t row_offset, int first_key, uint32_t wanted) {
   const auto* const data = static_cast<const uint8_t*>(problem.attn_mask.data);
   const int64_t alignment =

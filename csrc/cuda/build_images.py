@@ -14,8 +14,8 @@ from csrc.cuda.toolkit import PTX_FLAGS, NoToolkit, Toolkit, architectures, tool
 
 CSRC = Path(__file__).resolve().parents[1]
 COMPILE = CSRC / "cuda/compile_image.py"
-# Of an image, for each architecture that it has machine code for. No reason for a user's build to fail: tests/cuda_codegen_gate.py checks.
-MAX_SECONDS = 12.0  # of processor time; a slow machine needs 8
+# Of an image, per architecture that it has machine code for. Checked by tests/cuda_codegen_gate.py: no reason for a user's build to fail.
+MAX_SECONDS = 12.0  # of CPU time; a slow machine needs 8
 MAX_KILOBYTES = 250.0
 
 
@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     """One image's."""
 
     image: str
-    seconds: float  # of processor time, which a busy machine does not add to
+    seconds: float  # of CPU time, which does not depend on how busy the machine is
     kilobytes: float  # of its fatbin
     architectures: int  # that it has machine code for
 
@@ -77,12 +77,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def costs(folder: Path, images: Iterable[str]) -> list[Cost]:
-    """Of what was compiled in that folder."""
+    """The costs of the images compiled in that folder."""
     return [Cost(**json.loads((folder / f"{image}.json").read_text())) for image in images]
 
 
 def over_limits(rows: Iterable[Cost]) -> list[str]:
-    """What is wrong with the images, one sentence each."""
+    """Which limits the images exceed, one sentence each."""
     return [
         f"{row.image}: {value:g} {unit}, at most {limit * row.architectures:g} are allowed"
         for row in rows

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Merges what decode.cuh computed from shares of the keys: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log(sum_s exp(lse_s)).
+// Merges what decode.cuh computed from parts of the keys: out = sum_s w_s out_s with w_s = exp(lse_s - lse), lse = log(sum_s exp(lse_s)).
 #pragma once
 #include "mask.cuh"
 
 namespace fused_attention::cuda {
 
-// Each warp computes one row; ROWS of them are a block.
+// One row per warp, ROWS rows per block.
 template <Dtype DTYPE, int ROWS>
 FA_DEVICE void combine(const ForwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;

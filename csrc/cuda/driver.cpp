@@ -12,7 +12,7 @@
 namespace fused_attention::cuda {
 namespace {
 
-// The driver's own types and numbers, which are part of its binary interface.
+// The driver's types and constants, which are part of its ABI.
 using Result = int;
 using Ordinal = int;
 struct ContextHandle;
@@ -55,14 +55,14 @@ struct Device {
   Ordinal ordinal = 0;
   std::string name;
   DeviceLimits limits;
-  std::mutex loading;                                         // held while what follows is filled in
+  std::mutex loading;                                         // held while the members below are filled in
   std::atomic<ContextHandle*> context{nullptr};               // the primary one, which torch uses too
   std::unique_ptr<std::atomic<FunctionHandle*>[]> functions;  // of kImages; null until first needed
 };
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
-// Found without initializing CUDA, after which a forked child could not use it.
+// Found without initializing CUDA: once initialized, a forked child could not use it.
 struct Library {
   Functions functions;
   std::string failure;  // why there is none; empty when it works
@@ -154,7 +154,7 @@ struct Driver {
 };
 
 Driver& driver() {
-  static Driver* const instance = new Driver;  // never destroyed: the driver may be gone by the time that destructors run
+  static Driver* const instance = new Driver;  // never destroyed: the driver may be gone by the time destructors run
   return *instance;
 }
 
@@ -222,7 +222,7 @@ void check(Result result, const char* what, const char* kernel, const Device& de
                            driver().error_text(result) + "; " + way_out(result));
 }
 
-// Loading is no work of a stream, but the driver refuses it during a capture unless the thread says that it knows.
+// Loading a module is not stream work, but during a capture the driver refuses it unless the thread opts in.
 class RelaxedCapture {
  public:
   RelaxedCapture() { driver().functions.cuThreadExchangeStreamCaptureMode(&mode_); }
@@ -231,7 +231,7 @@ class RelaxedCapture {
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
  private:
-  int mode_ = kCaptureModeRelaxed;  // the one to go back to, after the first exchange
+  int mode_ = kCaptureModeRelaxed;  // the mode to restore, after the first exchange
 };
 
 // Makes the device's primary context current for its lifetime.
@@ -300,7 +300,7 @@ FunctionHandle* loaded_function(Device& device, const Image& image) {
   return function;
 }
 
-// Machine code needs a driver of the toolkit's major version, PTX one as new as the toolkit.
+// Machine code needs a driver of the toolkit's major version; PTX needs one at least as new as the toolkit.
 std::string why_not_on(const Device& device) {
   const int capability = device.limits.compute_capability;
   bool has_code = false;

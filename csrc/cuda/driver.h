@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches kernels through the NVIDIA driver, which is looked for when it is first needed: no toolkit to build, no driver to import.
+// Launches kernels through the NVIDIA driver, loaded on first use: building needs no toolkit, importing no driver.
 //
-// Images are loaded when a device first needs them and kept. Nothing is allocated on a device and nothing waits for it, so launches may be
-// captured into a graph, the first one included. Every failure is a std::runtime_error that names the kernel, the device and a way out.
+// Images are loaded when a device first needs them, and kept. Nothing allocates device memory or synchronizes, so launches, even the first,
+// may be captured into a graph. Every failure is a std::runtime_error that names the kernel, the device and a remedy.
 #pragma once
 #include <string>
 
@@ -10,7 +10,7 @@
 
 namespace fused_attention::cuda {
 
-// Asked without initializing CUDA; all that follows initializes it.
+// Does not initialize CUDA; everything below does.
 int driver_version();  // as the driver counts: 12040 supports CUDA 12.4; 0 without a driver
 int device_count();    // 0 without a driver, never throws
 
@@ -20,10 +20,10 @@ std::string why_not(int device);
 DeviceLimits device_limits(int device);
 std::string device_name(int device);
 
-// Whether the images hold machine code that a GPU of this compute capability (ten times) runs; otherwise the driver compiles their PTX.
+// Whether the images have machine code for a GPU of this compute capability (times ten); otherwise the driver compiles their PTX.
 bool has_machine_code(int compute_capability);
 
-// On a stream of that device, in its primary context, which is made current for the call where it is not.
+// On a stream of that device, in its primary context, which is made current during the call.
 void launch(int device, void* stream, const Plan& plan);
 
 }  // namespace fused_attention::cuda

@@ -17,20 +17,20 @@ struct Dropout {
         threshold(problem.dropout_threshold << 16),
         batch_head(static_cast<uint32_t>(batch * problem.num_heads + head)) {}
 
-  // Weights that are dropped become 0. first_row and start_n are multiples of 16.
+  // Sets dropped weights to 0. first_row and start_n are multiples of 16.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE void apply(Accumulators<MATRICES, BLOCKS>& weights, int first_row, int start_n) const {
     for_each_dropped(weights, first_row, start_n, [](float& weight) { weight = 0.0f; });
   }
 
-  // Weights that are dropped change their sign.
+  // Negates dropped weights.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE void mark(Accumulators<MATRICES, BLOCKS>& weights, int first_row, int start_n) const {
     for_each_dropped(weights, first_row, start_n, [](float& weight) { weight = -weight; });
   }
 
-  // The same of a transposed tile, 16 keys of a warp x rows. A lane has one key of a pair that a draw covers, and lane ^ 4 the other one:
-  // each of them draws for one of the two rows that they have side by side, and they exchange halves of the words.
+  // The same for a transposed tile, a warp's 16 keys x rows. A draw covers a pair of keys, of which a lane holds one and lane ^ 4 the
+  // other: each draws for one of their two adjacent rows, and they exchange halves of the words.
   template <int BLOCKS>
   FA_DEVICE void mark_transposed(Accumulators<1, BLOCKS>& weights, int first_key, int start_m) const {
     const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
@@ -39,13 +39,13 @@ struct Dropout {
       uint32_t words[4] = {static_cast<uint32_t>(first_key / 16) * 4 + lane / 8,
                            static_cast<uint32_t>(start_m / 16 + n / 2) * 8 + 2 * (lane % 4) + odd, batch_head, key.offset};
       philox4x32(words, key.key0, key.key1);
-      // numbers[i]: of rows i / 2 * 8 below the pair and keys i % 2 * 8 after this lane's; own: drawn here, other: by lane ^ 4.
+      // words[i]: rows i / 2 * 8 below the pair, keys i % 2 * 8 after this lane's; own: drawn by this lane, other: by lane ^ 4.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000;  // of the even and of the odd key
+        const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000;  // the even and the odd key
         const uint32_t own = odd ? high : low, other = __shfl_xor_sync(kWholeWarp, odd ? low : high, 4);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {  // rows side by side
+        for (int e = 0; e < 2; ++e) {  // adjacent rows
           float& weight = weights[0][n + i / 2][i % 2 * 2 + e];
           if ((e == odd ? own : other) < threshold) weight = -weight;
         }

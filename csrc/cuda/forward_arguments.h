@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every forward and decoding kernel on a GPU takes as its only parameter; made by a family's plan.cpp, read by the kernels as a grid
-// constant.
+// The only parameter of the forward and decoding kernels on a GPU; filled by a family's plan.cpp, read by the kernels as a grid constant.
 #pragma once
 #include "../problem.h"
 
 namespace fused_attention::cuda {
 
-constexpr int kKeysPerTile = 64;  // of the tiles that lists name
+constexpr int kKeysPerTile = 64;  // of the tiles in tile lists
 constexpr int kKeysPerWord = 32;  // of mask bits
 constexpr int kRowsPerWarp = 16;  // of the single-tile kernels; or keys
 
 enum class FeatureClass : int {
   plain = 0,   // full, causal and window, by loop bounds
-  masked = 1,  // and lengths, packed sequences, key_mask, bits, alibi, softcap, sinks, as branches that a whole block takes
+  masked = 1,  // and lengths, packed sequences, key_mask, bits, alibi, softcap, sinks, as branches that are uniform in a block
   bias = 2,    // and a float attn_mask
 };
 
 // The kernels for sequences whose keys are a single tile: a block is cut into groups of warps, each of which takes one unit of work.
-//   forward   so many 16-row pieces of the query heads that share a key head as the group has warps, all of them at most; and all keys
-//   backward  all rows of these heads, and all keys, 16 to a warp
+//   forward   one 16-row piece per warp, of the query heads that share a key head, against all keys
+//   backward  all rows of those heads, and all keys, 16 per warp
 struct SingleTileUnits {
   uint32_t count = 0;               // of the whole problem
   int32_t per_key_head = 1;         // of a batch element
@@ -39,7 +38,7 @@ struct ForwardArguments {
 
   // Decoding: each block of rows is computed num_splits times, each over its share of the key blocks, and combined afterwards.
   int32_t num_splits = 1;
-  float* partial_out = nullptr;  // (num_splits, B, Hq, Lq, Dv), normalised
+  float* partial_out = nullptr;  // (num_splits, B, Hq, Lq, Dv), normalized
   float* partial_lse = nullptr;  // (num_splits, B, Hq, Lq)
 
   SingleTileUnits units;

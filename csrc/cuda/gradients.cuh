@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the scores of a warp to their gradients, on tiles of rows x keys and on transposed ones of keys x rows.
+// From a warp's scores to their gradients, on tiles of rows x keys and on transposed tiles of keys x rows.
 //
 //   P = exp2(scores - lse), in log2 units; D = dropout's factors; dweights = dout V^T
 //   dscores = P * (D * dweights - delta)
@@ -26,9 +26,9 @@ FA_DEVICE float add_dot(float sum, uint4 left, uint4 right) {
   return sum;
 }
 
-// scores, times scale in log2 units, become weights.
-//   lse_of(m, n, e): of the row of that element, +inf where it attends to nothing
-//   CLAMPED: a mask of -1e8 in a whole row leaves scores and lse some log2 units of rounding, which may differ from the forward's
+// Turns scores, times scale in log2 units, into weights.
+//   lse_of(m, n, e): of that element's row, +inf if it attends to nothing
+//   CLAMPED: for a row whose mask is -1e8 everywhere, scores and lse round to a few log2 units, not always as in the forward
 template <bool CLAMPED, int MATRICES, int BLOCKS, class LseOf>
 FA_DEVICE void scores_to_weights(Accumulators<MATRICES, BLOCKS>& scores, float scale, LseOf lse_of) {
   for_each_of_lane<MATRICES, BLOCKS>([&](int m, int n, int e) {
@@ -37,8 +37,8 @@ FA_DEVICE void scores_to_weights(Accumulators<MATRICES, BLOCKS>& scores, float s
   });
 }
 
-// dweights become gradients of scores. weights that dropout dropped carry a minus sign, which is lost: they become 0.
-//   SELECT: where a weight is 0 the gradient is 0, though that of the weight may be infinite
+// Turns dweights into gradients of scores. Weights that dropout marked with a minus sign become 0.
+//   SELECT: where a weight is 0 the gradient is 0, even if that of the weight is infinite
 template <bool SELECT, int MATRICES, int BLOCKS, class DeltaOf>
 FA_DEVICE void weights_to_score_gradients(Accumulators<MATRICES, BLOCKS>& dweights, Accumulators<MATRICES, BLOCKS>& weights, bool drops,
                                           float kept_scale, DeltaOf delta_of) {
@@ -52,13 +52,13 @@ FA_DEVICE void weights_to_score_gradients(Accumulators<MATRICES, BLOCKS>& dweigh
   });
 }
 
-// Weights that dropout marked by a minus sign become 0.
+// Sets weights that dropout marked with a minus sign to 0.
 template <int BLOCKS>
 FA_DEVICE void drop_marked(Accumulators<1, BLOCKS>& weights) {
   for_each_element(weights, [](float& weight, int, int) { weight = weight < 0.0f ? 0.0f : weight; });
 }
 
-// Stores gradients of scores, of rows below num_rows, where they are those of a float mask.
+// Stores the gradients of scores, up to row num_rows, as those of a float mask.
 template <int BLOCKS>
 FA_DEVICE void store_mask_gradient(const BackwardArguments& arguments, const Accumulators<1, BLOCKS>& gradients, int mask_batch,
                                    int mask_head, int first_row, int num_rows, int start_n) {
@@ -88,7 +88,7 @@ FA_DEVICE void store_mask_gradient(const BackwardArguments& arguments, const Acc
   }
 }
 
-// Which scores of a transposed tile (16 keys of a warp x 8 * BLOCKS rows) count; the others become -inf.
+// Sets the masked scores of a transposed tile (a warp's 16 keys x 8 * BLOCKS rows) to -inf.
 template <bool BY_POSITION, int BLOCKS>
 FA_DEVICE void mask_transposed(const ScoreMask& mask, Accumulators<1, BLOCKS>& scores, int first_key, int start_m) {
   constexpr int kWords = (BLOCKS + 3) / 4;
@@ -96,7 +96,7 @@ FA_DEVICE void mask_transposed(const ScoreMask& mask, Accumulators<1, BLOCKS>& s
   const AttentionProblem& problem = mask.problem;
   const int lane = threadIdx.x % 32, first_row = start_m + 2 * (lane % 4);
   const uint32_t* const bits = of_head(problem.mask_bits.data, problem.mask_bits.batch, mask.batch, problem.mask_bits.head, mask.head);
-  uint32_t allowed[2][kWords] = {};  // bits 8 n and 8 n + 1 are those of this lane's elements of block n
+  uint32_t allowed[2][kWords] = {};  // bits 8 n and 8 n + 1: this lane's elements of block n
   if (BY_POSITION || bits == nullptr) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -107,7 +107,7 @@ FA_DEVICE void mask_transposed(const ScoreMask& mask, Accumulators<1, BLOCKS>& s
       for (int word = 0; word < kWords; ++word) allowed[half][word] = exists ? bits_of(rows, start_m + 32 * word) >> 2 * (lane % 4) : 0;
     }
   } else {
-    const int bit = first_key % 32 + lane / 4;  // of the key in its word; that of the other one is 8 higher
+    const int bit = first_key % 32 + lane / 4;  // of the key in its word; the lane's other key is 8 higher
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) {
 #pragma unroll
@@ -129,8 +129,8 @@ FA_DEVICE void mask_transposed(const ScoreMask& mask, Accumulators<1, BLOCKS>& s
   }
 }
 
-// From a warp's products Q K^T and dO V^T to the gradients of its scores, on a tile of 16 lines of one head. Lines are rows and columns
-// keys, or the other way around where TRANSPOSED.
+// From a warp's products Q K^T and dO V^T to the gradients of its scores, on a tile of 16 lines of one head. Lines are rows and columns are
+// keys, or the other way around if TRANSPOSED.
 template <FeatureClass CLASS, bool TRANSPOSED>
 struct ScoreGradientStep {
   static constexpr bool kPlain = CLASS == FeatureClass::plain, kBias = CLASS == FeatureClass::bias, kTransposed = TRANSPOSED;
@@ -141,8 +141,8 @@ struct ScoreGradientStep {
   bool drops;                    // whether there is dropout
   int lane;
 
-  // Products become scores, times the factor that is returned: softcap, float mask, ALiBi. write_derivative: called where there is a
-  // softcap, as soon as its derivative is known.
+  // Turns products into scores, up to the factor that is returned: softcap, float mask, ALiBi. write_derivative: with a softcap, called as
+  // soon as its derivative is known.
   template <int BLOCKS, class WriteDerivative>
   FA_DEVICE float transform(Accumulators<1, BLOCKS>& scores, Accumulators<1, BLOCKS>& softcap_derivative,
                             WriteDerivative write_derivative) const {
@@ -167,7 +167,7 @@ struct ScoreGradientStep {
     return transform(scores, softcap_derivative, [] {});
   }
 
-  // Scores that count for nothing become -inf.
+  // Sets masked scores to -inf.
   template <int BLOCKS>
   FA_DEVICE void mask(Accumulators<1, BLOCKS>& scores) const {
     if constexpr (TRANSPOSED) {
@@ -177,7 +177,7 @@ struct ScoreGradientStep {
     }
   }
 
-  // P, with a minus sign where dropout drops. lse_of(m, n, e): of the row of that element, +inf where it attends to nothing.
+  // P, with a minus sign where dropout drops. lse_of(m, n, e): of that element's row, +inf if it attends to nothing.
   template <int BLOCKS, class LseOf>
   FA_DEVICE void to_weights(Accumulators<1, BLOCKS>& scores, float scale, LseOf lse_of) const {
     scores_to_weights<kBias>(scores, scale, lse_of);
@@ -190,16 +190,16 @@ struct ScoreGradientStep {
     }
   }
 
-  // dP becomes dS, and weights lose their marks.
-  //   SELECT: as in weights_to_score_gradients, where scores may be masked
-  //   delta_of(m, n, e): of the row of that element
+  // Turns dP into dS, and clears dropped weights.
+  //   SELECT: as in weights_to_score_gradients, if scores may be masked
+  //   delta_of(m, n, e): of that element's row
   template <bool SELECT, int BLOCKS, class DeltaOf>
   FA_DEVICE void to_gradients(Accumulators<1, BLOCKS>& gradients, Accumulators<1, BLOCKS>& weights, DeltaOf delta_of) const {
     weights_to_score_gradients<SELECT || kBias>(gradients, weights, drops, arguments.kept_scale, delta_of);
   }
 
-  // Gradients of scores become those of products, but for their scale. read_derivative: called where there is a softcap, before its
-  // derivative is needed.
+  // Turns gradients of scores into those of products, up to their scale. read_derivative: with a softcap, called before its derivative is
+  // needed.
   template <int BLOCKS, class ReadDerivative>
   FA_DEVICE void through_softcap(Accumulators<1, BLOCKS>& gradients, const Accumulators<1, BLOCKS>& softcap_derivative,
                                  ReadDerivative read_derivative) const {
@@ -219,7 +219,7 @@ struct ScoreGradientStep {
   }
 };
 
-// What a lane sums of gradients of scores while its warp walks along its lines.
+// A lane's sums of gradients of scores while its warp walks along its lines.
 struct ScoreGradientSums {
   float lines[2] = {};  // this lane's part of two lines
   float slope = 0.0f;   // of the gradient of the head's slope
@@ -248,10 +248,10 @@ struct ScoreGradientSums {
   }
 };
 
-// Stores the part that a block of rows has in the gradient of its head's slope. A whole block calls it.
-//   slope: this lane's share of it
-//   part: the number of this warp among the NUM_PARTS that have a share, NUM_PARTS if it has none
-//   shared: room for NUM_PARTS numbers
+// Stores a block of rows' share of the gradient of its head's slope. The whole block calls it.
+//   slope: this lane's share
+//   part: this warp's index among the NUM_PARTS that have a share, NUM_PARTS if it has none
+//   shared: room for NUM_PARTS floats
 template <int NUM_PARTS, int BLOCK_M>
 FA_DEVICE void store_slope_part(const BackwardArguments& arguments, const RowBlock<BLOCK_M>& block, float slope, int part, void* shared) {
   static_assert(BLOCK_M == kRowsPerSlopePart);

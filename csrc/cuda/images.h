@@ -25,7 +25,7 @@ enum class Pass : int {
 
 struct Image {
   const char* name;  // of the instance and of its entry point
-  int family;        // of kernels, named after ten times a compute capability: see runs_on
+  int family;        // of kernels: ten times a compute capability, see runs_on
   Pass pass;
   int head_dim_qk, head_dim_v;
   Dtype dtype;
@@ -36,13 +36,13 @@ struct Image {
 };
 
 // Whether the kernels of a family run on a GPU. Those of 80 are PTX for compute capability 8.0, which every newer GPU runs; any other
-// family is there for instructions that later GPUs do not have, and runs on its own compute capability alone.
+// family uses instructions that later GPUs do not have, and runs only on its own compute capability.
 constexpr int kPortableFamily = 80;
 constexpr bool runs_on(int family, int compute_capability) {
   return family == kPortableFamily ? compute_capability >= family : compute_capability == family;
 }
 
-// An architecture that every image has machine code for. {90, 'a'} is sm_90a, which runs on 9.0 alone; {103, 'f'} is sm_103f, which runs on
+// An architecture that every image has machine code for. {90, 'a'} is sm_90a, which runs only on 9.0; {103, 'f'} is sm_103f, which runs on
 // its family: from 10.3 on within the same major version, as plain code does.
 struct MachineCode {
   int compute_capability;  // ten times
@@ -55,6 +55,6 @@ extern const MachineCode kMachineCode[];
 extern const int kNumMachineCode;
 extern const int kToolkitVersion;       // that compiled them, as the driver counts: 13000 is CUDA 13.0
 extern const char* const kBuilt;        // what compiled them, for which GPUs; empty in a build without CUDA
-extern const char* const kWhyNoImages;  // null in a build with CUDA; otherwise why there is none, and how to get one
+extern const char* const kWhyNoImages;  // null in a build with CUDA; otherwise why there are none, and how to get them
 
 }  // namespace fused_attention::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a block of threads that computes gradients of keys works, and which rows see its keys.
+// The keys whose gradients a block of threads computes, and the rows that see them.
 #pragma once
 #include "row_block.cuh"
 
@@ -28,8 +28,8 @@ struct KeyBlock {
         keys(problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present) {}
 };
 
-// By position: the rows that see the first and the last of BLOCK_N keys from start_n on. With a key that does not exist no block of rows
-// counts as full.
+// The rows that see, by position, the first and the last of BLOCK_N keys from start_n on. If a key does not exist, no block of rows counts
+// as full.
 template <int BLOCK_N>
 struct SeeingRows {
   KeyRange of_first, of_last;

@@ -24,13 +24,13 @@ FA_DEVICE uint32_t bits_of(KeyRange range, int first_key) {
   return bits_below(range.to) & ~bits_below(range.from);
 }
 
-// One sequence: `rows` rows in memory, of which `rows_present` are present, and `keys_present` keys. A sequence of either and the diagonal
-// together reach no further than 2^30, and a window side that limits anything is smaller, so that sums of them fit an int.
+// One sequence: `rows` rows in memory, of which `rows_present` are present, and `keys_present` keys. Sequence lengths plus the diagonal's
+// offset are at most 2^30, and so is a window side that limits anything: their sums fit in an int.
 struct Sequence {
   int64_t first_row = 0, first_key = 0;  // in memory, of packed sequences
   int rows, rows_present, keys_present, offset, window_left, window_right;
 
-  // Of a problem without packed sequences and lengths: all of them are the same.
+  // For problems without packed sequences and lengths: every sequence is the same.
   FA_DEVICE explicit Sequence(const AttentionProblem& problem)
       : rows(static_cast<int>(problem.seqlen_q)),
         rows_present(rows),
@@ -45,7 +45,7 @@ struct Sequence {
         offset(problem.diagonal),
         window_left(problem.window_left),
         window_right(problem.window_right) {
-    if (problem.cu_seqlens_q != nullptr) {  // clamped, so that no value leads out of the memory there is
+    if (problem.cu_seqlens_q != nullptr) {  // clamped, so that no value leads out of bounds
       first_row = clamped(problem.cu_seqlens_q[batch], problem.num_tokens_q);
       first_key = clamped(problem.cu_seqlens_k[batch], problem.num_tokens_k);
       rows = clamped(clamped(problem.cu_seqlens_q[batch + 1], problem.num_tokens_q) - first_row, rows);
@@ -86,13 +86,13 @@ FA_DEVICE const T* of_head(const T* data, int64_t batch_stride, int64_t batch, i
   return data == nullptr ? nullptr : data + batch * batch_stride + head * head_stride;
 }
 
-// The blocks of BLOCK keys that some rows visit: first those of which every score counts, then the mixed ones. Or the blocks of rows that
-// some keys are visited by: nothing here knows which of the two it is.
+// The blocks of BLOCK keys that some rows visit: first those in which every score counts, then the mixed ones. Or, with rows and keys
+// swapped, the blocks of rows that visit some keys: the code is the same.
 template <int BLOCK, bool HAS_LISTS>
 class VisitedBlocks {
  public:
-  // of_first, of_last: what the first and the last row may attend to by position; both ends move to the right row by row.
-  // Without HAS_LISTS, or where `lists` are null, that decides. line: of the lists. is_absent: whoever visits is not there and visits none.
+  // of_first, of_last: what the first and the last row may attend to by position; both ends move right from row to row. They decide
+  // without HAS_LISTS or if `lists` is null. line: in the lists. is_absent: the visitor does not exist, and visits nothing.
   FA_DEVICE VisitedBlocks(KeyRange of_first, KeyRange of_last, bool is_absent, const TileLists& lists, int batch, int head, int line)
       : lists_(lists), batch_(batch), head_(head), line_(line) {
     if (is_absent) return;
@@ -111,14 +111,14 @@ class VisitedBlocks {
 
   int num_full = 0, num_blocks = 0;
 
-  // Where a block starts; step < num_blocks.
+  // Where the block of a step starts; step < num_blocks.
   FA_DEVICE int start(int step) const {
     if (HAS_LISTS && lists_.data != nullptr) {
       const int place = step < num_full ? step / kBlocksPerTile : lists_.num_tiles - 1 - (step - num_full) / kBlocksPerTile;
       return list()[2 + place] * kKeysPerTile + step % kBlocksPerTile * BLOCK;
     }
     if (step < num_full) return (first_full_ + step) * BLOCK;
-    const int block = first_ + step - num_full;  // mixed ones lie to both sides of the full ones
+    const int block = first_ + step - num_full;  // there are mixed blocks on both sides of the full ones
     return (block < first_full_ ? block : block + num_full) * BLOCK;
   }
 
@@ -148,25 +148,25 @@ FA_DEVICE VisitedBlocks<BLOCK_N, HAS_LISTS> key_blocks(const Sequence& sequence,
   return {sequence.keys_of(start_m), sequence.keys_of(last_row), last_row < start_m, lists, batch, head, start_m / BLOCK_M};
 }
 
-// What masks scores of one head beyond its blocks of keys: positions, and bits or a key_mask.
+// Masks the scores of one head within a block of keys: by position, and by bits or a key_mask.
 struct ScoreMask {
   const Sequence& sequence;
   const AttentionProblem& problem;
   int batch, head;
 
-  // Whether the rows of key and value may be read and count: never asked of full blocks, where all keys exist.
+  // Whether a row of key and value may be read and counts. Never asked in full blocks, where all keys exist.
   FA_DEVICE bool key_exists(int key) const {
     return key < sequence.keys_present &&
            (problem.key_mask == nullptr || problem.key_mask[batch * problem.key_mask_batch + key * problem.key_mask_key] != 0);
   }
 
-  // Scores of a warp that count for nothing become -inf. BY_POSITION: there are neither bits nor a key_mask.
+  // Sets a warp's masked scores to -inf. BY_POSITION: there are neither bits nor a key_mask.
   //   row_of(m, half): the row in the sequence of this lane's row lane / 4, or 8 below, of matrix m
   template <bool BY_POSITION, int MATRICES, int BLOCKS, class RowOf>
   FA_DEVICE void apply(Accumulators<MATRICES, BLOCKS>& scores, RowOf row_of, int start_n) const {
     constexpr int kWords = (BLOCKS + 3) / 4, kBlocksPerWord = BLOCKS / kWords;
     const int lane = threadIdx.x % 32;
-    // Of row 0 of the head; they say all there is to say about rows that are present.
+    // From row 0 of the head. For rows that are present, the bits are the whole mask.
     const uint32_t* const bits = of_head(problem.mask_bits.data, problem.mask_bits.batch, batch, problem.mask_bits.head, head);
     uint32_t existing[kWords];
     if constexpr (!BY_POSITION) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every pre-pass kernel (mask_tiles.cu) takes as its only parameter, and how large what it makes is; made by planner.cpp.
+// The only parameter of the pre-pass kernels (mask_tiles.cu), and the sizes of their results; filled by planner.cpp.
 //
 //   problem has                                      launches, in order
 //   a bool attn_mask, and whatever else masks        mask_tiles_classify, mask_tiles_list     -> mask_bits, lists
@@ -15,15 +15,15 @@
 
 namespace fused_attention::cuda {
 
-constexpr int kMaskThreads = 256;  // of a block of every kernel but mask_tiles_classify, which has 2 * block_m
+constexpr int kMaskThreads = 256;  // per block, except in mask_tiles_classify, which has 2 * block_m
 
 struct MaskArguments {
   // attn_mask is a bool one or absent. batch, num_heads and seqlen_q are the tensors' own.
   AttentionProblem problem;
-  int32_t block_m = 64;     // rows to a tile, 64 or 128
-  bool by_columns = false;  // mask_tiles_list: of the row blocks that each tile of keys is visited by
+  int32_t block_m = 64;     // rows of a tile, 64 or 128
+  bool by_columns = false;  // mask_tiles_list: list the row blocks that visit each tile of keys
 
-  // What masks is the same for all batch elements, all heads or all rows where the number here is 1: B', H' and Lq'.
+  // B', H' and Lq': 1 where the mask is the same for all batch elements, heads or rows.
   int64_t batch = 0, num_heads = 0, rows = 0;
   int64_t row_blocks = 0, key_tiles = 0, words = 0;  // ceil(Lq' / block_m), ceil(Lk / 64), ceil(Lk / 32)
 
@@ -32,7 +32,7 @@ struct MaskArguments {
   int32_t* lists = nullptr;       // (B', H', row_blocks, 2 + key_tiles): written by every kernel but mask_tiles_classify
 
   MaskArguments() = default;
-  // every_row: also where they are all the same, as lists by columns need it.
+  // every_row: keep all rows even if they are the same, as lists by columns require.
   MaskArguments(const AttentionProblem& masked, int32_t rows_per_tile, bool every_row) : problem(masked), block_m(rows_per_tile) {
     if (problem.attn_mask_dtype != MaskDtype::boolean) problem.attn_mask = {};  // skips no tiles
     const StridedTensor& mask = problem.attn_mask;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pre-pass: which tiles of block_m rows x 64 keys are empty, full or mixed, as lists for each block of rows, and a bool mask as bits.
+// The pre-pass: lists, for each block of rows, which tiles of block_m rows x 64 keys are full or mixed, and packs a bool mask into bits.
 //
 //   mask_tiles_classify   a bool attn_mask and everything else that masks -> mask_bits, kinds
 //   mask_tiles_list       kinds -> lists
@@ -7,7 +7,7 @@
 //   mask_tiles_merge      a PreparedMask's lists of 64 rows -> lists of 128 rows
 //
 // Full: every row that is present may attend to all 64 keys, which all exist. Empty: none may attend to any of them. Rows past
-// query_lengths have no say: what they get does not depend on the keys. mask_arguments.h says which kernels a problem needs.
+// query_lengths do not matter: their result does not depend on the keys. mask_arguments.h says which kernels a problem needs.
 #include "bool_mask.cuh"
 #include "mask_arguments.h"
 
@@ -15,8 +15,8 @@ namespace fused_attention::cuda {
 
 constexpr int kEmpty = 0, kFull = 1, kMixed = 2;
 
-// Writes the list of a line from the kinds of its tiles. A whole warp calls it; kind_of(tile) is the kind of each lane's tile, which may
-// lie past the last one.
+// Writes the list of a line from the kinds of its tiles. The whole warp calls it; kind_of(tile) is the kind of each lane's tile, which may
+// be past the last one.
 template <class KindOf>
 __device__ inline void write_list(int32_t* list, int64_t num_tiles, KindOf kind_of) {
   const int lane = threadIdx.x % 32, end = static_cast<int>(num_tiles);  // at most 2^24
@@ -35,8 +35,8 @@ __device__ inline void write_list(int32_t* list, int64_t num_tiles, KindOf kind_
   if (lane < 2) list[lane] = lane == 0 ? num_full : num_mixed;
 }
 
-// Where a line of the lists stands. There are fewer lines and tiles than 2^31 (planner.cpp): no division of 64-bit numbers, which is a
-// call.
+// What a line of the lists is about. There are fewer than 2^31 lines and tiles (planner.cpp), which avoids 64-bit divisions: they are
+// function calls.
 struct Line {
   int batch, head, row_block;
 
@@ -49,7 +49,7 @@ struct Line {
   }
 };
 
-// Calls write(line) for the lines of lists that are this warp's.
+// Calls write(line) for this warp's lines.
 template <class Write>
 __device__ inline void for_each_line(const MaskArguments& arguments, Write write) {
   const auto num_lines =
@@ -62,7 +62,7 @@ __device__ inline void for_each_line(const MaskArguments& arguments, Write write
 
 }  // namespace fused_attention::cuda
 
-// One tile at a time; each thread packs 32 keys of one row, each warp those of 32 rows.
+// One tile at a time; each thread packs 32 keys of one row.
 extern "C" __global__ void __launch_bounds__(256)
     mask_tiles_classify(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
   using namespace fused_attention;
@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(256)
 
 extern "C" __global__ void __launch_bounds__(256) mask_tiles_list(const __grid_constant__ fused_attention::cuda::MaskArguments arguments) {
   using namespace fused_attention::cuda;
-  // A line is a block of rows over tiles of keys, or by columns a tile of keys over blocks of rows.
+  // A line lists the tiles of keys of a block of rows, or, by columns, the blocks of rows of a tile of keys.
   const bool by_columns = arguments.by_columns;
-  const int64_t num_lines = by_columns ? arguments.key_tiles : arguments.row_blocks;  // of a map, as the next two
+  const int64_t num_lines = by_columns ? arguments.key_tiles : arguments.row_blocks;  // of one batch element and head, like the next two
   const int64_t num_tiles = by_columns ? arguments.row_blocks : arguments.key_tiles;
   const int64_t line_step = by_columns ? 1 : arguments.key_tiles, tile_step = by_columns ? arguments.key_tiles : 1;
   for_each_line(arguments, [&](int64_t line) {
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(256) mask_tiles_keys(const __grid_c
     const int last_row = min(start_m + arguments.block_m, rows) - 1;
     KeyRange by_first = sequence.keys_of(start_m), by_last = sequence.keys_of(last_row);
     if (last_row < start_m) by_first = by_last = {0, 0};
-    const KeyRange by_some = {by_first.from, by_last.to}, by_all = {by_last.from, by_first.to};  // both move to the right row by row
+    const KeyRange by_some = {by_first.from, by_last.to}, by_all = {by_last.from, by_first.to};  // both move right from row to row
     write_list(arguments.lists + line * (2 + arguments.key_tiles), arguments.key_tiles, [&](int64_t tile) {
       const int64_t first_tile = tile - lane;
       int kind = kEmpty;
@@ -151,11 +151,11 @@ extern "C" __global__ void __launch_bounds__(256) mask_tiles_merge(const __grid_
   for_each_line(arguments, [&](int64_t line) {
     const Line place(arguments, static_cast<uint32_t>(line));
     const int32_t* upper = given.data + place.batch * given.batch + place.head * given.head + 2 * place.row_block * given.line;
-    const int32_t* lower = (2 * place.row_block + 1) * kRowsPerList < arguments.rows ? upper + given.line : upper;  // there may be none
-    // The full tiles from place 2 on ascend, the mixed ones before the end descend.
+    const int32_t* lower = (2 * place.row_block + 1) * kRowsPerList < arguments.rows ? upper + given.line : upper;  // if there are any
+    // Full tiles ascend from index 2 on, mixed ones descend to the end.
     const auto kind_in = [&](const int32_t* list, int64_t tile) {
       const auto holds = [&](int num, auto&& tile_at) {
-        int begin = 0, end = num;  // the first one not below `tile` is in [begin, end]
+        int begin = 0, end = num;  // the first one >= `tile` is in [begin, end]
         while (begin < end) {
           const int middle = (begin + end) / 2;
           if (tile_at(middle) < tile) {

@@ -23,23 +23,23 @@ struct Launch {  // one-dimensional, with its arguments by value
 };
 
 struct Plan {
-  size_t workspace_bytes = 0;    // of memory on the device, 16-byte aligned, that need not be cleared
-  std::vector<Launch> launches;  // in order; without its workspace a plan that wants one must not be launched
+  size_t workspace_bytes = 0;    // of device memory, 16-byte aligned, need not be cleared
+  std::vector<Launch> launches;  // in order; a plan that needs a workspace must not be launched without one
 };
 
-// Whether the single-tile kernels are used where they can be; returns whether they were. For tests and measurements: what a problem
-// wants of workspace changes with it.
+// Whether to use the single-tile kernels where possible; returns the previous setting. For tests and measurements; it changes the workspace
+// that a problem needs.
 bool set_single_tile_kernels(bool used);
 
-// workspace: its address, or null to ask what is wanted.
+// workspace: its address, or null to ask for its size.
 // Throws std::invalid_argument for what no kernel takes, std::runtime_error where this build or this device has no kernel for it.
 Plan plan_forward(const AttentionProblem& problem, const DeviceLimits& limits, void* workspace);
 
 // two_passes: backward_query and backward_key, which are deterministic; one_pass: backward, which adds to dquery from all keys at once.
-// A kernel that was asked for and does not take the problem is a std::invalid_argument.
+// Throws std::invalid_argument if the kernel asked for does not take the problem.
 enum class BackwardKernels : int { chosen = 0, two_passes = 1, one_pass = 2 };
 
-// What a backward call has beyond an AttentionProblem with out, lse, dout, dlse and the gradients to write; see BackwardArguments.
+// A backward call's additions to an AttentionProblem that has out, lse, dout, dlse and the gradients to write; see BackwardArguments.
 struct SideGradients {
   StridedTensor dattn_mask;
   int64_t mask_batches = 1, mask_heads = 1;  // of dattn_mask: B or 1 and Hq or 1

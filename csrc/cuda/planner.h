@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a family needs to plan its launches: images that the device runs, pieces of workspace, and the pre-pass of masks.
+// What a family needs to plan its launches: images that the device runs, workspace, and the pre-pass over masks.
 #pragma once
 #include <cstring>
 #include <utility>
@@ -23,8 +23,8 @@ class Planner {
 
   const DeviceLimits limits;
 
-  // The narrowest instance of the family that the head dims fit in and that fits the device. Where there is none, null, or an exception
-  // that says why if it is `required`.
+  // The family's smallest instance that fits the head dims and the device. If there is none: null, or if `required` an exception that says
+  // why.
   const Image* find(Pass pass, FeatureClass wanted, const AttentionProblem& problem, bool required) const;
 
   // A helper of any family that the device runs.

@@ -11,7 +11,7 @@ namespace fused_attention::cuda::ptx {
 
 FA_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
-// x, of which the compiler knows no more, so that it computes what follows from x anew and keeps no registers for it.
+// x, opaque to the compiler, so that it recomputes what depends on x instead of keeping it in registers.
 FA_DEVICE uint32_t again(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;

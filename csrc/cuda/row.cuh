@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an entry file is compiled for: a row of instances/manifest.py, whose values the build passes as macros.
+// What an entry file is compiled for: one row of instances/manifest.py, whose values the build passes as macros.
 #pragma once
 #include "forward_arguments.h"
 

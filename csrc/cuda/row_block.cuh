@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a block of threads that computes rows works.
+// The rows that a block of threads computes.
 #pragma once
 #include "mask.cuh"
 
@@ -9,7 +9,7 @@ FA_DEVICE uint16_t* head_of(const StridedTensor& tensor, int batch, int head) {
   return static_cast<uint16_t*>(tensor.data) + batch * tensor.batch + head * tensor.head;
 }
 
-// Where a sequence's first row of a head stands in lse and in what is shaped like it.
+// Index of the sequence's first row, of a head, in lse and in whatever has its shape.
 FA_DEVICE int64_t statistics_of(const AttentionProblem& problem, const Sequence& sequence, int batch, int head) {
   const bool packed = problem.cu_seqlens_q != nullptr;
   const int64_t line = packed ? head : batch * problem.num_heads + head, length = packed ? problem.num_tokens_q : problem.seqlen_q;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the products Q K^T of a warp to its scores in log2 units: softcap and ALiBi, each a branch that a whole block takes.
+// From a warp's products Q K^T to its scores in log2 units: softcap and ALiBi, each a branch that is uniform in a block.
 #pragma once
 #include "bias.cuh"
 
 namespace fused_attention::cuda {
 
-// With neither, scores are products times one factor, which is left to the softmax.
+// With neither, scores are products times a factor, which the softmax applies.
 struct ScoreTransform {
   float factor, softcap_log2, slope_log2;
 
@@ -17,7 +17,7 @@ struct ScoreTransform {
     }
   }
 
-  // Softcap. Returns the factor that is left.
+  // Softcap. Returns the factor that is left to apply.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE float cap(Accumulators<MATRICES, BLOCKS>& scores) const {
     if (softcap_log2 == 0.0f) return factor;
@@ -25,7 +25,7 @@ struct ScoreTransform {
     return 1.0f;
   }
 
-  // The same, with softcap's derivative where there is a softcap: what it multiplies gradients by.
+  // The same, and with a softcap its derivative, by which gradients are multiplied.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE float cap(Accumulators<MATRICES, BLOCKS>& scores, Accumulators<MATRICES, BLOCKS>& softcap_derivative) const {
     if (softcap_log2 == 0.0f) return factor;
@@ -37,8 +37,8 @@ struct ScoreTransform {
     return 1.0f;
   }
 
-  // factor_left: by which scores have yet to be multiplied. Returns the same. On a transposed tile, keys x rows, "row" is a key, "key" a
-  // row and the offset negative.
+  // factor_left: what scores have yet to be multiplied by; returns what is left after this. On a transposed tile, keys x rows, "row" is a
+  // key, "key" is a row and the offset is negated.
   template <int MATRICES, int BLOCKS>
   FA_DEVICE float add_alibi(Accumulators<MATRICES, BLOCKS>& scores, float factor_left, int offset, int first_row, int start_n) const {
     if (slope_log2 == 0.0f) return factor_left;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Online softmax over the keys of a warp's rows (Milakov and Gimelshein, arXiv 1805.02867), in powers of two.
 //
-// Rows that saw no key yet have row_max -inf and row_sum 0; what that means for weights, out and lse is decided here alone.
+// Rows that have seen no key yet have row_max -inf and row_sum 0; what that means for weights, out and lse is decided only here.
 #pragma once
 #include "tile.cuh"
 
@@ -21,7 +21,7 @@ FA_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(kWholeWarp, x, 2);
 }
 
-// Of LANES lanes that follow each other, in each of them.
+// Over LANES consecutive lanes; every lane gets the sum.
 template <int LANES = 32>
 FA_DEVICE float sum_of_lanes(float x) {
 #pragma unroll
@@ -48,7 +48,7 @@ struct OnlineSoftmax {
   float row_max[MATRICES][2];  // of rows lane / 4 and 8 below, log2 units
   float row_sum[MATRICES][2];  // this lane's part of the sum of 2^(score - row_max)
 
-  // first(m, half): log2 of a weight that the row starts with and that goes to no value (a sink), or -inf.
+  // first(m, half): log2 of a weight that the row starts with and that has no value (a sink), or -inf.
   template <class First>
   FA_DEVICE explicit OnlineSoftmax(First first) {
 #pragma unroll
@@ -61,7 +61,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // scores, times scale > 0 in log2 units, become weights relative to row_max; out, what was summed so far, is brought to it.
+  // Turns scores, times scale > 0 in log2 units, into weights relative to row_max, and rescales out, the sum so far, to match.
   // SOME_MASKED: a score may be -inf.
   template <bool SOME_MASKED, int BLOCKS, int OUT_BLOCKS>
   FA_DEVICE void update(Accumulators<MATRICES, BLOCKS>& scores, float scale, Accumulators<MATRICES, OUT_BLOCKS>& out) {
@@ -91,7 +91,7 @@ struct OnlineSoftmax {
         row_sum[m][half] = fmaf(row_sum[m][half], rescale[m][half], sum);
       }
     }
-    if (__any_sync(kWholeWarp, risen)) {  // the largest score of a row is mostly among its first keys
+    if (__any_sync(kWholeWarp, risen)) {  // rare: a row's largest score is usually among its first keys
 #pragma unroll
       for (int m = 0; m < MATRICES; ++m) {
 #pragma unroll
@@ -103,7 +103,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // For whole rows at once: row_max becomes no less than `score` in log2 units. Returns what to subtract from scores before exp2.
+  // For whole rows at once: raises row_max to at least `score`, in log2 units. Returns what to subtract from scores before exp2.
   FA_DEVICE float raise(int m, int half, float score) {
     const float new_max = fmaxf(row_max[m][half], score), shift = new_max == -kInfinity ? 0.0f : new_max;
     row_sum[m][half] *= ptx::ex2(row_max[m][half] - shift);

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of 16-bit elements in shared memory, and matrix products of a warp on them.
+// Tiles of 16-bit elements in shared memory, and warp-level matrix products on them.
 //
-// A row is kept in chunks of 16 bytes. Chunk c of row r stands at place c ^ (r % 8) among eight, or at c ^ (r / 2 % 4) among four where a
-// row is no multiple of 128 bytes: the same chunk of eight rows that follow each other, which is what one 8 x 8 matrix of ldmatrix reads,
-// then lies in eight different groups of four banks, and so do eight chunks of a row, which is what eight lanes copy
-// (docs/cuda-kernels.md).
+// A row is stored in chunks of 16 bytes, swizzled: chunk c of row r goes to slot c ^ (r % 8) of eight, or to slot c ^ (r / 2 % 4) of four
+// if a row is not a multiple of 128 bytes. The same chunk of eight consecutive rows, which is what one 8 x 8 matrix of ldmatrix reads, is
+// then in eight different groups of four banks, and so are eight chunks of one row, which is what eight lanes copy (docs/cuda-kernels.md).
 #pragma once
 #include "shared_memory.cuh"
 
@@ -19,7 +18,7 @@ template <int ROWS, int COLUMNS>
 struct alignas(128) SharedTile {
   static_assert(COLUMNS % 32 == 0, "rows of whole 64-byte pieces");
   static constexpr int kRows = ROWS, kColumns = COLUMNS, kPitch = 2 * COLUMNS, kBytes = ROWS * kPitch;
-  static constexpr int kPermuted = COLUMNS % 64 == 0 ? 8 : 4;  // chunks that change places among each other
+  static constexpr int kPermuted = COLUMNS % 64 == 0 ? 8 : 4;  // chunks that are permuted among themselves
 
   unsigned char bytes[kBytes];
 
@@ -44,12 +43,12 @@ struct alignas(128) SharedTile {
   }
 };
 
-// Where a lane reads in a tile. What changes in loops is added as constants: only the place of the chunk needs an instruction.
+// Where a lane reads in a tile. Loop offsets are compile-time constants: only the swizzled chunk takes an instruction.
 template <class Tile>
 struct LaneAddress {
-  uint32_t first;  // of the lane's chunk in the first two columns of chunks; its bits 4 to 6 are the place that swizzling gave it
+  uint32_t first;  // of the lane's chunk in the first two columns of chunks; bits 4 to 6 are its swizzled slot
 
-  // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right. Tiles start at multiples of 128 bytes.
+  // `rows` down, a multiple of 8, and 16 * `sixteens` columns to the right. Tiles are aligned to 128 bytes.
   FA_DEVICE uint32_t at(int rows, int sixteens) const {
     constexpr int kPeriod = Tile::kPermuted / 2;
     return (first ^ (sixteens % kPeriod * 32)) + (rows * Tile::kPitch + sixteens / kPeriod * (kPeriod * 32));
@@ -61,7 +60,7 @@ struct LaneAddress {
 };
 
 // Copies rows of a tensor into a tile, asynchronously. Rows that do not exist and columns past `columns` become 0.
-//   source: row 0 of the tile; exists(row): whether that row of the tile is there
+//   source: row 0 of the tile; exists(row): whether that row of the tile exists
 template <int NUM_THREADS, class Tile, class Exists>
 FA_DEVICE void copy_rows_async(Tile& tile, const uint16_t* source, int64_t stride, int columns, uint32_t thread, Exists exists) {
   constexpr int kLanes = Tile::kPermuted, kRowsAtOnce = NUM_THREADS / kLanes;  // lanes that copy a row together
@@ -72,7 +71,7 @@ FA_DEVICE void copy_rows_async(Tile& tile, const uint16_t* source, int64_t strid
 #pragma unroll
   for (int pass = 0; pass < Tile::kRows / kRowsAtOnce; ++pass) {
     const bool row_exists = exists(row + pass * kRowsAtOnce);
-    // The compiler does not see by itself that swizzling repeats every eight rows.
+    // The compiler does not see that the swizzle repeats every eight rows.
     const uint32_t target = first + (kRowsAtOnce % 8 == 0 ? Tile::offset(row, chunk) + pass * kRowsAtOnce * Tile::kPitch
                                                           : Tile::offset(row + pass * kRowsAtOnce, chunk));
 #pragma unroll
@@ -110,8 +109,8 @@ FA_DEVICE void for_each_element(Accumulators<MATRICES, BLOCKS>& accumulators, Ac
       [&](int m, int n, int e) { act(accumulators[m][n][e], 16 * m + e / 2 * 8 + lane / 4, 8 * n + 2 * (lane % 4) + e % 2); });
 }
 
-// Stores a warp's 16 rows times `factor`, those below num_rows and columns below `columns`, through its rows of a tile in shared memory
-// that nobody reads any more. target: row 0 of the tile.
+// Stores a warp's 16 rows times `factor`, up to num_rows rows and `columns` columns of the tile, through the warp's rows of a tile in
+// shared memory that is no longer read. target: row 0 of the tile.
 template <Dtype DTYPE, class Tile, int BLOCKS>
 FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float factor, Tile& tile, int first_row, int num_rows,
                           uint16_t* target, int64_t stride, int columns) {
@@ -147,14 +146,14 @@ FA_DEVICE void store_rows(const Accumulators<1, BLOCKS>& accumulators, float fac
 template <Dtype DTYPE, int BLOCKS>
 FA_DEVICE void multiply_step(float (&sums)[BLOCKS][4], int n, const uint32_t (&a)[4], const uint32_t (&b)[4], bool is_first = false) {
   using Block = const float (&)[4];
-  const float zero[4] = {};  // no registers to set to 0: there is one that always is
+  const float zero[4] = {};  // the zero register: no accumulators to clear
   Block left = is_first ? zero : static_cast<Block>(sums[n]), right = is_first ? zero : static_cast<Block>(sums[n + 1]);
   ptx::mma_m16n8k16<DTYPE>(sums[n], a, b[0], b[1], left);
   ptx::mma_m16n8k16<DTYPE>(sums[n + 1], a, b[2], b[3], right);
 }
 
 // scores = left (16 * MATRICES x HEAD_DIM) times the transpose of keys (8 * BLOCKS x HEAD_DIM)
-//   left(step, matrix, a): puts the a operand of that piece into a
+//   left(step, matrix, a): loads the a operand of that piece
 template <Dtype DTYPE, int MATRICES, int BLOCKS, class KeyTile, class Left>
 FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left left, const LaneAddress<KeyTile>& keys) {
 #pragma unroll
@@ -172,7 +171,7 @@ FA_DEVICE void multiply_transposed(Accumulators<MATRICES, BLOCKS>& scores, Left 
   }
 }
 
-// A warp's weights (16 x 8 * BLOCKS) in 16 bits: of block n the two of row lane / 4, then those of 8 rows below.
+// A warp's weights (16 x 8 * BLOCKS) in 16 bits: for block n, the two of row lane / 4, then the two of the row 8 below.
 template <int BLOCKS>
 using PackedWeights = uint32_t[BLOCKS][2];
 
@@ -185,7 +184,7 @@ FA_DEVICE void pack_weights(PackedWeights<BLOCKS>& packed, const Accumulators<1,
   }
 }
 
-// Stores them in a tile, from its row first_row on.
+// Stores them in a tile, starting at first_row.
 template <class Tile, int BLOCKS>
 FA_DEVICE void store_packed(const PackedWeights<BLOCKS>& packed, Tile& tile, int first_row, int lane) {
 #pragma unroll

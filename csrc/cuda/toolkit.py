@@ -2,8 +2,8 @@
 
 FUSED_ATTENTION_CUDA          auto (build the CUDA kernels where an NVIDIA driver is), 1 (build them, for other machines too), 0 (do not)
 FUSED_ATTENTION_CUDA_VERSION  the toolkit to take, 13.0 for example; otherwise one that the driver can run
-FUSED_ATTENTION_CUDA_ARCHS    GPUs to make machine code for, "80 90" for example; otherwise 80 and those of this machine's GPUs. PTX for
-                              newer ones is always there
+FUSED_ATTENTION_CUDA_ARCHS    GPUs to make machine code for, "80 90" for example; otherwise 80 and this machine's GPUs. PTX for newer
+                              ones is always included
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OLDEST_ARCHITECTURE = "80"
 USUAL_FOLDER = Path("/usr/local/cuda")
 WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 WHEELS_VERSION = "13.0"
-# There are no wheels of nvcc 12. For drivers of CUDA 12, nvcc 13's PTX, which uses nothing newer, is assembled by a ptxas of theirs.
+# There are no wheels of nvcc 12. For drivers of CUDA 12, a ptxas 12 assembles nvcc 13's PTX, which uses nothing newer.
 PTXAS_WHEEL = "nvidia-cuda-nvcc-cu12==12.9.*"
 PTX_OF_OLDER_PTXAS = "8.8"
-# Kernels are preprocessed by the host's compiler, never compiled by it: any version of it will do.
+# The host compiler only preprocesses the kernels: any version will do.
 PTX_FLAGS = ("-ptx", "-lineinfo", "-std=c++17", "-O3", "-allow-unsupported-compiler")
 
 
@@ -46,13 +46,13 @@ class Toolkit:
 
     @property
     def driver_version(self) -> int:
-        """The CUDA version that the machine code is for, as the driver counts: 13000 is CUDA 13.0."""
+        """The CUDA version that the machine code is for, in the driver's format: 13000 is CUDA 13.0."""
         major, minor = _version(self.ptxas_release)
         return 1000 * major + 10 * minor
 
     @property
     def ptx_version(self) -> str | None:
-        """What the PTX must call itself for an older ptxas to read it; None: as nvcc wrote it."""
+        """The version that the PTX must state for an older ptxas to read it; None: as nvcc wrote it."""
         return PTX_OF_OLDER_PTXAS if self.ptxas_release != self.release else None
 
     def __str__(self) -> str:
@@ -67,8 +67,8 @@ def wanted() -> str:
 
 
 def architectures(toolkit: Toolkit) -> tuple[str, ...]:
-    """Of machine code: 80 is compute capability 8.0. Those asked for, or the oldest one and those of this machine's GPUs, as far as the
-    toolkit knows them."""
+    """To make machine code for: 80 is compute capability 8.0. Those asked for, or the oldest one and those of this machine's GPUs that
+    the toolkit knows."""
     text = os.environ.get("FUSED_ATTENTION_CUDA_ARCHS", "").strip()
     if not text:
         newer = sorted({number for number in gpu_architectures() if number > int(OLDEST_ARCHITECTURE)})
@@ -97,7 +97,7 @@ for i in range(count.value):
 
 @functools.cache
 def gpu_architectures() -> list[int]:
-    """Of this machine's GPUs, ten times the compute capability. Another process asks the driver, which it initializes."""
+    """Ten times the compute capability of each of this machine's GPUs. Asked in another process, because asking initializes the driver."""
     if driver_version() is None:
         return []
     try:
@@ -108,7 +108,7 @@ def gpu_architectures() -> list[int]:
 
 
 def _assembles(toolkit: Toolkit, number: int) -> bool:
-    """Whether its ptxas knows an architecture: a GPU may be newer."""
+    """Whether the toolkit's ptxas knows an architecture: a GPU may be newer."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.ptx")
         source.write_text(".version 8.0\n.target sm_80\n.address_size 64\n")
@@ -172,7 +172,7 @@ def _release(program: Path) -> str | None:
 
 
 def _why_unfit(release: str) -> str | None:
-    """Why machine code of this release is not what is asked for, or not what the driver runs."""
+    """Why machine code of this release is not what was asked for, or does not run on this driver."""
     if asked := asked_version():
         return None if f"{release}.".startswith(f"{asked}.") else f"FUSED_ATTENTION_CUDA_VERSION asks for {asked}"
     driver = driver_version()
@@ -207,7 +207,7 @@ def _toolkit_of(nvcc: Path) -> Toolkit:
 
 
 def _why_it_fails(nvcc: Path) -> str:
-    """Compiles next to nothing with the headers that the kernels need."""
+    """Compiles an empty kernel with the headers that the kernels need."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cu")
         source.write_text("#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n__global__ void probe() {}\n")
@@ -238,7 +238,7 @@ def find_nvcc() -> str | None:
 
 
 def wheel_requirements() -> list[str]:
-    """The wheels to install so that find_toolkit finds them; none where they are not wanted or not needed."""
+    """The wheels to install for find_toolkit to find; none if they are not wanted or not needed."""
     if _why_unwanted() or find_nvcc() is not None:
         return []
     driver = driver_version()
@@ -249,14 +249,14 @@ def wheel_requirements() -> list[str]:
 
 
 def _why_unwanted() -> str | None:
-    """Why the kernels are not to be built, whatever compiler there is."""
+    """Why not to build the kernels, whatever compiler there is."""
     if wanted() == "0":
         return "FUSED_ATTENTION_CUDA=0 was set"
     return "this machine has no NVIDIA driver" if wanted() == "auto" and driver_version() is None else None
 
 
 def toolkit_to_build_with() -> Toolkit:
-    """NoToolkit where the kernels are not wanted or, with FUSED_ATTENTION_CUDA=auto, cannot be compiled."""
+    """Raises NoToolkit if the kernels are not wanted or, with FUSED_ATTENTION_CUDA=auto, cannot be compiled."""
     if unwanted := _why_unwanted():
         raise NoToolkit(unwanted)
     try:

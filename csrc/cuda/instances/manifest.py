@@ -1,4 +1,4 @@
-"""The one list of compiled CUDA kernels, and what the build makes of it: the macros of an entry file, the table in images.h.
+"""The one list of compiled CUDA kernels, and what the build derives from it: the macros of an entry file, the table in images.h.
 
 An image is one entry file compiled for one row, to one fatbin; an instance is one kernel in it. Needs the standard library alone.
 """
@@ -31,10 +31,10 @@ class Instance:
     block_m: int = 0  # rows of a block
     block_n: int = 0  # keys of a tile
     num_warps: int = 8
-    stages: int = 0  # key and value tiles in shared memory at a time
+    stages: int = 0  # key and value tiles in shared memory at once
     blocks_per_sm: int = 1  # that the registers must leave room for
-    shared_bytes: int = 0  # dynamic, of a block; the entry file does not compile with another number than its kernel's
-    held_qk: int = 0  # columns of K and of V that a pair of warps keeps in registers
+    shared_bytes: int = 0  # dynamic, of a block; the entry file compiles only if it is what its kernel needs
+    held_qk: int = 0  # columns of K and V that a pair of warps keeps in registers
     held_v: int = 0
 
     @property
@@ -56,13 +56,13 @@ class Instance:
         return {f"ROW_{name}": str(value) for name, value in values.items()}
 
 
-# A line is an entry file of sm80/ and what it is compiled for: a kernel for each dtype and each of the classes, of which dropout is
-# plain with dropout; in the classes with masks a kernel decides about it at run time.
+# A line is an entry file of sm80/ and what it is compiled for: a kernel for each dtype and each of the classes. The class dropout is plain
+# with dropout; in the classes with masks it is decided at run time.
 #
 #   entry file, head_dim_qk, head_dim_v, classes, block_m, block_n, num_warps, stages, blocks_per_sm, shared_bytes[, held_qk, held_v]
 SM80 = """
-# A warp has 32 rows where its accumulators leave room, which halves what it reads of K and V; 16 with a float mask, a piece of which waits
-# in registers for its scores.
+# A warp has 32 rows if its accumulators leave room, which halves its reads of K and V; 16 with a float mask, whose values wait in registers
+# for the scores.
 forward               32  32  plain+dropout+masked       128  64  4 2 2   24576
 forward               32  32  bias                        64  64  4 2 2   20480
 forward               64  64  plain+dropout+masked       128  64  4 2 2   49152
@@ -84,16 +84,16 @@ decode               192 192  masked                      16  64  4 1 1   55296
 decode               256 256  masked                      16  64  4 1 1   73728
 decode               192 128  masked                      16  64  4 1 1   47104
 
-# Up to block_n keys, all of them in shared memory, 16 rows to a warp. The class masked is also for what is plain elsewhere: a branch or two
+# Up to block_n keys, all in shared memory, 16 rows per warp. The class masked also takes what is plain elsewhere: it costs a branch or two
 # for 32 keys.
 single_tile_forward   32  32  masked+bias                 64 128  4 1 3   20480
 single_tile_forward   64  64  masked+bias                 64 128  4 1 3   40960
 single_tile_forward   96  96  masked+bias                 64 128  4 1 2   61440
 single_tile_forward  128 128  masked+bias                 64 128  4 1 2   81920
 
-# The backward in two passes: blocks of 64 rows or of 64 keys, 16 to a warp, so that the lists of a PreparedMask are used as they are. Steps
-# are block_n keys (query) or block_m rows (key) long; 32 where masks leave fewer registers. The accumulators of dkey and of dvalue are 64
-# registers each at head_dim 128: too many for both beside anything but a plain tile.
+# The backward in two passes: blocks of 64 rows or 64 keys, 16 per warp, to use the lists of a PreparedMask as they are. A step is block_n
+# keys (query) or block_m rows (key); 32 if masks leave fewer registers. The accumulators of dkey and dvalue take 64 registers each at
+# head_dim 128: only a plain tile has room for both.
 backward_query        32  32  plain+dropout               64  64  4 2 2   24576
 backward_query        32  32  masked+bias                 64  32  4 2 2   16384
 backward_query        64  64  plain+dropout               64  64  4 2 2   49152
@@ -113,7 +113,7 @@ backward_dkey        128 128  dropout+masked+bias         32  64  4 2 2   66048
 backward_dvalue       96  96  dropout+masked+bias         32  64  4 2 2   49664
 backward_dvalue      128 128  dropout+masked+bias         32  64  4 2 2   66048
 
-# Above head_dim 128 two warps have 16 rows or keys together, and all of it fits in SMALL_SHARED_BYTES.
+# Above head_dim 128, two warps share 16 rows or keys, and everything fits in SMALL_SHARED_BYTES.
 backward_query_pairs 192 192  plain+dropout               64  32  8 2 1   61440
 backward_query_pairs 192 192  masked+bias                 64  32  8 2 1   69632
 backward_query_pairs 256 256  plain+dropout               64  32  8 2 1   77824
@@ -130,14 +130,14 @@ backward_key_pairs   192 128  masked+bias                 32  64  8 2 1   57856 
 # One for every head dim. Stages are chunks of 64 columns, of two operands.
 mask_gradient        256 256  bias                        64  64  4 3 2   51840
 
-# Up to block_n keys: 16 keys to a warp, steps of block_m rows, of which at most `stages` are in shared memory at a time.
+# Up to block_n keys: 16 keys per warp, steps of block_m rows, at most `stages` of them in shared memory at once.
 single_tile_backward  32  32  masked+bias                 32 128  8 4 1   42112
 single_tile_backward  64  64  masked+bias                 32 128  8 4 1   74880
 single_tile_backward  96  96  masked+bias                 32 128  8 3 1   95104
 single_tile_backward 128 128  masked+bias                 32 128  8 1 1   90496
 
-# In one pass: blocks of block_n keys, 16 to a warp, in steps of block_m rows. With masks, whose lists name tiles of 64 keys, and at
-# head_dim 128 not at all: there the accumulators leave no registers for them. Dropout at 64 takes the registers of half the rows.
+# In one pass: blocks of block_n keys, 16 per warp, in steps of block_m rows. With masks, 64 keys, the tile of the lists; at head_dim 128
+# the accumulators leave no registers for masks. Dropout at 64 takes the registers of half the rows.
 backward              32  32  plain+dropout              128 128  8 2 1   83968
 backward              32  32  masked                      64  64  4 2 2   33792
 backward              64  64  plain                      128 128  8 2 1  133120
@@ -149,9 +149,9 @@ backward             128 128  plain+dropout               64 128  8 2 1  148480
 """
 
 
-# What runs before or after the kernels of any family, found by its name: entry file, block_m, num_warps; a kernel for each dtype.
+# What runs before or after the kernels of any family, found by name: entry file, block_m, num_warps; one kernel for each dtype.
 HELPERS = (("combine", 4, 4), ("backward_delta", 16, 4), ("backward_dquery", 16, 4))
-MASK_STEPS = ("classify", "list", "keys", "merge")  # the kernels of mask_tiles.cu, an image together
+MASK_STEPS = ("classify", "list", "keys", "merge")  # the kernels of mask_tiles.cu, in one image
 
 
 def _instances() -> Iterator[Instance]:
@@ -190,7 +190,7 @@ def table_source(
     """A C++ file with the images' bytes, the definition of kImages and of what else images.h declares.
 
     architectures: 80 or 90a, those that every image has machine code for. toolkit_version: 13000 is CUDA 13.0. built: what compiled the
-    images, for which GPUs. why_not: there are none because of that.
+    images, for which GPUs. why_not: why there are none.
     """
     instances = list(instances)
     bytes_of_images = "".join(_embedded(image) for image in image_names(instances))

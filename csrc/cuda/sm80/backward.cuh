@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// All three gradients in one pass, for compute capability 8.0 and newer: a block computes BLOCK_N keys of one key head from the rows that
-// see them, of the query heads that share the keys one after the other, and scores are computed once.
+// All three gradients in one pass, for compute capability 8.0 and newer. A block owns BLOCK_N keys of one key head and visits the rows that
+// see them, one query head of the group after another; scores are computed only once.
 //
-//   S^T = K Q^T, dP^T = V dO^T       (keys x rows), a warp 16 keys; as they lie in registers they are the left operands of
+//   S^T = K Q^T, dP^T = V dO^T       (keys x rows), 16 keys per warp; already in registers as the left operands of
 //   dvalue += P^T dO, dkey += dS^T Q
-//   dS -> shared memory; dS K        (rows x Dqk), shared out among all warps, is added to float32 sums of dquery in global memory
+//   dS -> shared memory; dS K        (rows x Dqk), split among all warps, is added to float32 sums of dquery in global memory
 //
-// backward_delta.cuh runs before and clears the sums, backward_dquery.cuh runs after and makes dquery of them. Blocks add in any order, or
-// in a fixed one: with `turns` a block takes a ticket, which says which keys are its own, and adds to a tile of rows when all blocks with
-// smaller tickets that visit the tile have. It waits for smaller tickets alone, whose blocks have started: that ends, however few blocks a
-// GPU runs at a time. docs/cuda-kernels.md has the order.
+// backward_delta.cuh runs before and clears the sums; backward_dquery.cuh runs after and turns them into dquery. Blocks add in any order,
+// or in a fixed one: with `turns`, a block takes a ticket, which decides its keys, and adds to a tile of rows once all blocks with smaller
+// tickets that visit the tile have. Those blocks are already running, so the wait ends however few blocks a GPU runs at a time.
+// docs/cuda-kernels.md describes the order.
 #pragma once
 #include "../gradients.cuh"
 #include "../key_block.cuh"
@@ -21,7 +21,7 @@ namespace fused_attention::cuda::sm80 {
 
 struct Backward : BackwardTiles {
   static_assert(kBlockN == 16 * kWarps && kBlockM % 32 == 0);
-  static_assert(kPlain || kBlockN == kKeysPerTile, "lists name tiles of so many keys");
+  static_assert(kPlain || kBlockN == kKeysPerTile, "lists have tiles of that many keys");
   static_assert(2 * kBlockM <= kThreads, "a thread copies one number of a row");
 
   static constexpr int kBlocks = kBlockM / 8;
@@ -39,7 +39,7 @@ struct Backward : BackwardTiles {
   static FA_DEVICE void run(const OnePassArguments& arguments);
 };
 
-// The next number of a counter, for a whole block. shared: room for it.
+// The next value of a counter, for the whole block. shared: room for it.
 FA_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t* shared) {
   if (threadIdx.x == 0) *shared = ptx::atomic_add(counter, 1);
   __syncthreads();
@@ -51,11 +51,11 @@ FA_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t* shared) {
 FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
   auto& shared = shared_memory<Backward>();
 
-  // Which keys: the last ones first where they are seen by the fewest rows, so that blocks that add first have the least to do before it.
+  // Which keys: if the last ones are seen by the fewest rows, they go first, so that the blocks that add first have the least to do before.
   const AttentionProblem& problem = arguments.problem;
   const bool in_order = arguments.turns != nullptr;
   const uint32_t number = in_order ? take_ticket(arguments.turns, reinterpret_cast<uint32_t*>(&shared)) : blockIdx.x;
-  // Where every row sees every key, by position, and additions need no order, blocks spread over the rows.
+  // If every row sees every key by position and the order is free, blocks start at different rows.
   const bool spreads = !in_order && problem.window_left >= kUnlimited && problem.window_right >= kUnlimited;
   const bool descending = problem.window_right < kUnlimited;
   const auto block_columns = static_cast<uint32_t>((problem.seqlen_k + kBlockN - 1) / kBlockN);
@@ -73,7 +73,7 @@ FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
   const int keys = kPlain || problem.cu_seqlens_k == nullptr ? static_cast<int>(problem.seqlen_k) : sequence.keys_present;  // in memory
   if (start_n >= keys) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_key = 16 * warp, first_key = start_n + warp_key;
-  const auto rows_of_keys = [&](const StridedTensor& tensor) {  // made anew, so that nothing waits in registers for the end
+  const auto rows_of_keys = [&](const StridedTensor& tensor) {  // recomputed, so that nothing stays in registers until the end
     return head_of(tensor, ptx::again(batch), ptx::again(key_head)) + (sequence.first_key + ptx::again(start_n)) * tensor.row;
   };
 
@@ -96,7 +96,7 @@ FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
     const float before = static_cast<float>(start / kBlockN), blocks = static_cast<float>((problem.seqlen_k + kBlockN - 1) / kBlockN);
     return Visits(rows.of_first, rows.of_last, arguments.column_tiles, batch, head, start / kKeysPerTile, spreads ? before / blocks : 0.0f);
   };
-  const Visits of_all_heads = visits_of(key_head);  // where there are no lists
+  const Visits of_all_heads = visits_of(key_head);  // if there are no lists
 #pragma unroll 1
   for (int group_head = 0; group_head < arguments.heads_per_group; ++group_head) {
     const int head = key_head * arguments.heads_per_group + group_head;
@@ -110,7 +110,7 @@ FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
         const int slot = loaded.visits % kStages;
         const Visit visit = visits.next(loaded);
         const int start_m = visit.start_m, rows_left = sequence.rows_present - start_m;
-        // Made anew, what follows from these takes no registers between loads.
+        // Recomputed, so that they take no registers between loads.
         const int its_batch = ptx::again(batch), its_head = ptx::again(head);
         const uint32_t thread = ptx::again(threadIdx.x);
         const int64_t first_row = sequence.first_row + start_m, statistic = statistics_of(problem, sequence, its_batch, its_head) + start_m;
@@ -140,7 +140,7 @@ FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
       const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
 
       // S^T = K Q^T and dP^T = V dO^T (BLOCK_N, BLOCK_M), each warp its own keys.
-      // Addresses made anew at each step: what follows from them takes no registers between steps.
+      // Addresses are recomputed in each step, so that they take no registers between steps.
       const uint32_t thread = ptx::again(threadIdx.x);
       const auto& q = shared.q[slot];
       const auto& dout = shared.dout[slot];
@@ -180,7 +180,7 @@ FA_DEVICE void Backward::run(const OnePassArguments& arguments) {
           while (lane == 0 && ptx::load_acquire(turn) != static_cast<uint32_t>(before)) continue;
         }
       }
-      __syncthreads();  // all of dS is there
+      __syncthreads();  // all of dS is in shared memory
 
       // dK += dS^T Q (BLOCK_N, HEAD_DIM_QK), dQ += dS K (BLOCK_M, HEAD_DIM_QK)
       multiply_add_packed<kDtype>(dkey, dscores, q.by_rows(0, 0, later));

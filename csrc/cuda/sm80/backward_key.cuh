@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of key and value, for compute capability 8.0 and newer: a block computes BLOCK_N keys of one key head from all the rows
-// that see them, of the query heads that share the keys one after the other; no atomics, so the same bits in every run.
+// The gradients of key and value, for compute capability 8.0 and newer. A block owns BLOCK_N keys of one key head and visits all the rows
+// that see them, one query head of the group after another; no atomics, so every run gives the same bits.
 //
-// Everything is transposed: S^T = K Q^T and dP^T = V dO^T (keys x rows) are, in the registers where they were computed, the left operands
-// of dvalue = P^T dO and dkey = scale * dS^T Q. Above head_dim 128 the accumulators of both do not fit: two launches compute one each.
+// Everything is transposed: S^T = K Q^T and dP^T = V dO^T (keys x rows) are already in registers as the left operands of dvalue = P^T dO
+// and dkey = scale * dS^T Q. Where the accumulators of both do not fit, two launches compute one each.
 #pragma once
 #include "../gradients.cuh"
 #include "../key_block.cuh"

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// backward_key.cuh for head dims above 128: a block computes dkey and dvalue of 64 keys of one key head, two warps to 16 keys
-// (warp_pairs.cuh).
+// backward_key.cuh for head dims above 128: a block computes dkey and dvalue of 64 keys of one key head, two warps per
+// 16 keys (warp_pairs.cuh).
 //
 //   the weights' warp:    S^T = K Q^T     -> P^T                   dvalue += P^T dO
 //   the gradients' warp:  dP^T = V dO^T   wait for P^T -> dS^T     dkey   += dS^T Q
 //
-// Four products, none of them twice. K and V stay in registers where both fit beside the sums.
+// Four products, none computed twice. K and V stay in registers if both fit next to the sums.
 #pragma once
 #include "../gradients.cuh"
 #include "../key_block.cuh"
@@ -54,7 +54,7 @@ FA_DEVICE void BackwardKeyPairs::run(const BackwardArguments& arguments) {
   const AttentionProblem& problem = arguments.problem;
   KeyBlock<kBlockN> block(problem, blockIdx.x);
   Sequence& sequence = block.sequence;
-  sequence.window_right = min(sequence.window_right, kUnlimited);  // no other number, but ptxas spills where it is read from the arguments
+  sequence.window_right = min(sequence.window_right, kUnlimited);  // the same value, but read from the arguments it makes ptxas spill
   const int batch = block.batch, start_n = block.start_n;
   if (start_n >= block.keys) return;
   const WarpPair pair;
@@ -67,7 +67,7 @@ FA_DEVICE void BackwardKeyPairs::run(const BackwardArguments& arguments) {
   const int keys_left = block.keys - start_n;
   const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
 
-  // What one of a pair's warps does.
+  // The work of one warp of a pair.
   const auto walk = [&](auto of_weights) {
     constexpr bool kWeights = decltype(of_weights)::value;
     std::conditional_t<kWeights, LeftKey, LeftValue> left;
@@ -112,14 +112,14 @@ FA_DEVICE void BackwardKeyPairs::run(const BackwardArguments& arguments) {
             float* const target = shared.statistics + (2 * slot + (kWeights ? 0 : 1)) * kBlockM + row;
             if (row < rows_left) {
               ptx::cp_async_4(ptx::shared_address(target), row_statistic + start_m + row);
-            } else {  // weights of rows that are not there are 0
+            } else {  // so that the weights of absent rows are 0
               *target = kWeights ? kInfinity : 0.0f;
             }
           }
         }
         ptx::cp_async_commit();
       };
-      __syncthreads();  // every warp has its left operand, and is past the head before
+      __syncthreads();  // every warp has its left operand, and is done with the previous head
 #pragma unroll
       for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
 

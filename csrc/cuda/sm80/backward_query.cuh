@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of query, for compute capability 8.0 and newer: a block computes BLOCK_M rows of one head against all the keys that they
-// see, in the order of the forward. dquery = scale * dscores K; no atomics, so the same bits in every run.
+// The gradients of query, for compute capability 8.0 and newer. A block computes BLOCK_M rows of one head against all the keys that they
+// see, in the forward's order. dquery = scale * dscores K; no atomics, so every run gives the same bits.
 //
-// On the way the gradients of scores are stored where they are a float mask's, and summed over keys for masks of one column and slopes.
+// Along the way it stores the gradients of scores as those of a float mask, and sums them over keys for masks of one column and for slopes.
 #pragma once
 #include "../gradients.cuh"
 #include "backward_tiles.cuh"

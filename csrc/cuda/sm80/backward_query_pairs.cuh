@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// backward_query.cuh for head dims above 128: a block computes dquery of 64 rows of one head, two warps to 16 rows (warp_pairs.cuh).
+// backward_query.cuh for head dims above 128: a block computes dquery of 64 rows of one head, two warps per 16 rows (warp_pairs.cuh).
 //
 //   the weights' warp:    S = Q K^T      -> P               wait for dS      dquery, left half of its columns  += dS K
 //   the gradients' warp:  dP = dO V^T    wait for P -> dS                    dquery, right half                += dS K
 //
-// Q and dO stay in registers: K and V are all that is read from shared memory for each step.
+// Q and dO stay in registers: a step reads only K and V from shared memory.
 #pragma once
 #include "../gradients.cuh"
 #include "backward_tiles.cuh"
@@ -55,7 +55,7 @@ FA_DEVICE void BackwardQueryPairs::run(const BackwardArguments& arguments) {
   const bool drops = kPlain ? kDropout : problem.dropout_threshold != 0;
   ScoreGradientSums sums;  // of the gradients' warps
 
-  // What one of a pair's warps does.
+  // The work of one warp of a pair.
   const auto walk = [&](auto of_weights) {
     constexpr bool kWeights = decltype(of_weights)::value;
     std::conditional_t<kWeights, LeftQuery, LeftGradient> left;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward kernels have in shared memory: tiles of operands, and two numbers of each row.
+// What the backward kernels keep in shared memory: tiles of operands, and two numbers per row.
 #pragma once
 #include "../row.cuh"
 #include "../row_block.cuh"
@@ -18,8 +18,8 @@ struct RowStatistics {
   float lse[ROWS], delta[ROWS];
 };
 
-// Copies those of a tile of rows, asynchronously, a number by each of the first 2 * ROWS threads. Weights of rows that are not there are 0.
-//   row_lse, row_delta: of the tile's first row on
+// Copies those of a tile of rows, asynchronously, one number per thread of the first 2 * ROWS. Absent rows get weights of 0.
+//   row_lse, row_delta: from the tile's first row on
 template <int ROWS>
 FA_DEVICE void copy_statistics_async(RowStatistics<ROWS>& target, const float* row_lse, const float* row_delta, int rows_left,
                                      uint32_t thread) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel for few query rows and many keys, compute capability 8.0 and newer: reading K and V once is all the time there is.
+// The kernel for few query rows and many keys, compute capability 8.0 and newer: its time is that of reading K and V once.
 //
-// The rows of all query heads that share a key head are one matrix of 16 rows (row r is query r % Lq of head r / Lq of the group). Each
-// warp visits its own 16 keys of every block of 64, with copies of its own on the way and no barrier; the warps' results are merged at
-// the end. With num_splits > 1 a block sees its share of the keys only, and combine.cuh merges the blocks' results.
+// The rows of all query heads that share a key head form one matrix of 16 rows (row r is query r % Lq of head r / Lq of the group). Each
+// warp visits its own 16 keys of every block of 64, copies them itself and needs no barrier; the warps' results are merged at the end. With
+// num_splits > 1 a block sees only its share of the keys, and combine.cuh merges the blocks' results.
 #pragma once
 #include "../row.cuh"
 #include "../scores.cuh"
@@ -24,7 +24,7 @@ struct Decode : Row {
       KeyTile k[kWarps][kStages];
       ValueTile v[kWarps][kStages];
     } tiles;
-    struct {  // at the end, of every warp; padded so that the rows of a matrix lie in different banks
+    struct {  // at the end, for each warp; padded so that the rows of a matrix are in different banks
       float out[kWarps][16][kHeadDimV + 8];
       float statistics[kWarps][16][2];  // row_max, row_sum
     } merged;
@@ -173,7 +173,7 @@ FA_DEVICE void Decode::run(const ForwardArguments& arguments) {
   }
   __syncthreads();
 
-  // Merge: as many threads to a row as there are for it, eight columns at a time.
+  // Merge: threads are split evenly among the rows, and take eight columns at a time.
   constexpr int kThreadsPerRow = kThreads / kBlockM;
   const int row = thread / kThreadsPerRow, place = start_m + row;
   if (place >= num_rows) return;

@@ -2,10 +2,10 @@
 // The forward kernel for compute capability 8.0 and newer: a block computes BLOCK_M rows of one head against all the keys that they see.
 //
 // Method: FlashAttention-2 (Dao, arXiv 2307.08691) on mma.sync.
-//   1. visit the key blocks of which every score counts, in a loop without masks, then those of which some do; never the others
-//   2. K and V come in STAGES blocks ahead each by cp.async, absent keys as zeros
-//   3. scores = Q K^T, softcap, bias and ALiBi where asked for, masks in mixed blocks
-//   4. online softmax, dropout, out += P V, P in registers
+//   1. visit the key blocks in which every score counts, in a loop without masks, then those in which some do; skip the others
+//   2. cp.async copies K and V up to STAGES blocks ahead, absent keys as zeros
+//   3. scores = Q K^T; softcap, bias and ALiBi if asked for; masks in mixed blocks
+//   4. online softmax, dropout, out += P V, with P in registers
 //   5. out / row_sum through shared memory; lse
 // A sink is a first key with score `sink` and no value.
 #pragma once
@@ -90,7 +90,7 @@ FA_DEVICE void Forward::run(const ForwardArguments& arguments) {
     const int start_n = kMasked || !kPlain || kDropout ? blocks.start(step) : 0;
     const int first_row = block.start_m + warp_row;
 
-    // K of this block has landed, and every warp is past the product with V of the last one.
+    // K of this block has landed, and every warp is done with V of the last one.
     ptx::cp_async_wait<2 * kStages - 2>();
     __syncthreads();
     load_v(step + kStages - 1);
@@ -120,7 +120,7 @@ FA_DEVICE void Forward::run(const ForwardArguments& arguments) {
         },
         k_lane[step % kStages]);
 
-    // V of this block has landed, and every warp is past the product with its K.
+    // V of this block has landed, and every warp is done with its K.
     ptx::cp_async_wait<2 * kStages - 2>();
     __syncthreads();
     load_k(step + kStages);
@@ -138,7 +138,7 @@ FA_DEVICE void Forward::run(const ForwardArguments& arguments) {
     softmax.template update<kMasked || kBias>(scores, scale, acc);
     if constexpr (kDropout) {
       dropout.apply(scores, first_row, start_n);
-    } else if (!kPlain && problem.dropout_threshold != 0) {  // no registers are kept for it
+    } else if (!kPlain && problem.dropout_threshold != 0) {  // made here, so that it takes no registers
       Dropout(problem, block.batch, block.head).apply(scores, first_row, start_n);
     }
 
@@ -147,9 +147,9 @@ FA_DEVICE void Forward::run(const ForwardArguments& arguments) {
   };
   blocks.for_each(step_over);
   ptx::cp_async_wait<0>();
-  __syncthreads();  // Q has landed and was read: a warp's rows of it may lie in what another warp copied
+  __syncthreads();  // Q has landed and was read, also the rows of this warp that others copied
 
-  // out = O / row_sum. Where a block and a thread work is found anew, so that the loops above need not remember it.
+  // out = O / row_sum. Positions are recomputed, so that they take no registers in the loops above.
   const RowBlock<kBlockM> done(problem, ptx::again(blockIdx.x));
   const int thread = static_cast<int>(ptx::again(threadIdx.x)), lane = thread % 32, first_row = thread / 32 * kRowsPerWarp;
   const int rows = done.sequence.rows - done.start_m, rows_present = done.sequence.rows_present - done.start_m;  // of this block

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of a float attn_mask that batch elements or heads share, for compute capability 8.0 and newer: a block owns BLOCK_M x
-// BLOCK_N elements of the mask and walks over the heads that share them, batch elements outside, in order. Sums stay in registers and are
-// written once; no atomics, so the same bits in every run.
+// The gradient of a float attn_mask that batch elements or heads share, for compute capability 8.0 and newer. A block owns BLOCK_M x
+// BLOCK_N elements of the mask and walks over the batch elements and, within each, the heads that share them, in order. Sums stay in
+// registers and are written once; no atomics, so every run gives the same bits.
 //
-//   for every head whose tile is not empty:
+//   for each head whose tile is not empty:
 //     S = Q K^T, dP = dO V^T      in chunks of 64 columns: one instance takes every head dim
-//     P, dS                       as in the other backward kernels, from lse and delta
-//     sum += dS                   the mask comes after softcap, whose derivative has no part in this
+//     P, dS                       from lse and delta, as in the other backward kernels
+//     sum += dS                   the mask is added after softcap, so softcap's derivative plays no part
 #pragma once
 #include "../gradients.cuh"
 #include "../row.cuh"
@@ -22,7 +22,7 @@ struct MaskVisit {
 
 struct MaskGradient : Row {
   static constexpr int kColumns = 64;           // of a chunk
-  static constexpr int kPieces = kBlockN / 32;  // of 32 keys, whose scores become gradients one piece after the other
+  static constexpr int kPieces = kBlockN / 32;  // of 32 keys, processed one after the other
   static_assert(kBlockM == 16 * kWarps && kBlockM == kKeysPerTile && kBlockN == kKeysPerTile && kStages >= 2);
 
   struct SharedMemory {
@@ -35,7 +35,7 @@ struct MaskGradient : Row {
   static FA_DEVICE void run(const BackwardArguments& arguments);
 };
 
-// Whether the rows from start_m on visit the tile of keys at start_n, and how. Asked by one thread.
+// Whether the rows from start_m on visit the tile of keys at start_n, and how. For a single thread.
 FA_DEVICE bool visits_tile(const BackwardArguments& arguments, int start_m, int start_n, MaskVisit& visit) {
   const Sequence sequence(arguments.problem, visit.batch);
   visit.rows_present = sequence.rows_present, visit.keys_present = sequence.keys_present;
@@ -43,7 +43,7 @@ FA_DEVICE bool visits_tile(const BackwardArguments& arguments, int start_m, int 
   if (last_row < start_m) return false;
   const TileLists& lists = arguments.tiles;
   if (lists.data == nullptr) {
-    const KeyRange of_first = sequence.keys_of(start_m), of_last = sequence.keys_of(last_row);  // both ends move to the right row by row
+    const KeyRange of_first = sequence.keys_of(start_m), of_last = sequence.keys_of(last_row);  // both ends move right from row to row
     visit.all_count = of_last.from <= start_n && of_first.to >= start_n + kKeysPerTile;
     return of_first.from < start_n + kKeysPerTile && of_last.to > start_n;
   }
@@ -89,13 +89,13 @@ FA_DEVICE void MaskGradient::run(const BackwardArguments& arguments) {
 
 #pragma unroll 1
   for (int64_t first = 0; first < num_heads; first += kThreads) {
-    // Which of the next kThreads heads visit the tile: a list in order.
+    // Which of the next kThreads heads visit the tile, listed in order.
     const int64_t number = first + threadIdx.x;
     MaskVisit own = {mask_batch + static_cast<int>(number / heads), mask_head + static_cast<int>(number % heads), 0, 0, false};
     const bool visiting = number < num_heads && visits_tile(arguments, start_m, start_n, own);
     const uint32_t voters = __ballot_sync(kWholeWarp, visiting);
     if (lane == 0) visits_of_warp[warp] = __popc(voters);
-    __syncthreads();  // and nobody reads the list before
+    __syncthreads();  // and the previous list has been read
     int place = __popc(voters & ((1u << lane) - 1)), num_visits = 0;
 #pragma unroll
     for (int other = 0; other < kThreads / 32; ++other) {

@@ -21,8 +21,8 @@ constexpr int kMaxRowTilesInFlight = 4;
 constexpr int kSingleTileBlockWarps = 4;  // of a block of several problems
 constexpr int kBlocksPerProcessor = 2;    // that keep enough loads in flight
 
-// How many operations of the tensor cores take as long as adding a byte of float32 numbers to memory: the backward in one pass has fewer of
-// the former and more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
+// How many tensor-core operations take as long as adding a byte of float32 to memory: the backward in one pass has fewer of the former and
+// more of the latter. 600 T/s by 2.4 TB/s on an H200, of which the latter is a guess (docs/cuda-kernels.md).
 constexpr int kOperationsPerAddedByte = 256;
 
 std::atomic<bool> use_single_tile_kernels{true};
@@ -34,20 +34,20 @@ const Image* find_image(const Planner& planner, Pass pass, const AttentionProble
   return planner.find(pass, is_single_tile && wanted == FeatureClass::plain ? FeatureClass::masked : wanted, problem, required);
 }
 
-// Enough blocks to keep every processor busy; from sizes alone, never from lengths, which are on the device.
+// Enough blocks to keep every multiprocessor busy; from sizes only, never from lengths, which are on the device.
 int num_splits(const AttentionProblem& problem, const DeviceLimits& limits, int64_t unsplit_blocks) {
   const int64_t visible = std::min(problem.seqlen_k, problem.seqlen_q + problem.window_left + problem.window_right);
   const int64_t wanted = ceil_div(static_cast<int64_t>(kBlocksPerProcessor) * limits.multiprocessors, unsplit_blocks);
   return static_cast<int>(std::max<int64_t>(1, std::min({wanted, int64_t{kMaxSplits}, ceil_div(visible, kKeysPerSplit)})));
 }
 
-// The decoding kernel that takes this call, or null: it is for few rows whose masks need nothing but their position.
+// The decoding kernel for this call, or null: it takes few rows, with masks that depend on nothing but their position.
 const Image* decode_image(const Planner& planner, const AttentionProblem& problem) {
   const int64_t rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
   const bool masks = problem.attn_mask.data != nullptr || problem.row_tiles.data != nullptr || problem.query_lengths != nullptr;
   if (rows > kMaxDecodeRows || masks || problem.cu_seqlens_q != nullptr || problem.dropout_threshold != 0) return nullptr;
   const Image* image = find_image(planner, Pass::decode, problem, false);
-  // Several blocks of rows read the same keys: only where that keeps processors busy which the forward kernel would leave idle.
+  // Several blocks of rows read the same keys: only worth it on multiprocessors that the forward kernel would leave idle.
   const bool idle = problem.batch * problem.num_heads < planner.limits.multiprocessors;
   return image != nullptr && (rows <= image->block_m || idle) ? image : nullptr;
 }
@@ -70,8 +70,8 @@ void plan_decode(Planner& planner, const Image& image, ForwardArguments& argumen
   }
 }
 
-// The single-tile kernel that takes this call, or null: where all keys of a head fit in shared memory. With many rows a warp of
-// the other forward kernels computes more of them for what it reads of the keys.
+// The single-tile kernel for this call, or null: all keys of a head must fit in shared memory. With many rows, the other forward kernel
+// reads the keys for more rows per warp.
 const Image* single_tile_image(const Planner& planner, Pass pass, const AttentionProblem& problem) {
   if (!use_single_tile_kernels || problem.seqlen_k > kMaxSingleTileKeys) return nullptr;
   if (pass == Pass::single_tile_forward && problem.seqlen_q > kMaxSingleTileRows) return nullptr;
@@ -81,7 +81,7 @@ const Image* single_tile_image(const Planner& planner, Pass pass, const Attentio
   return image != nullptr && countable ? image : nullptr;
 }
 
-// A block takes as many units as there is room for, where that leaves no processor without a block.
+// A block takes as many units as there is room for, unless that leaves a multiprocessor without a block.
 template <class Arguments>
 void launch_single_tile(Planner& planner, const Image& image, int most_warps, const Arguments& arguments) {
   const SingleTileUnits& units = arguments.units;
@@ -106,8 +106,8 @@ void plan_single_tile_forward(Planner& planner, const Image& image, ForwardArgum
 }
 
 // The single-tile kernel that computes every gradient of this call, or null. A group of warps takes all rows of a key head: not
-// where these are many and there are too few key heads to keep processors busy. Of a mask's gradients it stores those of every score, or
-// sums those of a mask of one row.
+// if there are many and too few key heads to keep the multiprocessors busy. It stores the gradient of a mask with an element per score, and
+// sums that of a mask of one row.
 const Image* single_tile_backward_image(const Planner& planner, const AttentionProblem& problem, const SideGradients& side) {
   if (side.kernels != BackwardKernels::chosen) return nullptr;
   const int64_t units = problem.batch * problem.num_heads_kv, rows = problem.num_heads / problem.num_heads_kv * problem.seqlen_q;
@@ -148,7 +148,7 @@ void plan_forward(Planner& planner, const AttentionProblem& problem) {
   }
 }
 
-// The kernel of two passes that computes dkey and dvalue together, or null where each has one of its own that fits the head dims better.
+// The two-pass kernel that computes dkey and dvalue together, or null if separate ones fit the head dims better.
 const Image* both_keys_image(const Planner& planner, const AttentionProblem& problem) {
   const Image* const both = find_image(planner, Pass::backward_key, problem, false);
   const Image* const dkey = find_image(planner, Pass::backward_dkey, problem, both == nullptr);
@@ -156,19 +156,19 @@ const Image* both_keys_image(const Planner& planner, const AttentionProblem& pro
   return both->head_dim_qk + both->head_dim_v <= dkey->head_dim_qk + dkey->head_dim_v ? both : nullptr;
 }
 
-// The kernel that computes the gradients in one pass where that is wanted, or null.
+// The kernel that computes the gradients in one pass if that is wanted, or null.
 const Image* one_pass_image(const Planner& planner, const AttentionProblem& problem, const SideGradients& side) {
   if (side.kernels == BackwardKernels::two_passes) return nullptr;
   const bool asked_for = side.kernels == BackwardKernels::one_pass;
-  // What is summed over keys would be in another order in every run.
+  // Sums over keys would have another order in every run.
   const bool sums_over_keys = side.row_sums != nullptr || side.slope_sums != nullptr;
   const bool bias = feature_class(problem) == FeatureClass::bias;
   const Image* const image = sums_over_keys || bias ? nullptr : find_image(planner, Pass::backward, problem, asked_for);
   if (asked_for && image == nullptr)
     throw std::invalid_argument("the backward in one pass takes no float attn_mask and no slopes' gradients");
   if (asked_for || image == nullptr) return image;
-  // Two passes have two more products, and a third where dkey and dvalue have a kernel each. One pass adds a float32 number to each element
-  // of dquery for each block of keys, clears it before and reads it afterwards, all while the tensor cores work.
+  // Two passes compute two more products, or three if dkey and dvalue have a kernel each. One pass adds a float32 to each element of dquery
+  // for each block of keys, clears it before and reads it after, all while the tensor cores work.
   const bool keys_apart = both_keys_image(planner, problem) == nullptr;
   const int64_t operations = (keys_apart ? 8 : 7) * 2 * problem.seqlen_k;  // for each element of dquery
   const int64_t bytes = 4 * (ceil_div(problem.seqlen_k, image->block_n) + 2);
@@ -215,13 +215,13 @@ void plan_backward(Planner& planner, const AttentionProblem& problem, const Side
   if (one_pass != nullptr) {
     arguments.dquery_sums = planner.take<float>(lines * length * problem.head_dim_qk * 4);
     if (side.deterministic) {
-      // Of all the rows of a last tile that lists name, some of which may not be there.
+      // For all rows of the last listed tile, some of which may not exist.
       arguments.turns_per_head = ceil_div(ceil_div(problem.seqlen_q, kKeysPerTile) * kKeysPerTile, one_pass->block_m);
       arguments.num_turns = 1 + problem.batch * problem.num_heads * arguments.turns_per_head;
       arguments.turns = planner.take<uint32_t>(arguments.num_turns * 4);
     }
   }
-  // In one pass lists of rows only say whose turn it is, and where there are none by columns that follows from positions.
+  // In one pass, lists of rows only decide the turns; without lists by columns, positions do.
   if (one_pass == nullptr || problem.attn_mask.data != nullptr || problem.row_tiles.data != nullptr) {
     planner.plan_mask_tiles(kKeysPerTile, arguments, &arguments.column_tiles);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The family of kernels on mma.sync, for compute capability 8.0 and everything newer.
+// The family of kernels on mma.sync, for compute capability 8.0 and newer.
 #pragma once
 #include "../family.h"
 

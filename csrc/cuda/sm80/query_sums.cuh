@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's part of dquery in backward.cuh: dscores K, of a tile of rows and the block's keys, added to float32 sums in global memory.
+// A block's share of dquery in backward.cuh: dscores K for a tile of rows and the block's keys, added to float32 sums in global memory.
 #pragma once
 #include "../tile.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-// Which part of the product (BLOCK_M x HEAD_DIM) a warp computes: 32 rows, or 16 where columns would not divide, and every
+// The part of the product (BLOCK_M x HEAD_DIM) that a warp computes: 32 rows, or 16 if the columns do not divide evenly, and every
 // kColumnGroups-th 16 columns.
 template <int BLOCK_M, int HEAD_DIM, int NUM_WARPS>
 struct QueryPart {
@@ -42,8 +42,8 @@ FA_DEVICE void multiply_scores_keys(Accumulators<Part::kMatrices, Part::kBlocks>
 
 // sums: row 0 of the tile, (rows_left, columns) contiguous; rows and columns past them are left alone.
 //
-// A lane holds two columns of row g = lane / 4, eight lanes together two rows of 32 bytes. So that one instruction adds whole rows of 32
-// bytes, lanes of even g keep the left column and take that of the row below, lanes of odd g the right one and that of the row above.
+// A lane holds two columns of row g = lane / 4, so eight lanes hold two rows of 32 bytes. To add whole rows of 32 bytes per instruction,
+// lanes of even g trade their right column for the left one of the row below, and lanes of odd g the other way around.
 template <class Part>
 FA_DEVICE void add_to_sums(const Accumulators<Part::kMatrices, Part::kBlocks>& part, const Part& place, float* sums, int rows_left,
                            int columns) {

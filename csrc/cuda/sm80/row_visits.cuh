@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tiles of rows a block of keys visits in backward.cuh, in which order, and when it is its turn to add to one.
+// Which tiles of rows a block of keys visits in backward.cuh, in which order, and when its turn comes to add to one.
 #pragma once
 #include "../mask.cuh"
 
@@ -10,18 +10,18 @@ struct Visit {
   bool is_full;  // every score counts, and all keys exist
 };
 
-// The tiles of BLOCK_M rows that see some of a block's keys: from the first one on, ascending, whatever they are.
+// The tiles of BLOCK_M rows that see some of a block's keys, full and mixed alike, in ascending order.
 template <int BLOCK_M, bool HAS_LISTS>
 class RowVisits {
  public:
-  struct Cursor {  // what was visited so far
+  struct Cursor {  // what has been visited so far
     int visits = 0;
     int full = 0, mixed = 0;  // with lists
   };
 
-  // of_first, of_last: the rows that see the first and the last key by position; both ends move to the right key by key. Without
-  // HAS_LISTS, or where `lists` are null, that decides. line: of the lists.
-  // A block that every tile visits starts at `share` of them, from 0 to 1, and wraps around, so that blocks are not all at the same tile.
+  // of_first, of_last: the rows that see the first and the last key by position; both ends move right from key to key. They decide without
+  // HAS_LISTS or if `lists` is null. line: in the lists.
+  // share: where to start, as a fraction of the tiles; visits wrap around, so that blocks are not all at the same tile.
   FA_DEVICE RowVisits(KeyRange of_first, KeyRange of_last, const TileLists& lists, int batch, int head, int line, float share) {
     if (of_last.to <= 0) return;
     if constexpr (HAS_LISTS) {
@@ -41,12 +41,12 @@ class RowVisits {
 
   int num = 0;
 
-  // The next visit; fewer than `num` were taken from the cursor.
+  // The next visit, of `num` in all.
   FA_DEVICE Visit next(Cursor& cursor) const {
     if constexpr (HAS_LISTS) {
       if (list_ != nullptr) {
         const int full = cursor.full < num_full_ ? list_[2 + cursor.full] : kNone;                // ascending
-        const int mixed = cursor.mixed < num_mixed_ ? list_[last_place_ - cursor.mixed] : kNone;  // from the end, ascending too
+        const int mixed = cursor.mixed < num_mixed_ ? list_[last_place_ - cursor.mixed] : kNone;  // ascending from the end
         const int part = cursor.visits++ % kParts;
         const bool is_full = full < mixed;
         if (part == kParts - 1) ++(is_full ? cursor.full : cursor.mixed);
@@ -68,8 +68,8 @@ class RowVisits {
   int first_ = 0, start_ = 0, full_from_ = 0, full_to_ = 0;
 };
 
-// How many of the blocks of keys that visit a tile of rows come before that of keys from start_n on, which visits it. descending: the last
-// keys come first. tiles: lists of the tiles of keys that each 64 rows visit, or null. A whole warp calls it.
+// How many blocks of keys visit a tile of rows before the block of keys at start_n does. descending: the last keys come first. tiles: lists
+// of the tiles of keys that each 64 rows visit, or null. The whole warp calls it.
 template <int BLOCK_M, int BLOCK_N, bool HAS_LISTS>
 FA_DEVICE int turn_at(const Sequence& sequence, const TileLists& tiles, int batch, int head, int start_m, int start_n, bool descending) {
   if (HAS_LISTS && tiles.data != nullptr) {
@@ -88,7 +88,7 @@ FA_DEVICE int turn_at(const Sequence& sequence, const TileLists& tiles, int batc
     }
     return turn;
   }
-  // The visitors follow each other: the rows that see a block both begin and end later than those that see the block before it.
+  // Visitors are contiguous: the rows that see a block begin and end no earlier than those that see the block before it.
   if (descending) {
     int last = sequence.keys_present - 1;  // of the last key that some row of the tile sees
     if (!sequence.sees_all_to_the_right()) last = min(last, start_m + BLOCK_M - 1 + sequence.offset + sequence.window_right);

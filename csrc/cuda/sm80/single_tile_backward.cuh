@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward kernel for up to BLOCK_N keys, compute capability 8.0 and newer: one launch computes every gradient. A group of warps has
-// all keys and values of a batch element and key head, and takes the rows of the query heads that share them, BLOCK_M at a time.
+// The backward kernel for up to BLOCK_N keys, compute capability 8.0 and newer: one launch computes every gradient. A group of warps holds
+// all keys and values of a batch element and key head, and visits the rows of the query heads that share them, BLOCK_M at a time.
 //
-//   1. K, V and Q by cp.async, what is absent as zeros; dO through registers, where it meets out: delta = rowsum(dO * O) - dlse
-//   2. S^T = K Q^T and dP^T = V dO^T, 16 keys to a warp: P^T and dS^T are, in the registers where they were computed, the left operands of
-//      dV += P^T dO and dK += dS^T Q, which stay in registers until the end
-//   3. dS^T through shared memory; all keys being here, dQ = dS K of these rows is whole: the warps share it out
-// No atomics and no float32 sums in global memory: every sum has one order, and two runs give the same bits.
+//   1. K, V and Q by cp.async, zeros where absent; dO through registers, next to O, for delta = rowsum(dO * O) - dlse
+//   2. S^T = K Q^T and dP^T = V dO^T, 16 keys per warp: P^T and dS^T are already in registers as the left operands of dV += P^T dO and
+//      dK += dS^T Q, which stay in registers until the end
+//   3. dS^T through shared memory; with all keys at hand, dQ = dS K of these rows is complete: the warps split it
+// No atomics and no float32 sums in global memory: every sum has a fixed order, and every run gives the same bits.
 #pragma once
 #include "../row.cuh"
 #include "single_tile_layout.h"
@@ -33,7 +33,7 @@ struct KeysOfWarp {
   }
 };
 
-// What a warp works on: its keys, and in steps the rows of the heads that share them. A step is a tile of BLOCK_M rows of one head.
+// A warp's work: its keys and, step by step, the rows of the heads that share them. A step is a tile of BLOCK_M rows of one head.
 struct SingleTileBackward : Row {
   static_assert(kBlockM == 32, "a lane has the mask word of one row");
   static_assert(kBlockN == 16 * kWarps && kHeadDimV == kHeadDimQk, "dkey and dvalue go where the warp's rows of V were");
@@ -108,7 +108,7 @@ struct SingleTileBackward : Row {
     return static_cast<int>(static_cast<uint32_t>(step) % static_cast<uint32_t>(row_tiles)) * kBlockM;
   }
 
-  // K and V of the warp, one group of cp.async. existing: bit b where key b of the 16 counts.
+  // The warp's K and V, one group of cp.async. existing: bit b if key b of the 16 counts.
   FA_DEVICE void load_keys(uint32_t existing) const {
     const auto exists = [&](int row) { return (existing >> row & 1) != 0; };
     copy_rows_async<32>(memory.keys[group.warp], keys.rows_of(problem.key), problem.key.row, static_cast<int>(problem.head_dim_qk), lane,
@@ -118,7 +118,7 @@ struct SingleTileBackward : Row {
     ptx::cp_async_commit();
   }
 
-  // Rows of steps, those that there are, by all warps of the group. UNROLL: of the loop over rows of dO.
+  // The rows of up to `count` steps, by all warps of the group. UNROLL: of the loop over rows of dO.
   template <int UNROLL>
   FA_DEVICE void load_steps(int first_step, int count, int first_slot) const {
     count = min(count, num_steps - first_step);
@@ -126,7 +126,7 @@ struct SingleTileBackward : Row {
     load_douts<UNROLL>(first_step, count, first_slot);
   }
 
-  // Q, 8 rows in turn: one group of cp.async.
+  // Q, 8 rows at a time: one group of cp.async.
   FA_DEVICE void load_queries(int first_step, int count, int first_slot) const {
     using Piece = SharedTile<8, kHeadDimQk>;  // of a QueryTile
 #pragma unroll 1
@@ -142,7 +142,7 @@ struct SingleTileBackward : Row {
     ptx::cp_async_commit();
   }
 
-  // dO through registers, as many rows as a warp's lanes hold at once, and with it lse and delta = rowsum(dO * O) - dlse.
+  // dO through registers, as many rows at once as a warp's lanes hold, along with lse and delta = rowsum(dO * O) - dlse.
   template <int UNROLL>
   FA_DEVICE void load_douts(int first_step, int count, int first_slot) const {
     constexpr int kLanes = GradientTile::kPermuted, kRowsAtOnce = 32 / kLanes, kChunks = kHeadDimV / (kLanes * kChunk);
@@ -154,7 +154,7 @@ struct SingleTileBackward : Row {
       const bool present = row < sequence.rows_present;
       const int64_t place = statistics_of(problem, sequence, keys.batch, head) + row;
       const float row_lse = present ? problem.lse[place] : -kInfinity;
-      const bool attends = row_lse != -kInfinity;  // else its dO may be anything
+      const bool attends = row_lse != -kInfinity;  // if not, its dO may be anything
       const uint16_t* const out = head_of(problem.out, keys.batch, head) + (sequence.first_row + row) * problem.out.row;
       const uint16_t* const dout = head_of(problem.dout, keys.batch, head) + (sequence.first_row + row) * problem.dout.row;
       float sum = 0.0f;
@@ -179,8 +179,8 @@ struct SingleTileBackward : Row {
     }
   }
 
-  // P^T and dS^T of a tile (16, BLOCK_M), dS^T in shared memory too, for the other warps; adds to the sums.
-  //   allowed: of row `lane`, bit b where it may attend to key b of the 16
+  // P^T and dS^T of a tile (16, BLOCK_M); dS^T also goes to shared memory, for the other warps. Adds to the sums.
+  //   allowed: for row `lane`, bit b if it may attend to key b of the 16
   FA_DEVICE void compute_gradients(const ScoreMask& mask, uint32_t allowed, int start_m, int slot, Accumulators<1, kBlocks>& weights,
                                    Accumulators<1, kBlocks>& gradients, ScoreGradientSums& sums) const {
     const auto column = [&](int n, int e) { return 8 * n + 2 * (lane % 4) + e % 2; };
@@ -204,7 +204,7 @@ struct SingleTileBackward : Row {
     }
     of_scores.to_weights(weights, scale, [&](int, int n, int e) { return rows.lse[column(n, e)]; });
 
-    // dP^T = V dO^T (16, BLOCK_M), and dS^T; late, so that what made P^T needs no registers any more
+    // dP^T = V dO^T (16, BLOCK_M), and dS^T; late, when what P^T was made from no longer needs registers
     multiply_transposed<kDtype>(gradients, memory.values[group.warp].by_rows(), rows.dout.by_columns());
     of_scores.template to_gradients<true>(gradients, weights, [&](int, int n, int e) { return rows.delta[column(n, e)]; });
     if constexpr (kBias) {
@@ -221,7 +221,7 @@ struct SingleTileBackward : Row {
     store_packed(packed, memory.scores[group.warp], 0, lane);
   }
 
-  // After the last rows of a head: the sums over them are stored and start again.
+  // After the last rows of a head: stores the sums and resets them.
   FA_DEVICE void finish_sums(int head, ScoreGradientSums& sums) const {
     if constexpr (!kPlain) {
       if (arguments.slope_sums != nullptr) {
@@ -239,7 +239,7 @@ struct SingleTileBackward : Row {
     }
   }
 
-  // The slope's gradient, of the warps' parts.
+  // The slope's gradient, from the warps' parts.
   FA_DEVICE void store_slope_gradient(int head) const {
     if constexpr (!kPlain) {
       if (arguments.slope_sums == nullptr || group.warp != 0 || lane != 0) return;
@@ -250,18 +250,18 @@ struct SingleTileBackward : Row {
     }
   }
 
-  // dQ = scale * dS K (BLOCK_M, HEAD_DIM_QK) of all warps' keys, pieces of 16 x 32 to a warp.
+  // dQ = scale * dS K (BLOCK_M, HEAD_DIM_QK) over all warps' keys, in pieces of 16 x 32.
   FA_DEVICE void store_dquery(int head, int start_m) const {
     const int rows_left = sequence.rows - start_m, rows_present_left = sequence.rows_present - start_m;
     uint16_t* const dquery = head_of(problem.dquery, keys.batch, head) + (sequence.first_row + start_m) * problem.dquery.row;
     // Transposed: rows of dS are columns of the tile.
-    const uint32_t thread = ptx::again(threadIdx.x);  // so that no address takes a register outside this function
+    const uint32_t thread = ptx::again(threadIdx.x);  // recomputed, so that addresses take no registers elsewhere
     const int lane = static_cast<int>(thread % 32);
     const auto ds_lane = memory.scores->by_columns(0, thread);
     const auto k_rows = memory.keys->by_rows(0, 0, thread);
 #pragma unroll 1
     for (int piece = group.warp; piece < kBlockM / 16 * (kHeadDimQk / 32); piece += group.num_warps) {
-      const int upper_rows = piece % (kBlockM / 16), columns = piece / (kBlockM / 16);  // in sixteens, in thirty-twos
+      const int upper_rows = piece % (kBlockM / 16), columns = piece / (kBlockM / 16);  // in units of 16, of 32
       if (16 * upper_rows >= rows_left) continue;
       Accumulators<1, 4> acc = {};
 #pragma unroll 2
@@ -294,7 +294,7 @@ struct SingleTileBackward : Row {
     }
   }
 
-  // dV and dK, through the warp's rows of V, which it has read.
+  // dV and dK, through the warp's rows of V, which it has read already.
   FA_DEVICE void store_key_gradients(const Accumulators<1, kHeadDimV / 8>& dvalue, const Accumulators<1, kHeadDimQk / 8>& dkey) const {
     const int keys_left = keys.keys - keys.first_key;
     ValueTile& tile = memory.values[group.warp];
@@ -306,7 +306,7 @@ struct SingleTileBackward : Row {
                        static_cast<int>(problem.head_dim_qk));
   }
 
-  // Rows of no tile: gradients of query and of the mask are 0.
+  // Rows beyond the last tile: their gradients of query and of the mask are 0.
   FA_DEVICE void clear_absent_rows() const {
     const int first_absent = row_tiles * kBlockM;
     for (int head = first_head; head < first_head + arguments.heads_per_group; ++head) {
@@ -336,7 +336,7 @@ FA_DEVICE void SingleTileBackward::run(const BackwardArguments& arguments) {
   const Sequence& sequence = keys.sequence;
   const int tiles_in_flight = arguments.units.row_tiles_in_flight;
 
-  // Which keys exist: of the 32 that the warp's 16 are among, then of the 16.
+  // Which keys exist: of the 32 that include the warp's 16, then of the 16.
   const int keys_word = keys.first_key / kKeysPerWord * kKeysPerWord, shift = keys.first_key % kKeysPerWord;
   const uint32_t word =
       kPlain ? bits_of({0, sequence.keys_present}, keys_word) : existing_keys(problem, keys.batch, sequence.keys_present, keys_word);
@@ -350,7 +350,7 @@ FA_DEVICE void SingleTileBackward::run(const BackwardArguments& arguments) {
   int head = unit.first_head, start_m = 0, slot = 0;
 #pragma unroll 1
   for (int step = 0; step < unit.num_steps; ++step) {
-    ptx::cp_async_wait<0>();  // these rows have landed, K and V before them; the groups behind them had a product to arrive in
+    ptx::cp_async_wait<0>();  // these rows have landed, and K and V; groups issued since then had a product's time to arrive
     group.sync();
     const ScoreMask mask{sequence, problem, keys.batch, head};
     const bool last_of_head = start_m + kBlockM >= sequence.rows_present;
@@ -368,7 +368,7 @@ FA_DEVICE void SingleTileBackward::run(const BackwardArguments& arguments) {
     }
     if (last_of_head) unit.finish_sums(head, sums);
     if (unit.lane == 0) unit.memory.has_gradients[group.warp] = visits;
-    group.sync();  // dS is complete, and every warp is past its products with these rows
+    group.sync();  // dS is complete, and every warp is done with these rows
     unit.load_steps<kHeadDimQk <= 64 ? 2 : 1>(step + tiles_in_flight, 1, slot);
     unit.store_dquery(head, start_m);
     if (last_of_head) unit.store_slope_gradient(head);
@@ -376,9 +376,9 @@ FA_DEVICE void SingleTileBackward::run(const BackwardArguments& arguments) {
     start_m += kBlockM;
     if (last_of_head) start_m = 0, ++head;
   }
-  ptx::cp_async_wait<0>();  // of a warp's own V, which its gradients overwrite
+  ptx::cp_async_wait<0>();  // the warp's own V, which its gradients overwrite
 
-  // Where a warp works is found anew, so that the loop above need not remember it.
+  // Recomputed, so that it takes no registers in the loop above.
   const WarpGroup done(arguments.units, ptx::again(threadIdx.x));
   const KeysOfWarp keys_done(problem, done);
   const SingleTileBackward unit_done(arguments, done, keys_done);

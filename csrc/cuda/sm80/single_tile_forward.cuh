@@ -3,10 +3,10 @@
 // element and key head in shared memory, and each of its warps computes 16 rows of one query head against them.
 //
 //   1. K and V by cp.async, 32 keys at a time, absent keys as zeros; only what exists is read
-//   2. scores = Q K^T of the whole row in registers, 32 keys at a time, those left out that no row of the warp attends to
-//   3. the row's maximum once: weights, dropout, out = P V
+//   2. scores = Q K^T of whole rows in registers, 32 keys at a time, skipping those that no row of the warp attends to
+//   3. the row's maximum, only once; weights, dropout, out = P V
 //   4. out / row_sum through shared memory; lse
-// Rows and keys that are not there cost nothing but the zeros that are written.
+// Absent rows and keys cost only the zeros that are written.
 #pragma once
 #include "../dropout.cuh"
 #include "../row.cuh"
@@ -54,7 +54,7 @@ FA_DEVICE void SingleTileForward::run(const ForwardArguments& arguments) {
   const Sequence sequence(problem, batch);
   const ScoreMask mask{sequence, problem, batch, head};
 
-  // Which keys exist, and which of them each row of this warp may attend to: of row lane, in the first 16 lanes.
+  // Which keys exist, and which of them each row of this warp may attend to: row `lane`, in the first 16 lanes.
   const int row_of_lane = has_rows && lane < 16 ? first_row + lane : sequence.rows_present;
   uint32_t existing[kWords], allowed[kWords], visited = 0;  // visited: bit w of word w
 #pragma unroll
@@ -66,7 +66,7 @@ FA_DEVICE void SingleTileForward::run(const ForwardArguments& arguments) {
   // Loads: Q and K are one group of cp.async, V is another.
   const auto load_keys = [&](const StridedTensor& tensor, int columns, auto* tiles) {
     const uint16_t* const source = head_of(tensor, batch, key_head) + sequence.first_key * tensor.row;
-    int next_warp = 0;  // that copies a word's keys: the warps take turns
+    int next_warp = 0;  // to copy 32 keys: the warps take turns
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const bool is_mine = next_warp == group.warp;
@@ -170,9 +170,9 @@ FA_DEVICE void SingleTileForward::run(const ForwardArguments& arguments) {
     multiply_add<kDtype>(acc, weights, v_lane[w]);
   }
 
-  // out = O / row_sum. Every row in memory is written.
+  // out = O / row_sum. All rows in memory are written.
   softmax.sum_over_quads();
-  const int rows = has_rows ? sequence.rows - first_row : 0;                                   // from this warp's first one on
+  const int rows = has_rows ? sequence.rows - first_row : 0;                                   // from this warp's first row on
   float* const lse = problem.lse + statistics_of(problem, sequence, batch, head) + first_row;  // (rows,)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where things are in the shared memory of a group of warps of the single-tile kernels, in bytes: as the kernels find them, and as the host
-// asks for what a call needs. `warps` is the size of the group.
+// Byte offsets in the shared memory of a group of warps of the single-tile kernels, for the kernels, and for the host, which asks how much
+// a call needs. warps: in the group.
 #pragma once
 #include "../../host_device.h"
 #include "../forward_arguments.h"
@@ -8,7 +8,7 @@
 namespace fused_attention::cuda::sm80 {
 
 struct SingleTileForwardLayout {
-  int q = 0;  // (16, Dqk) of each warp; then its rows of out
+  int q = 0;  // (16, Dqk) per warp; at the end its rows of out
   int k, v;   // (keys, Dqk), (keys, Dv); keys: a multiple of 32
   int bytes;
 
@@ -17,9 +17,9 @@ struct SingleTileForwardLayout {
 };
 
 struct SingleTileBackwardLayout {
-  int keys = 0, values, scores;    // of each warp: (16, Dqk), (16, Dv), (16, block_m) of dS^T
-  int rows;                        // `row_tiles` times the next one
-  int row_tile;                    // of (block_m, Dqk), (block_m, Dv) and float32 (2, block_m): Q, dO, lse and delta
+  int keys = 0, values, scores;    // per warp: (16, Dqk), (16, Dv), (16, block_m) of dS^T
+  int rows;                        // row_tiles times row_tile
+  int row_tile;                    // Q (block_m, Dqk), dO (block_m, Dv), and float32 lse and delta (2, block_m)
   int has_gradients, slope_parts;  // (warps,) numbers of 4 bytes
   int bytes;
 
@@ -30,7 +30,7 @@ struct SingleTileBackwardLayout {
         row_tile(block_m * (2 * head_dim_qk + 2 * head_dim_v + 2 * 4)),
         has_gradients(rows + row_tiles * row_tile),
         slope_parts(has_gradients + 4 * warps),
-        bytes(has_gradients + 128) {}  // of 16 warps at most; the next group's tiles are as aligned as these
+        bytes(has_gradients + 128) {}  // for up to 16 warps; keeps the next group's tiles aligned
 };
 
 }  // namespace fused_attention::cuda::sm80

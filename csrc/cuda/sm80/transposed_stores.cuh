@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the single-tile backward stores what no shared memory is left for: gradients of query, and of a float mask.
+// How the single-tile backward stores what does not fit in shared memory: gradients of query, and of a float mask.
 #pragma once
 #include "../gradients.cuh"
 
 namespace fused_attention::cuda::sm80 {
 
-// Four 8 x 8 blocks side by side, rounded and packed: lane i has word i % 4 (two columns) of each block's row i / 4, and receives the four
-// words, 16 bytes, of block i % 4 of that row.
+// Four 8 x 8 blocks side by side, rounded and packed. Lane i has word i % 4 (two columns) of row i / 4 of each block, and gets all four
+// words, 16 bytes, of that row of block i % 4.
 FA_DEVICE void transpose_quads(uint32_t (&words)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -26,7 +26,7 @@ FA_DEVICE void transpose_quads(uint32_t (&words)[4]) {
   }
 }
 
-// store_mask_gradient of a transposed tile: 16 keys of a warp x 8 * BLOCKS rows. Every element of the mask is written once.
+// store_mask_gradient for a transposed tile: a warp's 16 keys x 8 * BLOCKS rows. Every element of the mask is written once.
 template <int BLOCKS>
 FA_DEVICE void store_mask_gradient_transposed(const BackwardArguments& arguments, const Accumulators<1, BLOCKS>& gradients, int batch,
                                               int head, int first_key, int start_m) {

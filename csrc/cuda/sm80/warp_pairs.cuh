@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the backward above head_dim 128 deals its work to eight warps. What a warp must keep in registers - 16 rows of a left operand, and
-// sums as wide as the head - does not fit twice, so four pairs of warps have 16 rows, or 16 keys, each:
+// How the backward above head_dim 128 splits its work among eight warps. What a warp keeps in registers, 16 rows of a left operand and sums
+// as wide as the head, does not fit twice, so four pairs of warps take 16 rows, or 16 keys, each:
 //
-//   the weights' warp    scores and weights; its sums follow from weights
-//   the gradients' warp  gradients of weights and of scores; its sums follow from those
+//   the weights' warp    scores and weights, and the sums that need weights
+//   the gradients' warp  gradients of weights and of scores, and the sums that need those
 //
-// What one has and the other needs goes through shared memory as it lies in the lanes' registers, so that nothing needs an address pattern.
+// They exchange data through shared memory in the order of the lanes' registers, which needs no swizzle.
 #pragma once
 #include "../tile.cuh"
 
@@ -15,14 +15,14 @@ constexpr int kPairs = 4, kPairedThreads = 2 * kPairs * 32;
 
 struct WarpPair {
   int number, lane;
-  bool has_weights;  // which of the two this warp is
+  bool has_weights;  // whether this is the weights' warp
 
   FA_DEVICE WarpPair()
       : number(static_cast<int>(threadIdx.x / 32 % kPairs)),
         lane(static_cast<int>(threadIdx.x % 32)),
         has_weights(threadIdx.x < kPairedThreads / 2) {}
 
-  // Barrier 0 is the block's. One warp announces what the other one waits for.
+  // Barrier 0 is the block's. One warp announces what the other awaits.
   FA_DEVICE void announce(int what) const { ptx::barrier_arrive(1 + what * kPairs + number, 2 * 32); }
   FA_DEVICE void await(int what) const { ptx::barrier_sync(1 + what * kPairs + number, 2 * 32); }
 
@@ -44,7 +44,7 @@ struct WarpPair {
   }
 };
 
-// What the weights' warp works with, or the gradients' warp.
+// What the weights' warp or the gradients' warp works with.
 template <bool WEIGHTS, class OfWeights, class OfGradients>
 FA_DEVICE auto& either(OfWeights& of_weights, OfGradients& of_gradients) {
   if constexpr (WEIGHTS) {
@@ -56,7 +56,7 @@ FA_DEVICE auto& either(OfWeights& of_weights, OfGradients& of_gradients) {
 
 constexpr int kWeightsReady = 0, kGradientsReady = 1;
 
-// 16 rows of a left operand, COLUMNS wide: the first HELD columns in registers for as long as a block runs, the others in shared memory.
+// 16 rows of a left operand, COLUMNS wide: the first HELD columns in registers for the whole kernel, the others in shared memory.
 template <int ROWS, int COLUMNS, int HELD>
 struct LeftOperand {
   static constexpr int kRest = COLUMNS - HELD;
@@ -89,7 +89,7 @@ struct LeftOperand {
   }
 };
 
-// Accumulator blocks 2 * step and the next, rounded, as the left operand that they lie as.
+// Accumulator blocks 2 * step and the next, rounded: they are laid out as the left operand already.
 template <Dtype DTYPE, int BLOCKS>
 FA_DEVICE void pack_operand(uint32_t (&a)[4], const Accumulators<1, BLOCKS>& numbers, int step) {
 #pragma unroll
@@ -99,7 +99,7 @@ FA_DEVICE void pack_operand(uint32_t (&a)[4], const Accumulators<1, BLOCKS>& num
   }
 }
 
-// multiply_add (tile.cuh) of packed operands with the columns of a tile from 16 * FIRST on.
+// multiply_add (tile.cuh) of packed operands and the columns of a tile from 16 * FIRST on.
 template <Dtype DTYPE, int FIRST, int STEPS, int OUT_BLOCKS, class Tile>
 FA_DEVICE void multiply_add_packed(Accumulators<1, OUT_BLOCKS>& out, const uint32_t (&a)[STEPS][4], const LaneAddress<Tile>& right) {
 #pragma unroll
