@@ -111,7 +111,7 @@ def hugging_face(model: Transformer, num_tokens: int, beam: int) -> Decode:
     for stack in (marian.model.encoder, marian.model.decoder):  # whose table has other frequencies than Marian's own
         stack.embed_positions.weight.data.copy_(model.tgt_embedding.positions)
     marian.tie_weights()
-    options = {"num_beams": beam, "do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+    options: dict[str, Any] = {"num_beams": beam, "do_sample": False, "max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
     if beam > 1:
         options["length_penalty"] = 0.0
 

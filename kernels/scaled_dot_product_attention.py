@@ -123,30 +123,29 @@ def _of_any_rank(
     # torch's fused kernels (4-D inputs, and since torch 2.14 also 3-D) keep the query's memory layout; other results are contiguous.
     like_query = query.dim() == 4 or (query.dim() == 3 and RESULTS_LIKE_3D_QUERIES)
     out_memory: OutMemory = "like query" if like_query else "contiguous"
-    out = _attention_in(out_memory, _as_4d(query), _as_4d(key), _as_4d(value), attn_mask, dropout_p, is_causal, scale)
+    inputs = _as_4d(query), _as_4d(key), _as_4d(value)
+    out = _attention_in(out_memory, inputs, attn_mask, dropout_p, is_causal, scale)
     out = out.reshape(*full_shape[:-1], value.shape[-1])
     return out if head_dim_v else out[..., :0]
 
 
 def _attention_in(
     out_memory: OutMemory,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     attn_mask: Tensor | PreparedMask | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
 ) -> Tensor:
     """`attention` on 4-D tensors, with a result in the layout `out_memory`."""
-    arguments = (query, key, value, None, None, is_causal, scale, None, out_memory, False)
+    arguments = (*inputs, None, None, is_causal, scale, None, out_memory, False)
     repeatable = attn_mask is None and dropout_p == 0.0
     if repeatable:
         out = replay.repeat(arguments)
         if out is not None:
             return out  # type: ignore[return-value]  # without lse
     options: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    problem = make_problem("separate", autocast_inputs(query, key, value), **options, out_memory=out_memory)
+    problem = make_problem("separate", autocast_inputs(*inputs), **options, out_memory=out_memory)
     return run(problem, choose(problem, None), arguments if repeatable else None)[0]
 
 
