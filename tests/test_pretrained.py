@@ -20,9 +20,10 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("yaml")
-from marian import SETTINGS, PlainMarian, random_tensors, write_bin, write_npz
+from marian import SETTINGS, random_tensors, write_bin, write_npz
 
 from fused_attention import Transformer
+from fused_attention.benchmarks.plain_marian import PlainMarian
 from fused_attention.transformer.optional import MissingModuleError
 from fused_attention.transformer.pretrained.find import PACKAGES, PretrainedError, installed_model, model_files
 from fused_attention.transformer.pretrained.marian_file import read_model_file
