@@ -67,7 +67,7 @@ def check(shortlist: bool) -> None:
     plain = PlainMarian(*read_model_file(model_files(installed_model("en-pt")).model))
     sources = [[*tokens, model.eos_id] for tokens in translator(shortlist).source_tokenizer.encode(sentences())]
     with torch.inference_mode():
-        generated = model.generate(pad(sources, model.pad_id), max_new_tokens=100).tolist()
+        generated = model.generate(pad(sources, pad_id=model.pad_id), max_new_tokens=100).tolist()
         for source, tokens in zip(sources, generated, strict=True):
             assert [token for token in tokens if token != model.pad_id] == plain.greedy(source, 100)
 

@@ -39,7 +39,8 @@ class PlainMarian:
         return torch.cat([self._step(place, token, memory, states) for place, token in enumerate([None, *tokens])])
 
     def greedy(self, tokens: list[int], limit: int) -> list[int]:
-        memory, out = self.encode(tokens), []
+        memory = self.encode(tokens)
+        out: list[int] = []
         states: list[dict[str, Tensor]] = [{} for _ in range(self.settings["dec-depth"])]
         while len(out) < limit and (not out or out[-1] != 0):
             out.append(int(self._step(len(out), out[-1] if out else None, memory, states).argmax()))
