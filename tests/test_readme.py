@@ -79,6 +79,22 @@ def test_source_files_are_where_pages_say(page: str) -> None:
     assert [name for name in named if not any(path.endswith(f"/{name}") for path in there)] == []
 
 
+def test_a_new_argument_takes_as_many_files_as_the_page_says() -> None:
+    """The counts of docs/extending.md, without git."""
+    sources = [
+        path
+        for folder in ("kernels", "csrc", "src")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu", ".cuh")
+    ]
+    # src links to the other folders.
+    mention = {path.resolve().relative_to(ROOT) for path in sources if re.search(r"\bd?sinks?\b", path.read_text(), re.IGNORECASE)}
+    easy = [path for path in mention if path.parts[0] == "kernels" and path.parts[1] != "native"]
+    assert f"\n{len(mention)} for all backends, {len(easy)} for the reference and Triton.\n" in DOCS["docs/extending.md"]
+    assert len(mention) <= 22
+    assert len(easy) <= 8
+
+
 @pytest.mark.parametrize("page", DOCS)
 def test_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\(([^)#]+)", DOCS[page]) + re.findall(r'(?:src|srcset)="([^"]+)"', DOCS[page])

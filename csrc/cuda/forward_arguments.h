@@ -11,7 +11,7 @@ constexpr int kRowsPerWarp = 16;  // of the single-tile kernels; or keys
 
 enum class FeatureClass : int {
   plain = 0,   // full, causal and window, by loop bounds
-  masked = 1,  // and lengths, packed sequences, key_mask, bits, alibi, softcap, sinks, as branches that are uniform in a block
+  masked = 1,  // and everything else but a float mask, as branches that are uniform in a block
   bias = 2,    // and a float attn_mask
 };
 

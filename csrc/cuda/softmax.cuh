@@ -48,7 +48,7 @@ struct OnlineSoftmax {
   float row_max[MATRICES][2];  // of rows lane / 4 and 8 below, log2 units
   float row_sum[MATRICES][2];  // this lane's part of the sum of 2^(score - row_max)
 
-  // first(m, half): log2 of a weight that the row starts with and that has no value (a sink), or -inf.
+  // first(m, half): log2 of a weight that the row starts with and that has no value, or -inf.
   template <class First>
   FA_DEVICE explicit OnlineSoftmax(First first) {
 #pragma unroll
