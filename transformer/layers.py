@@ -202,23 +202,17 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """Self-attention (or an SSRU instead), attention to the encoder's memory and a feed-forward network, each in a residual branch."""
+    """Self-attention (or an SSRU instead), attention to the encoder's memory and a feed-forward network, each in a residual branch.
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        dim_feedforward: int,
-        dropout: float,
-        norm_first: bool,
-        eps: float = 1e-5,
-        cell: str = "attention",
-    ) -> None:
-        super().__init__(d_model, num_heads, dim_feedforward, dropout, norm_first, eps)
+    sizes, options: the other arguments of EncoderLayer.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, *sizes: Any, cell: str = "attention", **options: Any) -> None:
+        super().__init__(d_model, num_heads, *sizes, **options)
         if cell == "ssru":
             self.self_attn = SSRU(d_model)
-        self.multihead_attn = CrossAttention(d_model, num_heads, dropout)
-        self.norm3 = nn.LayerNorm(d_model, eps)
+        self.multihead_attn = CrossAttention(d_model, num_heads, self.dropout)
+        self.norm3 = nn.LayerNorm(d_model, self.norm2.eps)
 
     def forward(
         self,

@@ -105,7 +105,7 @@ class Transformer(Generation):
         sizes = (d_model, num_heads, dim_feedforward, dropout, norm_first, layer_norm_eps)
         norms = [nn.LayerNorm(d_model, layer_norm_eps) if final_norm else nn.Identity() for _ in range(2)]
         self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(num_encoder_layers)], norms[0])
-        self.decoder = Decoder([DecoderLayer(*sizes, decoder_cell) for _ in range(num_decoder_layers)], norms[1])
+        self.decoder = Decoder([DecoderLayer(*sizes, cell=decoder_cell) for _ in range(num_decoder_layers)], norms[1])
         if memory_layers == "mixed":
             self.memory_mix = nn.Parameter(torch.zeros(num_decoder_layers, num_encoder_layers))
         self.output = None if tie_weights else Linear(d_model, tgt_vocab)
