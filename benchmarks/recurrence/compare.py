@@ -30,7 +30,7 @@ from ...transformer.translation.translate import Translator
 from ..journal import Journal, Key
 from ..report import commit, machine_line
 from .curves import ALL_PAIRS, draw, tables
-from .models import Build, builders
+from .models import builders
 from .speed import decoding_milliseconds, fair_clock, training_speed
 
 RESULTS_NAME = "results.jsonl"
@@ -54,8 +54,7 @@ GRIDS = {
     "short": Grid((8, 32, 128), rounds=3, pairs=(1000,), parts=(), minutes=0.3, test_sentences=100),
     "full": Grid((8, 16, 32, 64, 128, 256), rounds=9, pairs=(1000, 4000, 16000), parts=(0.25, 0.5), minutes=4.0, test_sentences=1000),
 }
-# 1.5 million parameters and small batches, so that the models learn something in a minute on a CPU. The learning rate is the LSTM's best
-# (docs/recurrence.md).
+# 1.5 million parameters and small batches, so that the models learn something in a minute on a CPU.
 CONFIG = TrainingConfig(
     minutes=1.0,
     vocab_size=3000,
@@ -63,9 +62,11 @@ CONFIG = TrainingConfig(
     dim_feedforward=320,
     batch_tokens=1280,
     warmup_steps=250,
-    learning_rate_scale=2.4,
+    learning_rate_scale=1.2,
     cooldown=0.6,
 )
+# The best of several for each model, as multiples of CONFIG's (docs/recurrence.md).
+LEARNING_RATES = {"Transformer": 1.0, "SSRU decoder": 1.0, "LSTM": 2.0}
 
 
 def run_compare(folder: Path, grid: Grid, config: TrainingConfig, device: str = "auto") -> None:
@@ -117,6 +118,7 @@ class Comparison:
             "corpus": corpus.fingerprint(),
             "device": str(device),
             "clock": self.clock.__name__,
+            "learning_rates": LEARNING_RATES,
         }
         models = {name: model_facts(build()) for name, build in self.builds.items()}
         self.journal = self.opened(folder, {"settings": settings, "models": models})
@@ -159,21 +161,22 @@ class Comparison:
         points = [(size, self.grid.minutes) for size in (ALL_PAIRS, *sizes)]
         points += [(ALL_PAIRS, part * self.grid.minutes) for part in self.grid.parts]
         for pairs, minutes in points:
-            for name, build in self.builds.items():
+            for name in self.builds:
                 key: Key = ("bleu", name, pairs, f"{minutes:g}")
                 if key not in self.journal.results:
                     print(f"{name}: {pairs or len(self.corpus.train):,} pairs, {minutes:g} minutes", file=sys.stderr)
-                    self.journal.keep(key, self.trained(build, pairs, minutes))
+                    self.journal.keep(key, self.trained(name, pairs, minutes))
 
-    def trained(self, build: Build, pairs: int, minutes: float) -> dict[str, Any]:
-        """Train a model for this long on this many pairs; its scores, and how far the training got."""
+    def trained(self, model: str, pairs: int, minutes: float) -> dict[str, Any]:
+        """Train the named model for this long on this many pairs; its scores, and how far the training got."""
         corpus = self.part_of_text(pairs)
         name, test = self.corpus.held_out()
         limit = self.grid.test_sentences
-        config = replace(self.config, minutes=minutes)
+        learning_rate_scale = LEARNING_RATES[model] * self.config.learning_rate_scale
+        config = replace(self.config, minutes=minutes, learning_rate_scale=learning_rate_scale)
         with tempfile.TemporaryDirectory() as folder:
             with heartbeat("preparing the text"):
-                trainer = Trainer(config, corpus, Path(folder), self.device, self.tokenizers, build, self.clock)
+                trainer = Trainer(config, corpus, Path(folder), self.device, self.tokenizers, self.builds[model], self.clock)
             trainer.run()
         with heartbeat(f"translating {name}"):
             translator = Translator(trainer.model, *self.tokenizers, self.config.autocast)
