@@ -119,9 +119,14 @@ class TestComparison:
         journal.write_text("".join(kept) + missing[:9])  # what a kill in the middle of a line leaves
         trained = []
         original = Trainer.run
-        monkeypatch.setattr(Trainer, "run", lambda trainer: (trained.append(type(trainer.model)), original(trainer)))
+
+        def recorded(trainer: Trainer) -> None:
+            trained.append((type(trainer.model), trainer.config.learning_rate_scale))
+            original(trainer)
+
+        monkeypatch.setattr(Trainer, "run", recorded)
         compare.run_compare(tmp_path, GRID, config, "cpu")
-        assert trained == [LSTMEncoderDecoder]
+        assert trained == [(LSTMEncoderDecoder, 2 * config.learning_rate_scale)]
         assert journal.read_text().startswith("".join(kept))
         assert json.loads(journal.read_text().splitlines()[-1])["key"] == json.loads(missing)["key"]
         assert f"continuing {journal}" in capsys.readouterr().err
