@@ -57,8 +57,8 @@ def section(results: Mapping[Key, Any]) -> str:
     seconds = round(max(result["seconds"] for key, result in results.items() if key[0] == "bleu"))
     note = (
         "Three models of the same size: attention throughout; a recurrent unit (SSRU) in place of the decoder's self-attention; an LSTM "
-        f"encoder-decoder with attention. They share data, tokens and optimizer, and each trained for {seconds} seconds, which is short: "
-        "fused-attention compare --grid full takes longer and compares more."
+        "encoder-decoder with attention. They share data, tokens and optimizer, each with a learning rate that suits it. Each trained for "
+        f"{seconds} seconds, which is short: fused-attention compare --grid full takes longer and compares more."
     )
     speed = report.Picture("Speed by sentence length", plots.svg(plot(panels(results)["recurrence-speed"], STYLE)))
     return report.section("Next to recurrence", note, f"{report.figures([speed])}\n{report.table(rows(results))}")
