@@ -48,6 +48,7 @@ constexpr int kNumAddresses = [] {
   visit_tensors(problem, [&](const char*, auto*&) { ++count; });
   return count;
 }();
+constexpr int kNumInputsAndResults = 5;  // query, key, value, out and lse, which come first
 constexpr int kNumCpuGradients = 9, kNumCudaGradients = 10;
 using Addresses = std::array<Address, kNumAddresses>;
 using CpuGradients = std::array<Address, kNumCpuGradients>;
@@ -127,18 +128,23 @@ AttentionProblem placed(PyObject* bytes, const Addresses& addresses) {
   return problem;
 }
 
-// Parses the arguments (problem, integers, addresses) without pybind11, whose conversions take longer than a small kernel.
+// Parses the arguments (problem, integers, addresses of inputs and results, a tuple or list of those of optional tensors) without pybind11,
+// whose conversions take longer than a small kernel.
 template <int kNumIntegers>
 struct RawArguments {
   std::array<Address, kNumIntegers> integers;
   AttentionProblem problem;
 
   RawArguments(PyObject* const* arguments, Py_ssize_t num_arguments, const char* expected) {
-    if (num_arguments != 1 + kNumIntegers + kNumAddresses) throw py::type_error(expected);
+    constexpr int kNumApart = 1 + kNumIntegers + kNumInputsAndResults, kNumOptional = kNumAddresses - kNumInputsAndResults;
+    PyObject* const optional = num_arguments == kNumApart + 1 ? arguments[kNumApart] : nullptr;
+    if (!optional || !(PyTuple_Check(optional) || PyList_Check(optional)) || PySequence_Fast_GET_SIZE(optional) != kNumOptional)
+      throw py::type_error(expected);
     const auto integer = [](PyObject* object) { return reinterpret_cast<Address>(PyLong_AsVoidPtr(object)); };
     Addresses addresses;
     for (int i = 0; i < kNumIntegers; ++i) integers[i] = integer(arguments[1 + i]);
-    for (int i = 0; i < kNumAddresses; ++i) addresses[i] = integer(arguments[1 + kNumIntegers + i]);
+    for (int i = 0; i < kNumInputsAndResults; ++i) addresses[i] = integer(arguments[1 + kNumIntegers + i]);
+    for (int i = 0; i < kNumOptional; ++i) addresses[kNumInputsAndResults + i] = integer(PySequence_Fast_GET_ITEM(optional, i));
     if (PyErr_Occurred()) throw py::error_already_set();
     problem = placed(arguments[0], addresses);
   }
@@ -166,7 +172,7 @@ PyMethodDef raw_definition(const char* name, RawFunction function, const char* d
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
-// cpu_forward(problem, num_threads, *addresses)
+// cpu_forward(problem, num_threads, query, key, value, out, lse, optional)
 PyObject* cpu_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
     const RawArguments<1> given(arguments, num_arguments, "cpu_forward takes a problem, a number of threads and the problem's addresses");
@@ -284,7 +290,7 @@ py::tuple cuda_backward_plan(const py::bytes& problem, int compute_capability, i
   return as_tuple(backward_plan(problem, {compute_capability, multiprocessors, shared_bytes}, workspace, addresses, gradients));
 }
 
-// cuda_forward(problem, device, stream, workspace, *addresses) -> workspace bytes needed, or 0 after launching
+// cuda_forward(problem, device, stream, workspace, query, key, value, out, lse, optional) -> workspace bytes needed, or 0 after launching
 PyObject* cuda_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
     const RawArguments<3> given(arguments, num_arguments,

@@ -123,9 +123,10 @@ class EmulatedGpu(TorchFunctionMode):
                 intact = guards.isnan() if guards.is_floating_point() else guards == _poison(tensor)
                 assert intact.all(), f"written outside of the {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
 
-    def _run(self, problem: bytes, device: int, stream: int, workspace: int, *addresses: int) -> int:
+    def _run(self, problem: bytes, device: int, stream: int, workspace: int, *addresses: Any) -> int:
         """In place of _native.cuda_forward."""
-        return self._launch(cuda_backend._native.cuda_plan(problem, *self._gpu, workspace, addresses), workspace)
+        *inputs_and_results, optional = addresses
+        return self._launch(cuda_backend._native.cuda_plan(problem, *self._gpu, workspace, (*inputs_and_results, *optional)), workspace)
 
     def _backward(self, backward: Callable[..., None], *arguments: Any) -> None:
         """Autograd calls it without this mode."""

@@ -37,7 +37,7 @@ def problem(head_dim=64, seqlen_q=70, seqlen_k=70, dtype=1, **changed):
     return native.problem(**fields | changed)
 
 def forward(plain, *, device=0, workspace=0, query=4096, key=4096, value=4096, out=4096, lse=4096, key_mask=0, rng_state=0):
-    return native.cuda_forward(plain, device, 0, workspace, query, key, value, out, lse, 0, key_mask, *[0] * 4, rng_state, *[0] * 4)
+    return native.cuda_forward(plain, device, 0, workspace, query, key, value, out, lse, [0, key_mask, *[0] * 4, rng_state, *[0] * 4])
 
 def calls():
     numbers = (ctypes.c_int * 6)()
@@ -292,7 +292,12 @@ def test_nothing_is_launched_on_unchecked_arguments(driver: Path, call: str, mes
 
 
 def test_wrong_arguments_of_the_binding(driver: Path) -> None:
-    answers = ask(driver, "native.cuda_forward(b'')", "native.cuda_forward('', *[0] * 19)", "native.cuda_forward(b'', 'gpu', *[0] * 18)")
+    answers = ask(
+        driver,
+        "native.cuda_forward(b'')",
+        "native.cuda_forward('', *[0] * 8, [0] * 11)",
+        "native.cuda_forward(b'', 'gpu', *[0] * 7, [0] * 11)",
+    )
     assert all(answer.startswith("TypeError: ") for answer in answers)
     assert "takes a problem, device, stream, workspace and the problem's addresses" in answers[0]
 

@@ -10,7 +10,7 @@ from ..dropout import dropout_threshold
 from ..problem import Gradients, OptionalTensors, Problem, strides, uncovered_numbers, with_contiguous_last_dim
 from ..replay import prepared
 from . import packed_problem
-from .packed_problem import DTYPES, NOT_BUILT, Plain, _native, address, optional_addresses
+from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
 MIN_SPLIT_KEYS = 128  # keys a head needs for its backward pass to be split over them
@@ -58,6 +58,7 @@ def prepare(problem: Problem) -> Call:
     dtype, float32, empty = problem.query.dtype, torch.float32, empty_strided(problem.query)
     run, num_threads, as_read = _native.cpu_forward, torch.get_num_threads, packed_problem.as_read
     is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
+    places = packed_problem.given(problem.optional_tensors())
 
     def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
@@ -74,7 +75,7 @@ def prepare(problem: Problem) -> Call:
             value.data_ptr(),
             out.data_ptr(),
             lse.data_ptr(),
-            *optional_addresses(optional),
+            optional_addresses(optional, places) if places else NO_ADDRESSES,
         )
         return (out, lse) if needs_lse else out
 

@@ -15,7 +15,7 @@ from ..dropout import dropout_threshold
 from ..problem import Gradients, OptionalTensors, Problem, strides, uncovered_numbers
 from ..torch_internals import answered_once, current_stream
 from . import packed_problem
-from .packed_problem import MASK_DTYPES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses
+from .packed_problem import MASK_DTYPES, NO_ADDRESSES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
 ROWS_PER_BLOCK = 64  # of the backward kernel for dquery
@@ -152,6 +152,7 @@ def prepare(problem: Problem) -> Call:
     )  # fmt: skip
     dtype, float32, empty, as_read = problem.query.dtype, torch.float32, empty_strided(problem.query), packed_problem.as_read
     is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
+    places = packed_problem.given(problem.optional_tensors())
     drops_all = problem.dropout_p == 1.0
     lse_bytes, workspace_bytes = 4 * math.prod(lse_shape), 0  # workspace_bytes: as reported by the first launch
 
@@ -189,7 +190,7 @@ def prepare(problem: Problem) -> Call:
             v,
             out.data_ptr(),
             scratch + workspace_bytes if lse is None else lse.data_ptr(),
-            *optional_addresses(optional),
+            optional_addresses(optional, places) if places else NO_ADDRESSES,
         )
         if wanted:  # nothing was launched: the workspace was missing or too small
             workspace_bytes = wanted
@@ -304,7 +305,8 @@ def _run_backward(problem: bytes, device: int, stream: int, workspace: int, addr
     return _native.cuda_backward(problem, device, stream, workspace, addresses, gradients)
 
 
-# Launches the kernels, or returns how many bytes of workspace they need: (problem, device, stream, workspace, *addresses) -> int.
+# Launches the kernels, or returns how many bytes of workspace they need: (problem, device, stream,
+# workspace, query, key, value, out, lse, optional) -> int.
 # Tests replace it with a function that calls _native.cuda_plan.
 _run: Callable[..., int] = getattr(_native, "cuda_forward", None)  # type: ignore[assignment]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..problem import (
-    NO_OPTIONAL_TENSORS,
     PLACE,
     TENSORS,
     Gradients,
@@ -33,7 +31,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 UNLIMITED = 2**30  # a window side that no sequence reaches
 _NUM_OPTIONAL = sum(tensor.in_extension for tensor in TENSORS.values())
-_NO_ADDRESSES = (0,) * _NUM_OPTIONAL
+NO_ADDRESSES = (0,) * _NUM_OPTIONAL  # of optional tensors
 
 
 @dataclass(slots=True)
@@ -119,14 +117,20 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
 def addresses(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, out: Tensor, lse: Tensor) -> tuple[int, ...]:
     """The addresses of a problem's tensors, in the order of _native.address_names(). optional: from `as_read`."""
     inputs_and_results = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()
-    return (*inputs_and_results, *optional_addresses(optional))
+    return (*inputs_and_results, *optional_addresses(optional, given(optional)))
 
 
-def optional_addresses(optional: OptionalTensors) -> Sequence[int]:
-    """The addresses of the optional tensors, which come last in `addresses`."""
-    if optional is NO_OPTIONAL_TENSORS:
-        return _NO_ADDRESSES
-    return [0 if tensor is None else tensor.data_ptr() for tensor in optional[:_NUM_OPTIONAL]]
+def given(optional: OptionalTensors) -> list[int]:
+    """The places of those that are tensors."""
+    return [place for place, tensor in enumerate(optional[:_NUM_OPTIONAL]) if tensor is not None]
+
+
+def optional_addresses(optional: OptionalTensors, places: list[int]) -> list[int]:
+    """The addresses of the optional tensors, which come last in `addresses`. places: from `given`."""
+    addresses = [*NO_ADDRESSES]
+    for place in places:
+        addresses[place] = optional[place].data_ptr()  # type: ignore[union-attr]  # it is given
+    return addresses
 
 
 def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The compiled extension (csrc/module.cpp). Addresses are integers, 0 = not given; strides are in elements."""
 
+from collections.abc import Sequence
+
 Strides = tuple[int, ...]  # of batch, head and row
 
 def problem(
@@ -31,8 +33,8 @@ def problem(
 def address_names() -> list[str]:
     """The tensors of a forward call, in the order of their addresses."""
 
-def cpu_forward(problem: bytes, num_threads: int, /, *addresses: int) -> None:
-    """Writes out and lse."""
+def cpu_forward(problem: bytes, num_threads: int, query: int, key: int, value: int, out: int, lse: int, optional: Sequence[int], /) -> None:
+    """Writes out and lse. optional: a tuple or list of the addresses that come after these."""
 
 def cpu_linear(
     num_threads: int,
@@ -73,7 +75,19 @@ def cpu_backward(
 
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
-def cuda_forward(problem: bytes, device: int, stream: int, workspace: int, /, *addresses: int) -> int:
+def cuda_forward(
+    problem: bytes,
+    device: int,
+    stream: int,
+    workspace: int,
+    query: int,
+    key: int,
+    value: int,
+    out: int,
+    lse: int,
+    optional: Sequence[int],
+    /,
+) -> int:
     """Launches the kernels and returns 0, or launches nothing and returns how many bytes of workspace they want."""
 
 def cuda_backward_problem(
