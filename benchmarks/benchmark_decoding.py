@@ -52,7 +52,7 @@ def test_decoding(compare, peer, batch, beam):
         decode,
         functools.partial(theirs, src),
         check=check,
-        group="decoding with the same weights, 6 + 6 layers of 512, 32,000 words, float32",
+        group=f"decoding against {peer} with the same weights: 6 + 6 layers of 512, 32,000 words, float32",
         case={"beam": str(beam), "batch": str(batch), "tokens": str(NUM_TOKENS)},
         measure="generate",
         peer_name=peer,
