@@ -117,10 +117,11 @@ class BeamSearch:
 
         Returns the rows (B, K), numbered over the whole batch, that the hypotheses continue: each keeps its own row if it can.
         """
-        width, vocab_size = self.beam, log_probabilities.shape[1]
-        totals = beams.sums.unsqueeze(-1) + log_probabilities.view(-1, width, vocab_size)
+        width, each = self.beam, min(2 * self.beam, log_probabilities.shape[1])
+        best, tokens = log_probabilities.topk(each)  # of each hypothesis first, so that sums are added to few numbers
+        totals = beams.sums.unsqueeze(-1) + best.view(-1, width, each)
         sums, places = totals.flatten(1).topk(2 * width)  # (B, 2K), descending
-        parents, tokens = places // vocab_size, places % vocab_size
+        parents, tokens = places // each, tokens.view(-1, width * each).gather(1, places)
         is_eos = tokens == self.model.eos_id
 
         # Ended: only among the K best, or a poor one would end before better ones had their chance.
