@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,11 +28,11 @@ def prepare_mask(
     *,
     key_lengths: Tensor | None = None,
     query_lengths: Tensor | None = None,
+    seqlen_q: int | None = None,
+    seqlen_k: int | None = None,
     is_causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     diagonal: int | str | None = None,
-    seqlen_q: int | None = None,
-    seqlen_k: int | None = None,
     gradients: bool = True,
 ) -> PreparedMask:
     """Prepares all masking once for many calls and layers. The arguments mean what they mean in `attention`.
@@ -49,7 +51,7 @@ def prepare_mask(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    given = {"key_mask": key_mask, "key_lengths": key_lengths, "query_lengths": query_lengths, "attn_mask": attn_mask}
+    given: dict[str, Any] = {"key_mask": key_mask, "key_lengths": key_lengths, "query_lengths": query_lengths, "attn_mask": attn_mask}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in tensors.items():
         check_dense(name, tensor)
@@ -60,17 +62,7 @@ def prepare_mask(
     seqlen_k = _seqlen("seqlen_k", seqlen_k, (key_mask, -1), (attn_mask, -1))
     nothing = torch.zeros(1, device=device)
     query, key = (nothing.expand(batch, num_heads, seqlen, 1) for seqlen in (seqlen_q, seqlen_k))
-    problem = make_problem(
-        "separate",
-        (query, key, key),
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        key_lengths=key_lengths,
-        query_lengths=query_lengths,
-        is_causal=is_causal,
-        window=window,
-        diagonal=diagonal,
-    )
+    problem = make_problem("separate", (query, key, key), is_causal=is_causal, window=window, diagonal=diagonal, **given)
     bias = None if problem.attn_mask is None or problem.attn_mask.dtype == torch.bool else problem.attn_mask
     with torch.no_grad():
         if bias is not None:

@@ -389,18 +389,7 @@ class AmxBackward {
     writes(problem_.dvalue, key_row(problem_.dvalue, 0), bounds_.keys, problem_.head_dim_v);
     writes(problem_.dquery, query_row(problem_.dquery, 0), bounds_.rows, problem_.head_dim_qk);
     const int64_t next = batch_ * problem_.num_heads + head_ + 1;
-    if (more && next < problem_.batch * problem_.num_heads) {
-      const int64_t batch = next / problem_.num_heads, head = next % problem_.num_heads;
-      const auto reads = [&](const StridedTensor& tensor, int64_t of_head, int64_t row, int64_t rows, int64_t head_dim) {
-        prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, batch, of_head, row), tensor.row * 2, rows, head_dim * 2);
-      };
-      const int64_t query0 = first_query_of(problem_, batch), key0 = first_key_of(problem_, batch), of_keys = key_head(problem_, head);
-      reads(problem_.query, head, query0, problem_.seqlen_q, problem_.head_dim_qk);
-      reads(problem_.dout, head, query0, problem_.seqlen_q, problem_.head_dim_v);
-      reads(problem_.out, head, query0, problem_.seqlen_q, problem_.head_dim_v);
-      reads(problem_.key, of_keys, key0, problem_.seqlen_k, problem_.head_dim_qk);
-      reads(problem_.value, of_keys, key0, problem_.seqlen_k, problem_.head_dim_v);
-    }
+    if (more) prefetch_inputs<Bf16Bits>(problem_, next, prefetcher_);
     // 32 x 32 blocks of all five products; a causal mask needs about half of them.
     const int64_t row_tiles = rows_padded_ / 32, key_tiles = divide_up(bounds_.seqlen_k, 32);
     const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded_, kRows) * key_tiles * (dim_qk_ + dim_v_) / 32 +

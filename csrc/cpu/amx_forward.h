@@ -66,8 +66,7 @@ class AmxForward {
     packed_value_ = arena.take<Bf16Bits>(block_keys_ * dim_v_);
     packed_query_ = arena.take<Bf16Bits>(held_rows_ * dim_qk_);
     acc_ = arena.take<float>(held_rows_ * dim_v_);
-    row_max_ = arena.take<float>(held_rows_);
-    row_sum_ = arena.take<float>(held_rows_);
+    row_max_ = arena.take<float>(held_rows_), row_sum_ = arena.take<float>(held_rows_);
     scores_ = arena.take<float>(kRows * score_stride_);
     weights_ = arena.take<Bf16Bits>(kRows * weight_stride_);
     if (dropping_) keep_bits_ = arena.take<uint16_t>(kRows * block_keys_ / 16);

@@ -69,8 +69,8 @@ class BackwardPass {
 
   void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
     set_key_head(b, h_kv);
-    const KeyRange range = tasks_.keys(task, bounds_.seqlen_k);
     for (int64_t n = 0; n < held_keys_ / kBackwardKeys; ++n) keys_started_[n] = 0;
+    const KeyRange range = tasks_.keys(task, bounds_.seqlen_k);
     for (int64_t h = h_kv * group_; h < (h_kv + 1) * group_; ++h) {
       const bool last_head = h + 1 == (h_kv + 1) * group_;
       set_head(task, h);
@@ -163,18 +163,7 @@ class BackwardPass {
     writes(problem_.dkey, key_row(problem_.dkey, 0), bounds_.keys, problem_.head_dim_qk);
     writes(problem_.dvalue, key_row(problem_.dvalue, 0), bounds_.keys, problem_.head_dim_v);
     writes(problem_.dquery, query_row(problem_.dquery, 0), bounds_.rows, problem_.head_dim_qk);
-    if (const int64_t next = batch_head_ + 1; more && next < problem_.batch * problem_.num_heads) {
-      const int64_t b = next / problem_.num_heads, h = next % problem_.num_heads;
-      const auto reads = [&](const StridedTensor& tensor, int64_t head, int64_t row, int64_t rows, int64_t head_dim) {
-        prefetcher_.add_reads(row_ptr<T>(tensor, b, head, row), tensor.row * kSize, rows, head_dim * kSize);
-      };
-      const int64_t query0 = first_query_of(problem_, b), key0 = first_key_of(problem_, b), h_kv = key_head(problem_, h);
-      reads(problem_.query, h, query0, problem_.seqlen_q, problem_.head_dim_qk);
-      reads(problem_.dout, h, query0, problem_.seqlen_q, problem_.head_dim_v);
-      reads(problem_.out, h, query0, problem_.seqlen_q, problem_.head_dim_v);
-      reads(problem_.key, h_kv, key0, problem_.seqlen_k, problem_.head_dim_qk);
-      reads(problem_.value, h_kv, key0, problem_.seqlen_k, problem_.head_dim_v);
-    }
+    if (more) prefetch_inputs<T>(problem_, batch_head_ + 1, prefetcher_);
     const int64_t row_blocks = (bounds_.seqlen_q + kBackwardRows - 1) / kBackwardRows,
                   key_blocks = (bounds_.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
     const int64_t blocks = is_causal(problem_) ? (row_blocks * key_blocks + 1) / 2 : row_blocks * key_blocks;

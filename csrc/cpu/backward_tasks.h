@@ -4,6 +4,7 @@
 // task owns the slice's gradient, or its own part of it. Every task sums in a fixed order.
 #pragma once
 #include "mask.h"
+#include "matmul.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
@@ -61,6 +62,22 @@ class BackwardTasks {
   const bool batches_apart_, heads_apart_;
   const int64_t batches_, heads_;
 };
+
+// Prefetches what the backward of a head reads, if there is such a head; batch_head counts the heads of the whole batch.
+template <class T>
+void prefetch_inputs(const AttentionProblem& problem, int64_t batch_head, RowPrefetcher& prefetcher) {
+  if (batch_head >= problem.batch * problem.num_heads) return;
+  const int64_t b = batch_head / problem.num_heads, h = batch_head % problem.num_heads, h_kv = key_head(problem, h);
+  const int64_t query0 = first_query_of(problem, b), key0 = first_key_of(problem, b), size = static_cast<int64_t>(sizeof(T));
+  const auto reads = [&](const StridedTensor& tensor, int64_t head, int64_t row, int64_t rows, int64_t head_dim) {
+    prefetcher.add_reads(row_ptr<const T>(tensor, b, head, row), tensor.row * size, rows, head_dim * size);
+  };
+  reads(problem.query, h, query0, problem.seqlen_q, problem.head_dim_qk);
+  reads(problem.dout, h, query0, problem.seqlen_q, problem.head_dim_v);
+  reads(problem.out, h, query0, problem.seqlen_q, problem.head_dim_v);
+  reads(problem.key, h_kv, key0, problem.seqlen_k, problem.head_dim_qk);
+  reads(problem.value, h_kv, key0, problem.seqlen_k, problem.head_dim_v);
+}
 
 // Stores a head's contribution to the gradients of its slope and its sink. A range of keys gives part of the slope's gradient; the sink's
 // depends on the rows alone: d lse / d sink is the sink's own weight, and the sink has no value.
