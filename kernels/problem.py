@@ -111,36 +111,16 @@ class Problem:
     def optional_tensors(self) -> OptionalTensors:
         """The tensors in the order of TENSORS, written out because that is fast and can be traced."""
         return (
-            self.attn_mask,
-            self.key_mask,
-            self.key_lengths,
-            self.query_lengths,
-            self.alibi_slopes,
-            self.sinks,
-            self.rng_state,
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            self.mask_bits,
-            self.row_tiles,
-            self.mask_bits_transposed,
-            self.column_tiles,
-        )
+            self.attn_mask, self.key_mask, self.key_lengths, self.query_lengths, self.alibi_slopes, self.sinks, self.rng_state,
+            self.cu_seqlens_q, self.cu_seqlens_k, self.mask_bits, self.row_tiles, self.mask_bits_transposed, self.column_tiles,
+        )  # fmt: skip
 
     def options(self) -> tuple:
         """The options in the order of OPTIONS."""
         return (
-            self.scale,
-            self.window_left,
-            self.window_right,
-            self.diagonal,
-            self.bottom_right,
-            self.softcap,
-            self.dropout_p,
-            self.deterministic,
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-            self.out_memory,
-        )
+            self.scale, self.window_left, self.window_right, self.diagonal, self.bottom_right, self.softcap, self.dropout_p,
+            self.deterministic, self.max_seqlen_q, self.max_seqlen_k, self.out_memory,
+        )  # fmt: skip
 
     def kind(self) -> tuple:
         """Equal for problems that differ only in their tensors' memory."""
