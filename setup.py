@@ -29,7 +29,7 @@ CPU_KERNELS_X86 = ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp", "csrc/cpu
 CUDA_HOST = ["csrc/cuda/driver.cpp", "csrc/cuda/plan.cpp", "csrc/cuda/planner.cpp", "csrc/cuda/families.cpp", "csrc/cuda/sm80/plan.cpp"]
 SOURCES = BINDING + CUDA_HOST + CPU_KERNELS + (CPU_KERNELS_X86 if X86_64 else [])
 
-LINKED_PACKAGES = ("kernels", "transformer", "benchmarks")
+LINKED_PACKAGES = ("kernels", "transformer", "integrations", "benchmarks")
 
 
 def why_not_native() -> str | None:

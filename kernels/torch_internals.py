@@ -67,6 +67,8 @@ is_torch_function_enabled: Callable[[], bool] = _found("_C._is_torch_function_en
 tracing_state: Callable[[], object | None] = _found("_C._get_tracing_state", lambda: torch.jit.is_tracing() or None)
 is_zero_tensor: Callable[[Tensor], bool] = _found("Tensor._is_zerotensor", lambda tensor: True)  # one without memory
 has_storage: Callable[[Tensor], bool] = _found("_C._has_storage", lambda tensor: False)
+# The TorchFunctionModes of this thread, lowest first
+function_modes: Callable[[], list] = _found("overrides._get_current_function_mode_stack", list)
 
 # Faster equivalents of public functions
 

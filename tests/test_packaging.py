@@ -20,7 +20,7 @@ from fused_attention.kernels.native import cpu
 from fused_attention.kernels.native import cuda as cuda_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "transformer", "benchmarks")
+FOLDERS = ("kernels", "transformer", "integrations", "benchmarks")
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
@@ -39,7 +39,7 @@ def test_a_wheel_from_a_zip_download_is_complete(tmp_path: Path) -> None:
         content.extractall(tmp_path / "installed")
     expected = {f"fused_attention/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert expected <= names
-    assert not any(name.startswith(("kernels/", "transformer/", "benchmarks/")) for name in names)
+    assert not any(name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) for name in names)
     script = "import fused_attention as f, torch; print(f.explain(*[torch.zeros(1, 1, 4, 8)] * 3).backend, f.__file__)"
     environment = {"PYTHONPATH": str(tmp_path / "installed")}
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ PAGES = {
     page: (ROOT / page).read_text() for page in ("README.md", "docs/install.md", "docs/support.md", "docs/translation.md", "docs/vision.md")
 }
 DOCS = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.md")}
-FOLDERS = ("kernels", "transformer", "benchmarks", "csrc", "tests", "src")
+FOLDERS = ("kernels", "transformer", "integrations", "benchmarks", "csrc", "tests", "src")
 PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
 SHELL_EXAMPLES = [text for text in re.findall(r"```sh\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL) if "fused-attention " in text]
 

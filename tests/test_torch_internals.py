@@ -46,7 +46,8 @@ def test_the_tests_know_every_name() -> None:
 def test_private_names_of_torch_are_used_in_one_place() -> None:
     # torch._decomp is waited for (when_imported): where it is gone, nothing is registered with it.
     private = re.compile(r"torch(\.\w+)*\._(?!_|decomp\b)\w+|forward_ad\._|\._is_zerotensor|\._has_storage")
-    files = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "transformer").rglob("*.py"), *(ROOT / "src/fused_attention").glob("*.py")]
+    files = [path for folder in ("kernels", "transformer", "integrations") for path in (ROOT / folder).rglob("*.py")]
+    files += (ROOT / "src/fused_attention").glob("*.py")
     lines = [
         f"{file.name}: {line.strip()}"
         for file in files

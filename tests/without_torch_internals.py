@@ -27,6 +27,7 @@ NAMES = (
     "torch._C._get_tracing_state",
     "torch.Tensor._is_zerotensor",
     "torch._C._has_storage",
+    "torch.overrides._get_current_function_mode_stack",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._dynamo.guards._empty_strided_cpu",
     *OF_GPUS,
