@@ -20,6 +20,8 @@ from ..kernels.attention import attention, attention_weights
 from ..transformer.optional import MissingModuleError, optional_module
 
 NAME = "fused_attention"
+# Modules of transformers where some layers compute attention themselves, or cut the masks that they are given.
+NOT_SERVED = ("bigbird_pegasus", "gemma4", "gemma4_unified", "git", "informer")
 
 
 class Masking(NamedTuple):
@@ -62,10 +64,11 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
 
     @wraps(check)
     def refusing_check(model: Any, requested_attention: str | None, *arguments: Any, **options: Any) -> str:
-        if requested_attention == NAME and not model._can_set_attn_implementation():
+        in_part = any(type(model).__module__.startswith(f"transformers.models.{name}.") for name in NOT_SERVED)
+        if requested_attention == NAME and (in_part or not model._can_set_attn_implementation()):
             raise ValueError(
-                f'{type(model).__name__} computes attention itself and takes no attention function, so attn_implementation="{NAME}" '
-                'would not do what it says: use attn_implementation="eager"'
+                f'{type(model).__name__} computes attention itself, at least in part, so attn_implementation="{NAME}" would not do what '
+                'it says: use attn_implementation="eager"'
             )
         return check(model, requested_attention, *arguments, **options)
 

@@ -26,7 +26,18 @@ GROUPED = TOKENS | SIZES | {"num_key_value_heads": 2, "max_position_embeddings":
 BERT = TOKENS | SIZES | {"max_position_embeddings": 64}
 GEMMA2 = {"sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-GPT_OSS = {"sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": ROPE}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+GPT_OSS = EXPERTS | {"sliding_window": 4, "rope_parameters": ROPE}
+GEMMA3 = {"sliding_window": 4, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}
+DEEPSEEK = {
+    "max_position_embeddings": 64,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,  # values are narrower than keys
+    "first_k_dense_replace": 2,  # no experts
+}
 BART: dict[str, Any] = TOKENS | {
     "d_model": 32,
     "encoder_layers": 2,
@@ -51,6 +62,13 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2, softcap and sliding window": ("Gemma2Config", GROUPED | GEMMA2),
     "gpt-oss, sinks and sliding window": ("GptOssConfig", GROUPED | GPT_OSS),
     "Qwen2": ("Qwen2Config", GROUPED),
+    "Qwen3": ("Qwen3Config", GROUPED),
+    "Mixtral": ("MixtralConfig", GROUPED | EXPERTS),
+    "Gemma 3, sliding window": ("Gemma3TextConfig", GROUPED | GEMMA3),
+    "Phi-3": ("Phi3Config", GROUPED | {"original_max_position_embeddings": 64}),
+    "OLMo 2": ("Olmo2Config", GROUPED),
+    "DeepSeek-V3": ("DeepseekV3Config", TOKENS | SIZES | {"num_key_value_heads": 4} | DEEPSEEK),
+    "Llama 4, chunks": ("Llama4TextConfig", GROUPED | EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": 4}),
 }
 
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,7 +91,10 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mBART": ("MBartConfig", BART),
     "Pegasus": ("PegasusConfig", BART),
     "M2M-100": ("M2M100Config", BART),
+    "Blenderbot": ("BlenderbotConfig", BART),
     "T5": ("T5Config", T5),
+    "UMT5": ("UMT5Config", T5),
+    "LongT5": ("LongT5Config", T5 | {"local_radius": 4}),
     "mT5": ("MT5Config", T5),
 }
 
@@ -258,16 +279,35 @@ class TestEncoderDecoders:
 
 
 class TestCompiled:
-    @pytest.mark.parametrize(("auto_class", "family"), [("AutoModelForCausalLM", "Mistral, sliding window"), ("AutoModel", "BERT")])
-    def test_forward_without_a_graph_break(self, auto_class, family):
-        model = tiny(auto_class, *(DECODERS | ENCODERS)[family])
+    @pytest.mark.parametrize(
+        ("auto_class", "family", "layers"),
+        [
+            ("AutoModelForCausalLM", "Mistral, sliding window", "num_hidden_layers"),
+            ("AutoModel", "BERT", "num_hidden_layers"),
+            ("AutoModelForSeq2SeqLM", "T5", "num_layers"),
+        ],
+    )
+    def test_without_a_graph_break(self, auto_class, family, layers):
+        """Forward and backward, of one layer."""
+        config, options = (DECODERS | ENCODERS | ENCODER_DECODERS)[family]
+        model = tiny(auto_class, config, options | {layers: 1})
         ids, mask = padded("right")
-        options = {"use_cache": False} if family in DECODERS else {}
-        model.set_attn_implementation(NAME)
-        with torch.no_grad():
-            expected = model(input_ids=ids, attention_mask=mask, **options)[0]
-            compiled = torch.compile(model, backend="eager", fullgraph=True)
-            assert_close(compiled(input_ids=ids, attention_mask=mask, **options)[0], expected, atol=1e-5, rtol=1e-5)
+        more = {"T5": {"decoder_input_ids": ids}, "BERT": {}}.get(family, {"use_cache": False})
+        inputs = {"input_ids": ids, "attention_mask": mask, **more}
+        expected = run(model, NAME, mask, **inputs)
+        model.zero_grad()
+        outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)[0] * mask[..., None]
+        outputs.tanh().square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if name in expected.gradients}
+        assert_same(Run(outputs.detach(), gradients), expected)
+
+    def test_gradient_checkpointing(self):
+        model = tiny("AutoModelForCausalLM", *DECODERS["Mistral, sliding window"])
+        inputs = dict(zip(("input_ids", "attention_mask"), padded("right"), strict=True))
+        expected = run(model, NAME, inputs["attention_mask"], **inputs, use_cache=False)
+        model.train()  # checkpoints only then; it has no dropout
+        model.gradient_checkpointing_enable()
+        assert_same(run(model, NAME, inputs["attention_mask"], **inputs, use_cache=False), expected)
 
 
 class TestForward:
@@ -360,6 +400,14 @@ class TestRegister:
         options = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
         with pytest.raises(ValueError, match=f"{config.removesuffix('Config')}Model computes attention itself"):
             transformers.AutoModel.from_config(getattr(transformers, config)(**options), attn_implementation=NAME)
+
+    @pytest.mark.parametrize(
+        ("auto_class", "config"), [("AutoModelForSeq2SeqLM", "BigBirdPegasusConfig"), ("AutoModel", "Gemma4TextConfig")]
+    )
+    def test_models_that_do_so_in_part_are_refused(self, auto_class, config):
+        options = BART if "Pegasus" in config else GROUPED
+        with pytest.raises(ValueError, match=f"{config.removesuffix('Config').removesuffix('Text')}.* computes attention itself"):
+            getattr(transformers, auto_class).from_config(getattr(transformers, config)(**options), attn_implementation=NAME)
 
     def test_such_a_model_is_left_as_it_was(self):
         model = transformers.AutoModel.from_config(transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4))
