@@ -17,9 +17,8 @@ from fused_attention.kernels.support import support_table, transforms_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = {
-    page: (ROOT / page).read_text() for page in ("README.md", "docs/install.md", "docs/support.md", "docs/translation.md", "docs/vision.md")
-}
+RUN = ("README.md", "docs/install.md", "docs/migrating.md", "docs/support.md", "docs/translation.md", "docs/vision.md")
+PAGES = {page: (ROOT / page).read_text() for page in RUN}
 DOCS = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.md")}
 FOLDERS = ("kernels", "transformer", "integrations", "benchmarks", "csrc", "tests", "src")
 PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
