@@ -77,8 +77,9 @@ def test_errors_have_torchs_types() -> None:
 def test_another_thread_keeps_torchs(calls: list) -> None:
     def both() -> None:
         F.scaled_dot_product_attention(*INPUTS)
-        with fused_sdpa():
-            F.scaled_dot_product_attention(*INPUTS)
+        enable()
+        F.scaled_dot_product_attention(*INPUTS)
+        disable()
 
     enable()
     thread = threading.Thread(target=both)

@@ -63,6 +63,7 @@ def check(names: Sequence[str]) -> None:
         for name in names:
             stack.enter_context(hidden(name))
         from fused_attention import attention, attention_varlen, attention_weights, scaled_dot_product_attention
+        from fused_attention.integrations import sdpa
         from fused_attention.kernels import torch_internals
         from fused_attention.transformer.layers import dropout
     for_gpus = torch.version.cuda or torch.version.hip
@@ -76,6 +77,11 @@ def check(names: Sequence[str]) -> None:
 
     def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attention(query, key, value, is_causal=True)
+
+    sdpa.enable()
+    assert_close(torch.nn.functional.scaled_dot_product_attention(*plain, attn_mask=torch.zeros(9, 9).bool()), torch.zeros(2, 4, 9, 8))
+    sdpa.disable()
+    assert not torch.overrides.has_torch_function(())  # no mode is left
 
     for _ in range(3):  # the second and third may be repetitions
         assert_close(ours(*plain), expected(*plain))
