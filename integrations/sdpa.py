@@ -30,12 +30,13 @@ def _copy(function: Any, **names: Any) -> Callable[..., Any]:
     return copy
 
 
-# torch hands these functions to the mode and runs them outside of it, so the mode would not see the calls that they make.
+# torch hands these functions to the mode and runs them outside of it, so the mode would not see the calls that they make. The copies do not
+# look for modes again.
+_NO_MODES = {"has_torch_function": lambda _: False, "has_torch_function_unary": lambda _: False}
 _TORCHS_MULTI_HEAD_ATTENTION = F.multi_head_attention_forward
-_OUR_MULTI_HEAD_ATTENTION = _copy(_TORCHS_MULTI_HEAD_ATTENTION, scaled_dot_product_attention=scaled_dot_product_attention)
-_BACKWARD = {  # they may run a checkpoint's forward pass; the copies do not ask for modes again
-    function: _copy(function, has_torch_function=lambda _: False, has_torch_function_unary=lambda _: False)
-    for function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_OUR_MULTI_HEAD_ATTENTION = _copy(_TORCHS_MULTI_HEAD_ATTENTION, scaled_dot_product_attention=scaled_dot_product_attention, **_NO_MODES)
+_BACKWARD = {  # they may run a checkpoint's forward pass
+    function: _copy(function, **_NO_MODES) for function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 }
 _TORCHS_ATTENTION: Callable[..., Tensor] = F.scaled_dot_product_attention
 
@@ -65,9 +66,9 @@ class fused_sdpa(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is _TORCHS_ATTENTION:
             func = scaled_dot_product_attention
-        elif func is _TORCHS_MULTI_HEAD_ATTENTION:
+        elif func is _TORCHS_MULTI_HEAD_ATTENTION and set(types) <= {Tensor}:  # no subclass has its own idea of the function
             func = _OUR_MULTI_HEAD_ATTENTION
-        elif func in _BACKWARD and set(types) <= {Tensor}:  # no subclass has its own idea of them
+        elif func in _BACKWARD and set(types) <= {Tensor}:
             with self:
                 return _BACKWARD[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
