@@ -1,4 +1,4 @@
-"""The fused kernels in transformers (version 5 or later): attn_implementation="fused_attention", after `register()`.
+"""The fused kernels in transformers (version 5.24 or later): attn_implementation="fused_attention", after `register()`.
 
 1. For each forward pass, transformers asks `fused_attention_mask` for one mask per kind of layer (full, sliding). The usual patterns come
    back as a Masking, without a matrix; a mask over masks, such as packed or chunked sequences, as the boolean matrix of its sdpa.
@@ -45,11 +45,11 @@ def register() -> None:
     that names its class; set_attn_implementation leaves it as it was and logs its name.
 
     Raises:
-        MissingModuleError: transformers is not installed, or is older than version 5.
+        MissingModuleError: transformers is not installed, or is older than 5.24; early versions 5 make masks another way.
     """
     version = optional_module("transformers", "transformers").__version__
-    if int(version.partition(".")[0]) < 5:
-        raise MissingModuleError(f"transformers {version} is too old; install version 5 with: pip install 'fused-attention[transformers]'")
+    if tuple(int(number) for number in version.split(".")[:2]) < (5, 24):
+        raise MissingModuleError(f"transformers {version} is too old; install 5.24 with: pip install -U 'fused-attention[transformers]'")
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     AttentionInterface.register(NAME, fused_attention_forward)

@@ -15,9 +15,9 @@ from fused_attention.integrations import transformers as integration
 from fused_attention.integrations.transformers import NAME, Masking, fused_attention_forward, fused_attention_mask, register
 from fused_attention.transformer.optional import MissingModuleError
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # its name in every version 5
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # its older name
 
 BATCH, LENGTH, VOCABULARY = 3, 9, 64
 TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -319,6 +319,14 @@ class TestForward:
         assert (weights == 0.0).float().mean() > 0.6  # causal, and half of the rest
         assert_close(out, (weights @ value).transpose(1, 2), atol=1e-6, rtol=1e-5)
 
+    def test_a_row_for_all_queries_is_a_key_mask(self, monkeypatch):
+        query, row = torch.randn(2, 2, 3, 8), torch.rand(2, 1, 1, 3) > 0.3
+        calls: list[dict[str, Any]] = []
+        monkeypatch.setattr(integration, "attention", lambda *inputs, **options: calls.append(options) or query)
+        fused_attention_forward(torch.nn.Identity(), query, query, query, row)
+        assert calls[0]["attn_mask"] is None
+        assert_close(calls[0]["key_mask"], row[:, 0, 0])
+
     def test_keys_selected_by_index_are_refused(self):
         query = torch.randn(1, 2, 3, 8)
         with pytest.raises(ValueError, match="Identity passes indices"):
@@ -421,6 +429,6 @@ class TestRegister:
             register()
 
     def test_an_old_version(self, monkeypatch):
-        monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
-        with pytest.raises(MissingModuleError, match=r"transformers 4\.57\.1 is too old"):
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.0.0")
+        with pytest.raises(MissingModuleError, match=r"transformers 5\.0\.0 is too old"):
             integration.register()
