@@ -141,11 +141,11 @@ def fused_attention_forward(
     attention_mask: Masking | Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    dropout: float = 0.0,
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:

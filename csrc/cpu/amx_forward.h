@@ -62,8 +62,7 @@ class AmxForward {
 
   size_t carve(char* memory) {
     Arena arena(memory);
-    packed_key_ = arena.take<Bf16Bits>(block_keys_ * dim_qk_);
-    packed_value_ = arena.take<Bf16Bits>(block_keys_ * dim_v_);
+    packed_key_ = arena.take<Bf16Bits>(block_keys_ * dim_qk_), packed_value_ = arena.take<Bf16Bits>(block_keys_ * dim_v_);
     packed_query_ = arena.take<Bf16Bits>(held_rows_ * dim_qk_);
     acc_ = arena.take<float>(held_rows_ * dim_v_);
     row_max_ = arena.take<float>(held_rows_), row_sum_ = arena.take<float>(held_rows_);
