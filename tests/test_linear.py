@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -62,6 +64,15 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     alone = torch.cat([few_rows.linear(row[None], weight, bias) for row in x])
     for rows in (64, 11, 4):
         assert torch.equal(few_rows.linear(x[:rows], weight, bias), alone[:rows])
+
+
+def test_fewer_threads_than_were_asked_for() -> None:
+    program = (
+        "import torch; from fused_attention.kernels.native.linear import linear; torch.manual_seed(0); torch.set_num_threads(4)\n"
+        "x, weight = torch.randn(2, 512), torch.randn(4000, 512)\n"
+        "torch.testing.assert_close(linear(x, weight, None), x @ weight.T, rtol=1e-4, atol=1e-3)"
+    )
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"OMP_THREAD_LIMIT": "1"}, check=True)
 
 
 def test_nothing_beyond_the_tensors_is_read_or_written() -> None:

@@ -180,11 +180,10 @@ void linear(const Linear& linear, int num_threads) {
   if (num_threads <= 1 || num_blocks <= 1 || work < kSerialWork) return run_columns(linear, 0, linear.out_features);
   const int64_t num_shares = std::min<int64_t>(num_threads, num_blocks);
 #pragma omp parallel num_threads(static_cast<int>(num_shares))
-  {
-    const int64_t share = omp_get_thread_num();
+  // OpenMP may give fewer threads than were asked for.
+  for (int64_t share = omp_get_thread_num(); share < num_shares; share += omp_get_num_threads())
     run_columns(linear, num_blocks * share / num_shares * kColumnBlock,
                 std::min(num_blocks * (share + 1) / num_shares * kColumnBlock, linear.out_features));
-  }
 }
 
 }  // namespace fused_attention::cpu

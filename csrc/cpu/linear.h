@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = x W^T + bias in float32 for a few rows of x, as a decoder takes with every token: reading W once is all the time there is.
 //
-// W is read where it lies. Its rows are as long as x's, so a register tile is dot products: kTileRows rows of x with 4 rows of W, lanes
+// W is read where it lies. Its rows are as long as x's, so a register tile is dot products: kLinearRows rows of x with 4 rows of W, lanes
 // along the depth, added up across lanes at the end. Rows of x come back to the same 8 rows of W, which a level-1 cache holds for
 // kLinearDepth columns at a time; the first of them fetch the next ones from memory. A row of the result does not depend on how many rows
 // there are.
@@ -62,8 +62,9 @@ constexpr AddDotProducts kAddDotProducts[] = {
     add_dot_products<1>,
     add_dot_products<2>,
     add_dot_products<3>,
-    add_dot_products < kLinearRows == 6 ? 4 : 1 >
-    , add_dot_products < kLinearRows == 6 ? 5 : 1 >, add_dot_products < kLinearRows == 6 ? 6 : 1 >,
+    add_dot_products<(kLinearRows < 4 ? 3 : 4)>,
+    add_dot_products<(kLinearRows < 5 ? 3 : 5)>,
+    add_dot_products<(kLinearRows < 6 ? 3 : 6)>,
 };
 
 // Columns [first, last) of out.
