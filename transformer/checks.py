@@ -19,12 +19,16 @@ def checked_integer_in(name: str, value: object, low: int, high: int | None = No
 def check_layers(d_model: int, num_heads: int, dropout: object, layer_norm_eps: object) -> None:
     if d_model % num_heads:
         raise ValueError(f"d_model must be divisible by num_heads, got d_model = {d_model} and num_heads = {num_heads}")
+    check_dropout(dropout)
+    if not isinstance(layer_norm_eps, float) or not layer_norm_eps >= 0:
+        raise ValueError(f"layer_norm_eps must be a float >= 0, got {layer_norm_eps!r}")
+
+
+def check_dropout(dropout: object) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
-    if not isinstance(layer_norm_eps, float) or not layer_norm_eps >= 0:
-        raise ValueError(f"layer_norm_eps must be a float >= 0, got {layer_norm_eps!r}")
 
 
 def check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> None:

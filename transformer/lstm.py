@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..kernels.attention import attention, attention_weights
-from .checks import check_tokens, checked_integer_in
+from .checks import check_dropout, check_tokens, checked_integer_in
 from .generate import Generation, evaluating
 from .layers import dropout
 from .memory import Padding
@@ -59,8 +59,7 @@ class LSTMEncoderDecoder(Generation):
             checked_integer_in(name, arguments[name], 0, min(src_vocab, tgt_vocab) - 1)
         if d_model % 2:
             raise ValueError(f"d_model must be even, half for each direction of the encoder, got {d_model}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        check_dropout(dropout)
         self.tgt_vocab, self.d_model, self.num_layers, self.dropout = tgt_vocab, d_model, num_layers, dropout
         self.pad_id, self.bos_id, self.eos_id, self.max_len = pad_id, bos_id, eos_id, max_len
 
