@@ -47,10 +47,15 @@ _prepared: dict[tuple, Any] = {}
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool | str, float | None, str | None, str, bool]
 
 
+def may_repeat() -> bool:
+    """Whether nothing that a guard cannot see must see the call."""
+    return not (_is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0)
+
+
 def repeat(arguments: Arguments) -> Tensor | tuple[Tensor, Tensor] | None:
     """Runs a call that matches an earlier one, without its checks; returns None if none matches."""
     query, key, value, key_mask, key_lengths, is_causal, scale, backend, caller, return_lse = arguments
-    if _is_dynamo_compiling() or num_dispatch_modes() > 0 or forward_mode._current_level >= 0:
+    if not may_repeat():
         return None
     if type(query) is not Tensor or type(key) is not Tensor or not _are_comparable(is_causal, scale, backend):
         return None

@@ -18,6 +18,7 @@ from fused_attention.transformer.beam import Hypothesis
 from fused_attention.transformer.cache import KVCache
 from fused_attention.transformer.generate import Generation
 from fused_attention.transformer.model import Transformer
+from fused_attention.transformer.search import log_softmax_, top_k
 
 
 @torch.no_grad()
@@ -136,18 +137,45 @@ class TestOptions:
             build().beam_search(SRC, beam=2, n_best=3)
 
 
+class TestNumbers:
+    @pytest.mark.parametrize("columns", [100, 128, 4 * 8 * 128, 4 * 8 * 128 + 77])
+    def test_top_k(self, columns: int) -> None:
+        """Also where the highest are in one block, or in the columns after the last whole one."""
+        scores = torch.randperm(6 * columns, generator=torch.Generator().manual_seed(0)).float().view(6, columns)
+        scores[1, 10:18] += 1e6
+        scores[2, -8:] += 1e6
+        scores[3] = -torch.inf
+        scores[3, [0, columns - 1]] = torch.tensor([1.0, 2.0])
+        values, places = top_k(scores, 8)
+        expected = scores.topk(8)
+        assert torch.equal(values, expected.values)
+        assert torch.equal(places[[0, 1, 2, 4, 5]], expected.indices[[0, 1, 2, 4, 5]])
+        assert places[3, :2].tolist() == [columns - 1, 0]
+        assert torch.equal(scores.gather(1, places), values)
+        assert all(len(set(row)) == 8 for row in places.tolist())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_log_softmax(self, dtype: torch.dtype) -> None:
+        logits = torch.randn(35, 3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for rows in (slice(None), slice(0, 0)):
+            for positions in (slice(None), slice(-1), -1):  # the second has no view as a matrix
+                part = logits.clone()[rows, positions]
+                expected = part.log_softmax(-1, dtype=torch.promote_types(dtype, torch.float32))
+                torch.testing.assert_close(log_softmax_(part), expected)
+
+
 class TestWork:
     def test_keys_and_values_of_a_source_stand_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The encoder runs once; cross-attention gets all beams of a sentence as queries of one row."""
         model, src = ending_model(), sources(5)
         calls: list[tuple[Any, ...]] = []
-        operation = layers.attention_kv_packed
+        operation = layers.attend_to_cache
 
         def spy(query: Tensor, kv: Tensor, **options: Any) -> Any:
             calls.append((query.shape[0], query.shape[2], kv.shape[0], kv.shape[1]))
             return operation(query, kv, **options)
 
-        monkeypatch.setattr(layers, "attention_kv_packed", spy)
+        monkeypatch.setattr(layers, "attend_to_cache", spy)
         encoded = []
         encode = model.encode
         monkeypatch.setattr(model, "encode", lambda src: encoded.append(1) or encode(src))
@@ -157,6 +185,18 @@ class TestWork:
         assert {queries for _, queries, _, _ in cross} == {4}
         assert all(rows == kv_rows and length == 7 for rows, _, kv_rows, length in cross)
         assert len({rows for rows, *_ in cross}) > 1, "finished sentences leave the batch"
+
+    def test_sentences_that_leave_free_their_place(self) -> None:
+        """The keys and values of the source stay where they are, but for those that move to a place that is free."""
+        model = build()
+        memory, _ = model.start_decoding(sources(5), 4)
+        before = [kv.clone() for kv in memory.keys_values]
+        rows = torch.tensor([0, 4, 2])
+        after = memory.select(rows)
+        assert [kv.data_ptr() for kv in after.keys_values] == [kv.data_ptr() for kv in memory.keys_values]
+        for kv, old in zip(after.keys_values, before, strict=True):
+            assert torch.equal(kv, old[rows])
+        assert torch.equal(after.padding.lengths, memory.padding.lengths[rows])
 
     def test_only_rows_that_move_are_copied(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A hypothesis takes the place of its parent; only the second, third, ... child of a parent is copied elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attention.transformer.cache import KVCache, LayerCache, RowSelection
@@ -122,7 +123,7 @@ class TestLayerCache:
         module = SelfAttention(24, 3, 0.0).double()
         x = torch.randn(2, 9, 24, dtype=torch.float64)
         cache = LayerCache(capacity=2)  # grows three times on the way to 9
-        steps = [module(x[:, i : i + 1], cache) for i in range(9)]
+        steps = [module(x[:, i : i + 1], cache, key_lengths=torch.tensor([i + 1, i + 1])) for i in range(9)]
         torch.testing.assert_close(torch.cat(steps, 1), module(x, is_causal=True))
 
     def test_append_returns_everything_and_keeps_it_when_the_buffer_grows(self) -> None:
@@ -130,7 +131,9 @@ class TestLayerCache:
         kv = torch.randn(2, 11, 2, 3, 8)
         pieces = [(0, 3), (3, 4), (4, 6), (6, 11)]  # fits, fills exactly, doubles, doubles again
         for start, end in pieces:
-            assert torch.equal(cache.append(kv[:, start:end]), kv[:, :end])
+            buffer = cache.append(kv[:, start:end])
+            assert buffer.shape[1] == {3: 4, 4: 4, 6: 8, 11: 16}[end]
+            assert torch.equal(buffer[:, :end], kv[:, :end])
 
     def test_cross_attention_projects_the_memory_once(self) -> None:
         module = CrossAttention(24, 3, 0.0)
@@ -156,9 +159,11 @@ class TestKVCache:
         assert cache.batch_size == 4
         assert cache.length == 2
         new = torch.randn(4, 1, 2, 1, 4)
-        assert torch.equal(cache.append(torch.ones(4, 1, dtype=torch.bool), 2)[:, :2], mask[rows])
+        keys = cache.append(torch.ones(4, 1, dtype=torch.bool), 2)
+        assert torch.equal(keys["key_mask"][:, :3], F.pad(mask[rows], (0, 1), value=True))
+        assert keys["key_lengths"].tolist() == [3] * 4
         for layer in cache.layers:
-            assert torch.equal(layer.append(new), torch.cat([kv[rows], new], 1))
+            assert torch.equal(layer.append(new)[:, :3], torch.cat([kv[rows], new], 1))
             assert layer.cross_kv is not None
             assert torch.equal(layer.cross_kv, kv[rows] * 2)
 
@@ -174,7 +179,7 @@ class TestKVCache:
         buffer[2, :2] = torch.nan  # nobody goes on from here
         cache.select(torch.tensor([1, 0, 3]))
         assert layer.self_kv.data_ptr() == buffer.data_ptr()
-        assert torch.equal(layer.append(torch.zeros(3, 0, 2, 1, 4)), kv[[1, 0, 3]])
+        assert torch.equal(layer.append(torch.zeros(3, 0, 2, 1, 4))[:, :2], kv[[1, 0, 3]])
         assert (buffer[:, 2:] == 7).all()
         assert torch.equal(buffer[3, :2], kv[3])
         assert cache.batch_size == 3

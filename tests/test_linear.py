@@ -122,6 +122,17 @@ def test_torch_takes_the_rest(case: str) -> None:
     torch.testing.assert_close(linear(*arguments), F.linear(*arguments))
 
 
+@pytest.mark.parametrize("case", list(refused()))
+def test_what_was_taken_before_is_no_excuse(case: str) -> None:
+    """takes() remembers what it took without gradients; nothing else passes for it."""
+    x, weight, bias = inputs(4, 8, 5)
+    with torch.no_grad():
+        assert few_rows.takes(x, weight, bias)
+        assert few_rows.takes(x, weight, bias)
+        assert few_rows.takes(*refused()[case]) == (case == "gradient")
+    assert not few_rows.takes(x, weight.requires_grad_(), bias)
+
+
 def test_errors_are_torchs() -> None:
     x, weight, bias = inputs(4, 8, 5)
     for arguments in ((x[:, :7].contiguous(), weight, bias), (x, weight, bias[:3])):
@@ -129,15 +140,18 @@ def test_errors_are_torchs() -> None:
             linear(*arguments)
 
 
-def test_whoever_watches_sees_torchs_operator() -> None:
+@pytest.mark.parametrize("gradients", [True, False])
+def test_whoever_watches_sees_torchs_operator(gradients: bool) -> None:
     x, weight, bias = inputs(4, 8, 5)
-    with FlopCounterMode(display=False) as counter:
-        linear(x, weight, bias)
-    assert counter.get_total_flops() == 2 * 4 * 8 * 5
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight, bias).dtype is torch.bfloat16
-    torch.testing.assert_close(torch.func.vmap(linear, (0, None, None))(x, weight, bias), F.linear(x, weight, bias))
-    torch.testing.assert_close(torch.compile(linear, fullgraph=True, backend="eager")(x, weight, bias), F.linear(x, weight, bias))
+    with torch.set_grad_enabled(gradients):  # without them, takes() remembers the first call
+        expected = linear(x, weight, bias)
+        with FlopCounterMode(display=False) as counter:
+            linear(x, weight, bias)
+        assert counter.get_total_flops() == 2 * 4 * 8 * 5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, weight, bias).dtype is torch.bfloat16
+        torch.testing.assert_close(torch.func.vmap(linear, (0, None, None))(x, weight, bias), expected)
+        torch.testing.assert_close(torch.compile(linear, fullgraph=True, backend="eager")(x, weight, bias), expected)
 
 
 def test_the_extension_checks_its_arguments() -> None:

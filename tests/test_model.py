@@ -177,7 +177,7 @@ class TestPadding:
             return made[-1]
 
         monkeypatch.setattr(memory_module, "prepare_mask", prepare)
-        for name in ("attention_qkv_packed", "attention_kv_packed"):
+        for name in ("attention_qkv_packed", "attention_kv_packed", "attend_to_cache"):
             operation = getattr(layers, name)
 
             def spy(*inputs: Tensor, operation: Any = operation, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .search import Constraints, SearchableModel, log_softmax, remaining
+from .search import Constraints, SearchableModel, log_softmax_, remaining, top_k
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class BeamSearch:
 
         for length in range(forced.shape[1], max_length if batch_size > 0 else 0):
             logits = self.model.decode(newest, memory, cache)
-            log_probabilities = log_softmax(logits[:, -1])
+            log_probabilities = log_softmax_(logits[:, -1])
             if beams is None:
                 beams = self._first(forced.unflatten(0, (batch_size, width)), logits[:, :-1])
                 results = beams.clone()
@@ -94,8 +94,9 @@ class BeamSearch:
                 results[sentences[leave]] = beams[leave]
                 if stay.shape[0] == 0:
                     break
-                rows, stay = rows.view(-1, width)[stay].flatten(), stay.to(device)
-                beams, sentences, memory = beams[stay], sentences[stay], memory.select(stay)
+                rows, memory = rows.view(-1, width)[stay].flatten(), memory.select(stay)
+                stay = stay.to(device)
+                beams, sentences = beams[stay], sentences[stay]
             cache.select(rows)
             self.constraints.select(rows)
             newest = beams.tokens[:, :, length].reshape(-1, 1)
@@ -103,7 +104,7 @@ class BeamSearch:
 
     def _first(self, forced: Tensor, logits: Tensor) -> Beams:
         """One hypothesis per sentence, with only the forced tokens (B, K, n); the other slots are empty. logits (B * K, n, V)."""
-        scores = log_softmax(logits).gather(2, forced.flatten(0, 1).unsqueeze(2))
+        scores = log_softmax_(logits).gather(2, forced.flatten(0, 1).unsqueeze(2))
         tokens = forced.new_full((*forced.shape[:2], len(self.penalties)), self.model.pad_id)
         tokens[:, :, : forced.shape[2]] = forced
         nothing = scores.new_full(forced.shape[:2], -torch.inf)
@@ -118,7 +119,7 @@ class BeamSearch:
         Returns the rows (B, K), numbered over the whole batch, that the hypotheses continue: each keeps its own row if it can.
         """
         width, each = self.beam, min(2 * self.beam, log_probabilities.shape[1])
-        best, tokens = log_probabilities.topk(each)  # of each hypothesis first, so that sums are added to few numbers
+        best, tokens = top_k(log_probabilities, each)  # of each hypothesis first, so that sums are added to few numbers
         totals = beams.sums.unsqueeze(-1) + best.view(-1, width, each)
         sums, places = totals.flatten(1).topk(2 * width)  # (B, 2K), descending
         parents, tokens = places // each, tokens.view(-1, width * each).gather(1, places)

@@ -24,12 +24,15 @@ class LayerCache:
         self.state: Tensor | None = None  # (B, 1, d_model), of an SSRU
 
     def append(self, kv: Tensor) -> Tensor:
-        """Appends kv (B, n, 2, H, D) and returns everything held, (B, length, 2, H, D), as a view."""
+        """Appends kv (B, n, 2, H, D) and returns the buffer, of which the first `length` positions are filled.
+
+        The whole buffer, so that the sizes of the attention call stay the same from step to step.
+        """
         end = self.length + kv.shape[1]
         self.self_kv = _grown(self.self_kv, kv, self.length, end, self.capacity)
         self.self_kv[:, self.length : end] = kv
         self.length = end
-        return self.self_kv[:, :end]
+        return self.self_kv
 
     def select(self, rows: RowSelection) -> None:
         if self.self_kv is not None:
@@ -57,16 +60,16 @@ class KVCache:
         self.layers: list[LayerCache] = []
         self._key_mask: Tensor | None = None  # (B, capacity) bool
 
-    def append(self, key_mask: Tensor, num_layers: int) -> Tensor:
-        """Adds key_mask.shape[1] new positions in num_layers layers; returns the mask of all positions, (B, length)
-        bool."""
+    def append(self, key_mask: Tensor, num_layers: int) -> dict[str, Tensor]:
+        """Adds key_mask.shape[1] new positions in num_layers layers; returns the options of `attention` that say which keys are there."""
         if not self.layers:
             self.layers = [LayerCache(self.capacity) for _ in range(num_layers)]
         end = self.length + key_mask.shape[1]
         self._key_mask = _grown(self._key_mask, key_mask, self.length, end, self.capacity)
         self._key_mask[:, self.length : end] = key_mask
         self.length = end
-        return self._key_mask[:, :end]
+        lengths = torch.full((key_mask.shape[0],), end, dtype=torch.int32, device=key_mask.device)
+        return {"key_mask": self._key_mask, "key_lengths": lengths}
 
     @property
     def batch_size(self) -> int | None:

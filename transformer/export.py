@@ -79,9 +79,9 @@ class GrowingCache(KVCache):
         for layer, tensor in zip(self.layers, tensors, strict=True):
             setattr(layer, "state" if decoder_cell == "ssru" else "self_kv", tensor)
 
-    def append(self, key_mask: Tensor, num_layers: int) -> Tensor:
+    def append(self, key_mask: Tensor, num_layers: int) -> dict[str, Tensor]:
         assert self._key_mask is not None
-        return self._key_mask
+        return {"key_mask": self._key_mask}
 
     def tensors(self) -> list[Tensor]:
         held = [layer.self_kv if layer.state is None else layer.state for layer in self.layers]

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from .beam import BeamSearch, Hypothesis
 from .checks import check_tokens, checked_integer_in
 from .sampling import Sampler, checked_number
-from .search import Constraints, log_softmax, remaining
+from .search import Constraints, log_softmax_, remaining
 
 LengthPenalty = float | Callable[[int], float]
 
@@ -178,7 +178,7 @@ class Generation(nn.Module):
         check_tokens("tgt", tgt, self.max_len)
         seen = torch.cat([tgt.new_full((tgt.shape[0], 1), self.bos_id), tgt], 1)[:, :-1]
         with evaluating(self), torch.no_grad():
-            log_probabilities = log_softmax(self(src, seen)).gather(2, tgt.unsqueeze(2)).squeeze(2)
+            log_probabilities = log_softmax_(self(src, seen)).gather(2, tgt.unsqueeze(2)).squeeze(2)
         is_eos = tgt == self.eos_id
         counts = (is_eos.cumsum(1) - is_eos.int() == 0) & (is_eos | (tgt != self.pad_id))
         tokens = log_probabilities.masked_fill(~counts, 0)
@@ -207,8 +207,9 @@ class Generation(nn.Module):
                 if stay.shape[0] == 0:
                     return
                 cache.select(stay)
+                memory = memory.select(stay)
                 stay = stay.to(memory.device)
-                rows, tokens, memory = rows[stay], tokens[stay], memory.select(stay)
+                rows, tokens = rows[stay], tokens[stay]
                 constraints.select(stay)
 
     def _token_choice(

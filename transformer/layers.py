@@ -47,6 +47,11 @@ def add_residual(x: Tensor, sublayer_output: Tensor, p: float, training: bool) -
     return x + dropout(sublayer_output, p, training).to(x.dtype)
 
 
+def attend_to_cache(query: Tensor, kv: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_kv_packed` without gradients, by `attention`, which recognizes calls of the same sizes: checks take longer than kernels."""
+    return attention(query, kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2), **options)
+
+
 class _PackedAttention(nn.Module):
     """The parameters of torch.nn.MultiheadAttention under the same names, initialized as in torch.nn.Transformer."""
 
@@ -94,7 +99,7 @@ class SelfAttention(_PackedAttention):
         if cache is None:
             return self.merge_heads(attention_qkv_packed(qkv, dropout_p=self.dropout_p, **options))
         query, kv = qkv[:, :, 0].transpose(1, 2), cache.append(qkv[:, :, 1:])
-        return self.merge_heads(attention_kv_packed(query, kv, dropout_p=self.dropout_p, **options))
+        return self.merge_heads(attend_to_cache(query, kv, dropout_p=self.dropout_p, **options))
 
     def weights(self, x: Tensor, **options: Any) -> Tensor:
         """The attention weights (B, H, L, L) of forward(x, **options), before dropout."""
@@ -107,17 +112,20 @@ class CrossAttention(_PackedAttention):
     """Multi-head attention of a sequence to the encoder's memory; keys and values in a packed (B, S, 2, H, D)
     buffer."""
 
+    def _split_heads(self, query: Tensor) -> Tensor:
+        """(B, L, d_model) -> (B, H, L, D)"""
+        return query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
     def project(self, x: Tensor, memory: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
         """The query (B, H, L, D), and packed keys and values (B, S, 2, H, D): from the cache if it has them, or memory
         itself if that came from keys_values."""
+        held = memory if memory.ndim == 5 else None if cache is None else cache.cross_kv
+        if held is not None:
+            return self._split_heads(linear(x, self.in_proj_weight[: self.d_model], self.in_proj_bias[: self.d_model])), held
+        # split, not slices: its backward writes the weight's gradient once.
         sizes = [self.d_model, 2 * self.d_model]
-        weight_q, weight_kv = self.in_proj_weight.split(sizes)
-        bias_q, bias_kv = self.in_proj_bias.split(sizes)
-        query = linear(x, weight_q, bias_q).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        if memory.ndim == 5:
-            return query, memory
-        if cache is not None and cache.cross_kv is not None:
-            return query, cache.cross_kv
+        (weight_q, weight_kv), (bias_q, bias_kv) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+        query = self._split_heads(linear(x, weight_q, bias_q))
         kv = linear(memory, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, self.head_dim))
         if cache is not None:
             cache.cross_kv = kv
@@ -133,7 +141,8 @@ class CrossAttention(_PackedAttention):
             # The beams of a sentence are queries of one call, so its keys and values are neither copied nor read twice.
             x = x.view(memory.shape[0], -1, self.d_model)
         query, kv = self.project(x, memory, cache)
-        heads = attention_kv_packed(query, kv, dropout_p=self.dropout_p, **options)
+        attend = attention_kv_packed if cache is None else attend_to_cache
+        heads = attend(query, kv, dropout_p=self.dropout_p, **options)
         return self.merge_heads(heads) if x.shape == shape else self.merge_heads(heads).view(shape)
 
     def keys_values(self, memory: Tensor) -> Tensor:

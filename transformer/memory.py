@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.prepared_mask import prepare_mask
+from .cache import RowSelection
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Memory:
         return self.padding.lengths.device
 
     def select(self, rows: Tensor) -> Memory:
-        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64; new row i is old row rows[i]."""
-        keys_values = None if self.keys_values is None else [kv[rows] for kv in self.keys_values]
+        """Keeps, drops, repeats or reorders batch rows. rows: (n,) int64; new row i is old row rows[i].
+
+        keys_values move in place, without a copy of the rows that keep their position: if there are any, this memory is used up.
+        """
+        keys_values = None
+        if self.keys_values is not None:
+            selection = RowSelection(rows, self.batch_size, self.device)
+            keys_values = [selection.of(kv, kv.shape[1]) for kv in self.keys_values]
         return Memory([state[rows] for state in self.states], self.padding.select(rows), keys_values, self.candidates)

@@ -179,11 +179,12 @@ class Transformer(Generation):
             raise RuntimeError("decode was given a cache while gradients are recorded; call it under torch.no_grad()")
         if cache.batch_size not in (None, tgt.shape[0]):
             raise ValueError(f"tgt has {tgt.shape[0]} rows but cache has {cache.batch_size}; they must be equal")
-        key_mask = cache.append(tgt != self.pad_id, len(self.decoder.layers))
+        is_token = tgt != self.pad_id
+        keys = cache.append(is_token, len(self.decoder.layers))
+        # One new token sees every key; several are causal, with the last one at the last key.
+        self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, **keys}
         if self.decoder_cell == "ssru":
-            self_options = {"key_mask": key_mask[:, start:]}
-        else:  # one new token sees every key; several are causal, with the last one at the last key
-            self_options = {"is_causal": "bottom_right" if tgt.shape[1] > 1 else False, "key_mask": key_mask}
+            self_options = {"key_mask": is_token}
         return self.decoder(self.tgt_embedding(tgt, start), memories, self_options, memory.padding.as_keys(), cache.layers)
 
     def project(self, states: Tensor, candidates: Candidates | None = None) -> Tensor:

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS_IN_CACHE = 16  # of logits; 2 MB for 32,000 words
+TOP_K_BLOCK = 128
+
 
 class DecoderMemory(Protocol):
     """What the decoder reads about B sources, one row each, for any number of beams."""
@@ -23,7 +26,7 @@ class DecoderMemory(Protocol):
     def device(self) -> torch.device: ...
 
     def select(self, rows: Tensor) -> DecoderMemory:
-        """The memory for only these sources; rows (n,) int64, on the memory's device."""
+        """The memory for only these sources; rows (n,) int64, on the CPU. This memory may then be used up."""
 
 
 class DecoderCache(Protocol):
@@ -122,6 +125,32 @@ def remaining(stays: Tensor) -> Tensor:
     return rows
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension, in at least float32."""
-    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def log_softmax_(logits: Tensor) -> Tensor:
+    """Over the last dimension, in at least float32. May overwrite logits.
+
+    On the CPU a few rows at a time: a second tensor with a number for every row and word costs more in fresh pages than in arithmetic.
+    """
+    if logits.dtype != torch.float32 or logits.device.type != "cpu":
+        return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    rows = logits.reshape(-1, logits.shape[-1])
+    for some in rows.split(ROWS_IN_CACHE):
+        some.copy_(F.log_softmax(some, -1))
+    return rows.view(logits.shape)
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """scores.topk(k): the k highest of each row of scores (R, V), highest first, and where they are; (R, k) each.
+
+    On the CPU torch.topk takes three times as long over a vocabulary: the k highest scores are in the k blocks with the highest maxima, or in
+    the columns after the last whole block.
+    """
+    if scores.device.type != "cpu" or scores.shape[1] < 4 * k * TOP_K_BLOCK:
+        values, places = scores.topk(k)
+        return values, places
+    whole = scores.shape[1] // TOP_K_BLOCK * TOP_K_BLOCK
+    blocks = scores[:, :whole].unflatten(1, (-1, TOP_K_BLOCK)).amax(2).topk(k).indices
+    in_blocks = (TOP_K_BLOCK * blocks.unsqueeze(2) + torch.arange(TOP_K_BLOCK)).flatten(1)
+    after = torch.arange(whole, scores.shape[1]).expand(scores.shape[0], -1)
+    candidates = torch.cat([in_blocks, after], 1)
+    values, places = scores.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, places)

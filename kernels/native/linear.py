@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..ops import reach_kernels
-from ..torch_internals import tracing_state
+from ..replay import MAX_REMEMBERED, may_repeat
+from ..torch_internals import tensor_guard, tracing_state
 from .packed_problem import _native, address
 
 MAX_ROWS = 64  # above, torch's products of packed weights are as fast
+
+# Checks that accept tensors like those of an earlier call that the kernel took without recording gradients, by sizes.
+_guards: dict[tuple, Callable[..., bool]] = {}
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel covers torch.nn.functional.linear(x, weight, bias): float32 on the CPU, few rows, no gradient, no autocast, and
     nothing that must see the operation."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() or tensor_guard is None or not may_repeat():
+        return _covers(*tensors)
+    # As replay.py does for attention: the checks of one row take as long as a small product.
+    kind = x.shape, weight.shape, type(weight), len(tensors)
+    guard = _guards.get(kind)
+    if guard is not None and guard(*tensors):
+        return True
+    if not _covers(*tensors):
+        return False
+    if len(_guards) >= MAX_REMEMBERED:
+        _guards.clear()
+    _guards[kind] = tensor_guard(*tensors)
+    return True
+
+
+def _covers(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if _native is None or torch.is_autocast_enabled("cpu") or tracing_state() is not None:
         return False
