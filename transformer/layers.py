@@ -48,7 +48,7 @@ def add_residual(x: Tensor, sublayer_output: Tensor, p: float, training: bool) -
 
 
 def attend_to_cache(query: Tensor, kv: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention_kv_packed` without gradients, by `attention`, which recognizes calls of the same sizes: checks take longer than kernels."""
+    """`attention_kv_packed` without gradients, by `attention`, which skips the checks of calls whose sizes it has seen."""
     return attention(query, kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2), **options)
 
 

@@ -141,8 +141,8 @@ def log_softmax_(logits: Tensor) -> Tensor:
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """scores.topk(k): the k highest of each row of scores (R, V), highest first, and where they are; (R, k) each.
 
-    On the CPU torch.topk takes three times as long over a vocabulary: the k highest scores are in the k blocks with the highest maxima, or in
-    the columns after the last whole block.
+    On the CPU torch.topk takes three times as long over a vocabulary: the k highest scores are in the k blocks with the highest maxima or
+    in the columns after the last whole block.
     """
     if scores.device.type != "cpu" or scores.shape[1] < 4 * k * TOP_K_BLOCK:
         values, places = scores.topk(k)
