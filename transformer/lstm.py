@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -16,6 +15,7 @@ from ..kernels.attention import attention, attention_weights
 from .checks import check_dropout, check_tokens, checked_integer_in
 from .generate import Generation, evaluating
 from .layers import dropout
+from .linear import Linear, linear
 from .memory import Padding
 
 LSTMState = tuple[Tensor, Tensor]  # hidden and cell states, (num_layers, R, d_model) each
@@ -68,9 +68,9 @@ class LSTMEncoderDecoder(Generation):
         between_layers = dropout if num_layers > 1 else 0.0
         self.encoder = nn.LSTM(d_model, d_model // 2, num_layers, batch_first=True, dropout=between_layers, bidirectional=True)
         self.decoder = nn.LSTM(d_model, d_model, num_layers, batch_first=True, dropout=between_layers)
-        self.attention_score = nn.Linear(d_model, d_model, bias=False)  # W_a, transposed
-        self.combine = nn.Linear(2 * d_model, d_model, bias=False)  # W_c
-        self.output = None if tie_weights else nn.Linear(d_model, tgt_vocab)
+        self.attention_score = Linear(d_model, d_model, bias=False)  # W_a, transposed
+        self.combine = Linear(2 * d_model, d_model, bias=False)  # W_c
+        self.output = None if tie_weights else Linear(d_model, tgt_vocab)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,8 +79,8 @@ class LSTMEncoderDecoder(Generation):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=self.d_model**-0.5)
                 nn.init.zeros_(embedding.weight[self.pad_id].detach())
-        for linear in (self.attention_score, self.combine):
-            nn.init.xavier_uniform_(linear.weight)
+        for layer in (self.attention_score, self.combine):
+            nn.init.xavier_uniform_(layer.weight)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output.weight)
             nn.init.zeros_(self.output.bias)
@@ -124,7 +124,7 @@ class LSTMEncoderDecoder(Generation):
         context = cast(Tensor, attention(query, key, key, scale=1.0, key_lengths=memory.padding.lengths)).view(states.shape)
         attentional = torch.tanh(self.combine(torch.cat([context, states], -1)))
         weight, bias = (self.tgt_embedding.weight, None) if self.output is None else (self.output.weight, self.output.bias)
-        return F.linear(dropout(attentional, self.dropout, self.training), weight, bias)
+        return linear(dropout(attentional, self.dropout, self.training), weight, bias)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
         """{"cross": [(B, 1, T, S)]}: the attention of each position of tgt (B, T) to src (B, S), without dropout and gradients."""
