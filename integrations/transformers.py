@@ -38,8 +38,8 @@ class Masking(NamedTuple):
         return 4
 
 
-def register() -> None:
-    """Makes attn_implementation="fused_attention" known to transformers; a second call changes nothing.
+def register() -> str:
+    """Makes attn_implementation="fused_attention" known to transformers, and returns the name; a second call changes nothing.
 
     A model that takes no attention function, such as BLOOM, MPNet, DeBERTa and Falcon, is then refused under this name with a ValueError
     that names its class; set_attn_implementation leaves it as it was and logs its name.
@@ -57,6 +57,7 @@ def register() -> None:
     check = PreTrainedModel.get_correct_attn_implementation
     if not hasattr(check, "__wrapped__"):
         PreTrainedModel.get_correct_attn_implementation = _refusing(check)
+    return NAME
 
 
 def _refusing(check: Callable[..., str]) -> Callable[..., str]:

@@ -21,7 +21,11 @@ RUN = ("README.md", "docs/install.md", "docs/migrating.md", "docs/support.md", "
 PAGES = {page: (ROOT / page).read_text() for page in RUN}
 DOCS = {"README.md": README} | {f"docs/{path.name}": path.read_text() for path in (ROOT / "docs").glob("*.md")}
 FOLDERS = ("kernels", "transformer", "integrations", "benchmarks", "csrc", "tests", "src")
-PYTHON_EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+PYTHON_EXAMPLES = [
+    text
+    for text in re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL)
+    if "replace_attention(model)  # torch." not in text  # lines for code that is there already: test_drop_in.py
+]
 SHELL_EXAMPLES = [text for text in re.findall(r"```sh\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL) if "fused-attention " in text]
 
 
