@@ -29,6 +29,9 @@ PYTHON_EXAMPLES = [
 SHELL_EXAMPLES = [text for text in re.findall(r"```sh\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL) if "fused-attention " in text]
 
 
+OPTIONAL = {"diffusers": None, "transformers": "5.24", "xformers": None}  # and the oldest version that an example runs with
+
+
 def test_there_are_examples() -> None:
     assert len(PYTHON_EXAMPLES) >= 4
     assert len(SHELL_EXAMPLES) == 1
@@ -40,6 +43,9 @@ def test_a_visitor_reads_it_in_a_sitting() -> None:
 
 @pytest.mark.parametrize("example", PYTHON_EXAMPLES, ids=range(len(PYTHON_EXAMPLES)))
 def test_python_example(example: str, tmp_path: Path) -> None:
+    for library in re.findall(r"^(?:from|import) (\w+)", example, re.MULTILINE):
+        if library in OPTIONAL:
+            pytest.importorskip(library, minversion=OPTIONAL[library], exc_type=ImportError)
     subprocess.run([sys.executable, "-W", "error::UserWarning:__main__", "-c", example], cwd=tmp_path, check=True)
 
 
