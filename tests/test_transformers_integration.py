@@ -97,6 +97,9 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LongT5": ("LongT5Config", T5 | {"local_radius": 4}),
     "mT5": ("MT5Config", T5),
 }
+CONVOLUTIONS = {"conv_dim": (32,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+WAV2VEC2 = SIZES | CONVOLUTIONS | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False}
+DETR = {key: size for key, size in BART.items() if "_" in key and "token" not in key} | {"d_model": 32, "num_queries": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +238,28 @@ class TestEncoders:
         pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         ours, theirs = (run(model, name, None, pixel_values=pixels) for name in (NAME, "eager"))
         assert_same(ours, theirs)
+
+    def test_speech(self):
+        model = tiny("AutoModel", "Wav2Vec2Config", WAV2VEC2)
+        sound = torch.randn(2, 84, generator=torch.Generator().manual_seed(1))  # 20 frames
+        mask = torch.ones(2, 84, dtype=torch.long)
+        mask[0, 40:] = 0
+        frames = torch.arange(20) < torch.tensor([[9], [20]])
+        ours, theirs = (run(model, name, frames, input_values=sound, attention_mask=mask) for name in (NAME, "eager"))
+        assert_same(ours, theirs)
+        assert_same_weights(model, frames, ("attentions",), input_values=sound, attention_mask=mask)
+
+    def test_detection(self):
+        """DETR, whose decoder looks at an image of which a part is padding."""
+        backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+        model = tiny("AutoModel", "DetrConfig", DETR | {"backbone_config": backbone})
+        pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        mask = torch.ones(2, 64, 64, dtype=torch.long)
+        mask[0, 40:], mask[1, :, 24:] = 0, 0
+        ours, theirs = (run(model, name, None, pixel_values=pixels, pixel_mask=mask) for name in (NAME, "eager"))
+        assert_same(ours, theirs)
+        names = ("decoder_attentions", "cross_attentions")
+        assert_same_weights(model, torch.ones(2, 5), names, pixel_values=pixels, pixel_mask=mask)
 
     @pytest.mark.parametrize("family", ENCODERS)
     def test_weights(self, family):
