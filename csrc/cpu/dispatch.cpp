@@ -2,6 +2,7 @@
 #include "dispatch.h"
 
 #include <omp.h>
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -26,6 +27,10 @@ constexpr int64_t kRangesPerThread = 4;
 // Below this many multiply-adds, waking other threads costs more than it saves.
 constexpr double kSerialWork = 1 << 18;
 constexpr int64_t kColumnBlock = 16;  // of a linear layer's result, a cache line, that one thread writes
+
+// A fork copies the forking thread's OpenMP pool but not the pool's threads, and the child's first parallel region, torch's too, would wait
+// for them forever. So they end before a fork, and the next region of either process starts new ones.
+[[maybe_unused]] const int kAtFork = pthread_atfork([] { omp_pause_resource_all(omp_pause_hard); }, nullptr, nullptr);
 
 #if defined(__x86_64__)
 const KernelTable& amx_kernels() {
