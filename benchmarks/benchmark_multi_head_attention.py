@@ -1,4 +1,4 @@
-"""MultiHeadAttention against torch.nn.MultiheadAttention(need_weights=False), forward + backward with all gradients."""
+"""MultiHeadAttention against torch.nn.MultiheadAttention in training and evaluation, and torch's encoder around both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_attention.kernels.attention import attention_qkv_packed, attention_weights
 from fused_attention.transformer.attention import MultiHeadAttention
+from fused_attention.transformer.replace import replace_attention
 
 EMBED_DIM, NUM_HEADS = 512, 8
 SIZES = [(32, 64), (8, 128), (4, 512)]  # batch, length
@@ -96,3 +98,101 @@ def test_compiled(compare, batch, length, kind):
         peer_name="eager",
         bar=1.0,
     )
+
+
+@pytest.mark.parametrize("length", [64, 128, 256, 512])
+def test_evaluation(compare, length):
+    torch.manual_seed(0)
+    peer = torch.nn.MultiheadAttention(EMBED_DIM, NUM_HEADS, batch_first=True).eval()
+    ours = MultiHeadAttention(EMBED_DIM, NUM_HEADS, batch_first=True).eval()
+    ours.load_state_dict(peer.state_dict())
+    x = torch.randn(32, length, EMBED_DIM)
+
+    def run(module: torch.nn.Module) -> Tensor:
+        with torch.no_grad():
+            return module(x, x, x, need_weights=False)[0]
+
+    compare(
+        lambda: run(ours),
+        lambda: run(peer),
+        check=lambda: check_equal([run(ours)], [run(peer)]),
+        group=f"MultiHeadAttention in evaluation against torch.nn.MultiheadAttention, {EMBED_DIM} wide, {NUM_HEADS} heads",
+        case={"batch, length": f"32, {length}"},
+        measure="forward",
+        bar=1.2,
+    )
+
+
+@pytest.mark.parametrize("length", [64, 128, 256, 512])
+def test_weights_in_evaluation(compare, length):
+    """What lies between the projections when weights averaged over the heads are wanted; torch's steps are those of its function."""
+    torch.manual_seed(0)
+    head_dim = EMBED_DIM // NUM_HEADS
+    qkv = torch.randn(32, length, 3, NUM_HEADS, head_dim)
+    sequence_first = qkv.transpose(0, 1).contiguous()  # (L, N, 3, H, D), which torch's module turns its input into
+
+    def ours() -> list[Tensor]:
+        out, lse = attention_qkv_packed(qkv, return_lse=True)
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4)
+        return [out.transpose(1, 2).flatten(2), attention_weights(query, key, lse, average_heads=True)]
+
+    def peer() -> list[Tensor]:
+        query, key, value = (x.contiguous().view(length, 32 * NUM_HEADS, head_dim).transpose(0, 1) for x in sequence_first.unbind(2))
+        weights = torch.softmax(torch.bmm(query * head_dim**-0.5, key.transpose(1, 2)), -1)
+        out = torch.bmm(weights, value).transpose(0, 1).reshape(length, 32, EMBED_DIM)
+        return [out.transpose(0, 1), weights.view(32, NUM_HEADS, length, length).mean(1)]
+
+    compare(
+        ours,
+        peer,
+        check=lambda: check_equal(ours(), peer()),
+        group=f"attention with averaged weights, without the projections, {NUM_HEADS} heads of {head_dim}",
+        case={"batch, length": f"32, {length}"},
+        measure="forward",
+        bar=2.0,
+    )
+
+
+PADDING = {"none": 0.0, "30 %": 0.3, "50 %": 0.5}
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_encoder_of_torch(compare, mode, padding):
+    """torch.nn.TransformerEncoder before and after replace_attention. In evaluation torch's skips the padding: it packs nested tensors."""
+    torch.manual_seed(0)
+    batch, length = 8, 128
+    layer = torch.nn.TransformerEncoderLayer(EMBED_DIM, NUM_HEADS, 4 * EMBED_DIM, dropout=0.0, batch_first=True)
+    peer = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).train(mode == "training")
+    ours = copy.deepcopy(peer)
+    replace_attention(ours)
+    x, dout = torch.randn(batch, length, EMBED_DIM), torch.randn(batch, length, EMBED_DIM)
+    shortest = round(length * (1 - 2 * PADDING[padding]))
+    padded = torch.arange(length) >= torch.linspace(max(shortest, 1), length, batch).round()[:, None]
+    masks = {"src_key_padding_mask": padded} if padding != "none" else {}
+
+    def run(model: torch.nn.Module) -> list[Tensor]:
+        if mode == "evaluation":
+            with torch.no_grad():
+                return [model(x, **masks)]
+        output = model(x, **masks)
+        return [output, *torch.autograd.grad(output, list(model.parameters()), dout.masked_fill(padded[..., None], 0.0))]
+
+    def check() -> None:
+        (output, *gradients), (expected, *expected_gradients) = run(ours), run(peer)
+        check_equal([output[~padded], *gradients], [expected[~padded], *expected_gradients])
+
+    compare(
+        lambda: run(ours),
+        lambda: run(peer),
+        check=check,
+        group=f"torch.nn.TransformerEncoder of 2 layers after replace_attention, {EMBED_DIM} wide, {NUM_HEADS} heads",
+        case={"batch, length": f"{batch}, {length}", "mode": mode, "padding": padding},
+        measure="forward + backward" if mode == "training" else "forward",
+        bar=None if mode == "evaluation" and PADDING[padding] > 0.3 else 1.0,
+    )
+
+
+def check_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for tensor, wanted in zip(actual, expected, strict=True):
+        assert (tensor - wanted).abs().max() <= ERROR_LIMITS[tensor.dtype] * wanted.abs().max()

@@ -41,3 +41,32 @@ def test_peak_memory(dtype: str, mask: str) -> None:
     allowed = SEQLEN * SEQLEN / 8
     assert forward < allowed, f"the forward took {forward} bytes"
     assert backward < allowed, f"the backward took {backward} bytes"
+
+
+AVERAGED = """
+import resource, sys, torch
+from fused_attention import MultiHeadAttention
+
+def peak():  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(seqlen):
+    x = torch.randn(1, seqlen, 256, requires_grad=True)
+    before = peak()
+    out, weights = module(x, x, x, average_attn_weights=True)
+    out.sum().backward()
+    return peak() - before
+
+module = MultiHeadAttention(256, int(sys.argv[2]), dropout=float(sys.argv[3]), batch_first=True)
+step(64)
+print(step(int(sys.argv[1])))
+"""
+
+
+def test_averaged_weights_take_the_memory_of_one_head() -> None:
+    """Also in training, if the loss does not depend on them."""
+    seqlen, num_heads, dropout = 2048, 16, 0.1
+    arguments = map(str, (seqlen, num_heads, dropout))
+    run = subprocess.run([sys.executable, "-c", AVERAGED, *arguments], capture_output=True, text=True, check=True)
+    taken, one_head = int(run.stdout), 4 * seqlen * seqlen
+    assert one_head < taken < 4 * one_head, f"{taken} bytes, {taken / one_head:.1f} times the weights that are returned"

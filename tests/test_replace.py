@@ -73,38 +73,75 @@ def test_swapped_modules_equal_torch_on_its_own_samples(name, training, dtype):
             assert_close(ours(*inputs, **kwargs), theirs(*inputs, **kwargs))  # the encoder zeroes padded positions of the memory
 
 
-@pytest.mark.parametrize("mode", ["train", "eval with grad", "eval without grad"])
+def stock(what: str) -> torch.nn.Module:
+    options = {"dropout": 0.0, "batch_first": True}
+    if what == "transformer":
+        return torch.nn.Transformer(D_MODEL, HEADS, 2, 2, 32, **options)
+    if "encoder" in what:
+        layer = torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, **options)
+        return layer if "layer" in what else torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+    layer = torch.nn.TransformerDecoderLayer(D_MODEL, HEADS, 32, **options)
+    return layer if "layer" in what else torch.nn.TransformerDecoder(layer, 2)
+
+
+def inputs_and_masks(what: str, padded: bool) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    x = torch.randn(2, 5, D_MODEL)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    masked = ["memory_key_padding_mask"] if "decoder" in what or what == "transformer" else []
+    masked += [] if "decoder" in what else ["src_key_padding_mask"]
+    return (x, x) if "memory_key_padding_mask" in masked else (x,), dict.fromkeys(masked, padding) if padded else {}
+
+
+def real_positions(what: str, masks: dict[str, torch.Tensor]) -> slice | torch.Tensor:
+    """Of the output. What an encoder returns at padded positions depends on the mode."""
+    return ~masks["src_key_padding_mask"] if masks and "encoder" in what else slice(None)
+
+
+KINDS = ["encoder layer", "encoder", "decoder layer", "decoder", "transformer"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval with grad", "eval without grad", "inference mode"])
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("what", ["encoder layer", "encoder", "transformer"])
+@pytest.mark.parametrize("what", KINDS)
 def test_nothing_bypasses_the_forward(what, padded, mode, monkeypatch):
     calls = count_calls(monkeypatch)
-    options = {"dropout": 0.0, "batch_first": True}
-    if what == "encoder layer":
-        model = torch.nn.TransformerEncoderLayer(D_MODEL, HEADS, 32, **options)
-    elif what == "encoder":
-        model = encoder()
-    else:
-        model = torch.nn.Transformer(D_MODEL, HEADS, 2, 2, 32, **options)
-    theirs, model = model, swapped(model)
-    x = torch.randn(2, 5, D_MODEL)
-    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
-    args = (x, x) if what == "transformer" else (x,)
-    masks = {"src_key_padding_mask": padding}
-    if what == "transformer":
-        masks["memory_key_padding_mask"] = padding
+    theirs = stock(what)
+    model = swapped(theirs)
+    args, masks = inputs_and_masks(what, padded)
     replacements = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
     # deepcopy and pickle must keep the forward in use as well
     for clone in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         calls.clear()
         for module in (theirs, clone):
             module.train(mode == "train")
-        with torch.set_grad_enabled(mode != "eval without grad"):
+        with torch.inference_mode() if mode == "inference mode" else torch.set_grad_enabled(mode != "eval without grad"):
             output = clone(*args, **masks)
             expected = theirs(*args, **masks)
         assert len(calls) == len(replacements)
         assert len(set(map(id, calls))) == len(replacements)
-        real = slice(None) if padding is None or what == "transformer" else ~padding
+        real = real_positions(what, masks)
         assert_close(output[real], expected[real])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval without grad"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("what", KINDS)
+def test_nothing_bypasses_the_forward_in_compiled_models(what, padded, training):
+    torch._dynamo.reset()
+    model = swapped(stock(what)).train(training)
+    args, masks = inputs_and_masks(what, padded)
+    called: list[str] = []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.set_grad_enabled(training):
+        output, expected = torch.compile(model, backend=backend, fullgraph=True)(*args, **masks), model(*args, **masks)
+    real = real_positions(what, masks)
+    assert_close(output[real], expected[real])
+    operations = sum(name.startswith("fused_attention.attention_") for name in called)
+    assert operations == sum(isinstance(module, MultiHeadAttention) for module in model.modules())
 
 
 def test_torch_bypasses_a_subclass_without_the_hook(monkeypatch):

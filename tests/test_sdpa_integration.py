@@ -15,10 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from fused_attention import scaled_dot_product_attention
-from fused_attention.integrations import sdpa
 from fused_attention.integrations.sdpa import disable, enable, fused_sdpa
 from fused_attention.kernels.torch_internals import function_modes
+from fused_attention.transformer import torch_functions
 
 INPUTS = [torch.randn(2, 4, 5, 8, requires_grad=True) for _ in range(3)]
 
@@ -34,13 +33,13 @@ def _restored() -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The options of each call that reached our function."""
-    ours, made = sdpa.scaled_dot_product_attention, []
+    ours, made = torch_functions.scaled_dot_product_attention, []
 
     def counted(*args: Any, **options: Any) -> Tensor:
         made.append(options)
         return ours(*args, **options)
 
-    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(torch_functions, "scaled_dot_product_attention", counted)
     return made
 
 
@@ -169,6 +168,14 @@ def test_compiled_inside_and_outside() -> None:
     assert [OURS in graph for graph in graphs.calls] == [False, True]
 
 
+def test_methods_of_tensors_in_compiled_functions() -> None:
+    """Those that are Python functions and call super(), of the graph's own tensors."""
+    linear, x = torch.nn.Linear(8, 8), torch.randn(3, 8)
+    with fused_sdpa():
+        out = torch.compile(lambda x: linear(x).unflatten(1, (2, 4)), backend="eager", fullgraph=True)(x)
+    assert_close(out, linear(x).view(3, 2, 4))
+
+
 def test_a_context_inside_a_compiled_function() -> None:
     def function(*inputs: Tensor) -> Tensor:
         with fused_sdpa():
@@ -181,20 +188,22 @@ def test_a_context_inside_a_compiled_function() -> None:
     assert graph.count(OURS) == graph.count("built-in function scaled_dot_product_attention") == 1
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_multi_head_attention_of_torch(train: bool) -> None:
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_multi_head_attention_of_torch(train: bool, need_weights: bool) -> None:
     module = torch.nn.MultiheadAttention(16, 2, batch_first=True).train(train)
     x = torch.randn(2, 5, 16)
     with torch.set_grad_enabled(train):
-        expected, _ = module(x, x, x, need_weights=False)
+        expected = module(x, x, x, need_weights=need_weights)
         with Watching() as watching, fused_sdpa():
-            assert_close(module(x, x, x, need_weights=False)[0], expected)
+            assert_close(module(x, x, x, need_weights=need_weights), expected)
         with fused_sdpa():
             graphs = Graphs()
             compiled = torch.compile(module, backend=graphs, fullgraph=train)
-            assert_close(compiled(x, x, x, need_weights=False)[0], expected)
-    assert scaled_dot_product_attention in watching.seen
-    assert not train or OURS in graphs.calls[0]
+            assert_close(compiled(x, x, x, need_weights=need_weights), expected)
+    assert F.linear in watching.seen  # the other mode sees what ours calls
+    assert F.softmax not in watching.seen
+    assert not train or "fused_attention.attention_qkv" in graphs.calls[0]
 
 
 def test_encoder_layers_in_eval_mode() -> None:

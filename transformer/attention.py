@@ -50,14 +50,12 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         self._take_torchs_place()
 
     def _take_torchs_place(self) -> None:
-        # NOTE: torch.nn.TransformerEncoderLayer in eval mode without grad passes its weights to torch's own fused kernel,
-        # regardless of self_attn's class, unless a module in it has a forward hook.
-        self._forward_pre_hooks[_HOOK] = _keep_forward_in_use
+        prevent_bypass(self)
         # torch.fx checks this, and traces into modules that are not from torch.nn.
         self.__module__ = torch.nn.MultiheadAttention.__module__
 
     def _leave_torchs_place(self) -> None:
-        self._forward_pre_hooks.pop(_HOOK, None)
+        allow_bypass(self)
         self.__dict__.pop("__module__", None)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -231,6 +229,17 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         padded, mask = nested.pad(query, key, value, is_causal)
         output, weights = self.forward(*padded, attn_mask=mask, average_attn_weights=average_attn_weights)
         return nested.unpad(output, like=query), weights
+
+
+def prevent_bypass(attention: torch.nn.MultiheadAttention) -> None:
+    # NOTE: torch.nn.TransformerEncoderLayer in eval mode without grad passes its weights to torch's own fused kernel,
+    # regardless of self_attn's class, unless a module in it has a forward hook.
+    attention._forward_pre_hooks[_HOOK] = _keep_forward_in_use
+
+
+def allow_bypass(attention: torch.nn.MultiheadAttention) -> None:
+    """Undoes `prevent_bypass`."""
+    attention._forward_pre_hooks.pop(_HOOK, None)
 
 
 def _keep_forward_in_use(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
