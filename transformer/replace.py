@@ -179,7 +179,7 @@ def _reason_not_to_replace(module: torch.nn.Module) -> str | None:
         return reason
     if kind is not torch.nn.MultiheadAttention:
         return f"is a subclass, {kind.__module__}.{kind.__qualname__}, which may compute something else"
-    out_proj = module.out_proj
+    out_proj: Any = module.out_proj
     if out_proj._forward_hooks or out_proj._forward_pre_hooks:
         return "its out_proj has forward hooks, which torch never calls and MultiHeadAttention would"
     if type(out_proj).forward is not torch.nn.Linear.forward or "forward" in out_proj.__dict__:
