@@ -6,11 +6,12 @@
 Small CPU tensors stand in for GPU ones. CUDA: the compiled extension plans and launches through a stand-in libcuda.so.1
 (tests/standin_driver.py). Triton: the kernels are compiled for sm_90 but not run (tests/triton_offline.py). The real driver adds its
 launch, a GPU allocator its own time. CPU: with the kernel, which takes half a microsecond for one head and one token. Beside them torch's
-attention on the same CPU tensors, kernel included.
+attention on the same CPU tensors, kernel included, and where transformers is installed its attention functions, ours and that of sdpa.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fused_attention import attention, attention_decode
+from fused_attention.integrations.transformers import fused_attention_forward
 from fused_attention.kernels.native import cuda as cuda_backend
 from fused_attention.kernels.triton import backend as triton_backend
 
@@ -65,6 +67,12 @@ def cases(backend: str, device: str) -> dict[str, Callable[[], object]]:
         mask = torch.zeros(seqlen, seqlen)
         calls["attention, float mask, all checks"] = lambda: attention(query, key, value, attn_mask=mask, backend=backend)
         calls["torch, causal, with grad, with its kernel"] = lambda: scaled_dot_product_attention(leaf, key, value, is_causal=True)
+        if importlib.util.find_spec("transformers"):
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            layer = torch.nn.Identity()
+            calls["transformers, fused_attention"] = lambda: fused_attention_forward(layer, query, key, value, None)
+            calls["transformers, sdpa, with torch's kernel"] = lambda: sdpa_attention_forward(layer, query, key, value, None)
     return calls
 
 

@@ -1,0 +1,49 @@
+"""A BERT of base size in transformers, on attn_implementation="fused_attention" against "sdpa": float32, without gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attention.integrations.transformers import NAME, register
+
+VOCABULARY = 30522
+SIZES = [(8, 128), (1, 512)]  # batch, length
+PADDED = {"nothing": 1.0, "half of each row": 0.5}  # the share of tokens
+BARS = {"nothing": 1.0, "half of each row": 1.2}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.nn.Module]:
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    register()
+    torch.manual_seed(0)
+    found = {name: transformers.BertModel(transformers.BertConfig(attn_implementation=name)).eval() for name in (NAME, "sdpa")}
+    found[NAME].load_state_dict(found["sdpa"].state_dict())
+    return found
+
+
+@pytest.mark.parametrize("padded", PADDED)
+@pytest.mark.parametrize(("batch", "length"), SIZES)
+def test_bert_base(compare, models, batch, length, padded):
+    ids = torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(length) < PADDED[padded] * length).long().expand(batch, -1)
+
+    @torch.no_grad()
+    def states(name: str) -> Tensor:
+        return models[name](input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def check() -> None:
+        torch.testing.assert_close(states(NAME) * mask[..., None], states("sdpa") * mask[..., None], atol=1e-5, rtol=1e-5)
+
+    compare(
+        lambda: states(NAME),
+        lambda: states("sdpa"),
+        check=check,
+        group="BERT-base of transformers, fused_attention against sdpa, float32, without gradients",
+        case={"batch, length": f"{batch}, {length}", "padded": padded},
+        measure="forward",
+        peer_name="sdpa",
+        bar=BARS[padded],
+    )
