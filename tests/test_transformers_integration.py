@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from fused_attention.integrations import transformers as integration
@@ -325,6 +326,26 @@ class TestCompiled:
         outputs.tanh().square().sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if name in expected.gradients}
         assert_same(Run(outputs.detach(), gradients), expected)
+
+    @torch.no_grad()
+    def test_decoding_on_a_static_cache(self):
+        """One graph for all steps."""
+        config, options = DECODERS["Llama"]
+        model = tiny("AutoModelForCausalLM", config, options | {"num_hidden_layers": 1})
+        model.set_attn_implementation(NAME)
+        ids, mask = padded("left")
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 6:]
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        model(input_ids=ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(model, backend=counter, fullgraph=True)
+        filled = torch.nn.functional.pad(mask, (0, 16 - LENGTH))
+        logits = []
+        for token in range(6, LENGTH):
+            inputs = {"input_ids": ids[:, token : token + 1], "position_ids": torch.tensor([[token]]), "attention_mask": filled}
+            logits.append(step(**inputs, past_key_values=cache).logits)
+        assert counter.frame_count == 1
+        assert_close(torch.cat(logits, 1), expected, atol=2e-5, rtol=1e-5)
 
     def test_gradient_checkpointing(self):
         model = tiny("AutoModelForCausalLM", *DECODERS["Mistral, sliding window"])
