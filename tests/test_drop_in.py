@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernel
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = re.search(r"## Use it in your code\n.*?```python\n(.*?)\n\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
 PAGE = (ROOT / "docs/migrating.md").read_text()
-IMPORTS, LINES = SECTION.group(1), SECTION.group(2).splitlines()
+IMPORTS, LINES = SECTION.group(1), re.split(r"\n(?! )", SECTION.group(2))  # a line and what is indented below it
 X = torch.randn(2, 9, 32)
 
 
