@@ -306,14 +306,16 @@ class TestEncoderDecoders:
 
 class TestCompiled:
     @pytest.mark.parametrize(
-        ("auto_class", "family", "layers"),
+        ("auto_class", "family", "layers", "backend"),
         [
-            ("AutoModelForCausalLM", "Mistral, sliding window", "num_hidden_layers"),
-            ("AutoModel", "BERT", "num_hidden_layers"),
-            ("AutoModelForSeq2SeqLM", "T5", "num_layers"),
+            ("AutoModelForCausalLM", "Mistral, sliding window", "num_hidden_layers", "aot_eager"),
+            ("AutoModelForCausalLM", "Mistral, sliding window", "num_hidden_layers", "inductor"),
+            ("AutoModel", "BERT", "num_hidden_layers", "aot_eager"),
+            ("AutoModel", "BERT", "num_hidden_layers", "inductor"),
+            ("AutoModelForSeq2SeqLM", "T5", "num_layers", "aot_eager"),
         ],
     )
-    def test_without_a_graph_break(self, auto_class, family, layers):
+    def test_without_a_graph_break(self, auto_class, family, layers, backend):
         """Forward and backward, of one layer."""
         config, options = (DECODERS | ENCODERS | ENCODER_DECODERS)[family]
         model = tiny(auto_class, config, options | {layers: 1})
@@ -322,7 +324,7 @@ class TestCompiled:
         inputs = {"input_ids": ids, "attention_mask": mask, **more}
         expected = run(model, NAME, mask, **inputs)
         model.zero_grad()
-        outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs)[0] * mask[..., None]
+        outputs = torch.compile(model, backend=backend, fullgraph=True)(**inputs)[0] * mask[..., None]
         outputs.tanh().square().sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if name in expected.gradients}
         assert_same(Run(outputs.detach(), gradients), expected)
