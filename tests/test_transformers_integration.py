@@ -349,6 +349,27 @@ class TestCompiled:
         assert counter.frame_count == 1
         assert_close(torch.cat(logits, 1), expected, atol=2e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("family", ["Llama", "Gemma 3, sliding window"])
+    def test_generate_compiled_on_a_static_cache(self, family, monkeypatch):
+        """As many graphs as with sdpa: one for all steps, and one more where the sliding cache is full."""
+        monkeypatch.setattr(transformers.CompileConfig, "_compile_all_devices", True)  # else only on GPUs
+        ids, mask = padded("left")
+        plain = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+        graphs: dict[str, int] = {}
+        for name in ("sdpa", NAME):
+            torch._dynamo.reset()
+
+            def compiled(graph, inputs, name=name):
+                graphs[name] = graphs.get(name, 0) + 1
+                return graph
+
+            model = tiny("AutoModelForCausalLM", *DECODERS[family])
+            model.set_attn_implementation(name)
+            expected = model.generate(ids, **plain)
+            config = transformers.CompileConfig(mode=None, fullgraph=True, backend=compiled)
+            assert torch.equal(model.generate(ids, **plain, cache_implementation="static", compile_config=config), expected)
+        assert graphs["sdpa"] == graphs[NAME] > 0
+
     def test_gradient_checkpointing(self):
         model = tiny("AutoModelForCausalLM", *DECODERS["Mistral, sliding window"])
         inputs = dict(zip(("input_ids", "attention_mask"), padded("right"), strict=True))
