@@ -320,7 +320,7 @@ class TestCompiled:
         config, options = (DECODERS | ENCODERS | ENCODER_DECODERS)[family]
         model = tiny(auto_class, config, options | {layers: 1})
         ids, mask = padded("right")
-        more = {"T5": {"decoder_input_ids": ids}, "BERT": {}}.get(family, {"use_cache": False})
+        more = {"T5": {"decoder_input_ids": ids, "use_cache": False}, "BERT": {}}.get(family, {"use_cache": False})
         inputs = {"input_ids": ids, "attention_mask": mask, **more}
         expected = run(model, NAME, mask, **inputs)
         model.zero_grad()

@@ -34,7 +34,8 @@ class _Parameters:
     _append_keys: ClassVar[Any] = MultiHeadAttention._append_keys
 
     def __init__(self, **parameters: Any) -> None:
-        self.__dict__.update(parameters)
+        for name, value in parameters.items():  # torch.compile of torch 2.10 cannot trace self.__dict__.update
+            setattr(self, name, value)
 
 
 def multi_head_attention_forward(
