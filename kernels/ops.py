@@ -276,6 +276,13 @@ def _registered_gradients(
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True))
 
 
+def gradients(problem: Problem, backend: str, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the problem's inputs by a kernel, for a caller that keeps the results of `run` itself. dout: (B, Hq, Lq, Dv)."""
+    nothing_else = (False,) * len(DIFFERENTIABLE)
+    found = _kernel_gradients(problem.layout, dout, None, out, lse, (*problem.op_arguments(), backend), nothing_else)
+    return found[: NUM_INPUTS[problem.layout]]
+
+
 def _empty_gradients(problem: Problem, needs_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Uninitialized gradients of the inputs, and of the tensors in DIFFERENTIABLE that need one; None for the others."""
     gradients: list[Tensor | None] = [_empty_gradient(tensor) for tensor in problem.inputs]

@@ -6,7 +6,9 @@ import attention_calls
 import pytest
 import torch
 from attention_calls import CALL, FEATURES
+from torch.profiler import ProfilerActivity, profile
 
+from fused_attention.integrations.flash_registry import register
 from fused_attention.kernels.native import cuda as cuda_backend
 from fused_attention.kernels.triton import backend as triton_backend
 
@@ -34,3 +36,24 @@ def call_of(kind: str) -> dict:
 @pytest.mark.parametrize(("backend", "kind"), CELLS)
 def test_cell(backend: str, kind: str) -> None:
     attention_calls.check_call(BACKENDS[backend], call_of(kind), "cuda")
+
+
+def test_torchs_flash_attention_is_ours_where_it_was_activated() -> None:
+    if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        pytest.skip("this torch never forgets an implementation")
+    qkv = [torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def results() -> list[torch.Tensor]:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+        return [out, *torch.autograd.grad(out.float().square().sum(), qkv)]
+
+    expected = results()
+    torch.nn.attention.activate_flash_attention_impl(register())
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as kernels:
+            ours = results()
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    torch.testing.assert_close(ours, expected, atol=2e-2, rtol=2e-2)
+    assert not any("flash_fwd" in event.key for event in kernels.key_averages()), "torch's own kernel ran"
