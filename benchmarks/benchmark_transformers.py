@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.integrations.transformers import NAME, register
+from fused_attention.integrations.transformers import NAME, Masking, fused_attention_forward, register
 
 VOCABULARY = 30522
 SIZES = [(8, 128), (1, 512)]  # batch, length
@@ -46,4 +46,37 @@ def test_bert_base(compare, models, batch, length, padded):
         measure="forward",
         peer_name="sdpa",
         bar=BARS[padded],
+    )
+
+
+@pytest.mark.parametrize("padded", PADDED)
+@pytest.mark.parametrize(("batch", "length"), SIZES)
+def test_attention_of_bert_base(compare, batch, length, padded):
+    """The 12 attention calls alone, on masks as the mask functions make them: the only part of the model that differs."""
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    theirs = transformers.AttentionInterface()["sdpa"]
+    layer = torch.nn.Identity()
+    layer.is_causal = False
+    query, key, value = (torch.randn(batch, length, 12, 64).transpose(1, 2) for _ in range(3))
+    is_token = (torch.arange(length) < PADDED[padded] * length).expand(batch, -1)
+    is_whole = bool(is_token.all())
+    our_mask = None if is_whole else Masking(is_token, False, None, None)
+    sdpa_mask = None if is_whole else is_token[:, None, None].expand(-1, 1, length, -1)
+
+    @torch.no_grad()
+    def ours() -> list[Tensor]:
+        return [fused_attention_forward(layer, query, key, value, our_mask)[0] for _ in range(12)]
+
+    @torch.no_grad()
+    def peer() -> list[Tensor]:
+        return [theirs(layer, query, key, value, sdpa_mask)[0] for _ in range(12)]
+
+    compare(
+        ours,
+        peer,
+        check=lambda: torch.testing.assert_close(ours(), peer()),
+        group="the 12 attention calls of a BERT-base of transformers, float32, without gradients",
+        case={"batch, length": f"{batch}, {length}", "padded": padded},
+        measure="forward",
+        peer_name="sdpa",
     )
