@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.kernels.attention import attention_qkv_packed, attention_weights
+from fused_attention.kernels.attention import attention_with_weights
 from fused_attention.transformer.attention import MultiHeadAttention
 from fused_attention.transformer.replace import replace_attention
 
@@ -132,9 +132,8 @@ def test_weights_in_evaluation(compare, length):
     sequence_first = qkv.transpose(0, 1).contiguous()  # (L, N, 3, H, D), which torch's module turns its input into
 
     def ours() -> list[Tensor]:
-        out, lse = attention_qkv_packed(qkv, return_lse=True)
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4)
-        return [out.transpose(1, 2).flatten(2), attention_weights(query, key, lse, average_heads=True)]
+        out, weights = attention_with_weights("qkv", (qkv,), average_heads=True)
+        return [out.transpose(1, 2).flatten(2), weights]
 
     def peer() -> list[Tensor]:
         query, key, value = (x.contiguous().view(length, 32 * NUM_HEADS, head_dim).transpose(0, 1) for x in sequence_first.unbind(2))

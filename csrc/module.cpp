@@ -208,6 +208,13 @@ void cpu_weights(const py::bytes& problem, int num_threads, const Addresses& add
   cpu::weights(weights, num_threads);
 }
 
+void cpu_forward_with_weights(const py::bytes& problem, int num_threads, const Addresses& addresses, Address mean_weights) {
+  AttentionProblem forward = placed(problem.ptr(), addresses);
+  forward.mean_weights = reinterpret_cast<float*>(mean_weights);
+  const py::gil_scoped_release released;
+  cpu::forward_with_weights(forward, num_threads);
+}
+
 // dattn_mask: part, batch, head, row and key strides.
 void cpu_backward(const py::bytes& problem, int num_threads, const Addresses& addresses, const CpuGradients& gradients, const Strides& dout,
                   const Strides& dquery, const Strides& dkey, const Strides& dvalue, const std::array<int64_t, 5>& dattn_mask,
@@ -339,6 +346,7 @@ PYBIND11_MODULE(_native, module) {
       },
       "The tensors of a forward call, in the order of their addresses.");
   module.def("cpu_weights", &cpu_weights, "Writes the weights, or their mean over heads, to `out`.");
+  module.def("cpu_forward_with_weights", &cpu_forward_with_weights, "Writes out, lse and the mean of the weights over heads.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient.");
   module.def(
       "cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");

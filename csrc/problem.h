@@ -83,7 +83,8 @@ struct AttentionProblem {
   const float* dlse = nullptr;         // (B, H, Lq) contiguous, may be null
   StridedTensor dquery, dkey, dvalue;  // every element is written, with 0 where there is no gradient
 
-  bool average_heads = false;  // attention_weights on the CPU only; `out` gets the weights, (B, Hq or 1, Lq, Lk)
+  bool average_heads = false;     // attention_weights on the CPU only; `out` gets the weights, (B, Hq or 1, Lq, Lk)
+  float* mean_weights = nullptr;  // the CPU's forward with weights only: (B, Lq, Lk) contiguous, the mean over heads after dropout
 
   // CPU backward only. Gradients of the mask and the biases, as float32 parts that the caller zeroes and later sums; null = not wanted.
   // Rows of a packed batch that belong to no sequence are not written.

@@ -17,7 +17,7 @@ from .ops import run
 from .problem import Layout, PreparedMask, Problem
 from .routing import Explanation, choose, explain_problem
 from .torch_integration.jagged import is_nested, packed_inputs
-from .weights import weights_of
+from .weights import output_and_mean_weights, weights_of
 
 
 def attention(
@@ -324,6 +324,20 @@ def attention_weights(
     if lse.device != query.device:
         raise ValueError(f"lse must be on the device of query, {query.device}, got {lse.device}")
     return weights_of(problem, lse, average_heads)
+
+
+def attention_with_weights(layout: Layout, inputs: tuple[Tensor, ...], *, average_heads: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    """out of `attention`, or of its packed forms, and its `attention_weights`, from one kernel where there is one.
+
+    layout: "separate", "qkv" or "kv", of inputs. With dropout, options must hold rng_state.
+    """
+    problem = make_problem(layout, autocast_inputs(*inputs), **options)
+    backend = choose(problem, None)
+    together = output_and_mean_weights(problem, backend) if average_heads else None
+    if together is not None:
+        return together
+    out, lse = run(problem, backend)
+    return out, attention_weights(problem.query, problem.key, lse, average_heads=average_heads, **options)
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:

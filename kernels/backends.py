@@ -10,7 +10,9 @@ and, except for the reference,
 
 - `prepare(problem) -> Call`: the forward pass for this problem and any other that differs only in its tensors' memory,
 - `backward(problem, out, lse, dout, dlse, gradients)`: writes every requested gradient,
-- `attention_weights(problem, lse, average_heads) -> Tensor`, if it has a kernel for them.
+- `attention_weights(problem, lse, average_heads) -> Tensor`, if it has a kernel for them,
+- `takes_with_weights(problem) -> bool` and `forward_with_weights(problem) -> (out, lse, weights averaged over heads)`, if it has a kernel
+  for all three.
 
 Importing this module does not need a GPU, Triton or the compiled extension.
 """

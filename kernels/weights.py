@@ -26,6 +26,17 @@ def weights_of(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:
     return reference_weights(problem, lse, average_heads)
 
 
+def output_and_mean_weights(problem: Problem, backend: str) -> tuple[Tensor, Tensor] | None:
+    """out, and the weights after dropout averaged over heads, if the backend has a kernel for both and no gradient is recorded."""
+    kernels = BACKENDS[backend]
+    if not hasattr(kernels, "forward_with_weights") or not kernels.takes_with_weights(problem) or not reaches_kernels(problem):
+        return None
+    if torch.is_grad_enabled() and problem.requires_grad():
+        return None
+    out, _, weights = kernels.forward_with_weights(problem)
+    return out, weights
+
+
 class _Weights(torch.autograd.Function):
     """The kernel's weights, with a backward that differentiates the reference."""
 

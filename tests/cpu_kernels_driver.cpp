@@ -526,6 +526,12 @@ void add_dquery_parts(Inputs& in) {
         }
 }
 
+void compare_lse(const char* isa, const Inputs& in, const Expected& want) {
+  for (size_t i = 0; i < want.lse.size(); ++i)
+    if (!(std::isinf(want.lse[i]) ? in.lse[i] == want.lse[i] : std::fabs(in.lse[i] - want.lse[i]) <= 1e-5 + 2e-6 * std::fabs(want.lse[i])))
+      fail(isa, in, "lse " + std::to_string(i) + ": got " + std::to_string(in.lse[i]) + ", want " + std::to_string(want.lse[i]));
+}
+
 void check(const char* isa, Inputs& in, const Expected& want) {
   add_dquery_parts(in);
   const size_t splits = static_cast<size_t>(in.c.key_splits);
@@ -537,9 +543,7 @@ void check(const char* isa, Inputs& in, const Expected& want) {
   compare(isa, in, "dquery", in.dquery, want.dquery);
   compare(isa, in, "dkey", in.dkey, want.dkey);
   compare(isa, in, "dvalue", in.dvalue, want.dvalue);
-  for (size_t i = 0; i < want.lse.size(); ++i)
-    if (!(std::isinf(want.lse[i]) ? in.lse[i] == want.lse[i] : std::fabs(in.lse[i] - want.lse[i]) <= 1e-5 + 2e-6 * std::fabs(want.lse[i])))
-      fail(isa, in, "lse " + std::to_string(i) + ": got " + std::to_string(in.lse[i]) + ", want " + std::to_string(want.lse[i]));
+  compare_lse(isa, in, want);
 }
 
 // In two ranges of tasks, each with scratch memory of exactly the planned size that starts as NaN.
@@ -568,6 +572,19 @@ void check_weights(const cpu::KernelTable& table, const Inputs& in, const Expect
   }
 }
 
+// out, lse and the mean of the weights in one pass.
+void check_forward_with_weights(const cpu::KernelTable& table, Inputs& in, const Expected& want) {
+  const Case& c = in.c;
+  in.poison_outputs();
+  Tensor mean(Dtype::float32, c.batch, 1, c.seqlen_q, c.seqlen_k, heads_first);
+  AttentionProblem problem = in.problem;
+  problem.mean_weights = static_cast<float*>(mean.view.data);
+  run_in_ranges(table.forward_with_weights, problem);
+  compare(table.name, in, "out", in.out, want.out);
+  compare_lse(table.name, in, want);
+  compare(table.name, in, "mean weights", mean, want.mean_weights);
+}
+
 }  // namespace
 
 int main() {
@@ -582,6 +599,7 @@ int main() {
         run_in_ranges(table->backward[static_cast<int>(dtype)], in.problem);
         check(table->name, in, want);
         if (!spec.packed) check_weights(*table, in, want);
+        if (!spec.packed && dtype == Dtype::float32 && spec.seqlen_k <= 512 && spec.heads > 0) check_forward_with_weights(*table, in, want);
         in.poison_outputs();
         setenv("FUSED_ATTENTION_CPU_ISA", table->name, 1);
         cpu::forward(in.problem, 2);

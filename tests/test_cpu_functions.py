@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from attention_calls import DTYPES, build, check, check_call
+from accuracy import assert_accurate, assert_lse_accurate, exact_and_eager
+from attention_calls import DTYPES, build, check, check_call, prepared
 from function_calls import (
     DECODE,
     EVERYTHING,
@@ -20,7 +24,9 @@ from function_calls import (
     check_weights,
 )
 
+from fused_attention.kernels.checks import make_problem
 from fused_attention.kernels.native import cpu
+from fused_attention.kernels.weights import output_and_mean_weights, reference_weights
 
 pytestmark = [
     pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}"),
@@ -64,6 +70,42 @@ def test_decoding(case: str, dtype: torch.dtype, instruction_set: str) -> None:
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 def test_attention_weights(options: dict, average_heads: bool, dtype: torch.dtype, instruction_set: str) -> None:
     check_weights(cpu, options, average_heads, dtype, "cpu")
+
+
+@pytest.mark.parametrize(
+    "seqlens", [(1, 1), (40, 75), (97, 130), (200, 512)], ids=str
+)  # one and several blocks of 96 rows, one of 512 keys
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("options", [*WEIGHTS, {"is_causal": True, "head_dims": (59, 40)}], ids=str)
+def test_output_and_weights_together(options: dict, is_prepared: bool, seqlens: tuple[int, int], instruction_set: str) -> None:
+    """What forward and attention_weights give one after the other, and as accurate."""
+    problem, dout, _ = build({"sizes": (2, 4, 2), "dtype": torch.float32} | options | {"seqlens": seqlens}, "cpu")
+    problem = prepared(problem) if is_prepared else problem
+    assert cpu.takes_with_weights(problem)
+    out, lse, weights = cpu.forward_with_weights(problem)
+    exact, eager = exact_and_eager(problem, dout, None)
+    assert_accurate("out", "out", out, eager["out"], exact["out"])
+    assert_lse_accurate(lse, exact["lse"])
+    double = replace(problem, query=problem.query.double(), key=problem.key.double(), value=problem.value.double())
+    expected = reference_weights(double, exact["lse"], average_heads=True)
+    assert_accurate("weights", "out", weights, reference_weights(problem, lse, average_heads=True), expected)
+    assert torch.equal(weights == 0, expected.float() == 0)
+
+
+def test_what_runs_together() -> None:
+    """float32, one block of keys, no gradient, not packed."""
+    query, key, value = (torch.randn(2, 4, length, 8) for length in (9, 513, 513))
+
+    def together(*inputs: torch.Tensor, **options: Any) -> bool:
+        return output_and_mean_weights(make_problem("separate", inputs, **options), "cpu") is not None
+
+    fits = query, key[:, :, :512], value[:, :, :512]
+    assert together(*fits)
+    assert not together(query, key, value)
+    assert not together(*(tensor.bfloat16() for tensor in fits))
+    assert not together(fits[0].clone().requires_grad_(), *fits[1:])
+    with torch.no_grad():
+        assert together(fits[0].clone().requires_grad_(), *fits[1:])
 
 
 MASK_SHAPES = ("11QK", "B1QK", "1HQK", "BHQK", "B11K", "1H1K", "BH1K", "11Q1", "BHQ1", "B111", "1111")

@@ -375,13 +375,13 @@ def test_nan_at_absent_keys_reaches_the_gradients_of_key_projections_alone():
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
 def test_projections_stay_packed_and_nothing_is_copied(kind, num_inputs, batch_first, monkeypatch):
     seen = []
-    operation = attention_module._OPERATION_BY_INPUTS[num_inputs]
+    layout, operation = attention_module._OPERATION_BY_INPUTS[num_inputs]
 
     def spy(*inputs, **options):
         seen.append((inputs, operation(*inputs, **options)))
         return seen[-1][1]
 
-    monkeypatch.setitem(attention_module._OPERATION_BY_INPUTS, num_inputs, spy)
+    monkeypatch.setitem(attention_module._OPERATION_BY_INPUTS, num_inputs, (layout, spy))
     module = MultiHeadAttention(EMBED, HEADS, batch_first=batch_first)
     merged = []
     module.out_proj.register_forward_pre_hook(lambda _, args: merged.append(args[0]))

@@ -22,9 +22,9 @@ from ..kernels.attention import (
     attention,
     attention_kv_packed,
     attention_qkv_packed,
-    attention_weights,
+    attention_with_weights,
 )
-from ..kernels.problem import PreparedMask
+from ..kernels.problem import Layout, PreparedMask
 from ..kernels.torch_internals import tracing_state
 from . import nested
 
@@ -139,11 +139,9 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
                 options["rng_state"] = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device)
 
         weights = None
-        operation = _OPERATION_BY_INPUTS[len(projected)]
+        layout, operation = _OPERATION_BY_INPUTS[len(projected)]
         if need_weights:
-            out, lse = operation(*projected, return_lse=True, **options)
-            q, k = _query_and_key(projected)
-            weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **options)
+            out, weights = attention_with_weights(layout, projected, average_heads=average_attn_weights, **options)
         else:
             out = operation(*projected, **options)
 
@@ -246,16 +244,11 @@ def _keep_forward_in_use(module: torch.nn.Module, inputs: tuple[Any, ...]) -> No
     """A forward pre-hook that does nothing."""
 
 
-_OPERATION_BY_INPUTS: dict[int, Callable[..., Any]] = {1: attention_qkv_packed, 2: attention_kv_packed, 3: attention}
-
-
-def _query_and_key(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """q (N, H, L, D) and k (N, H, S, D) as views of the operation's inputs."""
-    if len(projected) == 3:
-        return projected[0], projected[1]
-    if len(projected) == 2:
-        return projected[0], projected[1].select(2, 0).transpose(1, 2)
-    return projected[0].select(2, 0).transpose(1, 2), projected[0].select(2, 1).transpose(1, 2)
+_OPERATION_BY_INPUTS: dict[int, tuple[Layout, Callable[..., Any]]] = {
+    1: ("qkv", attention_qkv_packed),
+    2: ("kv", attention_kv_packed),
+    3: ("separate", attention),
+}
 
 
 def _mask_options(

@@ -177,6 +177,10 @@ void weights(const AttentionProblem& problem, int num_threads) {
   run(selected_table().weights[static_cast<int>(problem.dtype)], problem, num_threads);
 }
 
+void forward_with_weights(const AttentionProblem& problem, int num_threads) {
+  run(selected_table().forward_with_weights, problem, num_threads);
+}
+
 void linear(const Linear& linear, int num_threads) {
   if (linear.rows <= 0) return;
   const auto run_columns = selected_table().linear;

@@ -18,6 +18,7 @@ const KernelTable& selected_table();
 void forward(const AttentionProblem& problem, int num_threads);
 void backward(const AttentionProblem& problem, int num_threads);
 void weights(const AttentionProblem& problem, int num_threads);
+void forward_with_weights(const AttentionProblem& problem, int num_threads);  // float32, at most 512 keys
 void linear(const Linear& linear, int num_threads);
 
 }  // namespace fused_attention::cpu

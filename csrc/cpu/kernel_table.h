@@ -33,6 +33,7 @@ struct Linear {
 struct KernelTable {
   const char* name;
   Kernel forward[3], backward[3], weights[3];  // indexed by Dtype
+  Kernel forward_with_weights;                 // float32
   void (*linear)(const Linear&, int64_t first_column, int64_t last_column);
 };
 

@@ -7,12 +7,22 @@ from torch import Tensor
 
 from ..call import Call, empty_strided
 from ..dropout import dropout_threshold
-from ..problem import Gradients, OptionalTensors, Problem, strides, uncovered_numbers, with_contiguous_last_dim
+from ..problem import (
+    Gradients,
+    OptionalTensors,
+    Problem,
+    empty_lse,
+    empty_output,
+    strides,
+    uncovered_numbers,
+    with_contiguous_last_dim,
+)
 from ..replay import prepared
 from . import packed_problem
 from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
+MAX_KEYS_WITH_WEIGHTS = 512  # for weights together with the output: one block of keys
 MIN_SPLIT_KEYS = 128  # keys a head needs for its backward pass to be split over them
 
 
@@ -127,6 +137,23 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         gradients.alibi_slopes.copy_(by_batch if gradients.alibi_slopes.dim() == 2 else by_batch.sum(0))
     if gradients.sinks is not None and dsinks is not None:
         gradients.sinks.copy_(dsinks.sum((0, 2)))
+
+
+def takes_with_weights(problem: Problem) -> bool:
+    """Whether `forward_with_weights` runs a problem that `unsupported_reasons` has nothing against."""
+    is_packed = problem.cu_seqlens_q is not None
+    return problem.query.dtype is torch.float32 and problem.key.shape[2] <= MAX_KEYS_WITH_WEIGHTS and not is_packed
+
+
+def forward_with_weights(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and the weights after dropout averaged over heads (B, Lq, Lk), computed together."""
+    plain = prepared(_plain, problem)
+    out, lse = empty_output(problem), empty_lse(problem.query)
+    weights = problem.query.new_empty(problem.query.shape[0], problem.query.shape[2], problem.key.shape[2])
+    optional = packed_problem.as_read(problem.optional_tensors())
+    addresses = packed_problem.addresses(problem.query, problem.key, problem.value, optional, out, lse)
+    _native.cpu_forward_with_weights(plain.numbers, torch.get_num_threads(), addresses, weights.data_ptr())
+    return out, lse, weights
 
 
 def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Tensor:

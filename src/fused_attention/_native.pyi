@@ -51,6 +51,9 @@ def cpu_linear(
 ) -> None:
     """Writes out (rows, out_features) = x weight^T + bias, all float32, for at most 64 rows; x_row and weight_row are strides."""
 
+def cpu_forward_with_weights(problem: bytes, num_threads: int, addresses: tuple[int, ...], mean_weights: int, /) -> None:
+    """Writes out, lse and the mean over heads of the weights after dropout, (B, Lq, Lk), for float32 problems of at most 512 keys."""
+
 def cpu_weights(problem: bytes, num_threads: int, addresses: tuple[int, ...], average_heads: bool, /) -> None:
     """Writes the weights after dropout, or their mean over heads, to `out`."""
 
