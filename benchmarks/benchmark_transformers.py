@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,7 +57,7 @@ def test_attention_of_bert_base(compare, batch, length, padded):
     """The 12 attention calls alone, on masks as the mask functions make them: the only part of the model that differs."""
     transformers = pytest.importorskip("transformers", minversion="5.24")
     theirs = transformers.AttentionInterface()["sdpa"]
-    layer = torch.nn.Identity()
+    layer: Any = torch.nn.Identity()
     layer.is_causal = False
     query, key, value = (torch.randn(batch, length, 12, 64).transpose(1, 2) for _ in range(3))
     is_token = (torch.arange(length) < PADDED[padded] * length).expand(batch, -1)
