@@ -178,6 +178,7 @@ void weights(const AttentionProblem& problem, int num_threads) {
 }
 
 void forward_with_weights(const AttentionProblem& problem, int num_threads) {
+  advise_huge_pages(problem, problem.out, problem.num_heads, problem.seqlen_q, problem.head_dim_v);
   run(selected_table().forward_with_weights, problem, num_threads);
 }
 

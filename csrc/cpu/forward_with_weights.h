@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward pass that also returns the weights averaged over heads, for problems whose keys fit one block: the weights of a head lie in
-// scratch anyway. A task is a block of query rows of all heads; their mean is accumulated in scratch.
+// The float32 forward pass that also returns the weights averaged over heads, for problems whose keys fit one block: the weights of a head
+// lie in scratch anyway. A task is a block of query rows of all heads; their mean is accumulated in scratch.
 //
 //   for each head:   S = Q K^T,   P = exp2(c S + bias - row_max),   out = dropout(P) V / row_sum,   W += dropout(P) / (row_sum heads)
 #pragma once
@@ -8,14 +8,12 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-template <class T>
 class ForwardWithWeights {
  public:
   static constexpr int64_t kRows = 96;
 
   ForwardWithWeights(const AttentionProblem& problem, char* scratch)
       : problem_(problem),
-        dim_qk_(round_up(problem.head_dim_qk, 16)),
         dim_v_(round_up(problem.head_dim_v, 16)),
         score_stride_(round_up(problem.seqlen_k, kKeyTile) + 16),
         arena_(scratch),
@@ -23,7 +21,6 @@ class ForwardWithWeights {
     const int64_t keys = round_up(problem.seqlen_k, kKeyTile);
     key_t_ = arena_.take<float>(keys * problem.head_dim_qk);
     value_rows_ = arena_.take<float>(keys * dim_v_);
-    query_rows_ = arena_.take<float>(kRows * dim_qk_);
     acc_ = arena_.take<float>(kRows * dim_v_);
     scores_ = arena_.take<float>(kRows * score_stride_);
     mean_ = arena_.take<float>(kRows * score_stride_);
@@ -79,8 +76,9 @@ class ForwardWithWeights {
   // Weights of one head, not yet divided by row_sum_, in scores_; their products with V in acc_.
   void attend(int64_t h, int64_t row0, int64_t rows, int64_t keys) {
     pack(h, row0, rows, keys);
+    const float* query = row_ptr<const float>(problem_.query, batch_, h, bounds_.first_query + row0);
     for (int64_t j = 0; j < keys; j += kKeyTile)
-      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, query_rows_, dim_qk_, 1,
+      matmul(rows, min_of(kKeyTile, round_up(keys - j, kLanes)), problem_.head_dim_qk, query, problem_.query.row, 1,
              key_t_ + j * problem_.head_dim_qk, kKeyTile, scores_ + j, score_stride_, false, &prefetcher_);
     if (problem_.dropout_threshold)
       dropout_keep_bits(problem_, batch_ * problem_.num_heads + h, row0, rows, 0, (keys + 15) / 16, keep_bits_, kKeepWords);
@@ -92,25 +90,23 @@ class ForwardWithWeights {
   }
 
   void pack(int64_t h, int64_t row0, int64_t rows, int64_t keys) {
-    pack_rows(row_ptr<const T>(problem_.query, batch_, h, bounds_.first_query + row0), problem_.query.row, rows, problem_.head_dim_qk,
-              query_rows_, dim_qk_);
     const int64_t kv_head = key_head(problem_, h);
     if (kv_head != packed_head_ || keys > packed_keys_) {
       packed_head_ = kv_head, packed_keys_ = keys;
       const float* absent = has_holes_ ? key_bias_ : nullptr;
-      pack_transposed(row_ptr<const T>(problem_.key, batch_, kv_head, bounds_.first_key), problem_.key.row, keys, problem_.head_dim_qk,
+      pack_transposed(row_ptr<const float>(problem_.key, batch_, kv_head, bounds_.first_key), problem_.key.row, keys, problem_.head_dim_qk,
                       key_t_, absent);
-      pack_rows(row_ptr<const T>(problem_.value, batch_, kv_head, bounds_.first_key), problem_.value.row, keys, problem_.head_dim_v,
+      pack_rows(row_ptr<const float>(problem_.value, batch_, kv_head, bounds_.first_key), problem_.value.row, keys, problem_.head_dim_v,
                 value_rows_, dim_v_, absent);
     }
     prefetcher_.clear();
     if (h + 1 == problem_.num_heads) return;
-    const int64_t size = sizeof(T), next = key_head(problem_, h + 1);
-    prefetcher_.add_reads(row_ptr<const T>(problem_.query, batch_, h + 1, bounds_.first_query + row0), problem_.query.row * size, rows,
+    const int64_t size = sizeof(float), next = key_head(problem_, h + 1);
+    prefetcher_.add_reads(row_ptr<const float>(problem_.query, batch_, h + 1, bounds_.first_query + row0), problem_.query.row * size, rows,
                           problem_.head_dim_qk * size);
-    prefetcher_.add_reads(row_ptr<const T>(problem_.key, batch_, next, bounds_.first_key), problem_.key.row * size, keys,
+    prefetcher_.add_reads(row_ptr<const float>(problem_.key, batch_, next, bounds_.first_key), problem_.key.row * size, keys,
                           problem_.head_dim_qk * size);
-    prefetcher_.add_reads(row_ptr<const T>(problem_.value, batch_, next, bounds_.first_key), problem_.value.row * size, keys,
+    prefetcher_.add_reads(row_ptr<const float>(problem_.value, batch_, next, bounds_.first_key), problem_.value.row * size, keys,
                           problem_.head_dim_v * size);
     prefetcher_.spread_over(matmul_ticks(rows, keys, problem_.head_dim_qk) + matmul_ticks(rows, dim_v_, keys));
   }
@@ -120,7 +116,7 @@ class ForwardWithWeights {
     const float scale = problem_.dropout_scale(), heads = static_cast<float>(problem_.num_heads);
     for (int64_t i = 0; i < rows; ++i) {
       const bool empty = keys == 0 || i >= rows_present || row_sum_[i] == 0.0f;
-      store_row(row_ptr<T>(problem_.out, batch_, h, bounds_.first_query + row0 + i), empty ? nullptr : acc_ + i * dim_v_,
+      store_row(row_ptr<float>(problem_.out, batch_, h, bounds_.first_query + row0 + i), empty ? nullptr : acc_ + i * dim_v_,
                 scale / row_sum_[i], problem_.head_dim_v);
       if (empty) continue;
       const Vec share = broadcast(scale / (row_sum_[i] * heads));
@@ -133,13 +129,12 @@ class ForwardWithWeights {
   }
 
   const AttentionProblem& problem_;
-  const int64_t dim_qk_, dim_v_, score_stride_;
+  const int64_t dim_v_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 
   float* key_t_;         // (tiles, head_dim_qk, kKeyTile)
   float* value_rows_;    // (keys, dim_v)
-  float* query_rows_;    // (kRows, dim_qk)
   float* acc_;           // (kRows, dim_v)
   float* scores_;        // (kRows, score_stride) of one head
   float* mean_;          // (kRows, score_stride)
@@ -154,15 +149,14 @@ class ForwardWithWeights {
   RowPrefetcher prefetcher_;
 };
 
-template <class T>
-static Plan plan_forward_with_weights(const AttentionProblem& problem, int /*num_threads*/) {
-  const ForwardWithWeights<T> pass(problem, nullptr);
-  return {pass.num_tasks(), ForwardWithWeights<T>::kRows, pass.scratch_bytes()};
+[[maybe_unused]] static Plan plan_forward_with_weights(const AttentionProblem& problem, int /*num_threads*/) {
+  const ForwardWithWeights pass(problem, nullptr);
+  return {pass.num_tasks(), ForwardWithWeights::kRows, pass.scratch_bytes()};
 }
 
-template <class T>
-static void run_forward_with_weights(const AttentionProblem& problem, const Plan&, int64_t first_task, int64_t last_task, char* scratch) {
-  ForwardWithWeights<T>(problem, scratch).run(first_task, last_task);
+[[maybe_unused]] static void run_forward_with_weights(const AttentionProblem& problem, const Plan&, int64_t first_task, int64_t last_task,
+                                                      char* scratch) {
+  ForwardWithWeights(problem, scratch).run(first_task, last_task);
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

@@ -21,7 +21,7 @@ constexpr KernelTable fp32_compute_table(const char* name) {
           {{plan_weights<float>, run_weights<float>},
            {plan_weights<bfloat16_t>, run_weights<bfloat16_t>},
            {plan_weights<float16_t>, run_weights<float16_t>}},
-          {plan_forward_with_weights<float>, run_forward_with_weights<float>},
+          {plan_forward_with_weights, run_forward_with_weights},
           run_linear};
 }
 
