@@ -218,7 +218,7 @@ void cpu_forward_with_weights(const py::bytes& problem, int num_threads, const A
 // dattn_mask: part, batch, head, row and key strides.
 void cpu_backward(const py::bytes& problem, int num_threads, const Addresses& addresses, const CpuGradients& gradients, const Strides& dout,
                   const Strides& dquery, const Strides& dkey, const Strides& dvalue, const std::array<int64_t, 5>& dattn_mask,
-                  int32_t num_mask_parts, int32_t num_key_splits) {
+                  int32_t num_mask_parts, int32_t num_key_parts) {
   AttentionProblem backward = placed(problem.ptr(), addresses);
   backward.dout = unplaced(dout);
   backward.dquery = unplaced(dquery);
@@ -229,7 +229,7 @@ void cpu_backward(const py::bytes& problem, int num_threads, const Addresses& ad
   backward.dattn_mask_part = dattn_mask[0], backward.dattn_mask_batch = dattn_mask[1], backward.dattn_mask_head = dattn_mask[2];
   backward.dattn_mask_row = dattn_mask[3], backward.dattn_mask_key = dattn_mask[4];
   backward.num_mask_parts = num_mask_parts;
-  backward.num_key_splits = num_key_splits;
+  backward.num_key_parts = num_key_parts;
   const py::gil_scoped_release released;
   cpu::backward(backward, num_threads);
 }
@@ -348,6 +348,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("cpu_weights", &cpu_weights, "Writes the weights, or their mean over heads, to `out`.");
   module.def("cpu_forward_with_weights", &cpu_forward_with_weights, "Writes out, lse and the mean of the weights over heads.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient.");
+  module.def("cpu_key_parts", &cpu::key_parts, "How many parts cpu_backward sums over the keys of a sequence in.");
   module.def(
       "cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");
   module.def(

@@ -88,13 +88,15 @@ struct AttentionProblem {
 
   // CPU backward only. Gradients of the mask and the biases, as float32 parts that the caller zeroes and later sums; null = not wanted.
   // Rows of a packed batch that belong to no sequence are not written.
-  float* dattn_mask = nullptr;  // (num_mask_parts, B or 1, Hq or 1, Lq or 1, Lk or 1); a task adds to one part
+  // (num_mask_parts, B or 1, Hq or 1, Lq or 1, Lk); a task adds to one part. If the mask has one element for all keys, (num_mask_parts *
+  // num_key_parts, ..., 1).
+  float* dattn_mask = nullptr;
   int64_t dattn_mask_part = 0, dattn_mask_batch = 0, dattn_mask_head = 0, dattn_mask_row = 0, dattn_mask_key = 0;
   int32_t num_mask_parts = 1;      // the heads that share a slice of the mask are divided among this many parts
-  float* dalibi_slopes = nullptr;  // (B, Hq, num_key_splits)
-  float* dsinks = nullptr;         // (B, Hq, num_key_splits)
-  int32_t num_key_splits = 1;      // tasks that the keys of a head are split among
-  float* dquery_parts = nullptr;   // (num_key_splits, B, Hq, Lq, Dqk), used instead of dquery if there are several splits
+  int32_t num_key_parts = 1;       // of the longest sequence: key_parts(seqlen_k) in cpu/kernel_table.h
+  float* dalibi_slopes = nullptr;  // (B, Hq, num_key_parts)
+  float* dsinks = nullptr;         // (B, Hq)
+  float* dquery_parts = nullptr;   // (num_key_parts, B, Hq, Lq, Dqk), not yet scaled, instead of dquery: each part of the keys is a task
 
   // Always inline: the linker must not share a copy compiled for one instruction set with the others.
   __attribute__((always_inline)) float dropout_scale() const {

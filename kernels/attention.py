@@ -69,7 +69,8 @@ def attention(
         alibi_slopes: (Hq,) or (B, Hq): slope * distance to the diagonal is subtracted (Press et al., arXiv 2108.12409).
         sinks: (Hq,) logits that join the softmax but have no value (as in gpt-oss).
         return_lse: also return lse, the natural log of the softmax denominator.
-        deterministic: ask for bit-reproducible gradients; None follows torch.are_deterministic_algorithms_enabled().
+        deterministic: ask for bit-reproducible gradients; None follows torch.are_deterministic_algorithms_enabled(). The CPU's always are,
+            and no sequence's results depend on the rest of the batch or on the number of threads (docs/cpu-kernels.md).
         backend: None chooses one; "reference", "triton", "cuda" or "cpu" runs that one, or raises with the reasons why it cannot.
 
     Returns:

@@ -134,9 +134,9 @@ struct Case {
   float softcap = 0;
   bool alibi = false, sinks = false;
   int64_t mask_key_stride = 1;
-  int32_t key_splits = 1;
-  bool prepared = false;  // what masks, as bits and lists of tiles
-  bool packed = false;    // the batch as packed sequences; layout must be rows_first
+  bool part_tasks = false;  // each part of the keys is a task
+  bool prepared = false;    // what masks, as bits and lists of tiles
+  bool packed = false;      // the batch as packed sequences; layout must be rows_first
   MaskDtype mask_dtype = MaskDtype::float32;
   int32_t diagonal = 0;
 };
@@ -162,21 +162,21 @@ const Case kCases[] = {
     {2, 2, 8, 0, 16, 16, kTopLeft, false, false, false, true, true, gaps},
     {1, 4, 70, 90, 24, 40, kBottomRight, false, true, false, true, true, gaps, 2, 30, 5},
     {2, 2, 65, 129, 16, 16, kNone, true, false, false, false, true, rows_first, 1, 20, kUnlimited, 2.0f, true, true},
-    {1, 4, 33, 300, 16, 20, kTopLeft, false, false, true, false, true, packed, 4, kUnlimited, kUnlimited, 1.5f, true, true, 2, 2},
-    {2, 1, 100, 600, 32, 32, kNone, true, false, true, false, false, heads_first, 1, kUnlimited, kUnlimited, 0, false, true, 1, 3},
-    {1, 2, 150, 200, 40, 40, kTopLeft, true, true, false, true, true, gaps, 1, 60, kUnlimited, 0, true, false, 1, 1, true},
-    {3, 2, 37, 53, 24, 24, kBottomRight, false, true, false, true, true, rows_first, 2, 9, 3, 0, true, true, 1, 1, false, true},
+    {1, 4, 33, 300, 16, 20, kTopLeft, false, false, true, false, true, packed, 4, kUnlimited, kUnlimited, 1.5f, true, true, 2, true},
+    {2, 1, 100, 600, 32, 32, kNone, true, false, true, false, false, heads_first, 1, kUnlimited, kUnlimited, 0, false, true, 1, true},
+    {1, 2, 150, 200, 40, 40, kTopLeft, true, true, false, true, true, gaps, 1, 60, kUnlimited, 0, true, false, 1, false, true},
+    {3, 2, 37, 53, 24, 24, kBottomRight, false, true, false, true, true, rows_first, 2, 9, 3, 0, true, true, 1, false, false, true},
     {2, 2, 2, 45, 40, 24, kBottomRight, true, false, true, true, false, rows_first, 2, 20, kUnlimited, 2.0f, true, true, 3},
     {1,          2, 70,         150,        40, 24,    kTopLeft, false, false, true,  false, true,
-     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,     1,     false, false, MaskDtype::boolean},
+     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,     false, false, false, MaskDtype::boolean},
     {2,    1, 33,         77,         24, 24,    kNone, true, false, true,  true,  false,
-     gaps, 1, kUnlimited, kUnlimited, 0,  false, false, 1,    1,     false, false, MaskDtype::bfloat16},
+     gaps, 1, kUnlimited, kUnlimited, 0,  false, false, 1,    false, false, false, MaskDtype::bfloat16},
     {1,          2, 2,          531,        24, 24,    kNone, true, false, true,  false, true,
-     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false, 1,    1,     false, false, MaskDtype::float16},
-    {1,      1, 40, 90,         16, 16,    kBottomRight, false, true, true,  false, true,
-     packed, 1, 15, kUnlimited, 0,  false, false,        3,     1,    false, false, MaskDtype::boolean},
+     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false, 1,    false, false, false, MaskDtype::float16},
+    {1,      1, 40, 90,         16, 16,    kBottomRight, false, true,  true,  false, true,
+     packed, 1, 15, kUnlimited, 0,  false, false,        3,     false, false, false, MaskDtype::boolean},
     {2,          1, 70,         100,        16, 24,    kTopLeft, true, false, true, false, true,
-     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,    1,     true, false, MaskDtype::bfloat16},
+     rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,    false, true, false, MaskDtype::bfloat16},
     // Blocks of rows meet several blocks of keys: of 2200 rows and 195 keys, 1100 and 130 are there.
     {1, 1, 2200, 195, 160, 160, kNone, true, true, true, false, true, gaps},
 };
@@ -253,14 +253,15 @@ struct Inputs {
     if (c.sinks) problem.sinks = sinks.data();
     if (c.prepared) prepare();
     if (c.packed) pack();
-    problem.num_key_splits = c.key_splits;
+    problem.num_key_parts = static_cast<int32_t>(cpu::key_parts(c.seqlen_k));
     const auto place = [](std::vector<float>& gradient, int64_t size) {
       gradient.assign(static_cast<size_t>(size), 0.0f);
       return gradient.data();
     };
-    if (c.key_splits > 1) problem.dquery_parts = place(dquery_parts, c.key_splits * c.batch * c.heads * c.seqlen_q * c.head_dim_qk);
-    if (c.alibi) problem.dalibi_slopes = place(dslopes, c.batch * c.heads * c.key_splits);
-    if (c.sinks) problem.dsinks = place(dsinks, c.batch * c.heads * c.key_splits);
+    const int64_t dquery_size = c.batch * c.heads * c.seqlen_q * c.head_dim_qk;
+    if (c.part_tasks) problem.dquery_parts = place(dquery_parts, problem.num_key_parts * dquery_size);
+    if (c.alibi) problem.dalibi_slopes = place(dslopes, c.batch * c.heads * problem.num_key_parts);
+    if (c.sinks) problem.dsinks = place(dsinks, c.batch * c.heads);
     if (c.attn_mask) {  // one part for each batch element
       problem.num_mask_parts = static_cast<int32_t>(std::max<int64_t>(c.batch, 1));
       problem.dattn_mask = place(dattn_mask, problem.num_mask_parts * c.heads * c.seqlen_q * c.seqlen_k);
@@ -511,18 +512,18 @@ void compare_sums(const char* isa, const Inputs& in, const char* name, const std
   }
 }
 
-// dquery of keys that were split is what the caller adds up.
+// dquery of keys whose parts were tasks is what the caller adds up and scales.
 void add_dquery_parts(Inputs& in) {
   const Case& c = in.c;
   const size_t part = static_cast<size_t>(c.batch * c.heads * c.seqlen_q * c.head_dim_qk);
   size_t index = 0;
-  for (int64_t b = 0; c.key_splits > 1 && b < c.batch; ++b)
+  for (int64_t b = 0; c.part_tasks && b < c.batch; ++b)
     for (int64_t h = 0; h < c.heads; ++h)
       for (int64_t i = 0; i < c.seqlen_q; ++i)
         for (int64_t d = 0; d < c.head_dim_qk; ++d, ++index) {
           float sum = 0;
-          for (size_t split = 0; split < static_cast<size_t>(c.key_splits); ++split) sum += in.dquery_parts[split * part + index];
-          in.dquery.set(b, h, i, d, sum);
+          for (int32_t n = 0; n < in.problem.num_key_parts; ++n) sum += in.dquery_parts[static_cast<size_t>(n) * part + index];
+          in.dquery.set(b, h, i, d, sum * in.problem.softmax_scale);
         }
 }
 
@@ -534,11 +535,11 @@ void compare_lse(const char* isa, const Inputs& in, const Expected& want) {
 
 void check(const char* isa, Inputs& in, const Expected& want) {
   add_dquery_parts(in);
-  const size_t splits = static_cast<size_t>(in.c.key_splits);
+  const size_t parts = static_cast<size_t>(in.problem.num_key_parts);
   compare_sums(isa, in, "dattn_mask", in.dattn_mask, static_cast<size_t>(in.problem.num_mask_parts), want.dattn_mask.size(), 1,
                want.dattn_mask);
-  compare_sums(isa, in, "dalibi_slopes", in.dslopes, splits, 1, splits, want.dslopes);
-  compare_sums(isa, in, "dsinks", in.dsinks, splits, 1, splits, want.dsinks);
+  compare_sums(isa, in, "dalibi_slopes", in.dslopes, parts, 1, parts, want.dslopes);
+  compare_sums(isa, in, "dsinks", in.dsinks, 1, 1, 1, want.dsinks);
   compare(isa, in, "out", in.out, want.out);
   compare(isa, in, "dquery", in.dquery, want.dquery);
   compare(isa, in, "dkey", in.dkey, want.dkey);

@@ -15,7 +15,7 @@ from emulated_amx import can_emulate, emulation_flags
 ROOT = Path(__file__).resolve().parents[1]
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-I", str(ROOT / "csrc")]
-TESTS = ["tests/test_cpu.py", "tests/test_cpu_features.py", "tests/test_cpu_functions.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("cpu", "cpu_features", "cpu_functions", "batch_invariance")]
 
 
 @pytest.mark.skipif(not can_emulate(), reason="the machine has AMX, or lacks AVX-512")

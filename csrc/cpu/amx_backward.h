@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 backward on AMX tiles. A task is the query heads of one key head, or a range of its keys. Everything of score size is transposed,
+// bf16 backward on AMX tiles. A task is the query heads of one key head, or a part of its keys. Everything of score size is transposed,
 // keys x queries: P^T and dS^T come out of the softmax as the A operands of dV and dK, an interleaved copy of dS^T is the B operand of
 // dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block of query rows that sees it:
 //
@@ -60,7 +60,8 @@ class AmxBackward {
     query_pairs_ = arena.take<Bf16Bits>(rows_capacity_ * dim_qk_);
     dout_tiles_ = arena.take<Bf16Bits>(rows_capacity_ * dim_v_);
     dout_pairs_ = arena.take<Bf16Bits>(rows_capacity_ * dim_v_);
-    dquery_t_ = arena.take<float>(dim_qk_ * dquery_stride_);
+    dquery_sum_t_ = arena.take<float>(dim_qk_ * dquery_stride_);
+    dquery_part_t_ = arena.take<float>(problem_.num_key_parts > 1 ? dim_qk_ * dquery_stride_ : 0);
     lse_log2_ = arena.take<float>(rows_capacity_);
     delta_ = arena.take<float>(rows_capacity_);
     seeing_bits_ = arena.take<uint16_t>(rows_capacity_ / 16);
@@ -89,28 +90,29 @@ class AmxBackward {
   void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
     set_batch(b);
     kv_head_ = h_kv;
-    const KeyRange range = tasks_.keys(task, bounds_.seqlen_k);
+    const Range parts = tasks_.parts(task, bounds_.seqlen_k), all_keys = tasks_.keys(parts, bounds_.seqlen_k);
+    if (parts.first == parts.last) return;
     for (int64_t n = 0; n < held_keys_ / kKeys; ++n) keys_started_[n] = 0;
     for (int64_t h = h_kv * group_; h < (h_kv + 1) * group_; ++h) {
       const bool last_head = h + 1 == (h_kv + 1) * group_;
-      set_head(task, h);
+      set_head(h);
       pack_query_side();
       plan_prefetch(!last_head || more);
-      // Rows before the first one that sees a key get no gradient. If other rows may see none either, all of dQ starts at zero.
-      first_row_ = range.first < range.last ? min_of(first_row_seeing(bounds_, range.first) / 32 * 32, rows_padded_) : rows_padded_;
-      if (sparse_) {
-        first_row_ = 0;
-        for (int64_t i = 0; i < dim_qk_ * dquery_stride_; i += 16) store(dquery_t_ + i, broadcast(0.0f));
+      first_row_ = first_row_of(all_keys);
+      for (int64_t part = parts.first; part < parts.last; ++part) {
+        const Range range = tasks_.keys({part, part + 1}, bounds_.seqlen_k);
+        start_part(task, part, part == parts.first);
+        for (int64_t key0 = range.first; key0 < range.last; key0 += kKeys)
+          run_key_block(key0, min_of(kKeys, range.last - key0), key0 > range.first || sparse_, key0 - all_keys.first, last_head);
+        if (part > parts.first) add_part(first_row_of(range));
+        store_head_gradients(problem_, bounds_, batch_, head_, part, delta_, static_cast<float>(-bias_.slope_sum()));
       }
-      for (int64_t key0 = range.first; key0 < range.last; key0 += kKeys)
-        run_key_block(key0, min_of(kKeys, range.last - key0), key0 > range.first || sparse_, key0 - range.first, last_head);
-      store_head_gradients(problem_, bounds_, batch_, head_, tasks_.split(task), delta_, static_cast<float>(-bias_.slope_sum()));
-      if (problem_.num_key_splits > 1)
-        store_dquery_part(tasks_.dquery_part(task, bounds_, batch_, head_));
+      if (problem_.dquery_parts)
+        store_dquery_part(tasks_.dquery_part(parts.first, bounds_, batch_, head_));
       else
         store_dquery();
     }
-    if (tasks_.split(task) + 1 < problem_.num_key_splits) return;
+    if (all_keys.last < bounds_.seqlen_k) return;
     for (int64_t key = bounds_.seqlen_k; key < bounds_.keys; ++key) {
       store_zero_row(key_row(problem_.dkey, key), problem_.head_dim_qk);
       store_zero_row(key_row(problem_.dvalue, key), problem_.head_dim_v);
@@ -140,11 +142,30 @@ class AmxBackward {
     fill_key_bias(problem_, batch_, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
   }
 
-  void set_head(int64_t task, int64_t head) {
+  // Rows before the first one that sees one of the keys get no gradient from them. If other rows may see none either, dQ starts at zero.
+  int64_t first_row_of(Range keys) const {
+    if (sparse_) return 0;
+    return keys.first < keys.last ? min_of(first_row_seeing(bounds_, keys.first) / 32 * 32, rows_padded_) : rows_padded_;
+  }
+
+  // dQ from the first of a task's parts goes to the sum itself.
+  void start_part(int64_t task, int64_t part, bool first) {
+    float* dmask = tasks_.mask_gradient(task, part);
+    if (dmask) dmask += batch_ * problem_.dattn_mask_batch + head_ * problem_.dattn_mask_head;
+    bias_.enter(bounds_, batch_, head_, has_holes_ ? key_bias_ : nullptr, dmask);
+    dquery_t_ = first ? dquery_sum_t_ : dquery_part_t_;
+    for (int64_t i = 0; sparse_ && i < dim_qk_ * dquery_stride_; i += 16) store(dquery_t_ + i, broadcast(0.0f));
+  }
+
+  // Adds a part of dQ, which holds rows from first_row on, to the sum of those before it.
+  void add_part(int64_t first_row) {
+    for (int64_t d = 0; d < dim_qk_; ++d)
+      for (int64_t at = d * dquery_stride_ + first_row; at < d * dquery_stride_ + rows_padded_; at += 16)
+        _mm512_store_ps(dquery_sum_t_ + at, _mm512_add_ps(_mm512_load_ps(dquery_sum_t_ + at), _mm512_load_ps(dquery_part_t_ + at)));
+  }
+
+  void set_head(int64_t head) {
     head_ = head;
-    float* dmask = tasks_.mask_gradient(task);
-    if (dmask) dmask += batch_ * problem_.dattn_mask_batch + head * problem_.dattn_mask_head;
-    bias_.enter(bounds_, batch_, head, has_holes_ ? key_bias_ : nullptr, dmask);
     for (int64_t block = 0; tile_kinds_ && block < divide_up(problem_.seqlen_q, 64); ++block)
       expand_tiles(problem_.row_tiles, batch_, head, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
   }
@@ -334,23 +355,23 @@ class AmxBackward {
   }
 
   // Rows [row, row + 16) and columns [d, d + 16) of scale * dQ.
-  FA_MEMBER_INLINE void load_dquery(int64_t row, int64_t d, __m512i rows[16]) const {
-    const __m512 scale = _mm512_set1_ps(problem_.softmax_scale);
+  FA_MEMBER_INLINE void load_dquery(int64_t row, int64_t d, __m512 scale, __m512i rows[16]) const {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
-      rows[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_t_ + (d + i) * dquery_stride_ + row)));
+      rows[i] = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_load_ps(dquery_sum_t_ + (d + i) * dquery_stride_ + row)));
     transpose16(rows);
   }
 
   void store_dquery() {
+    const __m512 scale = _mm512_set1_ps(problem_.softmax_scale);
     for (int64_t row = 0; row < bounds_.rows; ++row)
       if (row < first_row_ || row >= bounds_.seqlen_q) store_zero_row(query_row(problem_.dquery, row), problem_.head_dim_qk);
     for (int64_t row = first_row_; row < bounds_.seqlen_q; row += 16) {
       const int64_t rows = min_of(bounds_.seqlen_q - row, int64_t{16});
       for (int64_t d = 0; d < problem_.head_dim_qk; d += 32) {
         __m512i low[16], high[16];
-        load_dquery(row, d, low);
-        load_dquery(row, d + 16, high);
+        load_dquery(row, d, scale, low);
+        load_dquery(row, d + 16, scale, high);
         Bf16Bits* to = query_row(problem_.dquery, row) + d;
         const __mmask32 lanes = first_lanes32(problem_.head_dim_qk - d);
 #pragma GCC unroll 16
@@ -363,13 +384,13 @@ class AmxBackward {
     }
   }
 
-  // Stores the part of dQ that comes from this task's keys. part: (rows, head_dim_qk), zeroed by the caller.
+  // Stores the part of dQ that this task computes, not yet scaled. part: (rows, head_dim_qk), zeroed by the caller.
   void store_dquery_part(float* part) const {
     for (int64_t row = first_row_; row < bounds_.seqlen_q; row += 16) {
       const int64_t rows = min_of(bounds_.seqlen_q - row, int64_t{16});
       for (int64_t d = 0; d < problem_.head_dim_qk; d += 16) {
         __m512i values[16];
-        load_dquery(row, d, values);
+        load_dquery(row, d, _mm512_set1_ps(1.0f), values);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
           if (i < rows)
@@ -413,8 +434,9 @@ class AmxBackward {
   Bf16Bits *query_tiles_ = nullptr, *query_pairs_ = nullptr, *dout_tiles_ = nullptr, *dout_pairs_ = nullptr;
   Bf16Bits *key_rows_ = nullptr, *key_t_ = nullptr, *value_rows_ = nullptr, *weights_ = nullptr, *dscores_ = nullptr,
            *dscore_pairs_ = nullptr;
-  float *dquery_t_ = nullptr, *lse_log2_ = nullptr, *delta_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr, *scores_ = nullptr,
-        *dweights_ = nullptr;
+  float *dquery_sum_t_ = nullptr, *dquery_part_t_ = nullptr;  // over the parts of the keys so far, and from one part
+  float* dquery_t_ = nullptr;                                 // one of the two: what the current part's dQ goes to
+  float *lse_log2_ = nullptr, *delta_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr, *scores_ = nullptr, *dweights_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr, *seeing_bits_ = nullptr;
   float* key_bias_ = nullptr;                                // (seqlen_k,) 0 or -inf
   uint8_t* keys_started_ = nullptr;                          // per block of held keys: whether dkey_ and dvalue_ hold something

@@ -15,7 +15,7 @@ namespace fused_attention::cpu::FA_ISA {
 class AmxForward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
-    if (problem.seqlen_q <= kFewRows) return in_place().plan(problem, num_threads);  // packing would not pay off
+    if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>::plan(problem, num_threads);  // packing would not pay off
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
     const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start at tile boundaries
@@ -26,21 +26,18 @@ class AmxForward {
     plan.task_size = rows;
     AmxForward forward(problem, plan);
     plan.scratch_bytes = forward.carve(nullptr);
-    return plan;
+    return with_few_rows<bfloat16_t>(problem, plan);
   }
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-    if (problem.seqlen_q <= kFewRows) return in_place().run(problem, plan, first_task, last_task, scratch);
-    if (first_task >= last_task) return;
+    if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>(problem, plan.task_size, scratch).run(first_task, last_task);
     AmxForward forward(problem, plan);
-    forward.carve(scratch);
-    const ConfiguredTiles tiles;
-    for (int64_t task = first_task; task < last_task; ++task) forward.run_task(task, last_task);
+    const int64_t num_tasks = problem.batch * problem.num_heads * forward.tasks_per_head_;
+    forward.run_tasks(first_task, min_of(last_task, num_tasks), scratch);
+    run_few_rows<bfloat16_t>(problem, num_tasks, first_task, last_task, scratch);
   }
 
  private:
-  static const Kernel& in_place() { return kAvx512Kernels.forward[static_cast<int>(Dtype::bfloat16)]; }
-
   static constexpr int64_t kRows = 32;      // query rows per block of scores
   static constexpr int64_t kMaxKeys = 512;  // keys per packed block: long enough that the online softmax rarely rescales
 
@@ -77,11 +74,19 @@ class AmxForward {
     return arena.used();
   }
 
+  void run_tasks(int64_t first_task, int64_t last_task, char* scratch) {
+    if (first_task >= last_task) return;
+    carve(scratch);
+    const ConfiguredTiles tiles;
+    for (int64_t task = first_task; task < last_task; ++task) run_task(task, last_task);
+  }
+
   void run_task(int64_t task, int64_t last_task) {
     const int64_t row0 = task % tasks_per_head_ * rows_per_task_;
     set_head(task / tasks_per_head_);
     const int64_t rows = min_of(rows_per_task_, bounds_.rows - row0);
-    const int64_t live_rows = max_of(int64_t{0}, min_of(rows, bounds_.seqlen_q - row0));
+    const bool has_few_rows = bounds_.seqlen_q <= kFewRows;  // FewRowsForward computes and stores the first kFewRows
+    const int64_t live_rows = has_few_rows ? 0 : max_of(int64_t{0}, min_of(rows, bounds_.seqlen_q - row0));
     for (int64_t row = 0; tile_kinds_ && row < live_rows; row += 64)
       expand_tiles(problem_.row_tiles, batch_, head_, (row0 + row) / 64, tile_kinds_ + row / 64 * problem_.row_tiles.num_tiles);
     const int64_t first_key = live_rows > 0 ? first_visible_key(bounds_, row0) / block_keys_ * block_keys_ : 0;
@@ -108,7 +113,8 @@ class AmxForward {
     if (!single_block_ || unseen)
       for (int64_t first = 0; first < live_rows; first += kRows)
         store_rows(row0 + first, min_of(kRows, live_rows - first), single_block_ ? 0 : first);
-    store_absent_rows(row0 + live_rows, rows - live_rows);
+    const int64_t stored = has_few_rows && row0 == 0 ? kFewRows : live_rows;
+    store_absent_rows(row0 + stored, rows - stored);
   }
 
   RowSource query_rows(int64_t row, int64_t rows) const {

@@ -6,9 +6,10 @@
 //     S  = Q K^T,  dP = dout V^T                                                  (rows, keys), turned into P and dS: softmax_gradient.h
 //     dV += dropout(P)^T dout,   dK += dS^T Q,   dQ += dS K                       dQ is held for the whole head
 //
-// Q, dout and dQ of the head are in float32 scratch (3 buffers of seqlen_q x head_dim), everything else in blocks of 64 x 64. Query heads
-// that share a key head accumulate dK and dV in scratch. If the three buffers do not fit in L2, each block of rows visits several blocks of
-// keys in turn. As in FlashAttention (Dao et al., 2022), with the lse gradient folded into delta: d lse / d S = P.
+// Q, dout and dQ of the head are in float32 scratch (3 buffers of seqlen_q x head_dim, and a part of dQ if the keys are several parts),
+// everything else in blocks of 64 x 64. Query heads that share a key head accumulate dK and dV in scratch. If the three buffers do not fit
+// in L2, each block of rows visits several blocks of keys in turn. As in FlashAttention (Dao et al., 2022), with the lse gradient folded
+// into delta: d lse / d S = P.
 #pragma once
 #include "backward_tasks.h"
 #include "few_rows_forward.h"
@@ -38,21 +39,22 @@ class BackwardPass {
         group_(problem.num_heads / max_of(problem.num_heads_kv, int64_t{1})),
         dim_qk_(round_up(problem.head_dim_qk, 16)),
         dim_v_(round_up(problem.head_dim_v, 16)),
-        few_rows_(problem.seqlen_q <= kFewRows),
         row_blocks_((problem.seqlen_q + kBackwardRows - 1) / kBackwardRows),
         blocks_together_(key_blocks_together(problem)),
         held_keys_(group_ > 1 ? tasks_.most_keys() : blocks_together_ * kBackwardKeys),
         softmax_(problem, arena_) {
     query_rows_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
     dout_rows_ = arena_.take<float>(problem.seqlen_q * dim_v_);
-    dquery_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
+    dquery_sum_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
+    dquery_part_ = arena_.take<float>(problem.num_key_parts > 1 ? problem.seqlen_q * dim_qk_ : 0);
     key_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * dim_qk_);
     value_t_ = arena_.take<float>(blocks_together_ * kBackwardKeys * dim_v_);
     key_rows_ = arena_.take<float>(blocks_together_ * kBackwardKeys * dim_qk_);
     dkey_ = arena_.take<float>(held_keys_ * dim_qk_);
     dvalue_ = arena_.take<float>(held_keys_ * dim_v_);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, kBackwardKeys) : 0);
-    rows_started_ = arena_.take<uint8_t>(row_blocks_);
+    rows_summed_ = arena_.take<uint8_t>(row_blocks_);
+    part_started_ = arena_.take<uint8_t>(row_blocks_);
     keys_started_ = arena_.take<uint8_t>(held_keys_ / kBackwardKeys);
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(row_blocks_ * problem.row_tiles.num_tiles);
   }
@@ -70,24 +72,30 @@ class BackwardPass {
   void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
     set_key_head(b, h_kv);
     for (int64_t n = 0; n < held_keys_ / kBackwardKeys; ++n) keys_started_[n] = 0;
-    const KeyRange range = tasks_.keys(task, bounds_.seqlen_k);
+    const Range parts = tasks_.parts(task, bounds_.seqlen_k), all_keys = tasks_.keys(parts, bounds_.seqlen_k);
+    if (parts.first == parts.last) return;
     for (int64_t h = h_kv * group_; h < (h_kv + 1) * group_; ++h) {
       const bool last_head = h + 1 == (h_kv + 1) * group_;
-      set_head(task, h);
+      set_head(h);
       pack_query_side();
       plan_prefetch(more && last_head);
-      for (int64_t key0 = range.first; key0 < range.last; key0 += blocks_together_ * kBackwardKeys) {
-        const int64_t keys = min_of(blocks_together_ * kBackwardKeys, range.last - key0);
-        held_ = group_ > 1 ? key0 - range.first : 0;
-        for (int64_t n = 0; group_ == 1 && n < blocks_together_; ++n) keys_started_[n] = 0;
-        attend(key0, keys);
-        for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys)
-          store_key_gradients(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
+      for (int64_t part = parts.first; part < parts.last; ++part) {
+        start_part(task, part, part == parts.first);
+        const Range range = tasks_.keys({part, part + 1}, bounds_.seqlen_k);
+        for (int64_t key0 = range.first; key0 < range.last; key0 += blocks_together_ * kBackwardKeys) {
+          const int64_t keys = min_of(blocks_together_ * kBackwardKeys, range.last - key0);
+          held_ = group_ > 1 ? key0 - all_keys.first : 0;
+          for (int64_t n = 0; group_ == 1 && n < blocks_together_; ++n) keys_started_[n] = 0;
+          attend(key0, keys);
+          for (int64_t j = 0; last_head && j < keys; j += kBackwardKeys)
+            store_key_gradients(key0 + j, min_of(kBackwardKeys, keys - j), held_ + j);
+        }
+        if (part > parts.first) add_part();
+        store_head_gradients(problem_, bounds_, batch_, head_, part, softmax_.delta(), softmax_.dslope());
       }
-      store_head_gradients(problem_, bounds_, batch_, head_, tasks_.split(task), softmax_.delta(), softmax_.dslope());
-      store_dquery(task);
+      store_dquery(parts.first);
     }
-    if (tasks_.split(task) + 1 == problem_.num_key_splits) {
+    if (all_keys.last == bounds_.seqlen_k) {
       store_rows(key_row(problem_.dkey, 0), problem_.dkey.row, bounds_.seqlen_k, bounds_.keys, problem_.head_dim_qk, nullptr, 0, 0.0f);
       store_rows(key_row(problem_.dvalue, 0), problem_.dvalue.row, bounds_.seqlen_k, bounds_.keys, problem_.head_dim_v, nullptr, 0, 0.0f);
     }
@@ -101,18 +109,37 @@ class BackwardPass {
     if (b == batch_) return;
     batch_ = b;
     bounds_ = sequence_bounds(problem_, b);
+    few_rows_ = bounds_.seqlen_q <= kFewRows;
     if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, kBackwardKeys));
   }
 
-  void set_head(int64_t task, int64_t h) {
+  void set_head(int64_t h) {
     head_ = h;
     batch_head_ = batch_ * problem_.num_heads + h;
-    float* dmask = tasks_.mask_gradient(task);
-    if (dmask) dmask += batch_ * problem_.dattn_mask_batch + h * problem_.dattn_mask_head;
-    softmax_.enter(bounds_, batch_, h, has_holes_ ? key_bias_ : nullptr, dmask);
+    for (int64_t block = 0; tile_kinds_ && block < row_blocks_; ++block)
+      expand_tiles(problem_.row_tiles, batch_, h, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
+  }
+
+  // dQ from the first of a task's parts goes to the sum itself.
+  void start_part(int64_t task, int64_t part, bool first) {
+    float* dmask = tasks_.mask_gradient(task, part);
+    if (dmask) dmask += batch_ * problem_.dattn_mask_batch + head_ * problem_.dattn_mask_head;
+    softmax_.enter(bounds_, batch_, head_, has_holes_ ? key_bias_ : nullptr, dmask);
+    dquery_ = first ? dquery_sum_ : dquery_part_;
+    rows_started_ = first ? rows_summed_ : part_started_;
+    for (int64_t block = 0; block < row_blocks_; ++block) rows_started_[block] = 0;
+  }
+
+  // Adds a part of dQ to the sum of those before it.
+  void add_part() {
     for (int64_t block = 0; block < row_blocks_; ++block) {
-      rows_started_[block] = 0;
-      if (tile_kinds_) expand_tiles(problem_.row_tiles, batch_, h, block, tile_kinds_ + block * problem_.row_tiles.num_tiles);
+      if (!part_started_[block]) continue;
+      const int64_t begin = block * kBackwardRows * dim_qk_, end = min_of((block + 1) * kBackwardRows, bounds_.seqlen_q) * dim_qk_;
+      for (int64_t i = begin; i < end; i += kLanes) {
+        const Vec part = load(dquery_part_ + i);
+        store(dquery_sum_ + i, rows_summed_[block] ? add(load(dquery_sum_ + i), part) : part);
+      }
+      rows_summed_[block] = 1;
     }
   }
 
@@ -220,15 +247,15 @@ class BackwardPass {
                seen ? dvalue_ + held * dim_v_ : nullptr, dim_v_, problem_.dropout_scale(), absent);
   }
 
-  // Stores dQ of the head, or the part of it that comes from this task's keys.
-  void store_dquery(int64_t task) {
-    const bool shared = problem_.num_key_splits > 1;
+  // Stores dQ of the head, or only the part that this task computes.
+  void store_dquery(int64_t part) {
+    const bool shared = problem_.dquery_parts != nullptr;
     for (int64_t row0 = 0; row0 < bounds_.seqlen_q; row0 += kBackwardRows) {
       const int64_t end = min_of(row0 + kBackwardRows, bounds_.seqlen_q);
-      const float* source = rows_started_[row0 / kBackwardRows] ? dquery_ + row0 * dim_qk_ : nullptr;
+      const float* source = rows_summed_[row0 / kBackwardRows] ? dquery_sum_ + row0 * dim_qk_ : nullptr;
       if (shared)
-        store_rows(tasks_.dquery_part(task, bounds_, batch_, head_), problem_.head_dim_qk, row0, end, problem_.head_dim_qk, source, dim_qk_,
-                   problem_.softmax_scale);
+        store_rows(tasks_.dquery_part(part, bounds_, batch_, head_), problem_.head_dim_qk, row0, end, problem_.head_dim_qk, source, dim_qk_,
+                   1.0f);
       else
         store_rows(query_row(problem_.dquery, 0), problem_.dquery.row, row0, end, problem_.head_dim_qk, source, dim_qk_,
                    problem_.softmax_scale);
@@ -253,25 +280,28 @@ class BackwardPass {
   const BackwardTasks tasks_;
   const int64_t group_;  // query heads per key head
   const int64_t dim_qk_, dim_v_;
-  const bool few_rows_;
   const int64_t row_blocks_;
   const int64_t blocks_together_;  // see key_blocks_together
   const int64_t held_keys_;  // keys whose dK and dV are held at once: those blocks, or all of the task's if query heads share a key head
   SoftmaxGradient softmax_;
 
-  float *query_rows_, *dquery_;            // (seqlen_q, dim_qk)
-  float* dout_rows_;                       // (seqlen_q, dim_v)
-  float *key_t_, *value_t_;                // (blocks_together, head_dim, kBackwardKeys), transposed; V is not for few rows
-  float* key_rows_;                        // (blocks_together, kBackwardKeys, dim_qk)
-  float* dkey_;                            // (held_keys, dim_qk)
-  float* dvalue_;                          // (held_keys, dim_v)
-  float* key_bias_;                        // (seqlen_k,) 0 or -inf
-  uint8_t *rows_started_, *keys_started_;  // per block: whether dquery_, or dkey_ and dvalue_, hold something
-  uint8_t* tile_kinds_ = nullptr;          // (row_blocks, tiles) of the head
+  float* query_rows_;                     // (seqlen_q, dim_qk)
+  float *dquery_sum_, *dquery_part_;      // (seqlen_q, dim_qk), over the parts of the keys so far, and from one part
+  float* dquery_ = nullptr;               // one of the two: what the current part's dQ goes to
+  float* dout_rows_;                      // (seqlen_q, dim_v)
+  float *key_t_, *value_t_;               // (blocks_together, head_dim, kBackwardKeys), transposed; V is not for few rows
+  float* key_rows_;                       // (blocks_together, kBackwardKeys, dim_qk)
+  float* dkey_;                           // (held_keys, dim_qk)
+  float* dvalue_;                         // (held_keys, dim_v)
+  float* key_bias_;                       // (seqlen_k,) 0 or -inf
+  uint8_t *rows_summed_, *part_started_;  // per block of rows: whether dquery_sum_, or dquery_part_, holds something
+  uint8_t* rows_started_ = nullptr;       // one of the two
+  uint8_t* keys_started_;                 // per block of keys: whether dkey_ and dvalue_ hold something
+  uint8_t* tile_kinds_ = nullptr;         // (row_blocks, tiles) of the head
 
   int64_t batch_ = -1, head_ = 0, kv_head_ = 0, batch_head_ = 0, held_ = 0;
   SequenceBounds bounds_{};
-  bool has_holes_ = false;
+  bool has_holes_ = false, few_rows_ = false;
   RowPrefetcher prefetcher_;
 };
 

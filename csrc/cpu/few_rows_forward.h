@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward pass for at most kFewRows query rows, as in decoding. Every key is used only a few times, so memory is the bottleneck, and keys
-// and values are read in place. A task covers some key heads of one sequence and the query heads that read them. It visits the keys in
-// blocks of kBlockKeys, four keys of every head at a time: heads adjacent in memory then form long runs, which the hardware prefetcher
-// follows and which share an address translation. For each block:
+// Forward pass of sequences of at most kFewRows query rows, as in decoding. Every key is used only a few times, so memory is the
+// bottleneck, and keys and values are read in place. A task covers some key heads of one sequence and the query heads that read them. It
+// visits the keys in blocks of kBlockKeys, four keys of every head at a time: heads adjacent in memory then form long runs, which the
+// hardware prefetcher follows and which share an address translation. For each block:
 //   1. S = Q K^T          2. online softmax, line by line          3. O = O * rescale + P V
 // A line is a row of a query head. Empty tiles of a PreparedMask are not read.
 #pragma once
@@ -24,12 +24,13 @@ class FewRowsForward {
         heads_per_task_(heads_per_task),
         tasks_per_sequence_((problem.num_heads_kv + heads_per_task - 1) / heads_per_task),
         group_(problem.num_heads / problem.num_heads_kv),
+        lines_per_head_(min_of(problem.seqlen_q, kFewRows)),
         dim_qk_(round_up(problem.head_dim_qk, 16)),
         dim_v_(round_up(problem.head_dim_v, 16)),
         score_stride_(min_of(kBlockKeys, round_up(problem.seqlen_k, 16)) + 16),
         arena_(scratch),
         softmax_(problem, arena_, score_stride_) {
-    const int64_t lines = heads_per_task * group_ * problem.seqlen_q;
+    const int64_t lines = heads_per_task * group_ * lines_per_head_;
     query_rows_ = arena_.take<float>(lines * dim_qk_);
     acc_ = arena_.take<float>(lines * dim_v_);
     scores_ = arena_.take<float>(lines * score_stride_);
@@ -48,12 +49,17 @@ class FewRowsForward {
            (heads * lines_per_head > kMostLines || problem.batch * ((problem.num_heads_kv + heads - 1) / heads) < wanted_tasks))
       heads = (heads + 1) / 2;
     const FewRowsForward pass(problem, heads, nullptr);
-    return {problem.batch * pass.tasks_per_sequence_, heads, pass.arena_.used()};
+    return {pass.num_tasks(), heads, pass.scratch_bytes()};
   }
+
+  int64_t num_tasks() const { return problem_.batch * tasks_per_sequence_; }
+  size_t scratch_bytes() const { return arena_.used(); }
 
   void run(int64_t first_task, int64_t last_task) {
     __builtin_memset(zero_row_, 0, static_cast<size_t>(max_of(problem_.head_dim_qk, problem_.head_dim_v)) * sizeof(T));
     for (int64_t task = first_task; task < last_task; ++task) {
+      enter_sequence(task / tasks_per_sequence_);
+      if (bounds_.seqlen_q > kFewRows) continue;
       set_task(task);
       const int64_t keys_end = rows_ > 0 ? visible_keys(bounds_, rows_ - 1) : 0;
       for (int64_t key0 = rows_ > 0 ? first_visible_key(bounds_, 0) / 64 * 64 : 0; key0 < keys_end; key0 += kBlockKeys)
@@ -65,14 +71,16 @@ class FewRowsForward {
  private:
   static constexpr int64_t kMostLines = 32, kKeepWords = kBlockKeys / 16, kRowsAhead = 32, kSize = sizeof(T);
 
-  int64_t first_line(int64_t head) const { return head * problem_.seqlen_q; }  // head: a query head of the task
+  int64_t first_line(int64_t head) const { return head * lines_per_head_; }  // head: a query head of the task
+
+  void enter_sequence(int64_t b) {
+    if (b == batch_) return;
+    batch_ = b;
+    bounds_ = sequence_bounds(problem_, b);
+    if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
+  }
 
   void set_task(int64_t task) {
-    if (const int64_t b = task / tasks_per_sequence_; b != batch_) {
-      batch_ = b;
-      bounds_ = sequence_bounds(problem_, b);
-      if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, 16) + 16);
-    }
     rows_ = bounds_.seqlen_q;
     head0_ = task % tasks_per_sequence_ * heads_per_task_;
     heads_ = min_of(heads_per_task_, problem_.num_heads_kv - head0_);
@@ -80,14 +88,14 @@ class FewRowsForward {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
       pack_rows(row_ptr<const T>(problem_.query, batch_, h, bounds_.first_query), problem_.query.row, rows_, problem_.head_dim_qk,
                 query_rows_ + line0 * dim_qk_, dim_qk_);
-      for (int64_t line = line0; line < line0 + problem_.seqlen_q; ++line) {
+      for (int64_t line = line0; line < line0 + lines_per_head_; ++line) {
         const bool has_sink = problem_.sinks && line - line0 < rows_;
         row_max_[line] = has_sink ? problem_.sinks[h] * kLog2e : -kInfinity;
         row_sum_[line] = has_sink && problem_.sinks[h] != -kInfinity ? 1.0f : 0.0f;
       }
       if (tile_kinds_) expand_tiles(problem_.row_tiles, batch_, h, 0, tile_kinds_ + head * problem_.row_tiles.num_tiles);
     }
-    for (int64_t i = 0; i < heads_ * group_ * problem_.seqlen_q * dim_v_; i += kLanes) store(acc_ + i, broadcast(0.0f));
+    for (int64_t i = 0; i < heads_ * group_ * lines_per_head_ * dim_v_; i += kLanes) store(acc_ + i, broadcast(0.0f));
   }
 
   uint8_t tile_kind(int64_t head, int64_t key) const {
@@ -161,24 +169,25 @@ class FewRowsForward {
     }
   }
 
-  // Stores out and lse: 0 and -inf for rows that see nothing, including absent ones.
+  // Stores out and lse of the first kFewRows rows: 0 and -inf for rows that see nothing, including absent ones.
   void store_rows() {
+    const int64_t rows = min_of(bounds_.rows, kFewRows);
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
-      for (int64_t i = 0; i < bounds_.rows; ++i) {
+      for (int64_t i = 0; i < rows; ++i) {
         const float sum = row_sum_[line0 + i];
         store_row(row_ptr<T>(problem_.out, batch_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_,
                   problem_.dropout_scale() / sum, problem_.head_dim_v);
       }
-      const Vec sums = select(first_lanes(bounds_.rows), load(row_sum_ + line0), broadcast(1.0f));  // unset past the last line
-      store_first(problem_.lse + lse_offset(problem_, bounds_, batch_, h), natural_lse(load(row_max_ + line0), sums), bounds_.rows);
+      const Vec sums = select(first_lanes(rows), load(row_sum_ + line0), broadcast(1.0f));  // unset past the last line
+      store_first(problem_.lse + lse_offset(problem_, bounds_, batch_, h), natural_lse(load(row_max_ + line0), sums), rows);
     }
   }
 
   const AttentionProblem& problem_;
   const int64_t heads_per_task_, tasks_per_sequence_;
   const int64_t group_;  // query heads per key head
-  const int64_t dim_qk_, dim_v_, score_stride_;
+  const int64_t lines_per_head_, dim_qk_, dim_v_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 
@@ -195,5 +204,25 @@ class FewRowsForward {
   SequenceBounds bounds_{};
   bool has_holes_ = false;
 };
+
+// In a batch with longer sequences, those with few rows get tasks of FewRowsForward, after the tasks of the kernel for longer ones. So what
+// a sequence gets does not depend on the others, and a decoding step next to a prompt costs what it costs alone.
+template <class T>
+static Plan with_few_rows(const AttentionProblem& problem, Plan plan) {
+  bool any = false;
+  for (int64_t b = 0; (problem.cu_seqlens_q || problem.query_lengths) && b < problem.batch && !any; ++b)
+    any = sequence_bounds(problem, b).seqlen_q <= kFewRows;
+  if (!any) return plan;
+  const FewRowsForward<T> pass(problem, 1, nullptr);
+  return {plan.num_tasks + pass.num_tasks(), plan.task_size,
+          plan.scratch_bytes > pass.scratch_bytes() ? plan.scratch_bytes : pass.scratch_bytes()};
+}
+
+// num_longer: the tasks that come before.
+template <class T>
+static void run_few_rows(const AttentionProblem& problem, int64_t num_longer, int64_t first_task, int64_t last_task, char* scratch) {
+  if (last_task > num_longer)
+    FewRowsForward<T>(problem, 1, scratch).run(max_of(first_task - num_longer, int64_t{0}), last_task - num_longer);
+}
 
 }  // namespace fused_attention::cpu::FA_ISA

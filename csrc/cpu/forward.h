@@ -7,7 +7,7 @@
 //   3.   row by row, soft cap, bias and online softmax:  P = exp2(c S - row_max), c = scale log2 e
 //   4.   O = O * exp2(old row_max - row_max) + dropout(P) V                     (rows, head_dim_v)
 //   5. out = O * dropout_scale / row_sum,  lse = (row_max + log2 row_sum) ln 2
-// With at most kFewRows query rows (decoding), packing a key would cost more than using it: see few_rows_forward.h.
+// Where a sequence has at most kFewRows query rows (decoding), packing a key would cost more than using it: see few_rows_forward.h.
 // A sink is a key without a value: row_max starts from it and row_sum from 1. Empty tiles of a PreparedMask are skipped, and each run of
 // full or mixed tiles goes through steps 2 to 4 separately.
 // The blocks and their recurrence follow FlashAttention (Dao et al., 2022).
@@ -65,12 +65,12 @@ class ForwardPass {
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
-  int64_t tasks_per_head() const { return tasks_per_head_; }
+  int64_t num_tasks() const { return problem_.batch * problem_.num_heads * tasks_per_head_; }
 
   void run(int64_t first_task, int64_t last_task) {
     for (int64_t task = first_task; task < last_task; ++task) {
       set_task(task);
-      const int64_t rows_present = min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
+      const int64_t rows_present = has_few_rows() ? 0 : min_of(max_of(bounds_.seqlen_q - row0_, int64_t{0}), rows_);
       if (rows_present > 0) {
         pack_queries(rows_present);
         const int64_t first_key = first_visible_key(bounds_, row0_), keys_end = visible_keys(bounds_, row0_ + rows_present - 1);
@@ -218,15 +218,18 @@ class ForwardPass {
     }
   }
 
+  bool has_few_rows() const { return bounds_.seqlen_q <= kFewRows; }  // FewRowsForward computes and stores the first kFewRows
+
   // Stores out and lse of the task's rows: 0 and -inf for rows that see nothing, including absent ones.
   void store_rows() {
-    for (int64_t i = 0; i < rows_; ++i) {
+    const int64_t first = has_few_rows() && row0_ == 0 ? kFewRows : 0;
+    for (int64_t i = first; i < rows_; ++i) {
       const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // acc_ may be uninitialized
       store_row(query_row<T>(problem_.out, row0_ + i), empty ? nullptr : acc_ + i * dim_v_, problem_.dropout_scale() / row_sum_[i],
                 problem_.head_dim_v);
     }
     float* lse = problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row0_;
-    for (int64_t i = 0; i < rows_; i += kLanes) store_first(lse + i, natural_lse(load(row_max_ + i), load(row_sum_ + i)), rows_ - i);
+    for (int64_t i = first; i < rows_; i += kLanes) store_first(lse + i, natural_lse(load(row_max_ + i), load(row_sum_ + i)), rows_ - i);
   }
 
   static constexpr int64_t kSize = sizeof(T);
@@ -261,15 +264,15 @@ static Plan plan_forward(const AttentionProblem& problem, int num_threads) {
   if (problem.seqlen_q <= kFewRows) return FewRowsForward<T>::plan(problem, num_threads);
   const int64_t rows_per_task = forward_rows_per_task(problem, num_threads);
   const ForwardPass<T> pass(problem, rows_per_task, nullptr);
-  return {problem.batch * problem.num_heads * pass.tasks_per_head(), rows_per_task, pass.scratch_bytes()};
+  return with_few_rows<T>(problem, {pass.num_tasks(), rows_per_task, pass.scratch_bytes()});
 }
 
 template <class T>
 static void run_forward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-  if (problem.seqlen_q <= kFewRows)
-    FewRowsForward<T>(problem, plan.task_size, scratch).run(first_task, last_task);
-  else
-    ForwardPass<T>(problem, plan.task_size, scratch).run(first_task, last_task);
+  if (problem.seqlen_q <= kFewRows) return FewRowsForward<T>(problem, plan.task_size, scratch).run(first_task, last_task);
+  ForwardPass<T> pass(problem, plan.task_size, scratch);
+  pass.run(first_task, min_of(last_task, pass.num_tasks()));
+  run_few_rows<T>(problem, pass.num_tasks(), first_task, last_task, scratch);
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

@@ -15,6 +15,14 @@ struct Plan {
   size_t scratch_bytes;  // per thread, 64-byte aligned
 };
 
+// How many parts the backward sums over the keys of a sequence in, each by itself and then one after the other. It depends on nothing but
+// the sequence, so that results do not depend on whether one task computes the parts or each is a task.
+static inline int64_t key_parts(int64_t seqlen_k) {
+  constexpr int64_t kTile = 64, kLeastTiles = 2, kMostParts = 4;
+  const int64_t parts = (seqlen_k + kTile - 1) / kTile / kLeastTiles;
+  return parts < 1 ? 1 : parts > kMostParts ? kMostParts : parts;
+}
+
 struct Kernel {
   Plan (*plan)(const AttentionProblem&, int num_threads);
   void (*run)(const AttentionProblem&, const Plan&, int64_t first_task, int64_t last_task, char* scratch);

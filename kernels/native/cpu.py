@@ -23,7 +23,7 @@ from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, add
 
 MAX_HEAD_DIM = 256
 MAX_KEYS_WITH_WEIGHTS = 512  # for weights together with the output: one block of keys
-MIN_SPLIT_KEYS = 128  # keys a head needs for its backward pass to be split over them
+LEAST_MASK_TASKS, HEADS_OF_MASK_PART, MOST_MASK_PARTS = 2, 32, 16  # see _mask_parts
 
 
 def status() -> str | None:
@@ -93,7 +93,7 @@ def prepare(problem: Problem) -> Call:
 
 
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    """Writes every requested gradient; bit-reproducible for a given number of threads."""
+    """Writes every requested gradient; bit-reproducible, for any number of threads."""
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
         dlse = dlse.contiguous()
@@ -102,11 +102,13 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         for gradient in (gradients.query, gradients.key, gradients.value):
             gradient.zero_()
     num_threads = torch.get_num_threads()
-    splits = _key_splits(problem, num_threads)
-    dquery_parts = _zeros(splits, *problem.query.shape) if splits > 1 else None
-    dattn_mask = _mask_gradient_parts(gradients.attn_mask, problem, splits, num_threads)
-    side_shape = (problem.batch, problem.query.shape[1], splits)
-    dalibi_slopes = None if gradients.alibi_slopes is None else _zeros(*side_shape)
+    key_parts = _native.cpu_key_parts(problem.max_seqlen_k)
+    mask_parts, heads = _mask_parts(gradients.attn_mask, problem)
+    # Where threads would find no head, each part of a head's keys is a task and writes its own part of dquery.
+    dquery_parts = _zeros(key_parts, *problem.query.shape) if key_parts > 1 and heads * mask_parts < num_threads else None
+    dattn_mask = _mask_gradient_parts(gradients.attn_mask, mask_parts, key_parts)
+    side_shape = (problem.batch, problem.query.shape[1])
+    dalibi_slopes = None if gradients.alibi_slopes is None else _zeros(*side_shape, key_parts)
     dsinks = None if gradients.sinks is None else _zeros(*side_shape)
     optional = packed_problem.as_read(problem.optional_tensors())
     gradient_addresses = (
@@ -125,18 +127,19 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
         _strides(gradients.query, packed),
         _strides(gradients.key, packed),
         _strides(gradients.value, packed),
-        *_mask_gradient_arguments(dattn_mask, splits),
-        splits,
+        (0,) * 5 if dattn_mask is None else (dattn_mask.stride(0), *strides(dattn_mask[0], 4)),
+        mask_parts,
+        key_parts,
     )
     if dquery_parts is not None:
-        gradients.query.copy_(dquery_parts.sum(0))
+        torch.mul(_sum_in_order(dquery_parts), problem.scale, out=gradients.query)
     if gradients.attn_mask is not None and dattn_mask is not None and dattn_mask.data_ptr() != gradients.attn_mask.data_ptr():
-        gradients.attn_mask.copy_(dattn_mask.sum(0))
+        gradients.attn_mask.copy_(_sum_in_order(dattn_mask))
     if gradients.alibi_slopes is not None and dalibi_slopes is not None:
-        by_batch = dalibi_slopes.sum(2)
-        gradients.alibi_slopes.copy_(by_batch if gradients.alibi_slopes.dim() == 2 else by_batch.sum(0))
+        by_batch = _sum_in_order(dalibi_slopes.movedim(2, 0))
+        gradients.alibi_slopes.copy_(by_batch if gradients.alibi_slopes.dim() == 2 else _sum_over_batch(by_batch))
     if gradients.sinks is not None and dsinks is not None:
-        gradients.sinks.copy_(dsinks.sum((0, 2)))
+        gradients.sinks.copy_(_sum_over_batch(dsinks))
 
 
 def takes_with_weights(problem: Problem) -> bool:
@@ -168,38 +171,43 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
     return weights[:, 0] if average_heads else weights
 
 
-def _key_splits(problem: Problem, num_threads: int) -> int:
-    """How many ranges the keys of a head are split into: two for each thread that would otherwise have no head."""
-    heads = problem.batch * problem.key.shape[1]
-    if heads == 0 or heads >= num_threads:
-        return 1
-    return max(1, min(-(-2 * num_threads // heads), problem.max_seqlen_k // MIN_SPLIT_KEYS))
+def _mask_parts(gradient: Tensor | None, problem: Problem) -> tuple[int, int]:
+    """How many parts the gradient of attn_mask is summed in, over the heads that share a slice of the mask; and how many slices there are,
+    or key heads if there is no such gradient.
 
-
-def _mask_gradient_parts(gradient: Tensor | None, problem: Problem, splits: int, num_threads: int) -> Tensor | None:
-    """Zeros (parts, B or 1, Hq or 1, Lq or 1, Lk or 1) float32, to be summed over the parts; one part may be the gradient itself.
-
-    Heads that share a slice of the mask are divided among enough parts to keep every thread busy.
+    Parts keep threads busy, and each costs two more passes over the gradient. How many there are must not depend on the number of threads,
+    because sums would; and if each sequence has its own slices, nor on the batch, so these have one.
     """
+    heads = problem.batch * problem.key.shape[1]
+    if gradient is None:
+        return 1, heads
+    slices = gradient.shape[0] * (problem.key.shape[1] if gradient.shape[1] > 1 else 1)
+    if gradient.shape[0] == problem.batch:
+        return 1, slices
+    sharing = heads // slices
+    return max(min(max(LEAST_MASK_TASKS // slices, sharing // HEADS_OF_MASK_PART), sharing, MOST_MASK_PARTS), 1), slices
+
+
+def _mask_gradient_parts(gradient: Tensor | None, mask_parts: int, key_parts: int) -> Tensor | None:
+    """Zeros (parts, B or 1, Hq or 1, Lq or 1, Lk or 1) float32, to be summed over the parts; one part may be the gradient itself."""
     if gradient is None:
         return None
-    batch, num_heads_kv = problem.batch, problem.key.shape[1]
-    slices = gradient.shape[0] * (num_heads_kv if gradient.shape[1] > 1 else 1)
-    sharing = max(batch * num_heads_kv // max(slices, 1), 1)
-    parts = min(sharing, -(-num_threads // max(slices * splits, 1)))
-    if gradient.shape[3] == 1:
-        parts *= splits
+    parts = mask_parts * (key_parts if gradient.shape[3] == 1 else 1)
     if parts == 1 and gradient.dtype == torch.float32:
         return gradient.zero_()[None]
     return _zeros(parts, *gradient.shape)
 
 
-def _mask_gradient_arguments(parts: Tensor | None, splits: int) -> tuple[tuple[int, ...], int]:
-    """The part, batch, head, row and key strides, and how many parts the heads are divided among."""
-    if parts is None:
-        return (0, 0, 0, 0, 0), 1
-    num_parts = parts.shape[0] // (splits if parts.shape[4] == 1 else 1)
-    return (parts.stride(0), *strides(parts[0], 4)), num_parts
+def _sum_in_order(parts: Tensor) -> Tensor:
+    """The sum over dim 0 of (parts, ...), at least one, in the place of the first. torch.sum's order depends on the number of threads."""
+    for part in parts[1:]:
+        parts[0].add_(part)
+    return parts[0]
+
+
+def _sum_over_batch(gradients: Tensor) -> Tensor:
+    """The same of (B, Hq), where B may be 0 or many."""
+    return gradients.cumsum(0)[-1] if gradients.shape[0] > 0 else gradients.new_zeros(gradients.shape[1])
 
 
 def _plain(problem: Problem) -> Plain:

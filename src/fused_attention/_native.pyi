@@ -68,7 +68,7 @@ def cpu_backward(
     dvalue: Strides,
     dattn_mask: tuple[int, ...],  # strides of part, batch, head, row and key
     num_mask_parts: int,
-    num_key_splits: int,
+    num_key_parts: int,
     /,
 ) -> None:
     """Writes every gradient.
@@ -76,6 +76,7 @@ def cpu_backward(
     gradients: addresses in the order in which csrc/module.cpp places them, 0 = none.
     """
 
+def cpu_key_parts(seqlen_k: int, /) -> int: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def cuda_forward(
