@@ -18,7 +18,7 @@ from fused_attention.kernels.native import cuda as cuda_backend
 pytest_plugins = ["pytester"]
 collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
 
-ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "amx")
+ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,8 +20,9 @@
 #ifdef WITHOUT_AVX512  // dispatch.cpp asks for these and must not call them
 namespace fused_attention::cpu {
 extern const KernelTable kAvx512Kernels{};
-extern const Kernel kAmxForward{}, kAmxBackward{};
+extern const Kernel kAmxForward{}, kAmxBackward{}, kAvx512Bf16Forward{}, kAvx512Bf16Backward{};
 bool amx_available() { return false; }
+bool avx512_bf16_available() { return false; }
 }  // namespace fused_attention::cpu
 #endif
 

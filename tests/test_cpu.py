@@ -20,6 +20,7 @@ from fused_attention.kernels.ops import forward
 from fused_attention.kernels.problem import Gradients
 from fused_attention.kernels.reference import attention_reference
 
+SETS = cpu.instruction_sets()[1] if cpu.status() is None else []
 pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
 
 
@@ -256,6 +257,29 @@ def test_more_heads_than_16_bits_count(instruction_set: str) -> None:
     options = {"dropout_p": 0.5, "rng_state": torch.tensor([3, 4])}
     ours, expected = (attention(query, query, query, **options, backend=backend) for backend in ("cpu", "reference"))
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.skipif("avx512_bf16" not in SETS, reason="this machine has no avx512_bf16")
+def test_dot_products_of_bfloat16_are_preferred_where_they_are_fast() -> None:
+    is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    assert (SETS.index("avx512_bf16") < SETS.index("avx512")) == is_amd
+
+
+@pytest.mark.skipif("avx512_bf16" not in SETS, reason="this machine has no avx512_bf16")
+@pytest.mark.parametrize(("seqlen", "head_dim", "widened"), [(60, 64, ""), (33, 64, "backward"), (60, 40, "forward backward")])
+def test_sizes_that_tiles_would_pad_are_widened(seqlen: int, head_dim: int, widened: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give what AVX-512 gives, bit for bit; on tiles, P is rounded to bfloat16."""
+    call = {"dtype": torch.bfloat16, "seqlens": (seqlen, seqlen), "head_dims": (head_dim, head_dim)}
+    problem, dout, _ = build(call, "cpu")
+    out, lse = forward(cpu, problem)
+    results = []
+    for isa in ("avx512", "avx512_bf16"):
+        monkeypatch.setenv("FUSED_ATTENTION_CPU_ISA", isa)
+        gradients = tuple(torch.empty_like(tensor) for tensor in problem.inputs)
+        cpu.backward(problem, out, lse, dout, None, Gradients(*gradients))
+        results.append((forward(cpu, problem)[0], *gradients))
+    same = [torch.equal(*pair) for pair in zip(*results, strict=True)]
+    assert same == ["forward" in widened, *["backward" in widened] * 3]
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ AMX = ["-DFA_ISA=amx", "-DFA_AVX512", "-march=sapphirerapids"]
 @pytest.mark.parametrize("header", sorted(path.name for path in CPU.glob("*.h")))
 def test_a_header_includes_what_it_needs(header: str) -> None:
     """What isa_*.cpp include before the target pragma is there: a header could not include it itself."""
-    flags = AMX if header.startswith("amx_") else AVX2
+    flags = AMX if header.startswith(("amx_", "bf16_", "dot_product_")) else AVX2
     command = [CXX, "-std=c++17", "-fsyntax-only", "-include", "immintrin.h", *flags, "-x", "c++", CPU / header]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -28,12 +28,13 @@ bool amx_available() {
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,amx-tile,amx-bf16")
 #define FA_ISA amx
 #define FA_AVX512
-#include "amx_backward.h"
-#include "amx_forward.h"
+#include "amx_tiles.h"
+#include "bf16_backward.h"
+#include "bf16_forward.h"
 
 namespace fused_attention::cpu {
 
-const Kernel kAmxForward = {amx::AmxForward::plan, amx::AmxForward::run};
-const Kernel kAmxBackward = {amx::AmxBackward::plan, amx::AmxBackward::run};
+const Kernel kAmxForward = {amx::Bf16Forward<amx::AmxTiles>::plan, amx::Bf16Forward<amx::AmxTiles>::run};
+const Kernel kAmxBackward = {amx::Bf16Backward<amx::AmxTiles>::plan, amx::Bf16Backward<amx::AmxTiles>::run};
 
 }  // namespace fused_attention::cpu

@@ -46,8 +46,10 @@ struct KernelTable {
 };
 
 extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels;  // x86-64 has all three, other machines only kBaseKernels
-extern const Kernel kAmxForward, kAmxBackward;                        // bfloat16 only; AMX machines use kAvx512Kernels for the rest
+// bfloat16 only; for the rest, these machines use kAvx512Kernels.
+extern const Kernel kAmxForward, kAmxBackward, kAvx512Bf16Forward, kAvx512Bf16Backward;
 
-bool amx_available();  // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; checked once
+bool amx_available();          // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; checked once
+bool avx512_bf16_available();  // isa_avx512_bf16.cpp
 
 }  // namespace fused_attention::cpu

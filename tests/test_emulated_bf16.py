@@ -1,4 +1,4 @@
-"""The tests of the AMX kernels where there is no AMX: on an extension whose tiles are emulated in AVX-512."""
+"""The tests of the bfloat16 kernels in an extension that emulates what this machine lacks, and leaves no size to other kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from emulated_amx import can_emulate, emulation_flags
+from emulated_bf16 import AVAILABLE, bf16_flags, bf16_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = os.environ.get("CXX", "g++")
@@ -18,12 +18,15 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-I", 
 TESTS = [f"tests/test_{name}.py" for name in ("cpu", "cpu_features", "cpu_functions", "batch_invariance")]
 
 
-@pytest.mark.skipif(not can_emulate(), reason="the machine has AMX, or lacks AVX-512")
-def test_the_amx_kernels_on_emulated_tiles(tmp_path: Path) -> None:
+@pytest.mark.skipif(not bf16_sets(), reason="the machine lacks AVX-512")
+@pytest.mark.parametrize("isa", bf16_sets())
+def test_bfloat16_kernels(isa: str, tmp_path: Path) -> None:
+    if isa == "amx" and "amx" in AVAILABLE:
+        pytest.skip("the machine has AMX, whose kernels take any size")
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler: {CXX!r} was not found")
     built = ROOT / "build" / sysconfig.get_config_var("SOABI")
-    objects = [path for path in sorted(built.glob("**/*.o")) if path.name != "csrc_cpu_isa_amx.cpp.o"]
+    objects = [path for path in sorted(built.glob("**/*.o")) if path.name != f"csrc_cpu_isa_{isa}.cpp.o"]
     if not objects:
         pytest.skip("the extension was not built in this checkout")
     package = tmp_path / "fused_attention"
@@ -31,14 +34,14 @@ def test_the_amx_kernels_on_emulated_tiles(tmp_path: Path) -> None:
     for path in (ROOT / "src/fused_attention").iterdir():
         if not path.name.startswith("_native."):
             (package / path.name).symlink_to(path)
-    emulated = tmp_path / "isa_amx.o"
-    source = ROOT / "csrc/cpu/isa_amx.cpp"
-    subprocess.run([CXX, *FLAGS, *emulation_flags(source), "-c", source, "-o", emulated], check=True)
+    compiled = tmp_path / f"isa_{isa}.o"
+    source = ROOT / f"csrc/cpu/isa_{isa}.cpp"
+    subprocess.run([CXX, *FLAGS, *bf16_flags(source), "-c", source, "-o", compiled], check=True)
     target = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([CXX, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", *objects, emulated, "-ldl", "-o", target], check=True)
+    subprocess.run([CXX, "-shared", "-fopenmp", "-Wl,--exclude-libs,ALL", *objects, compiled, "-ldl", "-o", target], check=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "amx and bfloat16", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"{isa} and bfloat16", *TESTS]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:]
     assert " passed" in run.stdout
-    assert "no amx" not in run.stdout
+    assert f"no {isa}" not in run.stdout

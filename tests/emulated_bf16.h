@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX tiles and the bfloat16 conversion in AVX-512, so that machines without AMX can test the AMX kernels. Compiled in by
-// `g++ -include tests/emulated_amx.h csrc/cpu/isa_amx.cpp`: the names of the instructions become functions.
+// AMX tiles, the dot product of bfloat16 pairs and the conversion to bfloat16 in AVX-512, so that machines without AMX or AVX512-BF16 can
+// test their kernels. Compiled in by `g++ -include tests/emulated_bf16.h csrc/cpu/isa_amx.cpp`: the names of the instructions become
+// functions.
 #pragma once
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -11,7 +12,7 @@
 
 #define FA_EMULATED static inline __attribute__((target("avx512f,avx512bw")))
 
-namespace emulated_amx {
+namespace emulated_bf16 {
 
 struct Tile {
   alignas(64) uint32_t row[16][16];
@@ -28,16 +29,19 @@ FA_EMULATED void store(int tile, void* base, int64_t stride) {
 
 FA_EMULATED void zero(int tile) { std::memset(&tiles[tile], 0, sizeof(Tile)); }
 
+// sum += a * b, the low halves of 32 bits, then the high ones.
+FA_EMULATED __m512 dot_product(__m512 sum, __m512i a, __m512i b) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
+}
+
 // c += a * b, pairs of bfloat16 along the depth.
 FA_EMULATED void multiply(int c, int a, int b) {
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int m = 0; m < 16; ++m) {
     __m512 sum = _mm512_load_ps(tiles[c].row[m]);
-    for (int k = 0; k < 16; ++k) {
-      const __m512i pair = _mm512_set1_epi32(static_cast<int>(tiles[a].row[m][k])), column = _mm512_load_si512(tiles[b].row[k]);
-      sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(column, 16)), sum);
-      sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(pair, high)), _mm512_castsi512_ps(_mm512_and_si512(column, high)), sum);
-    }
+    for (int k = 0; k < 16; ++k)
+      sum = dot_product(sum, _mm512_set1_epi32(static_cast<int>(tiles[a].row[m][k])), _mm512_load_si512(tiles[b].row[k]));
     _mm512_store_ps(tiles[c].row[m], sum);
   }
 }
@@ -53,20 +57,21 @@ FA_EMULATED __m512bh narrow_two(__m512 upper, __m512 lower) {
   return reinterpret_cast<__m512bh>(_mm512_inserti64x4(_mm512_castsi256_si512(narrow(lower)), narrow(upper), 1));
 }
 
-}  // namespace emulated_amx
+}  // namespace emulated_bf16
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
-#define _tile_loadd(tile, base, stride) emulated_amx::load(tile, base, stride)
-#define _tile_stored(tile, base, stride) emulated_amx::store(tile, base, stride)
-#define _tile_zero(tile) emulated_amx::zero(tile)
-#define _tile_dpbf16ps(c, a, b) emulated_amx::multiply(c, a, b)
+#define _tile_loadd(tile, base, stride) emulated_bf16::load(tile, base, stride)
+#define _tile_stored(tile, base, stride) emulated_bf16::store(tile, base, stride)
+#define _tile_zero(tile) emulated_bf16::zero(tile)
+#define _tile_dpbf16ps(c, a, b) emulated_bf16::multiply(c, a, b)
 #define _tile_loadconfig(configuration) static_cast<void>(configuration)
 #define _tile_release() static_cast<void>(0)
-#define _mm512_cvtne2ps_pbh(upper, lower) emulated_amx::narrow_two(upper, lower)
+#define _mm512_dpbf16_ps(sum, a, b) emulated_bf16::dot_product(sum, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b))
+#define _mm512_cvtne2ps_pbh(upper, lower) emulated_bf16::narrow_two(upper, lower)
 
-// What amx_available() asks.
+// What amx_available() and avx512_bf16_available() ask.
 #define __builtin_cpu_supports(feature) true
 #define syscall(...) 0

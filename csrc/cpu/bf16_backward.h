@@ -1,42 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 backward on AMX tiles. A task is the query heads of one key head, or a part of its keys. Everything of score size is transposed,
-// keys x queries: P^T and dS^T come out of the softmax as the A operands of dV and dK, an interleaved copy of dS^T is the B operand of
-// dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block of query rows that sees it:
+// bf16 backward on tiles, multiplied by Tiles (AmxTiles or DotProductTiles). A task is the query heads of one key head, or a part of its
+// keys. Everything of score size is transposed, keys x queries: P^T and dS^T come out of the softmax as the A operands of dV and dK, an
+// interleaved copy of dS^T is the B operand of dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block
+// of query rows that sees it:
 //
-//   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S + bias - lse), bias and soft cap: amx_bias.h
+//   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S + bias - lse), bias and soft cap: bf16_bias.h
 //   2. dS = P * (keep * dropout_scale * dP - delta)           delta = rowsum(dO * O) - dlse
 //   3. dV += (keep * P)^T dO,   dK += dS^T Q,   dQ^T += K^T dS^T
 //
 // Q and dO are packed once per head in both B layouts, K and V once per block of keys. (Dao 2023, algorithm 2, with the loop over keys
 // outside.)
 #pragma once
-#include "amx_bias.h"
+#include "bf16_bias.h"
 #include "backward_tasks.h"
 #include "dropout.h"
 #include "kernel_table.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
-class AmxBackward {
+template <class Tiles>
+class Bf16Backward {
  public:
-  static Plan plan(const AttentionProblem& problem, int /*num_threads*/) {
-    return {BackwardTasks(problem).count(), problem.seqlen_q, AmxBackward(problem).carve(nullptr)};
+  static Plan plan(const AttentionProblem& problem, int num_threads) {
+    if (!Tiles::pay(problem)) return widened().plan(problem, num_threads);
+    Plan plan{BackwardTasks(problem).count(), problem.seqlen_q, Bf16Backward(problem).carve(nullptr)};
+    if (!Tiles::kAnySize) {
+      const size_t other_bytes = widened().plan(problem, num_threads).scratch_bytes;
+      if (other_bytes > plan.scratch_bytes) plan.scratch_bytes = other_bytes;
+    }
+    return plan;
   }
 
-  static void run(const AttentionProblem& problem, const Plan&, int64_t first_task, int64_t last_task, char* scratch) {
+  static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+    if (!Tiles::pay(problem)) return widened().run(problem, plan, first_task, last_task, scratch);
     if (first_task >= last_task) return;
-    AmxBackward backward(problem);
+    Bf16Backward backward(problem);
     backward.carve(scratch);
-    const ConfiguredTiles tiles;
-    for (int64_t task = first_task; task < last_task; ++task)
+    [[maybe_unused]] const Tiles tiles;
+    for (int64_t task = first_task, end; task < last_task; task = end) {
+      for (end = task; end < last_task && backward.is_widened(end);) ++end;
+      if (end > task) {
+        widened().run(problem, plan, task, end, scratch);
+        backward.batch_ = -1;  // what it held in scratch is gone
+        continue;
+      }
+      end = task + 1;
       backward.tasks_.for_each_head(
-          task, [&](int64_t b, int64_t h_kv, bool more) { backward.run_key_head(task, b, h_kv, more || task + 1 < last_task); });
+          task, [&](int64_t b, int64_t h_kv, bool more) { backward.run_key_head(task, b, h_kv, more || end < last_task); });
+    }
   }
 
  private:
+  static const Kernel& widened() { return kAvx512Kernels.backward[static_cast<int>(Dtype::bfloat16)]; }
+
+  // Whether a task is left to the float32 kernels, by the lengths of its sequence. It may have several if the mask needs a gradient.
+  bool is_widened(int64_t task) const {
+    if (Tiles::kAnySize || problem_.dattn_mask) return false;
+    bool is_widened = false;
+    tasks_.for_each_head(task, [&](int64_t b, int64_t, bool) { is_widened = !Tiles::pay(problem_, sequence_bounds(problem_, b)); });
+    return is_widened;
+  }
+
   static constexpr int64_t kRows = kBlockRows, kKeys = kBlockColumns;
 
-  explicit AmxBackward(const AttentionProblem& problem)
+  explicit Bf16Backward(const AttentionProblem& problem)
       : problem_(problem),
         tasks_(problem),
         bias_(problem),
@@ -247,10 +274,10 @@ class AmxBackward {
     const int64_t keys_padded = round_up(keys, 32);
     const auto tick = [this] { prefetcher_.tick(); };
     // S^T (keys, rows) = K Q^T, dP^T = V dO^T
-    tile_matmul(keys_padded, rows, dim_qk_, key_rows_, dim_qk_, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_, kScoreStride,
-                false, tick);
-    tile_matmul(keys_padded, rows, dim_v_, value_rows_, dim_v_, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_, kScoreStride,
-                false, tick);
+    tile_matmul<Tiles>(keys_padded, rows, dim_qk_, key_rows_, dim_qk_, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_,
+                       kScoreStride, false, tick);
+    tile_matmul<Tiles>(keys_padded, rows, dim_v_, value_rows_, dim_v_, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_,
+                       kScoreStride, false, tick);
     if (dropping_)
       dropout_keep_bits_transposed<kRows>(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0, keys_padded, keep_bits_,
                                           kRows / 16);
@@ -265,12 +292,12 @@ class AmxBackward {
     }
     // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
     uint8_t& started = keys_started_[held / kKeys];
-    tile_matmul(keys_padded, dim_v_, rows, weights_, kWeightStride, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16}, dvalue_ + held * dim_v_,
-                dim_v_, started != 0, tick);
-    tile_matmul(keys_padded, dim_qk_, rows, dscores_, kWeightStride, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16},
-                dkey_ + held * dim_qk_, dim_qk_, started != 0, tick);
-    tile_matmul(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_, add,
-                tick);
+    tile_matmul<Tiles>(keys_padded, dim_v_, rows, weights_, kWeightStride, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16},
+                       dvalue_ + held * dim_v_, dim_v_, started != 0, tick);
+    tile_matmul<Tiles>(keys_padded, dim_qk_, rows, dscores_, kWeightStride, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16},
+                       dkey_ + held * dim_qk_, dim_qk_, started != 0, tick);
+    tile_matmul<Tiles>(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_,
+                       add, tick);
     started = 1;
   }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bias and soft cap of the AMX backward. Its blocks of scores are transposed, keys x rows, so rows of ScoreBias are transposed 16 x 16 at a
-// time, and the mask's gradient is transposed back.
+// Bias and soft cap of the bf16 backward. Its blocks of scores are transposed, keys x rows, so rows of ScoreBias are transposed 16 x 16 at
+// a time, and the mask's gradient is transposed back.
 #pragma once
-#include "amx_tiles.h"
+#include "bf16_tiles.h"
 #include "score_bias.h"
 
 namespace fused_attention::cpu::FA_ISA {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 forward on AMX tiles. A task is up to rows_per_task query rows of one (batch, head); for each block of keys it
+// bf16 forward on tiles, multiplied by Tiles (AmxTiles or DotProductTiles). A task is up to rows_per_task query rows of one (batch, head);
+// for each block of keys it
 //
 //   1. packs K and V of the block (once per head when one block holds all keys),
 //   2. for each 32 query rows and each run of keys that they see: S = Q K^T (fp32), online softmax on S, P to bf16, acc += P V,
@@ -7,14 +8,16 @@
 // and divides acc by the row sums at the end (Milakov and Gimelshein 2018; Dao 2023). Rows of S are reduced 16 at a time, so that
 // maxima, sums, rescaling factors and lse are vectors with one lane per row.
 #pragma once
-#include "amx_tiles.h"
+#include "bf16_tiles.h"
 #include "few_rows_forward.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
-class AmxForward {
+template <class Tiles>
+class Bf16Forward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
+    if (!Tiles::pay(problem)) return widened().plan(problem, num_threads);
     if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>::plan(problem, num_threads);  // packing would not pay off
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
@@ -24,24 +27,27 @@ class AmxForward {
     Plan plan{};
     plan.num_tasks = heads * divide_up(problem.seqlen_q, rows);
     plan.task_size = rows;
-    AmxForward forward(problem, plan);
+    Bf16Forward forward(problem, plan);
     plan.scratch_bytes = forward.carve(nullptr);
     return with_few_rows<bfloat16_t>(problem, plan);
   }
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+    if (!Tiles::pay(problem)) return widened().run(problem, plan, first_task, last_task, scratch);
     if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>(problem, plan.task_size, scratch).run(first_task, last_task);
-    AmxForward forward(problem, plan);
+    Bf16Forward forward(problem, plan);
     const int64_t num_tasks = problem.batch * problem.num_heads * forward.tasks_per_head_;
     forward.run_tasks(first_task, min_of(last_task, num_tasks), scratch);
     run_few_rows<bfloat16_t>(problem, num_tasks, first_task, last_task, scratch);
   }
 
  private:
+  static const Kernel& widened() { return kAvx512Kernels.forward[static_cast<int>(Dtype::bfloat16)]; }
+
   static constexpr int64_t kRows = 32;      // query rows per block of scores
   static constexpr int64_t kMaxKeys = 512;  // keys per packed block: long enough that the online softmax rarely rescales
 
-  AmxForward(const AttentionProblem& problem, const Plan& plan)
+  Bf16Forward(const AttentionProblem& problem, const Plan& plan)
       : problem_(problem),
         rows_per_task_(plan.task_size),
         tasks_per_head_(max_of(divide_up(problem.seqlen_q, plan.task_size), int64_t{1})),
@@ -77,7 +83,7 @@ class AmxForward {
   void run_tasks(int64_t first_task, int64_t last_task, char* scratch) {
     if (first_task >= last_task) return;
     carve(scratch);
-    const ConfiguredTiles tiles;
+    [[maybe_unused]] const Tiles tiles;
     for (int64_t task = first_task; task < last_task; ++task) run_task(task, last_task);
   }
 
@@ -174,8 +180,8 @@ class AmxForward {
     const int64_t keys_padded = round_up(keys, 32), rows_padded = round_up(rows, 16);
     const auto tick = [this] { prefetcher_.tick(); };
     // S (rows, keys) = Q K^T
-    tile_matmul(rows_padded, keys_padded, dim_qk_, packed_query_ + held * dim_qk_, dim_qk_,
-                {packed_key_ + first * dim_qk_, dim_qk_ / 32, 1}, scores_, score_stride_, false, tick);
+    tile_matmul<Tiles>(rows_padded, keys_padded, dim_qk_, packed_query_ + held * dim_qk_, dim_qk_,
+                       {packed_key_ + first * dim_qk_, dim_qk_ / 32, 1}, scores_, score_stride_, false, tick);
     if (dropping_)
       dropout_keep_bits(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0 + first, keys_padded / 16, keep_bits_,
                         block_keys_ / 16);
@@ -194,8 +200,8 @@ class AmxForward {
       }
     }
     // acc (rows, dim_v) += P V
-    tile_matmul(rows_padded, dim_v_, keys_padded, weights_, weight_stride_, {packed_value_ + first * dim_v_, 1, dim_v_ / 16},
-                acc_ + held * dim_v_, dim_v_, started != 0, tick);
+    tile_matmul<Tiles>(rows_padded, dim_v_, keys_padded, weights_, weight_stride_, {packed_value_ + first * dim_v_, 1, dim_v_ / 16},
+                       acc_ + held * dim_v_, dim_v_, started != 0, tick);
     started = 1;
   }
 
