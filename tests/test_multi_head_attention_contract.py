@@ -30,6 +30,7 @@ BAD_CALLS = {
     "2-D mask size": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(3, 4) > 0}),
     "3-D mask per batch element": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(2, 3, 3) > 0}),
     "3-D mask without batch": lambda t: ((t(3, 6),) * 3, {"attn_mask": t(2, 3, 3) > 0}),
+    "both masks' sizes": lambda t: ((t(2, 3, 6),) * 3, {"key_padding_mask": t(1, 3) > 0, "attn_mask": t(3, 4) > 0}),
     "int64 mask": lambda t: ((t(2, 3, 6),) * 3, {"attn_mask": t(3, 3).long()}),
     "is_causal without a mask": lambda t: ((t(2, 3, 6),) * 3, {"is_causal": True, "need_weights": False}),
 }

@@ -333,34 +333,39 @@ def _check_inputs(
                 f"For {kind} `query`, expected `key_padding_mask` to be `None` or {dims - 1}-D"
                 f" but found {key_padding_mask.dim()}-D tensor instead"
             )
-        for dim, size in enumerate((batch_size, seqlen_k)[3 - dims :]):
-            if key_padding_mask.shape[dim] != size:
-                raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}")
 
-    if attn_mask is None:
-        if is_causal:
-            raise RuntimeError(
-                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
-                "`generate_square_subsequent_mask` to create this mask."
-            )
-        return
     if isinstance(attn_mask, PreparedMask):
         if key_padding_mask is not None:
             raise ValueError(
                 "key_padding_mask must not be given beside a PreparedMask: give it to prepare_mask as key_mask, True = may attend"
             )
-        return
+    elif attn_mask is not None:
+        _check_attn_mask(attn_mask, (batch_size * module.num_heads, seqlen_q, seqlen_k), kind, mask_is_read)
+    elif is_causal:
+        raise RuntimeError(
+            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+            "`generate_square_subsequent_mask` to create this mask."
+        )
+
+    if key_padding_mask is not None:
+        for dim, size in enumerate((batch_size, seqlen_k)[3 - dims :]):
+            if key_padding_mask.shape[dim] != size:
+                raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}")
+
+
+def _check_attn_mask(attn_mask: Tensor, shape: tuple[int, int, int], kind: str, is_read: bool) -> None:
+    """`shape` is that of a 3-D mask, (batch * heads, seqlen_q, seqlen_k); the size of a mask that is not read does not matter."""
     _check_mask_dtype(attn_mask, "attn_mask")
     if attn_mask.dim() not in (2, 3):
         raise AssertionError(
             f"For {kind} `query`, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
         )
-    expected = (seqlen_q, seqlen_k) if attn_mask.dim() == 2 else (batch_size * module.num_heads, seqlen_q, seqlen_k)
-    if attn_mask.shape != expected:
-        if dims == 2 and attn_mask.dim() == 3:
-            raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}")
-        if not mask_is_read:
-            return
+    expected = shape[3 - attn_mask.dim() :]
+    if attn_mask.shape == expected:
+        return
+    if kind.startswith("unbatched") and attn_mask.dim() == 3:
+        raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}")
+    if is_read:
         raise RuntimeError(f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}.")
 
 
