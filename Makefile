@@ -28,7 +28,7 @@ define COMPILE
 @$(ALOUD) compiling $(BIN)/python setup.py --quiet build_ext --inplace
 endef
 
-.PHONY: help install build demo test test-rest test-all test-oldest test-newest bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu gpu-rehearsal test-oldest-triton check-tools
+.PHONY: help install build demo test test-rest test-all test-oldest test-newest test-aarch64 bench bench-full lint codegen codegen-cuda codegen-cuda-table codegen-triton codegen-triton-record gpu gpu-rehearsal test-oldest-triton check-tools
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ test-rest: build ## run the tests that `make test` leaves out
 	$(call RUN_TESTS,rest)
 
 test-all: test test-rest ## run every test: `make test`, then `make test-rest`
+
+test-aarch64: install ## run the portable CPU kernels as compiled for NEON, in QEMU (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)
+	$(BIN)/python -m pytest tests/on_aarch64
 
 bench: build ## compare with torch on this machine: one table, in ten minutes; saves the run
 	$(BIN)/python -m fused_attention bench

@@ -12,17 +12,17 @@ from pathlib import Path
 CXX = os.environ.get("CXX", "g++")
 
 
-def compiled(target: Path, sources: Mapping[Path, str], flags: str, link_flags: str) -> Path:
+def compiled(target: Path, sources: Mapping[Path, str], flags: str, link_flags: str, cxx: str = CXX) -> Path:
     """The target, made of sources with flags of their own beside the common ones."""
     folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "rule compile",
-        f"  command = {CXX} {flags} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {cxx} {flags} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {CXX} {link_flags} $in -o $out",
+        f"  command = {cxx} {link_flags} $in -o $out",
         *(f"build {source.stem}.o: compile {source}\n  flags = {own}" for source, own in sources.items()),
         f"build {target.name}: link {' '.join(f'{source.stem}.o' for source in sources)}",
     ]

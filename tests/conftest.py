@@ -16,7 +16,7 @@ from fused_attention.kernels.native import cpu
 from fused_attention.kernels.native import cuda as cuda_backend
 
 pytest_plugins = ["pytester"]
-collect_ignore = ["on_triton", "on_gpu"]  # runs of their own: their conftests say how
+collect_ignore = ["on_aarch64", "on_triton", "on_gpu"]  # runs of their own: their conftests say how
 
 ALL_INSTRUCTION_SETS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 

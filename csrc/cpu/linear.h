@@ -11,8 +11,8 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr int kLinearRows = kLanes == 16 ? 6 : 3;  // 24 of 32 registers accumulate, or 12 of 16
-constexpr int64_t kLinearColumns = 8;              // rows of W that go through the cache together
+constexpr int kLinearRows = kVectorRegisters == 32 ? 6 : 3;  // 24 of 32 registers accumulate, or 12 of 16
+constexpr int64_t kLinearColumns = 8;                        // rows of W that go through the cache together
 constexpr int64_t kLinearDepth = 512;
 
 // What a register tile fetches on the way: as many columns of `count` rows of W that come next.

@@ -73,9 +73,9 @@ class RowPrefetcher {
   int64_t total_lines_ = 0, lines_per_tick_ = 0;
 };
 
-// A register tile is 6 x 4 vectors with AVX-512 (24 of 32 registers are accumulators), 6 x 2 with 16 registers.
+// A register tile is 6 x 4 vectors with 32 registers, of which 24 are accumulators, 6 x 2 with 16.
 constexpr int kTileRows = 6;
-constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
+constexpr int kTileVecs = kVectorRegisters == 32 ? 4 : 2;
 constexpr int64_t kTickSteps = 32;  // depth steps of a register tile between two prefetches
 
 // The number of prefetch ticks in a product.

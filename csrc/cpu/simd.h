@@ -3,7 +3,8 @@
 //
 // Include it, directly or through another header here, after `#pragma GCC target(...)`, with FA_ISA naming the instruction set's namespace:
 //   FA_AVX512 defined         AVX-512 intrinsics, 16 lanes
-//   FA_LANES defined (4, 8)   GNU vector extensions: AVX2 with 8 lanes, SSE2 or NEON with 4
+//   FA_LANES defined (4, 8)   GNU vector extensions: AVX2 with 8 lanes, SSE2 or NEON with 4 (on NEON, the compiler turns a product with a
+//                             broadcast into FMLA by element)
 // Do not use std functions below: an inline std function instantiated here would be compiled for this instruction set, and the linker
 // could pick that copy for every caller on every machine. So isa_*.cpp include everything from outside this folder before the pragma;
 // including it again here does nothing.
@@ -33,6 +34,12 @@ constexpr float kInfinity = __builtin_inff();
 // Scores (in log2 units) above this are scaled before their maximum is subtracted. In a single multiply-add, the bits lost in rounding the
 // maximum would end up in the exponents.
 constexpr float kScaleFirstAbove = 1 << 20;
+
+#if defined(FA_AVX512) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
 
 FA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FA_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -281,6 +288,9 @@ FA_INLINE HalfVector narrow(FloatVector x, bfloat16_t) {  // round to nearest ev
 #if FA_LANES == 8
 FA_INLINE FloatVector widen(HalfVector bits, float16_t) { return (FloatVector)_mm256_cvtph_ps((__m128i)bits); }
 FA_INLINE HalfVector narrow(FloatVector x, float16_t) { return (HalfVector)_mm256_cvtps_ph((__m256)x, 0); }
+#elif defined(__aarch64__)
+FA_INLINE FloatVector widen(HalfVector bits, float16_t) { return (FloatVector)vcvt_f32_f16((float16x4_t)bits); }
+FA_INLINE HalfVector narrow(FloatVector x, float16_t) { return (HalfVector)vcvt_f16_f32((float32x4_t)x); }
 #else
 FA_INLINE FloatVector widen(HalfVector bits, float16_t) {
   const WordVector half = __builtin_convertvector(bits, WordVector), magnitude = (half & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
@@ -349,9 +359,13 @@ FA_INLINE void transpose(Vec rows[kLanes]) {
     rows[i + 4].x = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
 #else
-  const Vec source[4] = {rows[0], rows[1], rows[2], rows[3]};
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 4; ++i) rows[j].x[i] = source[i].x[j];
+  const IntVector low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+  const FloatVector low01 = __builtin_shuffle(rows[0].x, rows[1].x, low), high01 = __builtin_shuffle(rows[0].x, rows[1].x, high),
+                    low23 = __builtin_shuffle(rows[2].x, rows[3].x, low), high23 = __builtin_shuffle(rows[2].x, rows[3].x, high);
+  rows[0].x = __builtin_shuffle(low01, low23, IntVector{0, 1, 4, 5});
+  rows[1].x = __builtin_shuffle(low01, low23, IntVector{2, 3, 6, 7});
+  rows[2].x = __builtin_shuffle(high01, high23, IntVector{0, 1, 4, 5});
+  rows[3].x = __builtin_shuffle(high01, high23, IntVector{2, 3, 6, 7});
 #endif
 }
 
