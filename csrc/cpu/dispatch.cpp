@@ -6,6 +6,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -18,7 +19,8 @@
 namespace fused_attention::cpu {
 namespace {
 
-constexpr const char* kIsaVariable = "FUSED_ATTENTION_CPU_ISA";
+constexpr const char *kIsaVariable = "FUSED_ATTENTION_CPU_ISA", *kL2Variable = "FUSED_ATTENTION_CPU_L2_KIB";
+constexpr int64_t kUsualL2 = 1 << 20;  // where the system does not say
 constexpr size_t kPage = 4096;
 // Contiguous ranges of tasks per thread: enough to balance uneven tasks or a busy core, few enough that a thread rarely starts on rows
 // that nothing has prefetched. A thread's ranges are adjacent, so two threads seldom touch the same page of the results at once. A thread
@@ -145,7 +147,22 @@ void run(const Kernel& kernel, const AttentionProblem& problem, int num_threads)
   if (failure) std::rethrow_exception(failure);
 }
 
+int64_t l2_of_this_machine() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return bytes > 0 ? bytes : kUsualL2;
+#else
+  return kUsualL2;
+#endif
+}
+
 }  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t bytes = l2_of_this_machine();
+  const char* kib = std::getenv(kL2Variable);
+  return kib && *kib ? std::max(std::atoll(kib), 64LL) << 10 : bytes;
+}
 
 const std::vector<const KernelTable*>& available_tables() {
   static const std::vector<const KernelTable*> tables = find_tables();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward pass with float32 arithmetic; query, key, value and out are stored as float32, bfloat16 or float16.
 //
-// A task covers some query rows of one head and visits the keys they see in blocks of kBlockKeys:
+// A task covers some query rows of one head and visits the keys they see in blocks of at most kBlockKeys:
 //   1. pack K^T and V of the key block to float32 (kept for the head's next task when one block holds all keys)
 //   2. for each block of query rows:  S = Q K^T                                 (rows, keys)
 //   3.   row by row, soft cap, bias and online softmax:  P = exp2(c S - row_max), c = scale log2 e
@@ -24,12 +24,20 @@ static int64_t forward_block_rows(const AttentionProblem& problem) {
   return causal && problem.seqlen_q <= 1024 ? 48 : 96;
 }
 
+// Keys in one block: as many as leave half of L2 to everything else when K^T and V are packed.
+static int64_t forward_block_keys(const AttentionProblem& problem) {
+  const int64_t key_bytes = (problem.head_dim_qk + round_up(problem.head_dim_v, 16)) * static_cast<int64_t>(sizeof(float));
+  int64_t keys = kBlockKeys;
+  while (keys > 2 * kKeyTile && keys * key_bytes > l2_bytes() / 2) keys /= 2;
+  return keys;
+}
+
 // If all keys fit one block, they stay packed from task to task, so a task is one block of rows. With more keys, every task packs all of
 // them once, which costs about as much as 30 rows of products, so a task covers several blocks of rows. Its Q and O stay within 768 KiB,
 // and there are enough tasks to give each thread several.
 static int64_t forward_rows_per_task(const AttentionProblem& problem, int num_threads) {
   const int64_t block_rows = forward_block_rows(problem);
-  if (problem.seqlen_k <= kBlockKeys) return block_rows;
+  if (problem.seqlen_k <= forward_block_keys(problem)) return block_rows;
   const int64_t columns = round_up(problem.head_dim_qk, 16) + round_up(problem.head_dim_v, 16);
   int64_t blocks = max_of(min_of(196608 / columns, int64_t{960}) / block_rows, int64_t{1});
   const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
@@ -47,10 +55,11 @@ class ForwardPass {
         tasks_per_head_((problem.seqlen_q + rows_per_task - 1) / rows_per_task),
         dim_qk_(round_up(problem.head_dim_qk, 16)),
         dim_v_(round_up(problem.head_dim_v, 16)),
-        score_stride_(min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile)) + 16),
+        most_keys_(forward_block_keys(problem)),
+        score_stride_(min_of(most_keys_, round_up(problem.seqlen_k, kKeyTile)) + 16),
         arena_(scratch),
         softmax_(problem, arena_, score_stride_) {
-    const int64_t block_keys = min_of(kBlockKeys, round_up(problem.seqlen_k, kKeyTile));
+    const int64_t block_keys = score_stride_ - 16;
     key_t_ = arena_.take<float>(block_keys * problem.head_dim_qk);
     value_rows_ = arena_.take<float>(block_keys * dim_v_);
     packed_query_ = arena_.take<float>(rows_per_task * dim_qk_);
@@ -74,8 +83,8 @@ class ForwardPass {
       if (rows_present > 0) {
         pack_queries(rows_present);
         const int64_t first_key = first_visible_key(bounds_, row0_), keys_end = visible_keys(bounds_, row0_ + rows_present - 1);
-        for (int64_t key0 = first_key / kBlockKeys * kBlockKeys; key0 < keys_end; key0 += kBlockKeys) {
-          if (!sees_any(rows_present, key0, min_of(kBlockKeys, keys_end - key0))) continue;
+        for (int64_t key0 = first_key / most_keys_ * most_keys_; key0 < keys_end; key0 += most_keys_) {
+          if (!sees_any(rows_present, key0, min_of(most_keys_, keys_end - key0))) continue;
           pack_keys(key0);
           plan_prefetch(task, last_task, key0, keys_end, rows_present);
           for (int64_t row = 0; row < rows_present; row += block_rows_) attend(row, min_of(block_rows_, rows_present - row), key0);
@@ -133,7 +142,7 @@ class ForwardPass {
   void pack_queries(int64_t rows) {
     const T* source = query_row<const T>(problem_.query, row0_);
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (problem_.seqlen_k <= kBlockKeys) {
+      if (problem_.seqlen_k <= most_keys_) {
         query_rows_ = source, query_stride_ = problem_.query.row;
         return;
       }
@@ -146,7 +155,7 @@ class ForwardPass {
     const int64_t head = batch_ * problem_.num_heads_kv + kv_head_;
     if (packed_head_ == head && packed_key0_ == key0) return;
     packed_head_ = head, packed_key0_ = key0;
-    const int64_t keys = min_of(kBlockKeys, bounds_.seqlen_k - key0);
+    const int64_t keys = min_of(most_keys_, bounds_.seqlen_k - key0);
     const float* absent = has_holes_ ? key_bias_ + key0 : nullptr;
     pack_transposed(key_row(problem_.key, key0), problem_.key.row, keys, problem_.head_dim_qk, key_t_, absent);
     pack_rows(key_row(problem_.value, key0), problem_.value.row, keys, problem_.head_dim_v, value_rows_, dim_v_, absent);
@@ -155,8 +164,8 @@ class ForwardPass {
   // Plans what to prefetch during this key block's products: the next key block, or what the next task reads and writes.
   void plan_prefetch(int64_t task, int64_t last_task, int64_t key0, int64_t keys_end, int64_t rows) {
     prefetcher_.clear();
-    if (key0 + kBlockKeys < keys_end) {
-      prefetch_keys(batch_, kv_head_, bounds_.first_key + key0 + kBlockKeys, min_of(kBlockKeys, keys_end - key0 - kBlockKeys));
+    if (key0 + most_keys_ < keys_end) {
+      prefetch_keys(batch_, kv_head_, bounds_.first_key + key0 + most_keys_, min_of(most_keys_, keys_end - key0 - most_keys_));
     } else if (task + 1 < last_task) {
       const int64_t next_head = (task + 1) / tasks_per_head_, part = task % tasks_per_head_,
                     row = (task + 1) % tasks_per_head_ * rows_per_task_;
@@ -166,15 +175,15 @@ class ForwardPass {
                             problem_.head_dim_qk * kSize);
       prefetcher_.add_writes(row_ptr<const T>(problem_.out, b, h, query0), problem_.out.row * kSize, next_rows,
                              problem_.head_dim_v * kSize);
-      if (problem_.seqlen_k > kBlockKeys) {
-        prefetch_keys(b, key_head(problem_, h), first_key_of(problem_, b), kBlockKeys);
+      if (problem_.seqlen_k > most_keys_) {
+        prefetch_keys(b, key_head(problem_, h), first_key_of(problem_, b), most_keys_);
       } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head prefetches its share of the next head
         const int64_t following = batch_head_ + 1, begin = problem_.seqlen_k * part / tasks_per_head_,
                       end = problem_.seqlen_k * (part + 1) / tasks_per_head_, next_b = following / problem_.num_heads;
         prefetch_keys(next_b, key_head(problem_, following % problem_.num_heads), first_key_of(problem_, next_b) + begin, end - begin);
       }
     }
-    const int64_t keys = min_of(kBlockKeys, keys_end - key0);
+    const int64_t keys = min_of(most_keys_, keys_end - key0);
     prefetcher_.spread_over(matmul_ticks(rows, keys, problem_.head_dim_qk) + matmul_ticks(rows, dim_v_, keys));
   }
 
@@ -186,7 +195,7 @@ class ForwardPass {
   // Rows [row, row + rows) of the task attend to the keys they see in the packed block at key0.
   void attend(int64_t row, int64_t rows, int64_t key0) {
     const int64_t first_key = max_of(first_visible_key(bounds_, row0_ + row) - key0, int64_t{0}) / kKeyTile * kKeyTile,
-                  keys_end = min_of(visible_keys(bounds_, row0_ + row + rows - 1) - key0, kBlockKeys);
+                  keys_end = min_of(visible_keys(bounds_, row0_ + row + rows - 1) - key0, most_keys_);
     for_each_run(tile_kinds(row, key0), first_key, keys_end,
                  [&](int64_t first, int64_t last, bool mixed) { attend_run(row, rows, key0, first, last - first, mixed); });
   }
@@ -234,7 +243,7 @@ class ForwardPass {
 
   static constexpr int64_t kSize = sizeof(T);
   const AttentionProblem& problem_;
-  const int64_t block_rows_, rows_per_task_, tasks_per_head_, dim_qk_, dim_v_, score_stride_;
+  const int64_t block_rows_, rows_per_task_, tasks_per_head_, dim_qk_, dim_v_, most_keys_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 

@@ -23,6 +23,9 @@ static inline int64_t key_parts(int64_t seqlen_k) {
   return parts < 1 ? 1 : parts > kMostParts ? kMostParts : parts;
 }
 
+// The second-level cache of a core, which decides how much is packed at once. FUSED_ATTENTION_CPU_L2_KIB, read on every call, is for tests.
+int64_t l2_bytes();
+
 struct Kernel {
   Plan (*plan)(const AttentionProblem&, int num_threads);
   void (*run)(const AttentionProblem&, const Plan&, int64_t first_task, int64_t last_task, char* scratch);
