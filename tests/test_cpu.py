@@ -65,7 +65,7 @@ def test_many_key_blocks(options: dict, dtype: torch.dtype, instruction_set: str
     check_call(cpu, {"sizes": (1, 2, 2), "seqlens": (600, 1100), "head_dims": (32, 32), "dtype": dtype} | options, "cpu")
 
 
-@pytest.mark.parametrize("kib, seqlens", [(64, (70, 600)), (160, (1800, 200))], ids=["forward", "backward"])
+@pytest.mark.parametrize(("kib", "seqlens"), [(64, (70, 600)), (160, (1800, 200))], ids=["forward", "backward"])
 @pytest.mark.parametrize("options", [{}, {"is_causal": "top_left"}, {"key_mask": "holes", "dropout_p": 0.25}], ids=str)
 def test_small_caches(options: dict, kib: int, seqlens: tuple[int, int], instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward takes 256 keys at once in place of 512, the backward two blocks of keys for each block of rows."""
