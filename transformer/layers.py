@@ -240,6 +240,10 @@ class DecoderLayer(_Layer):
         x = self.norm2(self.add(x, self.multihead_attn(x, memory, cache, **cross_options)))
         return self.norm3(self.add(x, self.feed_forward(x)))
 
+    def memory_keys_values(self, memory: Tensor) -> Tensor:
+        """The packed keys and values (B, S, 2, H, D) of memory (B, S, d_model) for the attention to it."""
+        return cast(CrossAttention, self.multihead_attn).keys_values(memory)
+
 
 class Encoder(nn.Module):
     """A stack of encoder layers and the final LayerNorm of torch.nn.Transformer."""

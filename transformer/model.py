@@ -203,7 +203,7 @@ class Transformer(Generation):
         (B * beams, T), where row r translates source r // beams."""
         memory, layers = self.encode(src), self.decoder.layers
         states = memory.states if len(memory.states) > 1 else memory.states * len(layers)
-        keys_values = [cast(DecoderLayer, layer).multihead_attn.keys_values(x) for layer, x in zip(layers, states, strict=True)]
+        keys_values = [cast(DecoderLayer, layer).memory_keys_values(x) for layer, x in zip(layers, states, strict=True)]
         candidates = None
         if self.shortlist is not None:
             tokens = self.shortlist(src)

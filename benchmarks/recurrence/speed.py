@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ...transformer.generate import Generation
-from ...transformer.translation.batches import Batch
+from ...transformer.translation.batches import Batch, StepBatch
 from ...transformer.translation.tokenizer import SPECIAL_IDS
 from ...transformer.translation.train import Trainer
 
@@ -31,11 +31,11 @@ def training_speed(trainers: Mapping[str, Trainer], length: int, rounds: int, cl
     some = next(iter(trainers.values()))
     rows = max(1, BATCH_TOKENS // (2 * length))
     src, tgt_in, tgt_out = (random_tokens(rows, length, some.model).to(some.device) for _ in range(3))
-    batch = Batch(src, tgt_in, tgt_out)
+    batch = StepBatch.of(Batch(src, tgt_in, tgt_out))
     for trainer in trainers.values():
         trainer.model.train()
     steps = {name: lambda trainer=trainer: trainer.train_step(batch, 0.5).item() for name, trainer in trainers.items()}
-    return {name: batch.tokens() / seconds for name, seconds in median_seconds(steps, rounds, clock).items()}
+    return {name: batch.tokens / seconds for name, seconds in median_seconds(steps, rounds, clock).items()}
 
 
 def decoding_milliseconds(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,29 @@ class Batch:
     def tokens(self) -> int:
         """Source and target tokens, not counting padding."""
         return int((self.src != PAD_ID).sum() + (self.tgt_out != PAD_ID).sum())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of `count` processes reads of every batch: every count-th pair, in `pieces` micro-batches."""
+
+    index: int = 0
+    count: int = 1
+    pieces: int = 1
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimizer step learns from: this process's share of a batch, and the tokens that all shares have, not counting padding."""
+
+    micro_batches: list[Batch]
+    tokens: int  # source and target
+    target_tokens: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> StepBatch:
+        """The step of one process on one batch."""
+        return cls([batch], batch.tokens(), int((batch.tgt_out != PAD_ID).sum()))
 
 
 @dataclass
@@ -112,14 +136,31 @@ class BatchSource:
             tgt_out=pad([[*ids, EOS_ID] for ids in target], tgt_width),
         )
 
-    def from_position(self, position: Position) -> Iterator[Batch]:
-        """Endless batches from `position`, which is advanced before each batch is yielded."""
+    def step(self, indices: Sequence[int], share: Share) -> StepBatch:
+        """A share of the batch of these pairs.
+
+        Shares and micro-batches differ by at most one pair; each is only as wide as its own pairs. One without a pair gets the first,
+        all of whose labels are padding, so that every process does the same number of micro-batches.
+        """
+        mine = indices[share.index :: share.count]
+        bounds = [len(mine) * i // share.pieces for i in range(share.pieces + 1)]
+        pieces = [mine[start:end] for start, end in itertools.pairwise(bounds)]
+        micro_batches = [self.collate(piece) if piece else self._without_labels(indices[0]) for piece in pieces]
+        source, target = (sum(len(self._pairs[index][side]) + 1 for index in indices) for side in (0, 1))
+        return StepBatch(micro_batches, source + target, target)
+
+    def _without_labels(self, index: int) -> Batch:
+        batch = self.collate([index])
+        return replace(batch, tgt_out=torch.full_like(batch.tgt_out, PAD_ID))
+
+    def from_position(self, position: Position, share: Share = Share()) -> Iterator[StepBatch]:
+        """Endless batches from `position`, which is advanced before each batch is yielded; of each, the share."""
         while True:
             batches = self.epoch(position.epoch)
             while position.batch < len(batches):
                 indices = batches[position.batch]
                 position.batch += 1
-                yield self.collate(indices)
+                yield self.step(indices, share)
             position.epoch, position.batch = position.epoch + 1, 0
 
     def once(self) -> Iterator[Batch]:

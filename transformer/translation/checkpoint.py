@@ -2,11 +2,16 @@
 
 Tensors: `model.*`, `optimizer.<parameter>.*`, `rng.*`, `history.*` and the serialized tokenizers `tokenizer.*`.
 Metadata: training configuration, model configuration and progress (step, seconds, data position) as JSON.
+
+Of a sharded checkpoint, the model's and the optimizer's tensors are in a folder beside the file (shards.py), which progress["shards"]
+names. The folder is complete before the file names it, and an older one is removed after that.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,12 @@ from torch import Tensor, nn
 from ..model import Transformer
 from ..optional import optional_module
 from .output_files import atomic_write
+from .shards import read_shards, shard_sizes
 from .tokenizer import Tokenizer
 from .training_config import TrainingConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
+SHARDS_PREFIX = "checkpoint.shards-"
 FORMAT = "fused_attention checkpoint 1"
 
 
@@ -38,10 +45,27 @@ class Checkpoint:
     model_config: dict[str, Any]
     progress: dict[str, Any]
 
+    @property
+    def shards(self) -> Path | None:
+        """The folder of a sharded checkpoint's tensors."""
+        return self.path.parent / self.progress["shards"] if "shards" in self.progress else None
+
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name starts with "prefix.", keyed by the rest of the name."""
+        """Tensors whose name starts with "prefix.", keyed by the rest of the name. Raises CheckpointError."""
         start = prefix + "."
-        return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+        tensors = self.tensors
+        if self.shards is not None:
+            try:
+                tensors = tensors | read_shards(self.shards, start)
+            except ValueError as error:
+                raise CheckpointError(f"corrupt checkpoint {self.path}: {error}") from error
+        return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+    def trained_sizes(self) -> dict[str, torch.Size]:
+        """The shapes of the model's and the optimizer's tensors, by name."""
+        if self.shards is not None:
+            return shard_sizes(self.shards)
+        return {name: tensor.shape for name, tensor in self.tensors.items() if name.startswith(("model.", "optimizer."))}
 
     def training_config(self) -> TrainingConfig:
         """The settings of the run that wrote the checkpoint. Raises CheckpointError."""
@@ -89,19 +113,43 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"corrupt checkpoint {path}: {error}") from error
     if wrong := [name for name, value in values.items() if not isinstance(value, dict)]:
         raise CheckpointError(f"corrupt checkpoint {path}: {wrong[0]} is not a JSON object")
-    return Checkpoint(path, tensors, **values)
+    checkpoint = Checkpoint(path, tensors, **values)
+    try:
+        checkpoint.trained_sizes()
+    except ValueError as error:
+        raise CheckpointError(f"corrupt checkpoint {path}: {error}") from error
+    return checkpoint
+
+
+def new_shards(folder: Path, step: int) -> str:
+    """A name for a folder of shards that is not there yet."""
+    names = (f"{SHARDS_PREFIX}{step}{suffix}" for suffix in itertools.chain([""], map(".{}".format, itertools.count(2))))
+    return next(name for name in names if not (folder / name).exists())
+
+
+def remove_other_shards(folder: Path, name: str | None) -> None:
+    """Remove the shards of older checkpoints, and those that a killed process left."""
+    for path in folder.glob(f"{SHARDS_PREFIX}*"):
+        if path.name != name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_sizes(path: Path, expected: dict[str, torch.Size], saved: dict[str, torch.Size]) -> None:
+    """Raises CheckpointError unless names and shapes match."""
+    if saved.keys() != expected.keys():
+        difference = sorted(saved.keys() ^ expected.keys())
+        raise CheckpointError(f"{path} does not fit the model it describes: {', '.join(difference[:3])}")
+    for name, size in expected.items():
+        if size != saved[name]:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name])}, not {tuple(size)}")
 
 
 def load_model_tensors(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
     """Copy saved tensors into the model in place. Raises CheckpointError unless names and shapes match."""
     expected = model.state_dict()
-    if saved.keys() != expected.keys():
-        difference = sorted(saved.keys() ^ expected.keys())
-        raise CheckpointError(f"{path} does not fit the model it describes: {', '.join(difference[:3])}")
+    check_sizes(path, *({name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, saved)))
     with torch.no_grad():
         for name, tensor in expected.items():
-            if tensor.shape != saved[name].shape:
-                raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(saved[name])
 
 

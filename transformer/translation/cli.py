@@ -6,6 +6,7 @@ A user's error is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import itertools
@@ -17,12 +18,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..distributed import FailedElsewhere, PeerLost, Processes, joined, local_device, started_by_torchrun
 from ..optional import optional_module
 from .output_files import naming
 from .terminal import heartbeat
 from .training_config import RECIPES, TrainingConfig
 
 if TYPE_CHECKING:
+    import torch
+
+    from .checkpoint import Checkpoint
     from .translate import Translator
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
@@ -30,12 +35,14 @@ EXPORTED_FILES = ENCODER, STEP, SOURCE_VOCABULARY, TARGET_VOCABULARY = "encoder.
 # Settings of TrainingConfig that are arguments of `train`, with their types; None stands for "as in the recipe".
 TRAIN_SETTINGS = {
     **{name: int for name in ("vocab_size", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers")},
-    **{name: int for name in ("dim_feedforward", "max_len", "max_words", "batch_tokens", "warmup_steps", "seed")},
+    **{name: int for name in ("dim_feedforward", "max_len", "max_words", "batch_tokens", "accumulate", "warmup_steps", "seed")},
     **{name: float for name in ("dropout", "learning_rate_scale", "cooldown", "label_smoothing", "weight_decay")},
     **{name: int for name in ("checkpoint_every", "validate_every")},
     **{name: float for name in ("clip_norm",)},
-    **{name: str for name in ("source_language", "target_language", "memory_layers", "autocast")},
+    **{name: str for name in ("source_language", "target_language", "memory_layers", "autocast", "parallel")},
 }
+# Of these, what does not change the result, and may differ where a run is resumed.
+RESUMABLE_SETTINGS = ("data", "accumulate", "parallel", "sharded_checkpoint")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except PeerLost as error:
+        fail(str(error))
+        os._exit(2)  # at once, for reasons that `joined` gives
+    except FailedElsewhere:
+        return 2  # the process where it failed says why
     except (ValueError, ImportError, RuntimeError) as error:
         return fail(str(error))
 
@@ -122,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings = train.add_argument_group("settings in place of the recipe's")
     for name, value_type in TRAIN_SETTINGS.items():
         settings.add_argument(f"--{name.replace('_', '-')}", type=value_type, metavar=value_type.__name__.upper())
-    for name in ("norm_first", "joint_vocabulary"):
+    for name in ("norm_first", "joint_vocabulary", "sharded_checkpoint"):
         settings.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction)
     train.set_defaults(command=run_train)
 
@@ -205,44 +217,77 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from .checkpoint import CHECKPOINT_NAME, read_checkpoint
-    from .corpora import NAMED_CORPORA, load_corpus
     from .machine import choose_device
-    from .output_files import claim_output_folder
-    from .train import Trainer
-    from .translate import Translator
 
     for name in ("sentencepiece", "safetensors", "tqdm", "sacrebleu"):
         optional_module(name)
-    device = choose_device(options.device)
-    settings = {field.name: getattr(options, field.name, None) for field in fields(TrainingConfig)}
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    budget: dict[str, Any] = {name: given.pop(name) for name in ("steps", "minutes") if name in given}
-    if options.resume:
-        checkpoint = read_checkpoint(options.output)
-        if unwanted := sorted(given.keys() - {"data"}) + (["recipe"] if options.recipe else []):
-            raise ValueError(f"--resume keeps the run's settings; not allowed with it: {', '.join(unwanted)}")
-        config = with_budget(replace(checkpoint.training_config(), **given), budget)
-        if not (given or config.data in NAMED_CORPORA or Path(config.data).is_dir()):
-            raise ValueError(f"{checkpoint.path} was trained on the folder {config.data}, which is not there; --data says where it is now")
-    else:
-        claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
-        config = with_budget(replace(RECIPES[options.recipe or "multi30k"], **given), budget)
+    device = local_device(choose_device(options.device))
+    with joined(device.type == "cuda") as processes:
+        train_together(options, device, processes)
 
-    with heartbeat("getting the text"):
-        corpus = load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words)
-    with heartbeat("preparing the text"):
-        if options.resume:
-            trainer = Trainer.resume(checkpoint, config, corpus, device)
+
+def train_together(options: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    """What each of the processes does; rank 0 alone prints."""
+    from .corpora import load_corpus
+    from .train import Trainer
+    from .translate import Translator
+
+    config, checkpoint = processes.all(lambda: settings_of_run(options, processes))
+    processes.first(lambda: None if options.resume else claim_folder(options))
+    quietly = contextlib.nullcontext() if processes.rank else None
+    with quietly or heartbeat("getting the text"):
+        corpus = processes.all(lambda: load_corpus(config.data, config.source_language, config.target_language, max_words=config.max_words))
+    with quietly or heartbeat("preparing the text"):
+        if checkpoint is not None:
+            trainer = Trainer.resume(checkpoint, config, corpus, device, processes)
         else:
-            trainer = Trainer(config, corpus, options.output, device)
-    print(trainer.data_summary(), file=sys.stderr)
+            trainer = Trainer(config, corpus, options.output, device, processes=processes)
+    if processes.rank == 0:
+        print(trainer.data_summary(), file=sys.stderr)
     trainer.run()
     name, text = corpus.held_out()
     translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
-    with heartbeat(f"translating {name}"):
+    with quietly or heartbeat(f"translating {name}"):
         scores, _ = translator.score(text)
-    print(f"{name}: {scores}")
+    if processes.rank == 0:
+        print(f"{name}: {scores}")
+
+
+def settings_of_run(options: argparse.Namespace, processes: Processes) -> tuple[TrainingConfig, Checkpoint | None]:
+    """The settings that the command line asks for, and the checkpoint to resume."""
+    from .checkpoint import read_checkpoint
+    from .corpora import NAMED_CORPORA
+
+    settings = {field.name: getattr(options, field.name, None) for field in fields(TrainingConfig)}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    budget: dict[str, Any] = {name: given.pop(name) for name in ("steps", "minutes") if name in given}
+    checkpoint = None
+    if options.resume:
+        checkpoint = read_checkpoint(options.output)
+        if unwanted := sorted(given.keys() - set(RESUMABLE_SETTINGS)) + (["recipe"] if options.recipe else []):
+            raise ValueError(f"--resume keeps the run's settings; not allowed with it: {', '.join(unwanted)}")
+        before = checkpoint.training_config()
+        if not started_by_torchrun():
+            before = replace(before, parallel="off")
+        config = with_budget(replace(before, **given), budget)
+        if not ("data" in given or config.data in NAMED_CORPORA or Path(config.data).is_dir()):
+            raise ValueError(f"{checkpoint.path} was trained on the folder {config.data}, which is not there; --data says where it is now")
+    else:
+        config = with_budget(replace(RECIPES[options.recipe or "multi30k"], **given), budget)
+    if config.parallel == "off" and processes.count > 1:
+        raise ValueError(f"there are {processes.count} processes: choose how they share the work, --parallel ddp or --parallel fsdp")
+    if config.parallel != "off" and not started_by_torchrun():
+        raise ValueError(
+            f"--parallel {config.parallel} is for processes that torchrun starts: torchrun --nproc-per-node 2 -m fused_attention train ..."
+        )
+    return config, checkpoint
+
+
+def claim_folder(options: argparse.Namespace) -> None:
+    from .checkpoint import CHECKPOINT_NAME
+    from .output_files import claim_output_folder
+
+    claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
 
 
 def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfig:

@@ -7,6 +7,8 @@ save when Ctrl-C ends the run.
 
 from __future__ import annotations
 
+import math
+import random
 import shlex
 import sys
 import time
@@ -19,21 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import ALONE, Processes, copy_whole, gradients_exchanged, share_gradients, whole
 from ..generate import Generation
 from ..model import Transformer
 from ..optional import optional_module
-from .batches import Batch, BatchSource, Position
+from .batches import BatchSource, Position, Share, StepBatch
 from .checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
     CheckpointError,
-    load_model_tensors,
+    check_sizes,
     load_tokenizers,
+    new_shards,
+    remove_other_shards,
     save_checkpoint,
     tokenizer_tensors,
 )
-from .data import Corpus, left_out_text
+from .data import Corpus, DataError, left_out_text
 from .machine import autocast
+from .shards import load_shards, save_shards
 from .terminal import stop_on_interrupt
 from .tokenizer import PAD_ID, Tokenizer
 from .training_config import TrainingConfig, learning_rate
@@ -76,15 +82,25 @@ class Trainer:
         tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
         build: Callable[[], Generation] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        processes: Processes = ALONE,
     ) -> None:
         """build: makes a model for the vocabularies of `tokenizers`, instead of the Transformer that config describes.
-        clock: measures training time, in seconds."""
+        clock: measures training time, in seconds. processes: those that train together, as config.parallel says.
+
+        Raises DataError or, in a process where another one says what is wrong, FailedElsewhere."""
         self.clock = clock
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
-        self.source_tokenizer, self.target_tokenizer = tokenizers or train_tokenizers(config, corpus)
+        self.processes = processes
+        self.share = Share(processes.rank, processes.count, config.accumulate)
+        check_shares(config, processes)
+        self._check_same_text()
+        self.source_tokenizer, self.target_tokenizer = tokenizers or self._shared_tokenizers()
         torch.manual_seed(config.seed)
         arguments = config.model_arguments(len(self.source_tokenizer), len(self.target_tokenizer))
-        self.model = (Transformer(**arguments) if build is None else build()).to(device)
+        self.model = Transformer(**arguments) if build is None else build()
+        self.shared_model = share_gradients(self.model, config.parallel if processes.count > 1 else "off", device)
+        if processes.rank > 0:  # dropout is other noise in each process
+            torch.manual_seed(random.Random(f"{config.seed}/rank {processes.rank}").getrandbits(63))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             betas=(0.9, 0.98),  # beta2 and eps as in the paper
@@ -92,36 +108,55 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        self.batches = BatchSource(
-            self.source_tokenizer.encode(corpus.train.source),
-            self.target_tokenizer.encode(corpus.train.target),
-            batch_tokens=config.batch_tokens,
-            max_len=config.max_len,
-            seed=config.seed,
-        )
-        self.validation = BatchSource(
-            self.source_tokenizer.encode(corpus.validation.source[:VALIDATION_PAIRS]),
-            self.target_tokenizer.encode(corpus.validation.target[:VALIDATION_PAIRS]),
-            batch_tokens=config.batch_tokens,
-            max_len=config.max_len,
-        )
+        self.batches, self.validation = processes.all(self._batch_sources)
         self.position = Position()
         self.step = 0
         self.history = History()
         self._unread_losses: list[Tensor] = []
 
     @classmethod
-    def resume(cls, checkpoint: Checkpoint, config: TrainingConfig, corpus: Corpus, device: torch.device) -> Trainer:
-        """Continue a run. On a CPU with the same number of threads, the losses are those of an uninterrupted run.
+    def resume(
+        cls, checkpoint: Checkpoint, config: TrainingConfig, corpus: Corpus, device: torch.device, processes: Processes = ALONE
+    ) -> Trainer:
+        """Continue a run. On a CPU with the same number of threads and processes, the losses are those of an uninterrupted run.
 
         Raises CheckpointError.
         """
-        tokenizers = load_tokenizers(checkpoint)
-        if checkpoint.progress.get("corpus") != corpus.fingerprint():
-            raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
-        trainer = cls(config, corpus, checkpoint.path.parent, device, tokenizers)
-        trainer._restore(checkpoint)
+
+        def tokenizers_of_same_text() -> tuple[Tokenizer, Tokenizer]:
+            if checkpoint.progress.get("corpus") != corpus.fingerprint():
+                raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
+            return load_tokenizers(checkpoint)
+
+        tokenizers = processes.all(tokenizers_of_same_text)
+        trainer = cls(config, corpus, checkpoint.path.parent, device, tokenizers, processes=processes)
+        processes.all(lambda: trainer._restore(checkpoint))
         return trainer
+
+    def _check_same_text(self) -> None:
+        """Raises DataError unless every process has read the same."""
+        prints = self.processes.gather(self.corpus.fingerprint())
+        if others := [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]:
+            ranks = f"rank {others[0]} reads other text in {self.config.data} than rank 0"
+            self.processes.fail(DataError(f"{ranks}: their fingerprints are {prints[others[0]]} and {prints[0]}"))
+
+    def _shared_tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """Tokenizers that rank 0 learns."""
+        if self.processes.count == 1:
+            return train_tokenizers(self.config, self.corpus)
+        models = self.processes.first(lambda: [tokenizer.model for tokenizer in train_tokenizers(self.config, self.corpus)])
+        source = Tokenizer(models[0])
+        return source, source if self.config.joint_vocabulary else Tokenizer(models[1])
+
+    def _batch_sources(self) -> tuple[BatchSource, BatchSource]:
+        """For training and for validation."""
+        sizes = {"batch_tokens": self.config.batch_tokens, "max_len": self.config.max_len}
+        train, validation = self.corpus.train, self.corpus.validation
+        encode_source, encode_target = self.source_tokenizer.encode, self.target_tokenizer.encode
+        return (
+            BatchSource(encode_source(train.source), encode_target(train.target), seed=self.config.seed, **sizes),
+            BatchSource(encode_source(validation.source[:VALIDATION_PAIRS]), encode_target(validation.target[:VALIDATION_PAIRS]), **sizes),
+        )
 
     def data_summary(self) -> str:
         """Two lines: how many pairs are used for training and validation, and why others in the corpus are not."""
@@ -142,13 +177,14 @@ class Trainer:
         """
         seconds = self.history.seconds[-1] if self.history.seconds else 0.0
         started = self.clock() - seconds
-        batches = self.batches.from_position(self.position)
+        batches = self.batches.from_position(self.position, self.share)
         self.model.train()
+        stop = False
         with stop_on_interrupt() as interrupted, self._progress_bar() as bar:
             while (progress := self.progress(seconds)) < 1.0:
                 batch = next(batches)
-                self._unread_losses.append(self.train_step(batch.to(self.device), progress))
-                self.history.tokens += batch.tokens()
+                self._unread_losses.append(self.train_step(batch, progress))
+                self.history.tokens += batch.tokens
                 self.history.seconds.append(self.clock() - started)
                 if len(self._unread_losses) >= STEPS_PER_LOSS_READ:
                     self._read_losses()
@@ -157,15 +193,16 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
                 self._show_progress(bar)
-                seconds = self.clock() - started
-                if interrupted():
+                # Rank 0's clock counts, and Ctrl-C in any process.
+                seconds, presses = self.processes.sum([self.clock() - started if self.processes.rank == 0 else 0.0, interrupted()])
+                if stop := presses > 0:
                     break
             self._read_losses()
-            if not interrupted() and (not self.history.validations or self.history.validations[-1][0] != self.step):
+            if not stop and (not self.history.validations or self.history.validations[-1][0] != self.step):
                 self._validate(bar)
             self.save()
             self._show_progress(bar)
-        if interrupted():
+        if stop:
             raise TrainingInterrupted(
                 f"interrupted after step {self.step}, which {self.folder / CHECKPOINT_NAME} holds; "
                 f"go on with: fused-attention train {shlex.quote(str(self.folder))} --resume"
@@ -178,50 +215,70 @@ class Trainer:
         assert self.config.minutes is not None
         return seconds / (60.0 * self.config.minutes)
 
-    def train_step(self, batch: Batch, progress: float) -> Tensor:
-        """One optimizer step on a batch, at `progress` (0 to 1) through the run; the loss, on the device."""
+    def train_step(self, batch: StepBatch, progress: float) -> Tensor:
+        """One optimizer step on a batch, at `progress` (0 to 1) through the run.
+
+        Returns this process's part of the loss, on the device: the mean over the processes is the mean over the batch's target tokens.
+        """
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, progress)
-        with autocast(self.device, self.config.autocast):
-            logits = self.model(batch.src, batch.tgt_in)
-        loss = token_loss(logits, batch.tgt_out, self.config.label_smoothing)
         self.optimizer.zero_grad()
-        loss.backward()
+        # Gradients become means over the processes, so each divides by its part of the tokens, however many its share has.
+        tokens = batch.target_tokens / self.processes.count
+        losses = []
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            micro_batch = micro_batch.to(self.device)
+            with gradients_exchanged(self.shared_model, now=number == len(batch.micro_batches)):
+                with autocast(self.device, self.config.autocast):
+                    logits = self.shared_model(micro_batch.src, micro_batch.tgt_in)
+                loss = token_loss(logits, micro_batch.tgt_out, self.config.label_smoothing, tokens)
+                loss.backward()
+            losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
-        return loss.detach()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _read_losses(self) -> None:
-        losses = torch.stack(self._unread_losses).tolist() if self._unread_losses else []
+        if not self._unread_losses:
+            return
+        sums = self.processes.sum(torch.stack(self._unread_losses).tolist())
         self._unread_losses = []
+        losses = [loss / self.processes.count for loss in sums]
         self.history.losses += losses
-        if losses and not torch.isfinite(torch.tensor(losses)).all():
-            raise TrainingError(f"the loss is not finite at about step {self.step}; lower learning_rate_scale")
+        if not all(map(math.isfinite, losses)):
+            self.processes.fail(TrainingError(f"the loss is not finite at about step {self.step}; lower learning_rate_scale"))
 
     def _validate(self, bar: Any) -> None:
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for batch in self.validation.once():
-                batch = batch.to(self.device)
-                with autocast(self.device, self.config.autocast):
-                    logits = self.model(batch.src, batch.tgt_in)
-                tokens = int((batch.tgt_out != PAD_ID).sum())
-                total += tokens * token_loss(logits, batch.tgt_out, label_smoothing=0.0).item()
-                count += tokens
+            for indices in self.validation.epoch(0):
+                batch = self.validation.step(indices, Share(self.processes.rank, self.processes.count))
+                for part in batch.micro_batches:
+                    part = part.to(self.device)
+                    with autocast(self.device, self.config.autocast):
+                        logits = self.model(part.src, part.tgt_in)
+                    total += token_loss(logits, part.tgt_out, label_smoothing=0.0, tokens=1).item()
+                count += batch.target_tokens
                 bar.update(0)  # refresh the time
+        [total] = self.processes.sum([total])
         self.model.train()
         self.history.validations.append((self.step, total / count))
 
     def save(self) -> None:
         """Write the checkpoint; if the process is killed, the folder still holds the previous one or this one."""
         self._read_losses()
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        trained, shards = self._trained_tensors(), None
+        if self.config.sharded_checkpoint:
+            shards = self.processes.first(lambda: new_shards(self.folder, self.step))
+            self.processes.all(lambda: save_shards(self.folder / shards, trained))
+            tensors = {}
+        else:
+            tensors = {name: whole(tensor) for name, tensor in trained.items()}
         tensors |= tokenizer_tensors(self.source_tokenizer, self.target_tokenizer)
-        tensors |= {f"rng.{name}": state for name, state in rng_states().items()}
+        for rank, states in enumerate(self.processes.gather(rng_states())):
+            tensors |= {f"rng.{rank_prefix(rank)}{name}": state for name, state in states.items()}
         tensors["history.losses"] = torch.tensor(self.history.losses, dtype=torch.float64)
         tensors["history.seconds"] = torch.tensor(self.history.seconds, dtype=torch.float64)
         progress = {
@@ -231,24 +288,42 @@ class Trainer:
             "tokens": self.history.tokens,
             "validations": self.history.validations,
             "corpus": self.corpus.fingerprint(),
+            **({} if shards is None else {"shards": shards}),
         }
-        save_checkpoint(
-            self.folder / CHECKPOINT_NAME,
-            tensors,
-            config=self.config.to_dict(),
-            model_config=self.model.config,
-            progress=progress,
-        )
+
+        def write() -> None:
+            save_checkpoint(
+                self.folder / CHECKPOINT_NAME,
+                tensors,
+                config=self.config.to_dict(),
+                model_config=self.model.config,
+                progress=progress,
+            )
+            remove_other_shards(self.folder, shards)
+
+        self.processes.first(write)
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        """The weights and the optimizer's state: "model.NAME" and "optimizer.INDEX.NAME"; the tensors themselves, sharded or not."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, parameter in enumerate(self.model.parameters()):
+            state = self.optimizer.state[parameter]
+            if not state:  # no step yet, which is a state of zeros
+                names = ("exp_avg", "exp_avg_sq")
+                state |= {"step": torch.zeros((), device=self.device), **{name: torch.zeros_like(parameter) for name in names}}
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        return tensors
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        load_model_tensors(self.model, checkpoint.group("model"), checkpoint.path)
         try:
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in checkpoint.group("optimizer").items():
-                index, _, entry = name.partition(".")
-                state.setdefault(int(index), {})[entry] = tensor
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            live = self._trained_tensors()
+            check_sizes(checkpoint.path, {name: tensor.shape for name, tensor in live.items()}, checkpoint.trained_sizes())
+            if checkpoint.shards is not None:
+                load_shards(checkpoint.shards, live)
+            else:
+                with torch.no_grad():
+                    for name, tensor in live.items():
+                        copy_whole(tensor, checkpoint.tensors[name])
             history, progress = checkpoint.group("history"), checkpoint.progress
             self.step = progress["step"]
             self.position = Position(progress["epoch"], progress["batch"])
@@ -260,7 +335,9 @@ class Trainer:
             )
             if not self.step == len(self.history.losses) == len(self.history.seconds) > 0:
                 raise ValueError(f"its history does not cover {self.step} steps")
-            set_rng_states(checkpoint.group("rng"))
+            set_rng_states(checkpoint.group("rng"), self.processes.rank)
+        except CheckpointError:
+            raise
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {type(error).__name__} {error}") from error
 
@@ -271,6 +348,7 @@ class Trainer:
             unit="step" if by_steps else "s",
             desc="training",
             dynamic_ncols=True,
+            disable=self.processes.rank > 0,
             # In a log file, every refresh is a separate line.
             mininterval=0.5 if sys.stderr.isatty() else 5.0,
             miniters=0,  # refresh even without progress
@@ -300,9 +378,23 @@ def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer,
     )
 
 
-def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy in nats over the non-padding labels (B, T), for logits (B, T, vocabulary), in float32."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=PAD_ID, label_smoothing=label_smoothing)
+def check_shares(config: TrainingConfig, processes: Processes) -> None:
+    """Raises ValueError unless every micro-batch of every process gets the same part of batch_tokens."""
+    if config.batch_tokens % (processes.count * config.accumulate):
+        shares = f"{processes.count} processes times {config.accumulate} micro-batches"
+        processes.fail(ValueError(f"batch_tokens = {config.batch_tokens}, of all processes together, cannot be divided by {shares}"))
+
+
+def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float, tokens: float | None = None) -> Tensor:
+    """Cross entropy in nats, in float32, for logits (B, T, vocabulary): its sum over the labels (B, T) that are not padding, over `tokens`.
+
+    tokens: None stands for their number, which makes it a mean.
+    """
+    reduction = "mean" if tokens is None else "sum"
+    loss = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=PAD_ID, label_smoothing=label_smoothing, reduction=reduction
+    )
+    return loss if tokens is None else loss / tokens
 
 
 def rng_states() -> dict[str, Tensor]:
@@ -313,10 +405,17 @@ def rng_states() -> dict[str, Tensor]:
     return states
 
 
-def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Restores rng_states; states of GPUs this machine does not have are ignored."""
-    torch.set_rng_state(states["cpu"])
+def rank_prefix(rank: int) -> str:
+    """Of the names of a process's generator states; rank 0's have none."""
+    return f"rank{rank}." if rank else ""
+
+
+def set_rng_states(states: dict[str, Tensor], rank: int) -> None:
+    """Restores the rng_states of a process. Those of GPUs that are not there are ignored; a process that had none keeps its own."""
+    prefix = rank_prefix(rank)
+    if rank == 0 or prefix + "cpu" in states:
+        torch.set_rng_state(states[prefix + "cpu"])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in states:
-                torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
+            if f"{prefix}cuda.{index}" in states:
+                torch.cuda.set_rng_state(states[f"{prefix}cuda.{index}"], index)

@@ -9,6 +9,9 @@ from typing import Any
 
 from .machine import AUTOCAST_CHOICES
 
+PARALLEL_CHOICES = ("off", "ddp", "fsdp")
+CHOICES = {"autocast": AUTOCAST_CHOICES, "parallel": PARALLEL_CHOICES}
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -39,7 +42,9 @@ class TrainingConfig:
     # Optimization
     steps: int | None = None
     minutes: float | None = None
-    batch_tokens: int = 2560  # source and target tokens per batch, including padding
+    batch_tokens: int = 2560  # source and target tokens of an optimizer step, including padding, in all processes together
+    accumulate: int = 1  # micro-batches of an optimizer step, one after the other in each process; they take less memory
+    parallel: str = "off"  # several processes: "ddp", each holds the model, or "fsdp", each holds a part of every parameter
     warmup_steps: int = 4000
     learning_rate_scale: float = 1.0  # multiplies the paper's schedule
     cooldown: float = 0.0  # final fraction of the run in which the learning rate also falls linearly to 0; 0 as in the paper
@@ -50,6 +55,7 @@ class TrainingConfig:
     autocast: str = "auto"  # "auto": bf16 if it is faster; "bf16"; "off"
     # Reporting
     checkpoint_every: int = 200  # in steps; the end of the run is always saved
+    sharded_checkpoint: bool = False  # each process writes what it holds, instead of all in one file
     validate_every: int = 200  # in steps; also at the end
 
     def __post_init__(self) -> None:
@@ -59,7 +65,7 @@ class TrainingConfig:
             raise ValueError("exactly one of steps and minutes must be given")
         positive = [
             *("steps", "minutes", "max_words", "vocab_size", "batch_tokens", "warmup_steps", "learning_rate_scale"),
-            *("max_len", "clip_norm", "checkpoint_every", "validate_every"),
+            *("max_len", "clip_norm", "checkpoint_every", "validate_every", "accumulate"),
         ]
         for name in positive:
             value = getattr(self, name)
@@ -74,8 +80,9 @@ class TrainingConfig:
             raise ValueError(f"minutes must be finite, not {self.minutes}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
-        if self.autocast not in AUTOCAST_CHOICES:
-            raise ValueError(f"autocast must be one of {', '.join(AUTOCAST_CHOICES)}, not {self.autocast!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
 
     def model_arguments(self, source_vocab: int, target_vocab: int) -> dict[str, Any]:
         """Arguments of Transformer for vocabularies of these sizes."""

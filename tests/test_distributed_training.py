@@ -1,0 +1,133 @@
+"""Training in several processes: the losses of one, checkpoints for any number of processes, and what happens when one dies.
+
+One launch of training_processes.py does all runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_processes
+from tiny_translation import write_corpus
+
+from fused_attention.transformer.translation import cli
+from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, SHARDS_PREFIX, Checkpoint, CheckpointError, read_checkpoint
+from fused_attention.transformer.translation.translate import Translator
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a folder for each run."""
+    base = tmp_path_factory.mktemp("distributed")
+    (base / "output").mkdir()
+    command = [sys.executable, training_processes.__file__, str(write_corpus(base / "data")), str(base / "output")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", cli.SPIN_VARIABLE: "2000"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    return base / "output"
+
+
+def outcome(output: Path, run: str) -> tuple[list[int], list[str], float]:
+    """The exit statuses of a run's processes, the last line that each printed, and how many seconds the run took."""
+    outcomes: dict[str, Any] = json.loads((output / "outcomes.json").read_text())
+    statuses = outcomes["statuses"][run]
+    printed = [(output / f"{run}.{rank}").read_text().replace("\r", "\n").strip().split("\n") for rank in range(len(statuses))]
+    return statuses, [lines[-1] for lines in printed], outcomes["seconds"][run]
+
+
+def losses(checkpoint: Checkpoint) -> torch.Tensor:
+    return checkpoint.tensors["history.losses"]
+
+
+@pytest.mark.parametrize("run", ["accumulated", "ddp2", "fsdp4", "fsdp4 then one", "killed then fsdp2"])
+def test_losses_are_those_of_one_process(output: Path, run: str) -> None:
+    """The shares of a batch have different widths, and different numbers of tokens; dropout is off, or its noise would differ."""
+    statuses, printed, _ = outcome(output, run)
+    assert set(statuses) == {0}, printed
+    assert [bool(line) for line in printed] == [rank == 0 for rank in range(len(printed))]
+    checkpoint, one = read_checkpoint(output / run), read_checkpoint(output / "one")
+    steps = len(losses(checkpoint))
+    assert steps == (22 if run == "fsdp4 then one" else 20)
+    torch.testing.assert_close(losses(checkpoint), losses(one)[:steps], rtol=2e-6, atol=0)
+    assert checkpoint.progress["tokens"] == one.progress["tokens"] or steps < 22
+    ours, theirs = (dict(progress["validations"]) for progress in (checkpoint.progress, one.progress))
+    assert ours[20] == pytest.approx(theirs[20], rel=2e-5)
+    assert printed[0].partition("BLEU")[0] == "test: "
+
+
+def test_a_killed_process_ends_the_others_and_leaves_a_whole_checkpoint(output: Path) -> None:
+    statuses, printed, seconds = outcome(output, "killed")
+    assert seconds < 60
+    for rank, (status, line) in enumerate(zip(statuses, printed, strict=True)):
+        if rank == training_processes.LOST:
+            assert (status, line) == (-9, "")
+        else:
+            assert status == 2
+            end = "another process of this training has ended; go on from its last checkpoint with --resume"
+            assert line == f"fused-attention: rank {rank}: {end}"
+    assert read_checkpoint(output / "killed").progress["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("other text", "rank 1 reads other text in .* than rank 0: their fingerprints are [0-9a-f]{16} and [0-9a-f]{16}"),
+        ("indivisible", "batch_tokens = 288, of all processes together, cannot be divided by 2 processes times 5 micro-batches"),
+        ("no way to share", "there are 2 processes: choose how they share the work, --parallel ddp or --parallel fsdp"),
+    ],
+)
+def test_bad_input_is_one_line_of_one_process(output: Path, run: str, message: str) -> None:
+    statuses, printed, _ = outcome(output, run)
+    assert statuses == [2, 2]
+    assert printed[1] == ""
+    assert len((output / f"{run}.0").read_text().strip().splitlines()) == 1
+    assert re.fullmatch(f"fused-attention: {message}", printed[0]), printed[0]
+    assert not (output / run / CHECKPOINT_NAME).exists()
+
+
+class TestShards:
+    @pytest.fixture
+    def folder(self, output: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(output / "fsdp4", tmp_path / "run"))
+
+    def test_every_process_wrote_one_and_older_ones_are_gone(self, output: Path) -> None:
+        [shards] = (output / "fsdp4").glob(f"{SHARDS_PREFIX}*")
+        assert shards.name == f"{SHARDS_PREFIX}20"
+        assert len(list(shards.glob("*.distcp"))) == 4
+        assert (output / "fsdp4" / CHECKPOINT_NAME).stat().st_size < sum(path.stat().st_size for path in shards.iterdir())
+        assert not list((output / "fsdp4 then one").glob(f"{SHARDS_PREFIX}*"))
+
+    def test_translates_like_the_whole_one(self, output: Path) -> None:
+        sentences = ["red cat eats", "big dog"]
+        sharded, whole = (Translator.load(output / run) for run in ("killed then fsdp2", "ddp2"))
+        assert sharded.translate(sentences) == whole.translate(sentences)
+
+    @pytest.mark.parametrize("name", ["__2_0.distcp", ".metadata"])
+    def test_a_missing_one_is_named(self, folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        missing = folder / f"{SHARDS_PREFIX}20" / name
+        missing.unlink()
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        for command in (["train", str(folder), "--resume", "--steps", "30"], ["translate", str(folder)]):
+            assert cli.main(command) == 2
+            assert (
+                capsys.readouterr().err
+                == f"fused-attention: corrupt checkpoint {folder / CHECKPOINT_NAME}: its shard {missing} is missing\n"
+            )
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+    def test_one_that_is_cut_off(self, folder: Path) -> None:
+        path = folder / f"{SHARDS_PREFIX}20" / "__1_0.distcp"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match="__1_0.distcp is cut off"):
+            read_checkpoint(folder)
