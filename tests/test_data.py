@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_translation import made_up_text, write_corpus, write_text
 
 from fused_attention.transformer.translation import corpora, data, libreoffice_help
-from fused_attention.transformer.translation.batches import BatchSource, Position
+from fused_attention.transformer.translation.batches import BatchSource, Position, Share, StepBatch
 from fused_attention.transformer.translation.corpora import load_corpus
 from fused_attention.transformer.translation.data import DataError, ParallelText, left_out_text, read_parallel
 from fused_attention.transformer.translation.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
@@ -344,8 +344,22 @@ class TestBatches:
         resumed = batches.from_position(Position(position.epoch, position.batch))
         for _ in range(5):
             expected, got = next(stream), next(resumed)
-            assert expected.src.equal(got.src)
-            assert expected.tgt_out.equal(got.tgt_out)
+            [ours], [theirs] = expected.micro_batches, got.micro_batches
+            assert ours.src.equal(theirs.src)
+            assert ours.tgt_out.equal(theirs.tgt_out)
+
+    @given(pairs, st.integers(1, 5), st.integers(1, 4))
+    def test_shares_are_the_batch(self, pairs, count: int, pieces: int) -> None:
+        source, target = zip(*pairs, strict=True)
+        batches = BatchSource(source, target, batch_tokens=60, max_len=13)
+        for indices in batches.epoch(0):
+            steps = [batches.step(indices, Share(index, count, pieces)) for index in range(count)]
+            parts = [part for step in steps for part in step.micro_batches]
+            assert [len(step.micro_batches) for step in steps] == [pieces] * count
+            labels = sorted(tuple(row[row != PAD_ID].tolist()) for part in parts for row in part.tgt_out if row.any())
+            assert labels == sorted((*target[index], EOS_ID) for index in indices)
+            whole = StepBatch.of(batches.collate(indices))
+            assert {(step.tokens, step.target_tokens) for step in steps} == {(whole.tokens, whole.target_tokens)}
 
     def test_layout(self) -> None:
         batch = BatchSource([[7, 8], [9]], [[5], [6, 4, 5, 6]], batch_tokens=100, max_len=10).collate([0, 1])

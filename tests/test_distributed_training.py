@@ -52,14 +52,17 @@ def losses(checkpoint: Checkpoint) -> torch.Tensor:
 
 @pytest.mark.parametrize("run", ["accumulated", "ddp2", "fsdp4", "fsdp4 then one", "killed then fsdp2"])
 def test_losses_are_those_of_one_process(output: Path, run: str) -> None:
-    """The shares of a batch have different widths, and different numbers of tokens; dropout is off, or its noise would differ."""
+    """The shares of a batch have different widths, and different numbers of tokens; dropout is off, or its noise would differ.
+
+    Means over ranks or micro-batches in place of tokens differ by more than 1e-4. Rounding starts at 2e-7, and grows with the steps.
+    """
     statuses, printed, _ = outcome(output, run)
     assert set(statuses) == {0}, printed
     assert [bool(line) for line in printed] == [rank == 0 for rank in range(len(printed))]
     checkpoint, one = read_checkpoint(output / run), read_checkpoint(output / "one")
     steps = len(losses(checkpoint))
     assert steps == (22 if run == "fsdp4 then one" else 20)
-    torch.testing.assert_close(losses(checkpoint), losses(one)[:steps], rtol=2e-6, atol=0)
+    torch.testing.assert_close(losses(checkpoint), losses(one)[:steps], rtol=1e-5, atol=0)
     assert checkpoint.progress["tokens"] == one.progress["tokens"] or steps < 22
     ours, theirs = (dict(progress["validations"]) for progress in (checkpoint.progress, one.progress))
     assert ours[20] == pytest.approx(theirs[20], rel=2e-5)
@@ -96,6 +99,17 @@ def test_bad_input_is_one_line_of_one_process(output: Path, run: str, message: s
     assert not (output / run / CHECKPOINT_NAME).exists()
 
 
+def test_the_example_learns_the_same_in_one_process_and_two(output: Path) -> None:
+    found = []
+    for run in ("example 1", "example 2"):
+        statuses, printed, _ = outcome(output, run)
+        assert set(statuses) == {0}, printed
+        assert printed[1:] == [""] * (len(statuses) - 1)
+        found.append([float(line.rpartition(" ")[2]) for line in (output / f"{run}.0").read_text().splitlines()])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+    assert found[0][-1] < 0.8 * found[0][0]
+
+
 class TestShards:
     @pytest.fixture
     def folder(self, output: Path, tmp_path: Path) -> Path:
@@ -120,10 +134,8 @@ class TestShards:
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         for command in (["train", str(folder), "--resume", "--steps", "30"], ["translate", str(folder)]):
             assert cli.main(command) == 2
-            assert (
-                capsys.readouterr().err
-                == f"fused-attention: corrupt checkpoint {folder / CHECKPOINT_NAME}: its shard {missing} is missing\n"
-            )
+            line = f"corrupt checkpoint {folder / CHECKPOINT_NAME}: its shard {missing} is missing"
+            assert capsys.readouterr().err == f"fused-attention: {line}\n"
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
     def test_one_that_is_cut_off(self, folder: Path) -> None:

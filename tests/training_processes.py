@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -31,7 +32,12 @@ SMALL = (
     *("--vocab-size", "60", "--d-model", "16", "--num-heads", "2", "--dim-feedforward", "32", "--num-encoder-layers", "2"),
     *("--num-decoder-layers", "1", "--batch-tokens", "288", "--max-len", "32", "--dropout", "0", "--warmup-steps", "20"),
     *("--autocast", "off", "--checkpoint-every", "10", "--validate-every", "10", "--seed", "1", "--cooldown", "0"),
+    *(
+        "--layer-drop",
+        "0.2",
+    ),
 )
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_in_processes.py"
 LOST, KILLED_STEP = 1, 14  # the rank that dies, and when
 
 
@@ -41,17 +47,17 @@ class Runs:
         self.statuses: dict[str, list[int]] = {}
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, count: int, *arguments: str, prepare: Callable[[int], None] = lambda rank: None) -> None:
-        """`fused-attention train` in `count` processes at once; prepare(rank) comes first in each."""
+    def run(self, name: str, count: int, action: Callable[[int], int]) -> None:
+        """action(rank), which returns the exit status, in `count` processes at once."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         started = time.monotonic()
-        children = [self.fork(name, rank, count, port, arguments, prepare) for rank in range(max(count, 1))]
+        children = [self.fork(name, rank, count, port, lambda rank=rank: action(rank)) for rank in range(max(count, 1))]
         self.statuses[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         self.seconds[name] = time.monotonic() - started
 
-    def fork(self, name: str, rank: int, count: int, port: int, arguments: Sequence[str], prepare: Callable[[int], None]) -> int:
+    def fork(self, name: str, rank: int, count: int, port: int, action: Callable[[], int]) -> int:
         child = os.fork()
         if child:
             return child
@@ -63,19 +69,31 @@ class Runs:
             if count:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= {variable: str(value) for variable, value in place.items()}
-            prepare(rank)
-            status = cli.main(["train", *arguments])
+            status = action()
+            sys.stdout.flush()
         finally:
             os._exit(status)
 
+    def train(self, name: str, count: int, arguments: Sequence[str], prepare: Callable[[int], None]) -> None:
+        """`fused-attention train`; prepare(rank) comes first in each process."""
+
+        def action(rank: int) -> int:
+            prepare(rank)
+            return cli.main(["train", str(self.output / name), *arguments])
+
+        self.run(name, count, action)
+
     def new(self, name: str, count: int, *arguments: str, prepare: Callable[[int], None] = lambda rank: None) -> None:
         """A run from scratch in the folder `name`."""
-        self.run(name, count, str(self.output / name), "--data", str(self.data), *SMALL, *arguments, prepare=prepare)
+        self.train(name, count, ["--data", str(self.data), *SMALL, *arguments], prepare)
 
     def resumed(self, name: str, folder: str, count: int, *arguments: str) -> None:
         """A run that goes on from a copy of a folder."""
         shutil.copytree(self.output / folder, self.output / name)
-        self.run(name, count, str(self.output / name), "--resume", *arguments)
+        self.train(name, count, ["--resume", *arguments], lambda rank: None)
+
+    def example(self, name: str, count: int) -> None:
+        self.run(name, count, lambda rank: 0 if runpy.run_path(str(EXAMPLE)) else 1)
 
 
 def dies(rank: int) -> None:
@@ -116,6 +134,8 @@ def main(data: Path, output: Path) -> None:
     runs.new("other text", 2, "--steps", "20", "--parallel", "ddp", prepare=reads_other_text)
     runs.new("indivisible", 2, "--steps", "20", "--parallel", "ddp", "--accumulate", "5")
     runs.new("no way to share", 2, "--steps", "20")
+    runs.example("example 1", 1)
+    runs.example("example 2", 2)
     (output / "outcomes.json").write_text(json.dumps({"statuses": runs.statuses, "seconds": runs.seconds}))
 
 

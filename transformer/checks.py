@@ -24,11 +24,11 @@ def check_layers(d_model: int, num_heads: int, dropout: object, layer_norm_eps: 
         raise ValueError(f"layer_norm_eps must be a float >= 0, got {layer_norm_eps!r}")
 
 
-def check_dropout(dropout: object) -> None:
+def check_dropout(dropout: object, name: str = "dropout") -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(dropout).__name__}")
     if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        raise ValueError(f"{name} must lie in [0, 1], got {dropout}")
 
 
 def check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> None:

@@ -172,7 +172,7 @@ class _Layer(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout = self.feed_forward_dropout = dropout  # of the residual branches, and of the feed-forward network's inside
         self.norm_first = norm_first
         self.activation = activation  # "relu" or "gelu"
         self.self_attn: nn.Module = SelfAttention(d_model, num_heads, dropout)
@@ -186,9 +186,9 @@ class _Layer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         if self.activation == "gelu":
-            return self.linear2(dropout(F.gelu(self.linear1(x)), self.dropout, self.training))
+            return self.linear2(dropout(F.gelu(self.linear1(x)), self.feed_forward_dropout, self.training))
         # relu(dropout(h)) == dropout(relu(h)); in this order autograd saves one fewer (B, L, dim_feedforward) tensor.
-        return self.linear2(F.relu(dropout(self.linear1(x), self.dropout, self.training), inplace=True))
+        return self.linear2(F.relu(dropout(self.linear1(x), self.feed_forward_dropout, self.training), inplace=True))
 
     def add(self, x: Tensor, sublayer_output: Tensor) -> Tensor:
         return add_residual(x, sublayer_output, self.dropout, self.training)
@@ -245,30 +245,37 @@ class DecoderLayer(_Layer):
         return cast(CrossAttention, self.multihead_attn).keys_values(memory)
 
 
-class Encoder(nn.Module):
-    """A stack of encoder layers and the final LayerNorm of torch.nn.Transformer."""
+class _Stack(nn.Module):
+    """Layers and a final norm. In training, each layer is left out with probability layer_drop (LayerDrop, Fan et al. 2020)."""
 
-    def __init__(self, layers: list[EncoderLayer], norm: nn.Module) -> None:
+    def __init__(self, layers: list[Any], norm: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.layer_drop = 0.0
+        self.layer_drop_generator: torch.Generator | None = None  # on the CPU; None: torch's own
+
+    def left_out(self) -> list[bool]:
+        """Which layers this forward pass leaves out."""
+        if not self.training or self.layer_drop == 0.0:
+            return [False] * len(self.layers)
+        return (torch.rand(len(self.layers), generator=self.layer_drop_generator) < self.layer_drop).tolist()
+
+
+class Encoder(_Stack):
+    """A stack of encoder layers and the final LayerNorm of torch.nn.Transformer."""
 
     def forward(self, x: Tensor, every_height: bool = False, **options: Any) -> list[Tensor]:
         """x (B, S, d_model) -> the normalized output of the last layer, or of every layer, lowest first."""
         heights = []
-        for layer in self.layers:
-            x = layer(x, **options)
+        for layer, left_out in zip(self.layers, self.left_out(), strict=True):
+            x = x if left_out else layer(x, **options)
             heights.append(x)
         return [self.norm(height) for height in (heights if every_height else heights[-1:])]
 
 
-class Decoder(nn.Module):
+class Decoder(_Stack):
     """A stack of decoder layers, each with its own memory or all with the same one, and the final LayerNorm."""
-
-    def __init__(self, layers: list[DecoderLayer], norm: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
 
     def forward(
         self,
@@ -280,7 +287,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """x (B, T, d_model), memories: (B, S, d_model), one or one per layer, or the keys and values for each layer ->
         (B, T, d_model)."""
-        for i, layer in enumerate(self.layers):
+        for i, (layer, left_out) in enumerate(zip(self.layers, self.left_out(), strict=True)):
+            if left_out:
+                continue
             memory = memories[i] if len(memories) > 1 else memories[0]
             x = layer(x, memory, self_options, cross_options, caches[i] if caches is not None else None)
         return self.norm(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention_maps import weights_in_forward
 from .cache import KVCache
-from .checks import check_layers, check_tokens, checked_integer_in
+from .checks import check_dropout, check_layers, check_tokens, checked_integer_in
 from .embedding import POSITION_LAYOUTS, TokenEmbedding
 from .generate import Generation
 from .layers import Decoder, DecoderLayer, Encoder, EncoderLayer
@@ -23,6 +23,7 @@ from .optional import optional_module
 MEMORY_LAYERS = ("last", "each", "mixed")
 DECODER_CELLS = ("attention", "ssru")
 SIZES = ("src_vocab", "tgt_vocab", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "max_len")
+DROPOUTS = ("embedding_dropout", "attention_dropout", "feed_forward_dropout", "residual_dropout", "layer_drop")
 TOKEN_IDS = ("pad_id", "bos_id", "eos_id")
 
 
@@ -37,7 +38,8 @@ class Transformer(Generation):
 
     src_vocab, tgt_vocab: vocabulary sizes. max_len: longest source and target, in tokens.
     dropout: probability for embeddings, residual branches, the inside of the feed-forward network and attention
-    weights.
+    weights; embedding_dropout, residual_dropout, feed_forward_dropout and attention_dropout are in its place where given.
+    layer_drop: probability of leaving out each layer in training (LayerDrop, Fan et al. 2020).
     norm_first: False normalizes after each residual sum (the paper), True before each sublayer. Both stacks end with
         another LayerNorm (encoder.norm, decoder.norm), as in torch.nn.Transformer, unless final_norm is False, as in the
         paper and in Marian.
@@ -85,6 +87,11 @@ class Transformer(Generation):
         layer_norm_eps: float = 1e-5,
         positions: str = "interleaved",
         output_bias: bool = False,
+        embedding_dropout: float | None = None,
+        attention_dropout: float | None = None,
+        feed_forward_dropout: float | None = None,
+        residual_dropout: float | None = None,
+        layer_drop: float = 0.0,
     ) -> None:
         arguments = locals()
         config = {name: arguments[name] for name in inspect.signature(Transformer).parameters}
@@ -106,6 +113,7 @@ class Transformer(Generation):
         norms = [nn.LayerNorm(d_model, layer_norm_eps) if final_norm else nn.Identity() for _ in range(2)]
         self.encoder = Encoder([EncoderLayer(*sizes) for _ in range(num_encoder_layers)], norms[0])
         self.decoder = Decoder([DecoderLayer(*sizes, cell=decoder_cell) for _ in range(num_decoder_layers)], norms[1])
+        self._set_dropouts()
         if memory_layers == "mixed":
             self.memory_mix = nn.Parameter(torch.zeros(num_decoder_layers, num_encoder_layers))
         self.output = None if tie_weights else Linear(d_model, tgt_vocab)
@@ -115,6 +123,23 @@ class Transformer(Generation):
         self.output_bias = nn.Parameter(torch.zeros(tgt_vocab)) if output_bias else None
         # sources (B, S) -> (n,) int64, the only target tokens that generate, stream and beam_search may choose; None: any
         self.shortlist: Callable[[Tensor], Tensor] | None = None
+
+    def _set_dropouts(self) -> None:
+        """Gives every part its own probability."""
+
+        def probability(name: str) -> float:
+            return self.config["dropout" if self.config[name] is None else name]
+
+        for embedding in filter(None, (self.src_embedding, self.tgt_embedding)):
+            embedding.dropout = probability("embedding_dropout")
+        for stack in (self.encoder, self.decoder):
+            stack.layer_drop = self.config["layer_drop"]
+            for layer in stack.layers:
+                layer.dropout = probability("residual_dropout")
+                layer.feed_forward_dropout = probability("feed_forward_dropout")
+                for name in ("self_attn", "multihead_attn"):
+                    if hasattr(layer, name):
+                        getattr(layer, name).dropout = probability("attention_dropout")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Transformer:
@@ -246,6 +271,9 @@ def _check_config(config: dict[str, Any]) -> None:
         if not isinstance(config[name], bool):
             raise TypeError(f"{name} must be a bool, got {type(config[name]).__name__}")
     check_layers(config["d_model"], config["num_heads"], config["dropout"], config["layer_norm_eps"])
+    for name in DROPOUTS:
+        if config[name] is not None:
+            check_dropout(config[name], name)
     for name, choices in (("memory_layers", MEMORY_LAYERS), ("decoder_cell", DECODER_CELLS), ("positions", POSITION_LAYOUTS)):
         if config[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {config[name]!r}")

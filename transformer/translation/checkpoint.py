@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from .tokenizer import Tokenizer
 from .training_config import TrainingConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
+KEPT_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 SHARDS_PREFIX = "checkpoint.shards-"
 FORMAT = "fused_attention checkpoint 1"
 
@@ -119,6 +121,24 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"corrupt checkpoint {path}: {error}") from error
     return checkpoint
+
+
+def kept_name(step: int) -> str:
+    """The file of weights that are kept of a validation."""
+    return f"step-{step:08}.safetensors"
+
+
+def kept_files(folder: Path) -> dict[int, Path]:
+    """Step -> file with its weights, in order."""
+    found = {path: KEPT_NAME.fullmatch(path.name) for path in folder.iterdir()}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
+def remove_kept(folder: Path, wanted: set[int]) -> None:
+    """Remove the weights that are kept of other steps than these."""
+    for step, path in kept_files(folder).items():
+        if step not in wanted:
+            path.unlink()
 
 
 def new_shards(folder: Path, step: int) -> str:

@@ -1,4 +1,4 @@
-"""The command `fused-attention` (also `python -m fused_attention`): info, train, translate, score, export, demo, compare, bench.
+"""The command `fused-attention` (also `python -m fused_attention`): info, train, average, translate, score, export, demo, compare, bench.
 
 A user's error is one line on stderr and exit status 2.
 """
@@ -8,21 +8,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..distributed import FailedElsewhere, PeerLost, Processes, joined, local_device, started_by_torchrun
 from ..optional import optional_module
-from .output_files import naming
+from .output_files import atomic_write, claim_output_folder, naming
 from .terminal import heartbeat
-from .training_config import RECIPES, TrainingConfig
+from .training_config import RECIPES, TrainingConfig, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +32,17 @@ if TYPE_CHECKING:
     from .translate import Translator
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
+SETTINGS_NAME = "settings.toml"
 EXPORTED_FILES = ENCODER, STEP, SOURCE_VOCABULARY, TARGET_VOCABULARY = "encoder.pt2", "decoder_step.pt2", "source.spm", "target.spm"
 # Settings of TrainingConfig that are arguments of `train`, with their types; None stands for "as in the recipe".
 TRAIN_SETTINGS = {
     **{name: int for name in ("vocab_size", "d_model", "num_heads", "num_encoder_layers", "num_decoder_layers")},
     **{name: int for name in ("dim_feedforward", "max_len", "max_words", "batch_tokens", "accumulate", "warmup_steps", "seed")},
-    **{name: float for name in ("dropout", "learning_rate_scale", "cooldown", "label_smoothing", "weight_decay")},
-    **{name: int for name in ("checkpoint_every", "validate_every")},
+    **{name: float for name in ("dropout", "embedding_dropout", "attention_dropout", "feed_forward_dropout", "residual_dropout")},
+    **{name: float for name in ("layer_drop", "learning_rate_scale", "cooldown", "label_smoothing", "weight_decay")},
+    **{name: int for name in ("checkpoint_every", "validate_every", "keep_last", "keep_best", "patience")},
     **{name: float for name in ("clip_norm",)},
-    **{name: str for name in ("source_language", "target_language", "memory_layers", "autocast", "parallel")},
+    **{name: str for name in ("source_language", "target_language", "tokenizer", "memory_layers", "autocast", "parallel", "best_by")},
 }
 # Of these, what does not change the result, and may differ where a run is resumed.
 RESUMABLE_SETTINGS = ("data", "accumulate", "parallel", "sharded_checkpoint")
@@ -123,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a translator on parallel text")
     train.add_argument("output", type=Path, help="folder for the checkpoint")
     train.add_argument("--data", help="corpus folder, multi30k or libreoffice-help (default: the recipe's); with --resume, where it is now")
+    train.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file of settings, like the {SETTINGS_NAME} that a run writes")
     train.add_argument("--recipe", choices=sorted(RECIPES), help="settings to start from (default: multi30k)")
     budget = train.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, help="train for this many optimizer steps")
@@ -137,6 +141,15 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("norm_first", "joint_vocabulary", "sharded_checkpoint"):
         settings.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction)
     train.set_defaults(command=run_train)
+
+    average = commands.add_parser("average", help="average the weights that a training has kept, into a checkpoint of its own")
+    average.add_argument("folder", type=Path, help="where `train --keep-last N` or `--keep-best N` wrote")
+    which = average.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=int, metavar="N", help="of the last N validations")
+    which.add_argument("--best", type=int, metavar="N", help="of the best N validations")
+    average.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoint")
+    average.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the folder")
+    average.set_defaults(command=run_average)
 
     translate = commands.add_parser("translate", help="translate the lines of stdin to stdout")
     add_model_arguments(translate)
@@ -244,6 +257,8 @@ def train_together(options: argparse.Namespace, device: torch.device, processes:
             trainer = Trainer(config, corpus, options.output, device, processes=processes)
     if processes.rank == 0:
         print(trainer.data_summary(), file=sys.stderr)
+        trainer.report = event_writer(options.output) or trainer.report
+    processes.first(lambda: atomic_write(options.output / SETTINGS_NAME, config.to_toml().encode()))
     trainer.run()
     name, text = corpus.held_out()
     translator = Translator(trainer.model, trainer.source_tokenizer, trainer.target_tokenizer)
@@ -264,7 +279,8 @@ def settings_of_run(options: argparse.Namespace, processes: Processes) -> tuple[
     checkpoint = None
     if options.resume:
         checkpoint = read_checkpoint(options.output)
-        if unwanted := sorted(given.keys() - set(RESUMABLE_SETTINGS)) + (["recipe"] if options.recipe else []):
+        others = [name for name in ("config", "recipe") if getattr(options, name)]
+        if unwanted := sorted(given.keys() - set(RESUMABLE_SETTINGS)) + others:
             raise ValueError(f"--resume keeps the run's settings; not allowed with it: {', '.join(unwanted)}")
         before = checkpoint.training_config()
         if not started_by_torchrun():
@@ -273,7 +289,12 @@ def settings_of_run(options: argparse.Namespace, processes: Processes) -> tuple[
         if not ("data" in given or config.data in NAMED_CORPORA or Path(config.data).is_dir()):
             raise ValueError(f"{checkpoint.path} was trained on the folder {config.data}, which is not there; --data says where it is now")
     else:
-        config = with_budget(replace(RECIPES[options.recipe or "multi30k"], **given), budget)
+        config = RECIPES[options.recipe or "multi30k"]
+        if options.config is not None:
+            from_file = read_settings(options.config)
+            budget = budget or {name: from_file.pop(name) for name in ("steps", "minutes") if name in from_file}
+            given = {name: value for name, value in from_file.items() if name not in ("steps", "minutes")} | given
+        config = with_budget(replace(config, **given), budget)
     if config.parallel == "off" and processes.count > 1:
         raise ValueError(f"there are {processes.count} processes: choose how they share the work, --parallel ddp or --parallel fsdp")
     if config.parallel != "off" and not started_by_torchrun():
@@ -285,9 +306,27 @@ def settings_of_run(options: argparse.Namespace, processes: Processes) -> tuple[
 
 def claim_folder(options: argparse.Namespace) -> None:
     from .checkpoint import CHECKPOINT_NAME
-    from .output_files import claim_output_folder
 
+    claim_output_folder(options.output, (CHECKPOINT_NAME, SETTINGS_NAME), overwrite=options.overwrite)
+
+
+def event_writer(folder: Path) -> Callable[[str, float, int], None] | None:
+    """Writes TensorBoard events, a scalar at a time, if tensorboard is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "events").add_scalar
+
+
+def run_average(options: argparse.Namespace) -> None:
+    from .average import average
+    from .checkpoint import CHECKPOINT_NAME
+
+    optional_module("safetensors")
     claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
+    steps = average(options.folder, options.output, last=options.last, best=options.best)
+    print(f"the mean of the weights after steps {', '.join(map(str, steps))}: {options.output}")
 
 
 def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfig:
@@ -376,7 +415,6 @@ def run_export(options: argparse.Namespace) -> None:
 
     from ..export import export_programs
     from ..model import Transformer
-    from .output_files import atomic_write, claim_output_folder
 
     if options.shortlist:
         raise ValueError("--shortlist does not go with export: a program holds the whole vocabulary")

@@ -1,4 +1,4 @@
-"""Byte-pair encoding (Sennrich et al. 2016) with sentencepiece: one vocabulary for both languages, or one each."""
+"""Byte-pair encoding (Sennrich et al. 2016) or a unigram model (Kudo 2018) with sentencepiece: one for both languages, or one each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .data import DataError
 SPACE_SIGN, UNKNOWN_SIGN = "▁", "▅"
 # In bytes, the maximum sentencepiece accepts. It silently skips longer sentences, by default those over 4192 bytes.
 MAX_SENTENCE_LENGTH = 2**30
+TOKENIZERS = ("bpe", "unigram")
 SPECIAL_IDS = PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 
@@ -23,9 +24,10 @@ class Tokenizer:
         self._processor = optional_module("sentencepiece").SentencePieceProcessor(model_proto=model)
 
     @classmethod
-    def train(cls, sentences: Sequence[str], vocab_size: int) -> Tokenizer:
+    def train(cls, sentences: Sequence[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
         """Learn `vocab_size` pieces, including the four special ones. DataError if the text cannot fill or fit them.
 
+        kind: one of TOKENIZERS.
         Every character of the sentences, as normalized by sentencepiece (NFKC), is a piece, except for its own symbols and NUL.
         """
         sentencepiece = optional_module("sentencepiece")
@@ -42,7 +44,7 @@ class Tokenizer:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(sentences),
                 model_writer=model,
-                model_type="bpe",
+                model_type=kind,
                 vocab_size=vocab_size,
                 max_sentence_length=MAX_SENTENCE_LENGTH,
                 character_coverage=1.0,

@@ -31,13 +31,15 @@ from .checkpoint import (
     Checkpoint,
     CheckpointError,
     check_sizes,
+    kept_name,
     load_tokenizers,
     new_shards,
+    remove_kept,
     remove_other_shards,
     save_checkpoint,
     tokenizer_tensors,
 )
-from .data import Corpus, DataError, left_out_text
+from .data import Corpus, DataError, ParallelText, left_out_text
 from .machine import autocast
 from .shards import load_shards, save_shards
 from .terminal import stop_on_interrupt
@@ -65,6 +67,16 @@ class History:
     seconds: list[float] = field(default_factory=list)  # training time at the end of the step
     tokens: int = 0  # source and target tokens trained on, not counting padding
     validations: list[tuple[int, float]] = field(default_factory=list)  # (step, cross entropy in nats per target token)
+    bleus: list[tuple[int, float]] = field(default_factory=list)  # (step, BLEU of the validation text), where that decides what is best
+
+    def qualities(self, best_by: str) -> dict[int, float]:
+        """Step -> how good its validation was; more is better."""
+        return dict(self.bleus) if best_by == "bleu" else {step: -loss for step, loss in self.validations}
+
+    def without_progress(self, best_by: str) -> int:
+        """How many validations there were after the best."""
+        values = list(self.qualities(best_by).values())
+        return len(values) - 1 - values.index(max(values)) if values else 0
 
 
 class Trainer:
@@ -98,7 +110,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         arguments = config.model_arguments(len(self.source_tokenizer), len(self.target_tokenizer))
         self.model = Transformer(**arguments) if build is None else build()
-        self.shared_model = share_gradients(self.model, config.parallel if processes.count > 1 else "off", device)
+        parallel = config.parallel if processes.count > 1 else "off"
+        self.shared_model = share_gradients(self.model, parallel, device, unused_parameters=config.layer_drop > 0)
         if processes.rank > 0:  # dropout is other noise in each process
             torch.manual_seed(random.Random(f"{config.seed}/rank {processes.rank}").getrandbits(63))
         self.optimizer = torch.optim.AdamW(
@@ -113,6 +126,11 @@ class Trainer:
         self.step = 0
         self.history = History()
         self._unread_losses: list[Tensor] = []
+        self.report: Callable[[str, float, int], None] = lambda name, value, step: None  # what else is told of the progress
+        self._layer_drop = torch.Generator()
+        if config.layer_drop:
+            for stack in (self.model.encoder, self.model.decoder):
+                stack.layer_drop_generator = self._layer_drop  # type: ignore[assignment, union-attr]
 
     @classmethod
     def resume(
@@ -126,6 +144,8 @@ class Trainer:
         def tokenizers_of_same_text() -> tuple[Tokenizer, Tokenizer]:
             if checkpoint.progress.get("corpus") != corpus.fingerprint():
                 raise CheckpointError(f"{checkpoint.path} was trained on other text than {config.data} holds now")
+            if not any(name.startswith("optimizer.") for name in checkpoint.trained_sizes()):
+                raise CheckpointError(f"{checkpoint.path} holds weights alone, of which no training can go on")
             return load_tokenizers(checkpoint)
 
         tokenizers = processes.all(tokenizers_of_same_text)
@@ -188,14 +208,15 @@ class Trainer:
                 self.history.seconds.append(self.clock() - started)
                 if len(self._unread_losses) >= STEPS_PER_LOSS_READ:
                     self._read_losses()
+                enough = False
                 if self.step % self.config.validate_every == 0:
-                    self._validate(bar)
+                    enough = self._validate(bar)
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
                 self._show_progress(bar)
                 # Rank 0's clock counts, and Ctrl-C in any process.
                 seconds, presses = self.processes.sum([self.clock() - started if self.processes.rank == 0 else 0.0, interrupted()])
-                if stop := presses > 0:
+                if (stop := presses > 0) or enough:
                     break
             self._read_losses()
             if not stop and (not self.history.validations or self.history.validations[-1][0] != self.step):
@@ -229,6 +250,8 @@ class Trainer:
         losses = []
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             micro_batch = micro_batch.to(self.device)
+            # The same layers in every process, which FSDP needs, and in every micro-batch.
+            self._layer_drop.manual_seed(random.Random(f"{self.config.seed}/step {self.step}").getrandbits(63))
             with gradients_exchanged(self.shared_model, now=number == len(batch.micro_batches)):
                 with autocast(self.device, self.config.autocast):
                     logits = self.shared_model(micro_batch.src, micro_batch.tgt_in)
@@ -246,10 +269,14 @@ class Trainer:
         self._unread_losses = []
         losses = [loss / self.processes.count for loss in sums]
         self.history.losses += losses
+        self.report("loss/training", sum(losses) / len(losses), self.step)
+        self.report("learning rate", self.optimizer.param_groups[0]["lr"], self.step)
+        self.report("tokens a second", self.history.tokens / max(self.history.seconds[-1], 1e-9), self.step)
         if not all(map(math.isfinite, losses)):
             self.processes.fail(TrainingError(f"the loss is not finite at about step {self.step}; lower learning_rate_scale"))
 
-    def _validate(self, bar: Any) -> None:
+    def _validate(self, bar: Any) -> bool:
+        """Measures the validation text and keeps the weights if the settings ask for it; True if patience is at its end."""
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
@@ -265,6 +292,40 @@ class Trainer:
         [total] = self.processes.sum([total])
         self.model.train()
         self.history.validations.append((self.step, total / count))
+        self.report("loss/validation", total / count, self.step)
+        if self.config.best_by == "bleu":
+            bleu = self._validation_bleu()
+            self.history.bleus.append((self.step, bleu))
+            self.report("BLEU/validation", bleu, self.step)
+        self._keep_weights()
+        return 0 < self.config.patience <= self.history.without_progress(self.config.best_by)
+
+    def _validation_bleu(self) -> float:
+        """Of greedy translations; every process makes all of them, because FSDP needs them to do the same."""
+        from .translate import Translator
+
+        text = self.corpus.validation
+        some = ParallelText(text.source[:VALIDATION_PAIRS], text.target[:VALIDATION_PAIRS])
+        return Translator(self.model, self.source_tokenizer, self.target_tokenizer, self.config.autocast).score(some)[0].bleu
+
+    def _keep_weights(self) -> None:
+        """Writes the weights of this step, and removes those that are neither among the last nor among the best."""
+        if self.config.keep_last == self.config.keep_best == 0:
+            return
+        qualities = self.history.qualities(self.config.best_by)
+        best = sorted(qualities, key=lambda step: qualities[step], reverse=True)[: self.config.keep_best]
+        wanted = {*best, *list(qualities)[max(0, len(qualities) - self.config.keep_last) :]}
+        tensors = {f"model.{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
+        tensors |= tokenizer_tensors(self.source_tokenizer, self.target_tokenizer)
+        progress = {"step": self.step, "best_by": self.config.best_by, "quality": qualities[self.step], "corpus": self.corpus.fingerprint()}
+
+        def write() -> None:
+            if self.step in wanted:
+                path = self.folder / kept_name(self.step)
+                save_checkpoint(path, tensors, config=self.config.to_dict(), model_config=self.model.config, progress=progress)
+            remove_kept(self.folder, wanted)
+
+        self.processes.first(write)
 
     def save(self) -> None:
         """Write the checkpoint; if the process is killed, the folder still holds the previous one or this one."""
@@ -287,6 +348,7 @@ class Trainer:
             "batch": self.position.batch,
             "tokens": self.history.tokens,
             "validations": self.history.validations,
+            "bleus": self.history.bleus,
             "corpus": self.corpus.fingerprint(),
             **({} if shards is None else {"shards": shards}),
         }
@@ -332,6 +394,7 @@ class Trainer:
                 history["seconds"].tolist(),
                 progress["tokens"],
                 [(step, loss) for step, loss in progress["validations"]],
+                [(step, bleu) for step, bleu in progress.get("bleus", [])],
             )
             if not self.step == len(self.history.losses) == len(self.history.seconds) > 0:
                 raise ValueError(f"its history does not cover {self.step} steps")
@@ -369,13 +432,12 @@ class Trainer:
 
 def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer, Tokenizer]:
     """Source and target tokenizers learned from the training text; the same one if the vocabulary is joint."""
+    sides = corpus.train.source, corpus.train.target
     if config.joint_vocabulary:
-        joint = Tokenizer.train([*corpus.train.source, *corpus.train.target], config.vocab_size)
+        joint = Tokenizer.train([*sides[0], *sides[1]], config.vocab_size, config.tokenizer)
         return joint, joint
-    return (
-        Tokenizer.train(corpus.train.source, config.vocab_size),
-        Tokenizer.train(corpus.train.target, config.vocab_size),
-    )
+    source, target = (Tokenizer.train(sentences, config.vocab_size, config.tokenizer) for sentences in sides)
+    return source, target
 
 
 def check_shares(config: TrainingConfig, processes: Processes) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import importlib
+import json
 import math
 import operator
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .machine import AUTOCAST_CHOICES
+from .tokenizer import TOKENIZERS
 
 PARALLEL_CHOICES = ("off", "ddp", "fsdp")
-CHOICES = {"autocast": AUTOCAST_CHOICES, "parallel": PARALLEL_CHOICES}
+BEST_BY_CHOICES = ("loss", "bleu")
+CHOICES = {"autocast": AUTOCAST_CHOICES, "parallel": PARALLEL_CHOICES, "best_by": BEST_BY_CHOICES, "tokenizer": TOKENIZERS}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class TrainingConfig:
     source_language: str = "en"
     target_language: str = "fr"
     max_words: int | None = None  # leave out pairs with a longer side
+    tokenizer: str = "bpe"  # or "unigram"
     vocab_size: int = 4000  # of each tokenizer
     joint_vocabulary: bool = True  # one tokenizer for both languages; all embeddings and the output layer are then tied
     # Model
@@ -35,7 +43,12 @@ class TrainingConfig:
     num_encoder_layers: int = 3
     num_decoder_layers: int = 3
     dim_feedforward: int = 512
-    dropout: float = 0.1
+    dropout: float = 0.1  # of every kind for which the next four say nothing
+    embedding_dropout: float | None = None
+    attention_dropout: float | None = None
+    feed_forward_dropout: float | None = None
+    residual_dropout: float | None = None
+    layer_drop: float = 0.0  # probability of leaving out each layer in training
     norm_first: bool = True
     memory_layers: str = "last"
     max_len: int = 256  # tokens; longer pairs are left out of training
@@ -57,6 +70,10 @@ class TrainingConfig:
     checkpoint_every: int = 200  # in steps; the end of the run is always saved
     sharded_checkpoint: bool = False  # each process writes what it holds, instead of all in one file
     validate_every: int = 200  # in steps; also at the end
+    best_by: str = "loss"  # of the validation text; "bleu" of greedy translations of it, which takes longer
+    keep_last: int = 0  # the weights of so many of the last validations are kept
+    keep_best: int = 0  # and those of so many of the best
+    patience: int = 0  # validations in a row without a better one than before, after which training ends; 0: it goes on
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,6 +89,9 @@ class TrainingConfig:
             # `not >`, so that NaN fails too.
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
+        for name in ("keep_last", "keep_best", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("cooldown", "label_smoothing", "weight_decay"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -88,6 +108,7 @@ class TrainingConfig:
         """Arguments of Transformer for vocabularies of these sizes."""
         names = (
             *("d_model", "num_heads", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "dropout"),
+            *("embedding_dropout", "attention_dropout", "feed_forward_dropout", "residual_dropout", "layer_drop"),
             *("norm_first", "memory_layers", "max_len"),
         )
         sizes = {"src_vocab": source_vocab, "tgt_vocab": target_vocab, "tie_weights": self.joint_vocabulary}
@@ -101,8 +122,34 @@ class TrainingConfig:
         """Raises ValueError if `values` has settings this version does not know."""
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown training settings: {', '.join(unknown)}")
+            near = difflib.get_close_matches(unknown[0], [field.name for field in fields(cls)], 1)
+            hint = f"; is {unknown[0]} meant to be {near[0]}?" if near else ""
+            raise ValueError(f"unknown training settings: {', '.join(unknown)}{hint}")
         return cls(**values)
+
+    def to_toml(self) -> str:
+        """A file of settings that read_settings reads."""
+        lines = [f"{name} = {json.dumps(value)}" for name, value in self.to_dict().items() if value is not None]
+        return "\n".join([*lines, ""])
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises ValueError, which names the file, if it is no TOML or has a setting that does not exist."""
+    tomllib = None
+    for name in ("tomllib", "tomli"):  # the former is part of Python 3.11
+        with contextlib.suppress(ImportError):
+            tomllib = tomllib or importlib.import_module(name)
+    if tomllib is None:
+        raise ImportError("a file of settings needs Python 3.11, or the package tomli")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    try:
+        TrainingConfig.from_dict(values if values.keys() & {"steps", "minutes"} else {"steps": 1, **values})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return values
 
 
 def _plain(name: str, declared: str, value: Any) -> Any:
