@@ -39,11 +39,15 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(output: Path, run: str) -> tuple[list[int], list[str], float]:
-    """The exit statuses of a run's processes, the last line that each printed, and how many seconds the run took."""
+    """The exit statuses of a run's processes, the last line that each printed, and how many seconds the run took.
+
+    Lines that start with [rank are warnings of torch, such as of layers that DDP was told a step may leave out, and that none did.
+    """
     outcomes: dict[str, Any] = json.loads((output / "outcomes.json").read_text())
     statuses = outcomes["statuses"][run]
-    printed = [(output / f"{run}.{rank}").read_text().replace("\r", "\n").strip().split("\n") for rank in range(len(statuses))]
-    return statuses, [lines[-1] for lines in printed], outcomes["seconds"][run]
+    printed = [(output / f"{run}.{rank}").read_text().replace("\r", "\n").split("\n") for rank in range(len(statuses))]
+    last = [[line for line in ["", *lines] if line and not line.startswith("[rank")][-1:] for lines in printed]
+    return statuses, ["".join(line) for line in last], outcomes["seconds"][run]
 
 
 def losses(checkpoint: Checkpoint) -> torch.Tensor:

@@ -167,7 +167,8 @@ def gradients_exchanged(model: nn.Module, now: bool) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def copy_whole(destination: Tensor, source: Tensor) -> None:

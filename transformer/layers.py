@@ -242,7 +242,7 @@ class DecoderLayer(_Layer):
 
     def memory_keys_values(self, memory: Tensor) -> Tensor:
         """The packed keys and values (B, S, 2, H, D) of memory (B, S, d_model) for the attention to it."""
-        return cast(CrossAttention, self.multihead_attn).keys_values(memory)
+        return self.multihead_attn.keys_values(memory)
 
 
 class _Stack(nn.Module):

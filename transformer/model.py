@@ -134,7 +134,7 @@ class Transformer(Generation):
             embedding.dropout = probability("embedding_dropout")
         for stack in (self.encoder, self.decoder):
             stack.layer_drop = self.config["layer_drop"]
-            for layer in stack.layers:
+            for layer in cast(Any, stack.layers):
                 layer.dropout = probability("residual_dropout")
                 layer.feed_forward_dropout = probability("feed_forward_dropout")
                 for name in ("self_attn", "multihead_attn"):

@@ -126,11 +126,12 @@ class Trainer:
         self.step = 0
         self.history = History()
         self._unread_losses: list[Tensor] = []
+        self._saved: tuple[int, int] | None = None  # step and number of validations of the last checkpoint
         self.report: Callable[[str, float, int], None] = lambda name, value, step: None  # what else is told of the progress
         self._layer_drop = torch.Generator()
         if config.layer_drop:
             for stack in (self.model.encoder, self.model.decoder):
-                stack.layer_drop_generator = self._layer_drop  # type: ignore[assignment, union-attr]
+                stack.layer_drop_generator = self._layer_drop  # type: ignore[union-attr]
 
     @classmethod
     def resume(
@@ -221,7 +222,8 @@ class Trainer:
             self._read_losses()
             if not stop and (not self.history.validations or self.history.validations[-1][0] != self.step):
                 self._validate(bar)
-            self.save()
+            if self._saved != (self.step, len(self.history.validations)):
+                self.save()
             self._show_progress(bar)
         if stop:
             raise TrainingInterrupted(
@@ -364,6 +366,7 @@ class Trainer:
             remove_other_shards(self.folder, shards)
 
         self.processes.first(write)
+        self._saved = self.step, len(self.history.validations)
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """The weights and the optimizer's state: "model.NAME" and "optimizer.INDEX.NAME"; the tensors themselves, sharded or not."""
