@@ -325,6 +325,8 @@ class TestState:
             "layer_norm_eps": 1e-5,
             "positions": "interleaved",
             "output_bias": False,
+            **dict.fromkeys(["embedding_dropout", "attention_dropout", "feed_forward_dropout", "residual_dropout"]),
+            "layer_drop": 0.0,
         }
 
     def test_layers_start_different_from_each_other(self) -> None:

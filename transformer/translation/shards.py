@@ -6,6 +6,7 @@ Any number of processes can read it, each only what it needs.
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,26 @@ def shard_sizes(folder: Path) -> dict[str, torch.Size]:
 
 def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors, which may be sharded, in place; every process calls this. Raises ValueError."""
-    from torch.distributed import checkpoint
-
-    try:
-        checkpoint.load(dict(tensors), storage_reader=checkpoint.FileSystemReader(folder), no_dist=not dist.is_initialized())
-    except checkpoint.CheckpointException as error:
-        raise ValueError(f"its shards in {folder} cannot be read: {_first_failure(error)}") from error
+    _load(folder, tensors, alone=not dist.is_initialized())
 
 
 def read_shards(folder: Path, prefix: str) -> dict[str, Tensor]:
     """The whole tensors whose names start with `prefix`, in this process alone. Raises ValueError."""
-    from torch.distributed import checkpoint
-
     stored = _metadata(folder).state_dict_metadata
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in stored.items() if name.startswith(prefix)}
+    _load(folder, tensors, alone=True)
+    return tensors
+
+
+def _load(folder: Path, tensors: dict[str, Tensor], alone: bool) -> None:
+    from torch.distributed import checkpoint
+
     try:
-        checkpoint.load(dict(tensors), storage_reader=checkpoint.FileSystemReader(folder), no_dist=True)
+        with warnings.catch_warnings():  # that it is alone
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint.load(dict(tensors), storage_reader=checkpoint.FileSystemReader(folder), no_dist=alone)
     except checkpoint.CheckpointException as error:
         raise ValueError(f"its shards in {folder} cannot be read: {_first_failure(error)}") from error
-    return tensors
 
 
 def _metadata(folder: Path) -> Any:
