@@ -159,8 +159,9 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 @contextlib.contextmanager
 def gradients_exchanged(model: nn.Module, now: bool) -> Iterator[None]:
     """Whether the backward in the body exchanges gradients, and with them those that were added up before."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(now)
+    set_exchange: Callable[[bool], None] | None = getattr(model, "set_requires_gradient_sync", None)  # FSDP2
+    if set_exchange is not None:
+        set_exchange(now)
     with model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not now else contextlib.nullcontext():
         yield
 
