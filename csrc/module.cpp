@@ -40,6 +40,8 @@ constexpr void visit_tensors(AttentionProblem& problem, Visit visit) {
   visit("cu_seqlens_k", problem.cu_seqlens_k);
   visit("mask_bits", problem.mask_bits.data);
   visit("row_tiles", problem.row_tiles.data);
+  visit("key_scale", problem.key_scale.data);
+  visit("value_scale", problem.value_scale.data);
 }
 
 constexpr int kNumAddresses = [] {
@@ -55,6 +57,9 @@ using CpuGradients = std::array<Address, kNumCpuGradients>;
 using CudaGradients = std::array<Address, kNumCudaGradients>;
 
 StridedTensor unplaced(const Strides& strides) { return {nullptr, strides[0], strides[1], strides[2]}; }
+
+// scales: batch, head and block strides, and the keys of a block.
+BlockScales unplaced_scales(const std::array<int64_t, 4>& scales) { return {nullptr, scales[0], scales[1], scales[2], scales[3]}; }
 
 template <class Enum>
 Enum checked(const char* name, int value) {
@@ -83,7 +88,8 @@ py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pa
                         const std::array<int32_t, 2>& window, int32_t diagonal, bool bottom_right, double softcap,
                         uint32_t dropout_threshold, const Strides& query, const Strides& key, const Strides& value, const Strides& out,
                         const Strides& attn_mask, int64_t attn_mask_key, int attn_mask_dtype, const Pair& key_mask,
-                        const Pair& alibi_slopes, const Strides& mask_bits, const Strides& row_tiles, int32_t num_tiles) {
+                        const Pair& alibi_slopes, const Strides& mask_bits, const Strides& row_tiles, int32_t num_tiles, int cache_dtype,
+                        const std::array<int64_t, 4>& key_scale, const std::array<int64_t, 4>& value_scale) {
   AttentionProblem problem;
   problem.dtype = checked<Dtype>("dtype", dtype);
   problem.batch = sizes[0], problem.num_heads = sizes[1], problem.num_heads_kv = sizes[2];
@@ -106,6 +112,9 @@ py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pa
   problem.alibi_slopes_batch = alibi_slopes[0], problem.alibi_slopes_head = alibi_slopes[1];
   problem.mask_bits = {nullptr, mask_bits[0], mask_bits[1], mask_bits[2]};
   problem.row_tiles = {nullptr, row_tiles[0], row_tiles[1], row_tiles[2], num_tiles};
+  problem.cache_dtype = cache_dtype < 0 ? CacheDtype::none : checked<CacheDtype>("cache_dtype", cache_dtype);
+  problem.key_scale = unplaced_scales(key_scale);
+  problem.value_scale = unplaced_scales(value_scale);
   return as_bytes(problem);
 }
 
@@ -335,7 +344,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("window"), py::arg("diagonal"), py::arg("bottom_right"), py::arg("softcap"), py::arg("dropout_threshold"),
              py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"),
              py::arg("attn_mask_dtype"), py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"),
-             py::arg("num_tiles"), "A problem without its addresses.");
+             py::arg("num_tiles"), py::arg("cache_dtype"), py::arg("key_scale"), py::arg("value_scale"), "A problem without its addresses.");
   module.def(
       "address_names",
       [] {

@@ -15,6 +15,7 @@
 namespace fused_attention {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class CacheDtype : int { none = -1, int8 = 0, float8_e4m3 = 1, float8_e5m2 = 2 };
 enum class MaskDtype : int { float32 = 0, bfloat16 = 1, float16 = 2, boolean = 3 };  // boolean: bytes, 1 = may attend
 
 constexpr int32_t kUnlimited = 1 << 30;  // a window side that no sequence reaches; sums with it fit an int32
@@ -27,6 +28,13 @@ struct StridedTensor {  // element (b, h, row, d) lies at data + b * batch + h *
 struct BitMask {  // line (b, h, i) of words starts at data + b * batch + h * head + i * line
   const uint32_t* data = nullptr;
   int64_t batch = 0, head = 0, line = 0;
+};
+
+// Factors of an 8-bit key or value: that of key j of head (b, h) is data[b * batch + h * head + j / keys * block].
+struct BlockScales {
+  const float* data = nullptr;
+  int64_t batch = 0, head = 0, block = 0;
+  int64_t keys = 1;  // in a block
 };
 
 // The tiles of 64 keys that a block of rows visits. Line (b, h, i) is [number of full tiles, number of mixed tiles, the full ones
@@ -52,6 +60,11 @@ struct AttentionProblem {
   StridedTensor value;   // (B, Hkv, Lk, Dv)
   StridedTensor out;     // (B, Hq, Lq, Dv): written by the forward, read by the backward
   float* lse = nullptr;  // (B, Hq, Lq) contiguous: written by the forward, read by the backward
+
+  // The CPU's forward of at most two queries only: key and value of 8 bits, to be multiplied by scales (B, Hkv, blocks). `dtype` is that of
+  // query and out.
+  CacheDtype cache_dtype = CacheDtype::none;
+  BlockScales key_scale, value_scale;
 
   // Packed sequences: query is (1, Hq, Tq, Dqk), likewise out and lse; key and value are (1, Hkv, Tk, ...). batch counts the sequences,
   // seqlen_q and seqlen_k bound their lengths, and sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1]. Null if not packed.

@@ -15,7 +15,8 @@ from . import replay
 from .checks import check_dense, check_no_padding, make_problem
 from .ops import run
 from .problem import Layout, PreparedMask, Problem
-from .routing import Explanation, choose, explain_problem
+from .quantized import dequantized
+from .routing import Explanation, choose, explain_problem, is_read
 from .torch_integration.jagged import is_nested, packed_inputs
 from .weights import output_and_mean_weights, weights_of
 
@@ -247,6 +248,8 @@ def attention_decode(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -259,6 +262,10 @@ def attention_decode(
         key_cache: (B, Hkv, Lk, Dqk); contents at or past a sequence's length never matter.
         value_cache: (B, Hkv, Lk, Dv).
         key_lengths: (B,) int32 or int64: how many keys each sequence has so far, including those of `query`.
+        key_scale: (B, Hkv, blocks) float32, with a cache of int8, float8_e4m3fn or float8_e5m2, as `quantize_kv` returns both: what a key is
+            to be multiplied by. Each of the blocks is Lk / blocks tokens. The CPU's kernels read such caches in place, with up to two
+            queries; otherwise a copy in the query's dtype is made first.
+        value_scale: the same for the values; its blocks may have another size.
 
     The other arguments are those of `attention`.
 
@@ -270,7 +277,7 @@ def attention_decode(
         RuntimeError: grad mode is on and a tensor requires a gradient, as in torch's functions with out=.
     """
     arguments = (query, key_cache, value_cache, key_mask, key_lengths, "bottom_right", scale, backend, "attention_decode", return_lse)
-    repeatable = window is softcap is alibi_slopes is sinks is None
+    repeatable = window is softcap is alibi_slopes is sinks is key_scale is value_scale is None
     if repeatable:
         results = replay.repeat(arguments)
         if results is not None:
@@ -287,11 +294,16 @@ def attention_decode(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
-    if torch.is_grad_enabled() and problem.requires_grad():
+    scales = [tensor for tensor in (key_scale, value_scale) if tensor is not None]
+    if torch.is_grad_enabled() and (problem.requires_grad() or any([tensor.requires_grad for tensor in scales])):
         raise RuntimeError(
             "attention_decode has no gradient, but a tensor requires one: call it under torch.no_grad(), or call attention()"
         )
+    if scales and not is_read(problem, backend):
+        problem = dequantized(problem, problem.query.dtype)
     return _run(problem, backend, return_lse, arguments if repeatable else None)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .problem import INPUTS, Layout, OutMemory, PreparedMask, Problem, holds, split, with_contiguous_last_dim, without_repetition
+from .quantized import CACHE_DTYPES
 from .torch_internals import is_functorch_tensor, is_torch_function_enabled, num_dispatch_modes, tracing_state
 
 MAX_DIAGONAL = 2**29  # sums with it fit an int32
@@ -48,10 +49,12 @@ def make_problem(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     out_memory: OutMemory = "heads merged",
 ) -> Problem:
-    """Checks every argument of `attention()`, or of `attention_varlen()` if cu_seqlens_q and the next three are given, and returns the
-    normalized problem.
+    """Checks every argument of `attention()`, of `attention_varlen()` if cu_seqlens_q and the next three are given, or of
+    `attention_decode()` if key_scale and value_scale are, and returns the normalized problem.
 
     Raises:
         TypeError: a tensor argument is not a tensor, or has the wrong dtype.
@@ -60,7 +63,8 @@ def make_problem(
     """
     if tracing_state() is not None:
         raise RuntimeError("attention cannot be traced by torch.jit.trace; use torch.compile or torch.export")
-    inputs, inputs_number = _checked_inputs(layout, inputs)
+    quantized = key_scale is not None or value_scale is not None
+    inputs, inputs_number = _checked_inputs(layout, inputs, quantized)
     query, key, value = split(layout, inputs)
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k = key.shape[2]
@@ -101,6 +105,8 @@ def make_problem(
         alibi_slopes = _checked_tensor("alibi_slopes", alibi_slopes, device, FLOAT_DTYPES, shapes, "(num_heads,) or (batch, num_heads)")
     if sinks is not None:
         sinks = with_contiguous_last_dim(_checked_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)"))
+    if quantized:
+        key_scale, value_scale = (_checked_scales(name, scales, key) for name, scales in (("key_scale", key_scale), ("value_scale", value_scale)))
     window_left, window_right = _checked_window(window)
     offset, bottom_right = _checked_diagonal(diagonal, is_causal)
     dropout_p = _checked_dropout_p(dropout_p)
@@ -121,6 +127,8 @@ def make_problem(
         cu_seqlens_k,
         None if prepared is None else saveable(prepared.mask_bits),
         None if prepared is None else saveable(prepared.row_tiles),
+        key_scale,
+        value_scale,
         None if prepared is None else saveable(prepared.mask_bits_transposed),
         None if prepared is None else saveable(prepared.column_tiles),
         _checked_scale(scale, head_dim, query.dtype),
@@ -151,13 +159,13 @@ _accepted: dict[tuple | None, int] = {}
 _numbers = itertools.count(1)
 
 
-def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int | None]:
-    """Returns the inputs, copied if the last dim is not contiguous, and their number."""
-    description = _description(layout, inputs)
+def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...], quantized: bool) -> tuple[tuple[Tensor, ...], int | None]:
+    """Returns the inputs, copied if the last dim is not contiguous, and their number. quantized: keys and values are 8-bit numbers."""
+    description = _description(layout, inputs, quantized)
     number = _accepted.get(description)
     if number is not None:
         return inputs, number
-    checked = _check_inputs(layout, inputs)
+    checked = _check_inputs(layout, inputs, quantized)
     if description is None or not all(map(operator.is_, checked, inputs)):
         return checked, None
     if len(_accepted) >= MAX_ACCEPTED:
@@ -165,26 +173,26 @@ def _checked_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[tuple[T
     return inputs, _accepted.setdefault(description, next(_numbers))
 
 
-def _description(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple | None:
+def _description(layout: Layout, inputs: tuple[Tensor, ...], quantized: bool) -> tuple | None:
     """Everything _check_inputs looks at; None if an input may not be one fixed, dense tensor."""
     if torch.compiler.is_compiling():
         return None
     for tensor in inputs:
         if (type(tensor) is not Tensor and type(tensor) is not Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
             return None
-    return (layout, *[(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in inputs])
+    return (layout, quantized, *[(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in inputs])
 
 
-def _check_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _check_inputs(layout: Layout, inputs: tuple[Tensor, ...], quantized: bool) -> tuple[Tensor, ...]:
     names = tuple(INPUTS[layout])
     dims, shape_words = (3, "(num_tokens, num_heads, head_dim)") if layout == "varlen" else (4, "(batch, num_heads, seqlen, head_dim)")
     first = inputs[0]
     for name, tensor in zip(names, inputs, strict=True):
         check_dense(name, tensor)
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {names[0]}, {first.dtype}, got {tensor.dtype}")
+        _check_dtype(name, tensor.dtype, quantized and name != "query")
+        leader = "key" if quantized and name == "value" else name if quantized else names[0]
+        if tensor.dtype != (wanted := inputs[names.index(leader)].dtype):
+            raise TypeError(f"{name} must have the dtype of {leader}, {wanted}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {tensor.device}")
         if name in _PACKED_SHAPES:
@@ -206,6 +214,30 @@ def _check_inputs(layout: Layout, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     if num_heads != num_heads_kv and (num_heads_kv == 0 or num_heads % num_heads_kv != 0):
         raise ValueError(f"the {num_heads} heads of query must be a multiple of the {num_heads_kv} heads of key and value")
     return inputs
+
+
+def _check_dtype(name: str, dtype: torch.dtype, quantized: bool) -> None:
+    """quantized: the tensor holds 8-bit numbers."""
+    if quantized and dtype not in CACHE_DTYPES:
+        raise TypeError(f"{name} must be int8, float8_e4m3fn or float8_e5m2 beside key_scale and value_scale, got {dtype}")
+    if not quantized and dtype not in FLOAT_DTYPES:
+        hint = ": 8-bit keys and values are for attention_decode, with key_scale and value_scale" if dtype in CACHE_DTYPES else ""
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {dtype}{hint}")
+
+
+def _checked_scales(name: str, scales: Tensor | None, key: Tensor) -> Tensor:
+    """key: (B, Hkv, Lk, D), the 8-bit keys."""
+    check_dense(name, scales)  # type: ignore[arg-type]  # None is refused by name
+    assert scales is not None
+    batch, num_heads, seqlen_k, _ = key.shape
+    blocks = scales.shape[2] if scales.dim() == 3 else 0
+    if blocks == 0 or seqlen_k % blocks != 0:
+        raise ValueError(
+            f"{name} must have shape (batch, num_heads_kv, blocks), the same number of the {seqlen_k} tokens in each block, "
+            f"got {tuple(scales.shape)}"
+        )
+    shape = batch, num_heads, blocks
+    return _checked_tensor(name, scales, key.device, (torch.float32,), (shape,), "(batch, num_heads_kv, blocks)")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

@@ -25,7 +25,7 @@ KERNEL_NUMBERS = (2.0**-60, 2.0**20)  # the smallest and largest scale and softc
 class TensorArgument(NamedTuple):
     """A tensor that a call may have besides query, key and value."""
 
-    shape: str  # B sequences, Hq query heads, Lq queries, Lk keys
+    shape: str  # B sequences, Hq query heads, Hkv key heads, Lq queries, Lk keys
     dtype: str
     batch: int | None = None  # the dim that is split if the call is sharded over the batch; size 1 stands for all
     heads: int | None = None  # likewise for heads
@@ -62,9 +62,13 @@ class Problem:
     # Varlen only: the start of each sequence, then the end of the last one.
     cu_seqlens_q: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
     cu_seqlens_k: Annotated[Tensor | None, TensorArgument("(B + 1,)", "int32")]
-    # The tensors of a PreparedMask; the backward's are None if it was prepared without gradients.
+    # The tensors of a PreparedMask; the backward's, further down, are None if it was prepared without gradients.
     mask_bits: Annotated[Tensor | None, TensorArgument("(B or 1, Hq or 1, Lq, ceil(Lk / 32))", "int32", batch=0, heads=1)]
     row_tiles: Annotated[Tensor | None, TensorArgument("(B or 1, Hq or 1, ceil(Lq / 64), 2 + ceil(Lk / 64))", "int32", batch=0, heads=1)]
+    # Of keys and values that are 8-bit numbers (quantized.py): a factor for each block of tokens.
+    key_scale: Annotated[Tensor | None, TensorArgument("(B, Hkv, divisor of Lk)", "float32", batch=0, heads=1)]
+    value_scale: Annotated[Tensor | None, TensorArgument("(B, Hkv, divisor of Lk)", "float32", batch=0, heads=1)]
+    # The backward's tensors of a PreparedMask.
     mask_bits_transposed: Annotated[
         Tensor | None, TensorArgument("(B or 1, Hq or 1, Lk, ceil(Lq / 32))", "int32", batch=0, heads=1, in_extension=False)
     ]
@@ -112,7 +116,8 @@ class Problem:
         """The tensors in the order of TENSORS, written out because that is fast and can be traced."""
         return (
             self.attn_mask, self.key_mask, self.key_lengths, self.query_lengths, self.alibi_slopes, self.sinks, self.rng_state,
-            self.cu_seqlens_q, self.cu_seqlens_k, self.mask_bits, self.row_tiles, self.mask_bits_transposed, self.column_tiles,
+            self.cu_seqlens_q, self.cu_seqlens_k, self.mask_bits, self.row_tiles, self.key_scale, self.value_scale,
+            self.mask_bits_transposed, self.column_tiles,
         )  # fmt: skip
 
     def options(self) -> tuple:

@@ -9,7 +9,7 @@ Numbered like the formula:
   6. P = softmax(s), with exp(sink) added to the denominator; lse = log of the denominator
   7. dropout on P
   8. out = P V
-Scores and softmax are float32 (float64 for float64 inputs).
+Scores and softmax are float32 (float64 for float64 inputs). 8-bit keys and values are multiplied by their scales first.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .dropout import dropout_factors
 from .problem import Problem, holds, in_output_memory
+from .quantized import dequantized
 
 MASKED_BELOW = -1e30  # a float mask value below this masks; Hugging Face masks with finfo.min
 
@@ -43,6 +44,8 @@ unsupported_reasons = uncovered
 def attention_reference(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns out (B, Hq, Lq, Dv) in the query's dtype and memory order, and lse (B, Hq, Lq), float32 (float64 for float64 inputs)."""
     query = problem.query
+    if problem.key_scale is not None:
+        return attention_reference(dequantized(problem, torch.promote_types(query.dtype, torch.float32)))
     if problem.cu_seqlens_q is not None:
         out, lse = attention_reference(padded(problem))
         out = unpadded(out, problem.cu_seqlens_q, query.shape[2], 0.0)

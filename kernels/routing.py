@@ -64,6 +64,12 @@ def choose(problem: Problem, backend: str | None) -> str:
     return "reference"
 
 
+def is_read(problem: Problem, backend: str | None) -> bool:
+    """Whether the named backend reads the problem's 8-bit keys and values; None: any that has a kernel for them."""
+    names = [name for name in BACKENDS if name != "reference"] if backend is None else [name for name in BACKENDS if name == backend]
+    return any([not unsupported_reasons(name, problem) for name in names])
+
+
 def explain_problem(problem: Problem) -> Explanation:
     reasons = {name: routed_reasons(name, problem) for name in BACKENDS}
     chosen = next(name for name in BACKENDS if not reasons[name])

@@ -184,7 +184,10 @@ const KernelTable& selected_table() {
 
 void forward(const AttentionProblem& problem, int num_threads) {
   advise_huge_pages(problem, problem.out, problem.num_heads, problem.seqlen_q, problem.head_dim_v);
-  run(selected_table().forward[static_cast<int>(problem.dtype)], problem, num_threads);
+  const KernelTable& table = selected_table();
+  const bool quantized = problem.cache_dtype != CacheDtype::none;
+  run(quantized ? table.quantized_forward[static_cast<int>(problem.cache_dtype)] : table.forward[static_cast<int>(problem.dtype)], problem,
+      num_threads);
 }
 
 void backward(const AttentionProblem& problem, int num_threads) {

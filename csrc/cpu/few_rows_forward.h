@@ -5,6 +5,8 @@
 // hardware prefetcher follows and which share an address translation. For each block:
 //   1. S = Q K^T          2. online softmax, line by line          3. O = O * rescale + P V
 // A line is a row of a query head. Empty tiles of a PreparedMask are not read.
+//
+// 8-bit keys and values are widened in registers. What makes them numbers, a factor for each block of keys, multiplies S and P instead.
 #pragma once
 #include "dropout.h"
 #include "kernel_table.h"
@@ -15,6 +17,7 @@ namespace fused_attention::cpu::FA_ISA {
 
 constexpr int64_t kFewRows = 2, kBlockKeys = 512;
 
+// T: what keys and values are stored as; also queries and out, unless these are 8-bit numbers.
 template <class T>
 class FewRowsForward {
  public:
@@ -37,6 +40,7 @@ class FewRowsForward {
     row_max_ = arena_.take<float>(lines + kLanes);
     row_sum_ = arena_.take<float>(lines + kLanes);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
+    if constexpr (kQuantized) factors_ = arena_.take<float>(score_stride_);
     zero_row_ = arena_.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
     keep_bits_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits are drawn for 16 rows at a time
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(heads_per_task * group_ * problem.row_tiles.num_tiles);
@@ -70,8 +74,22 @@ class FewRowsForward {
 
  private:
   static constexpr int64_t kMostLines = 32, kKeepWords = kBlockKeys / 16, kRowsAhead = 32, kSize = sizeof(T);
+  static constexpr bool kQuantized = sizeof(T) == 1;
 
   int64_t first_line(int64_t head) const { return head * lines_per_head_; }  // head: a query head of the task
+
+  // Calls visit with a number of the type that queries and out are stored as.
+  template <class Visit>
+  FA_MEMBER_INLINE void with_query_type(Visit&& visit) const {
+    if constexpr (!kQuantized)
+      visit(T{});
+    else if (problem_.dtype == Dtype::float32)
+      visit(float{});
+    else if (problem_.dtype == Dtype::bfloat16)
+      visit(bfloat16_t{});
+    else
+      visit(float16_t{});
+  }
 
   void enter_sequence(int64_t b) {
     if (b == batch_) return;
@@ -86,8 +104,10 @@ class FewRowsForward {
     heads_ = min_of(heads_per_task_, problem_.num_heads_kv - head0_);
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
-      pack_rows(row_ptr<const T>(problem_.query, batch_, h, bounds_.first_query), problem_.query.row, rows_, problem_.head_dim_qk,
-                query_rows_ + line0 * dim_qk_, dim_qk_);
+      with_query_type([&](auto type) FA_LAMBDA_INLINE {
+        pack_rows(row_ptr<const decltype(type)>(problem_.query, batch_, h, bounds_.first_query), problem_.query.row, rows_,
+                  problem_.head_dim_qk, query_rows_ + line0 * dim_qk_, dim_qk_);
+      });
       for (int64_t line = line0; line < line0 + lines_per_head_; ++line) {
         const bool has_sink = problem_.sinks && line - line0 < rows_;
         row_max_[line] = has_sink ? problem_.sinks[h] * kLog2e : -kInfinity;
@@ -106,7 +126,9 @@ class FewRowsForward {
     visit_keys(problem_.key, problem_.value, key0, keys, problem_.head_dim_qk, [&](int64_t line, int64_t j, const T* const rows[4]) {
       dot_products(query_rows_ + line * dim_qk_, rows, problem_.head_dim_qk, scores_ + line * score_stride_ + j);
     });
+    if constexpr (kQuantized) multiply_scores(problem_.key_scale, key0, keys);
     softmax(key0, keys);
+    if constexpr (kQuantized) multiply_scores(problem_.value_scale, key0, keys);
     visit_keys(problem_.value, problem_.key, key0, keys, problem_.head_dim_v, [&](int64_t line, int64_t j, const T* const rows[4]) {
       add_weighted(acc_ + line * dim_v_, scores_ + line * score_stride_ + j, rows, problem_.head_dim_v);
     });
@@ -137,6 +159,24 @@ class FewRowsForward {
           if (tile_kind(member, key0 + j) != kEmptyTile)
             for (int64_t i = 0; i < rows_; ++i) visit(first_line(member) + i, j, rows);
       }
+  }
+
+  // Multiplies scores_, or the weights they have become, by the factors of their keys: 0 for absent keys, whose factors may be NaN.
+  void multiply_scores(const BlockScales& scales, int64_t key0, int64_t keys) {
+    for (int64_t head = 0; head < heads_; ++head) {
+      const float* scale = scales.data + batch_ * scales.batch + (head0_ + head) * scales.head + key0 / scales.keys * scales.block;
+      for (int64_t j = 0, block_end = (key0 / scales.keys + 1) * scales.keys - key0; j < keys; ++j) {
+        if (j == block_end) scale += scales.block, block_end += scales.keys;
+        factors_[j] = has_holes_ && is_absent(key_bias_, key0 + j) ? 0.0f : *scale * kLoadFactor<T>;
+      }
+      for (int64_t j = keys; j < round_up(keys, kLanes); ++j) factors_[j] = 0.0f;
+      for (int64_t member = head * group_; member < (head + 1) * group_; ++member)
+        for (int64_t line = first_line(member); line < first_line(member) + rows_; ++line)
+          for (int64_t j = 0; j < keys; j += kLanes) {
+            float* score = scores_ + line * score_stride_ + j;
+            store(score, mul(load(score), load(factors_ + j)));
+          }
+    }
   }
 
   // Replaces scores_ by weights. Scores of a PreparedMask's empty tiles were not computed, but their bits are 0.
@@ -176,8 +216,10 @@ class FewRowsForward {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
       for (int64_t i = 0; i < rows; ++i) {
         const float sum = row_sum_[line0 + i];
-        store_row(row_ptr<T>(problem_.out, batch_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_,
-                  problem_.dropout_scale() / sum, problem_.head_dim_v);
+        with_query_type([&](auto type) FA_LAMBDA_INLINE {
+          store_row(row_ptr<decltype(type)>(problem_.out, batch_, h, bounds_.first_query + i),
+                    sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_, problem_.dropout_scale() / sum, problem_.head_dim_v);
+        });
       }
       const Vec sums = select(first_lanes(rows), load(row_sum_ + line0), broadcast(1.0f));  // unset past the last line
       store_first(problem_.lse + lse_offset(problem_, bounds_, batch_, h), natural_lse(load(row_max_ + line0), sums), rows);
@@ -196,6 +238,7 @@ class FewRowsForward {
   float* scores_;                  // (lines, score_stride)
   float *row_max_, *row_sum_;      // (lines,), maxima in log2 units
   float* key_bias_;                // (seqlen_k,) 0 or -inf
+  float* factors_ = nullptr;       // (score_stride,) of keys or values stored as 8-bit numbers
   T* zero_row_;                    // (head_dim,)
   uint16_t* keep_bits_;            // (16, kKeepWords) dropout bits of one head
   uint8_t* tile_kinds_ = nullptr;  // (query heads, tiles)
@@ -204,6 +247,16 @@ class FewRowsForward {
   SequenceBounds bounds_{};
   bool has_holes_ = false;
 };
+
+template <class T>
+static Plan plan_quantized_forward(const AttentionProblem& problem, int num_threads) {
+  return FewRowsForward<T>::plan(problem, num_threads);
+}
+
+template <class T>
+static void run_quantized_forward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+  FewRowsForward<T>(problem, plan.task_size, scratch).run(first_task, last_task);
+}
 
 // In a batch with longer sequences, those with few rows get tasks of FewRowsForward, after the tasks of the kernel for longer ones. So what
 // a sequence gets does not depend on the others, and a decoding step next to a prompt costs what it costs alone.

@@ -22,6 +22,9 @@ constexpr KernelTable fp32_compute_table(const char* name) {
            {plan_weights<bfloat16_t>, run_weights<bfloat16_t>},
            {plan_weights<float16_t>, run_weights<float16_t>}},
           {plan_forward_with_weights, run_forward_with_weights},
+          {{plan_quantized_forward<int8_number_t>, run_quantized_forward<int8_number_t>},
+           {plan_quantized_forward<float8_e4m3_t>, run_quantized_forward<float8_e4m3_t>},
+           {plan_quantized_forward<float8_e5m2_t>, run_quantized_forward<float8_e5m2_t>}},
           run_linear};
 }
 

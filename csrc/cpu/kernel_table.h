@@ -45,6 +45,7 @@ struct KernelTable {
   const char* name;
   Kernel forward[3], backward[3], weights[3];  // indexed by Dtype
   Kernel forward_with_weights;                 // float32
+  Kernel quantized_forward[3];                 // of few query rows, indexed by CacheDtype
   void (*linear)(const Linear&, int64_t first_column, int64_t last_column);
 };
 

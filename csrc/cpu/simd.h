@@ -27,6 +27,20 @@ struct bfloat16_t {
 struct float16_t {
   uint16_t bits;
 };
+struct int8_number_t {  // two's complement
+  uint8_t bits;
+};
+struct float8_e4m3_t {  // torch.float8_e4m3fn: no infinity
+  uint8_t bits;
+};
+struct float8_e5m2_t {
+  uint8_t bits;
+};
+// What `load` of 8-bit numbers leaves out, for the caller to put into a factor.
+template <class T>
+constexpr float kLoadFactor = 1.0f;
+template <>
+constexpr float kLoadFactor<float8_e4m3_t> = 256.0f;
 
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 constexpr float kLog2eRest = 1.92596303e-8f, kLn2Rest = -1.90465432e-9f;  // the parts lost in rounding them to float32
@@ -138,13 +152,25 @@ FA_INLINE __m256i narrow(__m512 x, bfloat16_t) {  // round to nearest even
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16));
 }
+
+// 8-bit numbers. The bits of a float8_e4m3 are those of a float16 with a narrower exponent, and 256 times its value; NaN apart.
+FA_INLINE __m512 widen(__m128i bytes, int8_number_t) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+FA_INLINE __m512 widen(__m128i bytes, float8_e5m2_t) { return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8)); }
+FA_INLINE __m512 widen(__m128i bytes, float8_e4m3_t) {
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+  return _mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+}
+
 template <class T>
 FA_INLINE Vec load(const T* p) {
-  return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{})};
+  if constexpr (sizeof(T) == 1) return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{})};
+  else return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{})};
 }
 template <class T>
 FA_INLINE Vec load_first(const T* p, int64_t n) {
-  return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{})};
+  if constexpr (sizeof(T) == 1) return {widen(_mm_maskz_loadu_epi8(first_lanes(n), p), T{})};
+  else return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{})};
 }
 template <class T>
 FA_INLINE void store(T* p, Vec a) {
@@ -309,14 +335,29 @@ FA_INLINE HalfVector narrow(FloatVector x, float16_t) {  // round to nearest eve
   return __builtin_convertvector(value | sign, HalfVector);
 }
 #endif
+
+// 8-bit numbers, as above.
+FA_INLINE FloatVector widen(ByteVector bytes, int8_number_t) {
+  return __builtin_convertvector((__builtin_convertvector(bytes, IntVector) ^ 0x80) - 0x80, FloatVector);
+}
+FA_INLINE FloatVector widen(ByteVector bytes, float8_e5m2_t) { return widen(__builtin_convertvector(bytes, HalfVector) << 8, float16_t{}); }
+FA_INLINE FloatVector widen(ByteVector bytes, float8_e4m3_t) {
+  const HalfVector word = __builtin_convertvector(bytes, HalfVector), magnitude = word & 0x7f, sign = (word & 0x80) << 8;
+  return widen((magnitude == 0x7f ? HalfVector{} + 0x7e00 : magnitude << 7) | sign, float16_t{});
+}
+
+ByteVector vector_of(uint8_t);  // declared for their types
+HalfVector vector_of(uint16_t);
+template <class T>
+using VectorOf = decltype(vector_of(T{}.bits));
 template <class T>
 FA_INLINE Vec load(const T* p) {
-  return {widen(*reinterpret_cast<const HalfVector*>(p), T{})};
+  return {widen(*reinterpret_cast<const VectorOf<T>*>(p), T{})};
 }
 template <class T>
 FA_INLINE Vec load_first(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
-  HalfVector bits = {};
+  VectorOf<T> bits = {};
   for (int i = 0; i < kLanes; ++i)
     if (i < n) bits[i] = p[i].bits;
   return {widen(bits, T{})};

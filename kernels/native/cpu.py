@@ -22,6 +22,7 @@ from . import packed_problem
 from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
+MAX_QUERIES_OF_QUANTIZED = 2  # kFewRows in csrc/cpu/few_rows_forward.h
 MAX_KEYS_WITH_WEIGHTS = 512  # for weights together with the output: one block of keys
 LEAST_MASK_TASKS, HEADS_OF_MASK_PART, MOST_MASK_PARTS = 2, 32, 16  # see _mask_parts
 
@@ -55,6 +56,8 @@ def uncovered(problem: Problem) -> list[str]:
         reasons.append(f"dtype {query.dtype} is not covered (float32, bfloat16 and float16 are)")
     if query.shape[3] > MAX_HEAD_DIM or problem.value.shape[3] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {max(query.shape[3], problem.value.shape[3])} is above {MAX_HEAD_DIM}")
+    if problem.key_scale is not None and problem.max_seqlen_q > MAX_QUERIES_OF_QUANTIZED:
+        reasons.append(f"8-bit keys and values are covered for at most {MAX_QUERIES_OF_QUANTIZED} queries, not for {problem.max_seqlen_q}")
     reasons += uncovered_numbers(problem)
     return reasons
 

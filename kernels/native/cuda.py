@@ -84,6 +84,8 @@ def uncovered(problem: Problem) -> list[str]:
     reasons = []
     if query.dtype not in DTYPES:
         reasons.append(f"dtype {query.dtype} is not covered (bfloat16 and float16 are)")
+    if problem.key_scale is not None:
+        reasons.append("8-bit keys and values are not covered")
     head_dim, head_dim_v = query.shape[3], value.shape[3]
     if head_dim > MAX_HEAD_DIM or head_dim_v > MAX_HEAD_DIM:
         reasons.append(f"head_dim {max(head_dim, head_dim_v)} is above {MAX_HEAD_DIM}")

@@ -29,6 +29,7 @@ else:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MASK_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+CACHE_DTYPES = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 UNLIMITED = 2**30  # a window side that no sequence reaches
 _NUM_OPTIONAL = sum(tensor.in_extension for tensor in TENSORS.values())
 NO_ADDRESSES = (0,) * _NUM_OPTIONAL  # of optional tensors
@@ -111,6 +112,9 @@ def plain_numbers(problem: Problem, out: Tensor, dropout_threshold: int) -> byte
         mask_bits=strides(problem.mask_bits, 3),
         row_tiles=strides(problem.row_tiles, 3),
         num_tiles=0 if problem.row_tiles is None else problem.row_tiles.shape[3] - 2,
+        cache_dtype=CACHE_DTYPES.get(key.dtype, -1),
+        key_scale=_scale_numbers(problem.key_scale, key),
+        value_scale=_scale_numbers(problem.value_scale, value),
     )
 
 
@@ -141,6 +145,11 @@ def gradient_addresses(dout: Tensor, dlse: Tensor | None, gradients: Gradients) 
 def address(tensor: Tensor | None) -> int:
     """The tensor's address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _scale_numbers(scale: Tensor | None, numbers: Tensor) -> tuple[int, ...]:
+    """The strides of scales (B, Hkv, blocks), and the tokens of a block."""
+    return (*strides(scale, 3), 1 if scale is None else numbers.shape[2] // scale.shape[2])
 
 
 def _window_side(side: int | None) -> int:

@@ -26,7 +26,7 @@ class Arguments(NamedTuple):
 
 def common_tensors(optional: OptionalTensors, tiles: Tensor | None, mask_bits: Tensor | None) -> tuple[Tensor | None, ...]:
     """tiles and mask_bits as for `common_arguments`."""
-    mask, key_mask, key_lengths, query_lengths, alibi_slopes, _, rng_state, cu_seqlens_q, cu_seqlens_k, _, _, _, _ = optional
+    mask, key_mask, key_lengths, query_lengths, alibi_slopes, _, rng_state, cu_seqlens_q, cu_seqlens_k, *_ = optional
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     if key_mask is not None:

@@ -81,6 +81,8 @@ def uncovered(problem: Problem) -> list[str]:
     reasons = []
     if problem.query.dtype not in DTYPES:
         reasons.append(f"dtype {problem.query.dtype} is not covered (float32, bfloat16 and float16 are)")
+    if problem.key_scale is not None:
+        reasons.append("8-bit keys and values are not covered")
     head_dim = max(problem.query.shape[3], problem.value.shape[3])
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim {head_dim} is above {MAX_HEAD_DIM}")

@@ -10,6 +10,7 @@ from .kernels.attention import (
 )
 from .kernels.prepared_mask import prepare_mask
 from .kernels.problem import PreparedMask
+from .kernels.quantized import dequantize_kv, quantize_kv
 from .kernels.routing import Explanation
 from .kernels.scaled_dot_product_attention import scaled_dot_product_attention
 from .transformer.attention import MultiHeadAttention
@@ -32,8 +33,10 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "dequantize_kv",
     "explain",
     "prepare_mask",
+    "quantize_kv",
     "replace_attention",
     "restore_attention",
     "scaled_dot_product_attention",
