@@ -344,7 +344,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("window"), py::arg("diagonal"), py::arg("bottom_right"), py::arg("softcap"), py::arg("dropout_threshold"),
              py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("attn_mask"), py::arg("attn_mask_key"),
              py::arg("attn_mask_dtype"), py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"),
-             py::arg("num_tiles"), py::arg("cache_dtype"), py::arg("key_scale"), py::arg("value_scale"), "A problem without its addresses.");
+             py::arg("num_tiles"), py::arg("cache_dtype"), py::arg("key_scale"), py::arg("value_scale"),
+             "A problem without its addresses.");
   module.def(
       "address_names",
       [] {

@@ -262,8 +262,8 @@ def attention_decode(
         key_cache: (B, Hkv, Lk, Dqk); contents at or past a sequence's length never matter.
         value_cache: (B, Hkv, Lk, Dv).
         key_lengths: (B,) int32 or int64: how many keys each sequence has so far, including those of `query`.
-        key_scale: (B, Hkv, blocks) float32, with a cache of int8, float8_e4m3fn or float8_e5m2, as `quantize_kv` returns both: what a key is
-            to be multiplied by. Each of the blocks is Lk / blocks tokens. The CPU's kernels read such caches in place, with up to two
+        key_scale: (B, Hkv, blocks) float32, with a cache of int8, float8_e4m3fn or float8_e5m2, as `quantize_kv` returns both: what a key
+            is to be multiplied by. Each of the blocks is Lk / blocks tokens. The CPU's kernels read such caches in place, with up to two
             queries; otherwise a copy in the query's dtype is made first.
         value_scale: the same for the values; its blocks may have another size.
 

@@ -106,7 +106,9 @@ def make_problem(
     if sinks is not None:
         sinks = with_contiguous_last_dim(_checked_tensor("sinks", sinks, device, FLOAT_DTYPES, ((num_heads,),), "(num_heads,)"))
     if quantized:
-        key_scale, value_scale = (_checked_scales(name, scales, key) for name, scales in (("key_scale", key_scale), ("value_scale", value_scale)))
+        key_scale, value_scale = (
+            _checked_scales(name, scales, key) for name, scales in (("key_scale", key_scale), ("value_scale", value_scale))
+        )
     window_left, window_right = _checked_window(window)
     offset, bottom_right = _checked_diagonal(diagonal, is_causal)
     dropout_p = _checked_dropout_p(dropout_p)

@@ -28,6 +28,12 @@ def _packed_problem() -> Problem:
     return make_problem("varlen", (tokens, tokens, tokens), cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=8, max_seqlen_k=8)
 
 
+def _quantized_problem() -> Problem:
+    numbers, scale = torch.zeros(2, 2, 12, 64, dtype=torch.int8), torch.ones(2, 2, 12)
+    query = torch.zeros(2, 2, 1, 64, dtype=torch.bfloat16)
+    return make_problem("separate", (query, numbers, numbers), key_scale=scale, value_scale=scale)
+
+
 FEATURES: dict[str, Callable[[], Problem]] = {
     "float32": lambda: _problem(torch.float32),
     "bfloat16": _problem,
@@ -54,6 +60,7 @@ FEATURES: dict[str, Callable[[], Problem]] = {
     "sinks": lambda: _problem(sinks=torch.zeros(2)),
     "attention_varlen": _packed_problem,
     "attention_decode": lambda: _problem(key_lengths=torch.tensor([12, 3]), is_causal="bottom_right"),
+    "attention_decode, 8-bit cache": _quantized_problem,
 }
 
 

@@ -295,8 +295,8 @@ def test_wrong_arguments_of_the_binding(driver: Path) -> None:
     answers = ask(
         driver,
         "native.cuda_forward(b'')",
-        "native.cuda_forward('', *[0] * 8, [0] * 11)",
-        "native.cuda_forward(b'', 'gpu', *[0] * 7, [0] * 11)",
+        "native.cuda_forward('', *[0] * 8, [0] * 13)",
+        "native.cuda_forward(b'', 'gpu', *[0] * 7, [0] * 13)",
     )
     assert all(answer.startswith("TypeError: ") for answer in answers)
     assert "takes a problem, device, stream, workspace and the problem's addresses" in answers[0]

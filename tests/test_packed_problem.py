@@ -115,12 +115,12 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((b"short", 1, *[0] * 5, [0] * 11), ValueError, "the problem must be what problem returned"),
-        (("text", 1, *[0] * 5, [0] * 11), TypeError, "the problem must be what problem returned"),
+        ((b"short", 1, *[0] * 5, [0] * 13), ValueError, "the problem must be what problem returned"),
+        (("text", 1, *[0] * 5, [0] * 13), TypeError, "the problem must be what problem returned"),
         ((b"", 1), TypeError, "cpu_forward takes a problem, a number of threads and the problem's addresses"),
         ((b"", 1, *[0] * 5, [0] * 10), TypeError, "cpu_forward takes a problem"),
         ((b"", 1, *[0] * 5, 0), TypeError, "cpu_forward takes a problem"),
-        ((b"", "one", *[0] * 5, (0,) * 11), TypeError, "an integer is required"),
+        ((b"", "one", *[0] * 5, (0,) * 13), TypeError, "an integer is required"),
     ],
 )
 def test_wrong_arguments_of_the_binding(arguments: tuple, error: type[Exception], message: str) -> None:

@@ -44,6 +44,12 @@ def long_problem() -> Problem:
     return make_problem("separate", (torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), key, key))
 
 
+def quantized(seqlen_q: int) -> Problem:
+    numbers, scale = torch.zeros(2, 2, 12, 64, dtype=torch.int8), torch.ones(2, 2, 12)
+    query = torch.zeros(2, 2, seqlen_q, 64, dtype=torch.bfloat16)
+    return make_problem("separate", (query, numbers, numbers), key_scale=scale, value_scale=scale)
+
+
 EVERYWHERE: dict[str, Callable[[], Problem]] = {
     "a head_dim above 256": lambda: problem(head_dim=320),
     "scale outside [2^-60, 2^20], or not above 0": lambda: problem(scale=-1.0),
@@ -59,9 +65,11 @@ CALLS: dict[str, dict[str, Callable[[], Problem]]] = {
             query=torch.zeros(2 * 2 * 6 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 2, 6, 64)
         ),
         "more than 2^30 queries or keys": long_problem,
+        "8-bit keys and values": lambda: quantized(1),
     },
-    "triton": EVERYWHERE | {"float64": lambda: problem(torch.float64)},
-    "cpu": EVERYWHERE | {"float64": lambda: problem(torch.float64)},
+    "triton": EVERYWHERE | {"float64": lambda: problem(torch.float64), "8-bit keys and values": lambda: quantized(1)},
+    "cpu": EVERYWHERE
+    | {"float64": lambda: problem(torch.float64), "8-bit keys and values for more than two queries": lambda: quantized(3)},
 }
 
 

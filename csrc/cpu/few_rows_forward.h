@@ -146,15 +146,19 @@ class FewRowsForward {
         bool seen = !tile_kinds_;
         for (int64_t member = 0; member < group_; ++member) seen |= tile_kind(head * group_ + member, key0 + j) != kEmptyTile;
         if (!seen) continue;
+        const int64_t ahead = j + kRowsAhead;
+        const T* line = ahead < keys ? first + ahead * tensor.row + head * tensor.head
+                                     : next_first + min_of(ahead - keys, keys - 1) * next.row + head * next.head;
+        const int64_t next_line = ahead < keys ? tensor.row : next.row;  // a prefetch past the last key does no harm
+        const T* row = first + j * tensor.row + head * tensor.head;
         const T* rows[4];
-        for (int64_t n = 0; n < 4; ++n) {
-          const int64_t ahead = j + n + kRowsAhead;
-          const T* line = ahead < keys ? first + ahead * tensor.row + head * tensor.head
-                                       : next_first + min_of(ahead - keys, keys - 1) * next.row + head * next.head;
+        for (int64_t n = 0; n < 4; ++n, row += tensor.row, line += next_line) {
           for (int64_t d = 0; d < head_dim; d += 64 / kSize) __builtin_prefetch(line + d, 0, 2);
-          const bool absent = j + n >= keys || (has_holes_ && is_absent(key_bias_, key0 + j + n));
-          rows[n] = absent ? zero_row_ : first + (j + n) * tensor.row + head * tensor.head;
+          rows[n] = row;
         }
+        if (has_holes_ || j + 4 > keys)
+          for (int64_t n = 0; n < 4; ++n)
+            if (j + n >= keys || (has_holes_ && is_absent(key_bias_, key0 + j + n))) rows[n] = zero_row_;
         for (int64_t member = head * group_; member < (head + 1) * group_; ++member)
           if (tile_kind(member, key0 + j) != kEmptyTile)
             for (int64_t i = 0; i < rows_; ++i) visit(first_line(member) + i, j, rows);
@@ -165,10 +169,13 @@ class FewRowsForward {
   void multiply_scores(const BlockScales& scales, int64_t key0, int64_t keys) {
     for (int64_t head = 0; head < heads_; ++head) {
       const float* scale = scales.data + batch_ * scales.batch + (head0_ + head) * scales.head + key0 / scales.keys * scales.block;
-      for (int64_t j = 0, block_end = (key0 / scales.keys + 1) * scales.keys - key0; j < keys; ++j) {
-        if (j == block_end) scale += scales.block, block_end += scales.keys;
-        factors_[j] = has_holes_ && is_absent(key_bias_, key0 + j) ? 0.0f : *scale * kLoadFactor<T>;
-      }
+      if (scales.keys == 1)
+        for (int64_t j = 0; j < keys; ++j) factors_[j] = scale[j * scales.block] * kLoadFactor<T>;
+      else
+        for (int64_t j = 0, end = scales.keys - key0 % scales.keys; j < keys; end += scales.keys, scale += scales.block)
+          for (const float factor = *scale * kLoadFactor<T>; j < min_of(end, keys); ++j) factors_[j] = factor;
+      for (int64_t j = 0; has_holes_ && j < keys; ++j)
+        if (is_absent(key_bias_, key0 + j)) factors_[j] = 0.0f;
       for (int64_t j = keys; j < round_up(keys, kLanes); ++j) factors_[j] = 0.0f;
       for (int64_t member = head * group_; member < (head + 1) * group_; ++member)
         for (int64_t line = first_line(member); line < first_line(member) + rows_; ++line)

@@ -164,13 +164,17 @@ FA_INLINE __m512 widen(__m128i bytes, float8_e4m3_t) {
 
 template <class T>
 FA_INLINE Vec load(const T* p) {
-  if constexpr (sizeof(T) == 1) return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{})};
-  else return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{})};
+  if constexpr (sizeof(T) == 1)
+    return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{})};
+  else
+    return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{})};
 }
 template <class T>
 FA_INLINE Vec load_first(const T* p, int64_t n) {
-  if constexpr (sizeof(T) == 1) return {widen(_mm_maskz_loadu_epi8(first_lanes(n), p), T{})};
-  else return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{})};
+  if constexpr (sizeof(T) == 1)
+    return {widen(_mm_maskz_loadu_epi8(first_lanes(n), p), T{})};
+  else
+    return {widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{})};
 }
 template <class T>
 FA_INLINE void store(T* p, Vec a) {

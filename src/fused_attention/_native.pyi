@@ -27,6 +27,9 @@ def problem(
     mask_bits: Strides,
     row_tiles: Strides,
     num_tiles: int,
+    cache_dtype: int,
+    key_scale: tuple[int, ...],
+    value_scale: tuple[int, ...],
 ) -> bytes:
     """All of a problem but the addresses of its tensors."""
 
