@@ -1,4 +1,6 @@
-"""Decoding with a random model of Marian's base size, against CTranslate2 and Hugging Face with the same weights (both optional)."""
+"""Decoding with a random model of Marian's base size, against CTranslate2 and Hugging Face with the same weights (both optional); and one
+step of attention to long caches of every dtype, against torch's attention to a float32 or bfloat16 cache of the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attention import Transformer
+from fused_attention import Transformer, attention_decode, dequantize_kv, quantize_kv
 from fused_attention.benchmarks.decoding_peers import PEERS
 
 pytestmark = pytest.mark.full
@@ -58,4 +60,44 @@ def test_decoding(compare, peer, batch, beam):
         peer_name=peer,
         bar=BARS[peer],
         min_rounds=3 if math.prod((batch, beam)) > 8 else 7,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 4096, 128), (8, 8, 4096, 64), (1, 1, 16384, 128)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("peer_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_caches(compare, cache, peer_dtype, shape):
+    batch, heads, length, head_dim = shape
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, 1, head_dim)
+    key, value = (torch.randn(batch, length, heads, head_dim).transpose(1, 2) for _ in range(2))
+    lengths, scales = torch.full((batch,), length, dtype=torch.int32), {}
+    if cache.itemsize == 1:
+        (ours_key, key_scale), (ours_value, value_scale) = quantize_kv(key, cache), quantize_kv(value, cache)
+        key, value = dequantize_kv(ours_key, key_scale), dequantize_kv(ours_value, value_scale)
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+    else:
+        ours_key, ours_value = key.to(cache), value.to(cache)
+    ours_query = query.to(cache) if cache is torch.bfloat16 else query
+    torchs = [tensor.to(peer_dtype) for tensor in (query, key, value)]
+
+    def decode() -> torch.Tensor:
+        out = attention_decode(ours_query, ours_key, ours_value, lengths, **scales)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def theirs() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*torchs)
+
+    def check() -> None:
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        assert (decode() - exact).abs().max() <= (0.03 if cache is torch.bfloat16 else 1e-5) * exact.abs().max()
+
+    compare(
+        torch.no_grad()(decode),
+        torch.no_grad()(theirs),
+        check=check,
+        group="one token's attention to a cache, against scaled_dot_product_attention on the same numbers",
+        case={"batch, heads, Lk, D": ", ".join(map(str, shape)), "cache": str(cache)[6:], "torch's": str(peer_dtype)[6:]},
+        measure="forward",
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_translation import trained_folder, write_corpus
 
 from fused_attention.transformer.optional import MissingModuleError, optional_module
@@ -244,6 +245,14 @@ class TestTranslate:
 
     def test_empty_input(self, translate: Callable[..., tuple[str, str]]) -> None:
         assert translate(b"") == ("", "")
+
+    def test_a_cache_of_8_bits(self, translate: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+        from fused_attention.transformer.cache import LayerCache
+
+        seen, append = set(), LayerCache.append
+        monkeypatch.setattr(LayerCache, "append", lambda cache, kv: (seen.add(cache.dtype), append(cache, kv))[1])
+        assert translate(b"cat\n", "--cache", "float8_e4m3fn") == translate(b"cat\n")
+        assert seen == {torch.float8_e4m3fn, None}
 
     def test_long_line_is_named(self, translate: Callable[..., tuple[str, str]]) -> None:
         output, errors = translate(b"cat\n" + b"big dog " * 90)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_attention import attention, attention_decode, dequantize_kv, explain, quantize_kv
+from fused_attention import KVCache, Transformer, attention, attention_decode, dequantize_kv, explain, quantize_kv
 from fused_attention.kernels.native import cpu
 
 needs_kernels = pytest.mark.skipif(cpu.status() is not None, reason=f"no kernels: {cpu.status()}")
@@ -163,3 +163,47 @@ def test_bad_input_of_quantize_kv() -> None:
         quantize_kv(tensor, block_size=4)
     with pytest.raises(TypeError, match="key must be float32"):
         attention(tensor, tensor.to(torch.int8), tensor.to(torch.int8))
+
+
+def tiny_model(**options: Any) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(50, 50, d_model=32, num_heads=4, num_encoder_layers=1, num_decoder_layers=2, dim_feedforward=32, **options).eval()
+
+
+@pytest.mark.parametrize(("cache", "limit"), [(torch.int8, 0.02), (torch.float8_e4m3fn, 0.05), (torch.float8_e5m2, 0.1)], ids=str)
+def test_decoding_with_a_quantized_cache(cache: torch.dtype, limit: float) -> None:
+    """Token by token, after a prefix of three, with padding, a buffer that grows and rows that move: logits within the stated error."""
+    model, src = tiny_model(), torch.randint(3, 50, (3, 5))
+    tgt = torch.randint(3, 50, (3, 8))
+    tgt[1, :2] = model.pad_id
+    rows = torch.tensor([2, 0])
+    with torch.no_grad():
+        memory = model.encode(src)
+        kv_cache = KVCache(2, cache)
+        logits = [model.decode(tgt[:, :3], memory, kv_cache)[rows]]
+        kv_cache.select(rows)
+        memory = model.encode(src[rows])
+        logits += [model.decode(tgt[rows, step : step + 1], memory, kv_cache) for step in range(3, 8)]
+        expected = model.decode(tgt[rows], memory)
+    assert kv_cache.layers[0].self_kv.dtype == cache
+    difference = (torch.cat(logits, 1) - expected).abs().max()
+    assert 0 < difference <= limit * expected.abs().max()
+
+
+def test_generation_with_a_quantized_cache() -> None:
+    model, src = tiny_model(), torch.randint(3, 50, (8, 6))
+    expected = {beam: model.generate(src, 12, beam=beam) for beam in (1, 3)}
+    model.cache_dtype = torch.int8
+    for beam, tokens in expected.items():
+        found = model.generate(src, 12, beam=beam)
+        assert found.shape == tokens.shape
+        assert (found == tokens).float().mean() > 0.9
+
+
+def test_caches_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="dtype must be None or one of torch.int8"):
+        KVCache(dtype=torch.int16)
+    model = tiny_model(decoder_cell="ssru")
+    model.cache_dtype = torch.int8
+    with pytest.raises(ValueError, match="cache_dtype must be None: an SSRU keeps no keys"):
+        model.generate(torch.tensor([[5]]))

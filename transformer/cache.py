@@ -1,7 +1,7 @@
 """The keys and values a decoder keeps between steps, so that each new token costs only one position of work.
 
 There are two kinds, as in fairseq's incremental state. The decoder's self-attention grows by one position per token, in
-preallocated buffers. The cross-attention's keys and values depend only on the source and are projected once, here or in
+preallocated buffers, of the model's dtype or of 8-bit numbers (kernels/quantized.py). The cross-attention's keys and values depend only on the source and are projected once, here or in
 the memory (Memory.keys_values).
 """
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.checks import checked_integer
+from ..kernels.quantized import CACHE_DTYPES, quantize_kv
 
 
 class LayerCache:
     """Keys and values of one decoder layer."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, dtype: torch.dtype | None = None) -> None:
+        self.capacity, self.dtype = capacity, dtype
         self.length = 0
         self.self_kv: Tensor | None = None  # (B, capacity, 2, H, D), of which the first `length` positions are filled
+        self.self_scale: Tensor | None = None  # (B, capacity, 2, H) float32, of 8-bit keys and values
         self.cross_kv: Tensor | None = None  # (B, S, 2, H, D), None if the memory holds them
         self.state: Tensor | None = None  # (B, 1, d_model), of an SSRU
 
@@ -29,6 +31,10 @@ class LayerCache:
         The whole buffer, so that the sizes of the attention call stay the same from step to step.
         """
         end = self.length + kv.shape[1]
+        if self.dtype is not None:
+            kv, scale = _quantized(kv, self.dtype)
+            self.self_scale = _grown(self.self_scale, scale, self.length, end, self.capacity)
+            self.self_scale[:, self.length : end] = scale
         self.self_kv = _grown(self.self_kv, kv, self.length, end, self.capacity)
         self.self_kv[:, self.length : end] = kv
         self.length = end
@@ -37,6 +43,8 @@ class LayerCache:
     def select(self, rows: RowSelection) -> None:
         if self.self_kv is not None:
             self.self_kv = rows.of(self.self_kv, self.length)
+        if self.self_scale is not None:
+            self.self_scale = rows.of(self.self_scale, self.length)
         if self.cross_kv is not None:
             self.cross_kv = rows.of(self.cross_kv, self.cross_kv.shape[1])
         if self.state is not None:
@@ -48,14 +56,18 @@ class KVCache:
     same memory.
 
     capacity: positions to allocate at first; a full buffer doubles. Nothing is allocated before the first call, which
-    determines dtype, device and batch size. For inference only: under autograd, decode refuses a cache.
+    determines device and batch size, and the dtype if none is given. dtype: torch.int8, torch.float8_e4m3fn or
+    torch.float8_e5m2 keeps the target's keys and values as `quantize_kv` makes them, in a quarter of float32's memory, with
+    its error. For inference only: under autograd, decode refuses a cache.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, capacity: int = 64, dtype: torch.dtype | None = None) -> None:
         capacity = checked_integer("capacity", capacity)
+        if dtype is not None and dtype not in CACHE_DTYPES:
+            raise ValueError(f"dtype must be None or one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}")
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
-        self.capacity = capacity
+        self.capacity, self.dtype = capacity, dtype
         self.length = 0  # target positions held
         self.layers: list[LayerCache] = []
         self._key_mask: Tensor | None = None  # (B, capacity) bool
@@ -63,7 +75,7 @@ class KVCache:
     def append(self, key_mask: Tensor, num_layers: int) -> dict[str, Tensor]:
         """Adds key_mask.shape[1] new positions in num_layers layers; returns the options of `attention` that say which keys are there."""
         if not self.layers:
-            self.layers = [LayerCache(self.capacity) for _ in range(num_layers)]
+            self.layers = [LayerCache(self.capacity, self.dtype) for _ in range(num_layers)]
         end = self.length + key_mask.shape[1]
         self._key_mask = _grown(self._key_mask, key_mask, self.length, end, self.capacity)
         self._key_mask[:, self.length : end] = key_mask
@@ -111,6 +123,12 @@ class RowSelection:
             buffer = _writable(buffer)
             buffer[self.targets, :filled] = buffer[self.sources, :filled]
         return buffer[: self.count]
+
+
+def _quantized(kv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """kv (B, n, 2, H, D) as 8-bit numbers, and a scale for each key and each value, (B, n, 2, H)."""
+    numbers, scale = quantize_kv(kv.flatten(2, 3).transpose(1, 2), dtype)
+    return numbers.transpose(1, 2).reshape(kv.shape), scale.transpose(1, 2).unflatten(2, kv.shape[2:4])
 
 
 def _grown(buffer: Tensor | None, new: Tensor, filled: int, needed: int, capacity: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.attention import attention, attention_kv_packed, attention_qkv_packed, attention_weights
+from ..kernels.attention import attention, attention_decode, attention_kv_packed, attention_qkv_packed, attention_weights
 from ..kernels.torch_internals import functorch_interpreter
 from .cache import LayerCache
 from .linear import Linear, linear
@@ -99,7 +99,11 @@ class SelfAttention(_PackedAttention):
         if cache is None:
             return self.merge_heads(attention_qkv_packed(qkv, dropout_p=self.dropout_p, **options))
         query, kv = qkv[:, :, 0].transpose(1, 2), cache.append(qkv[:, :, 1:])
-        return self.merge_heads(attend_to_cache(query, kv, dropout_p=self.dropout_p, **options))
+        if cache.self_scale is None:
+            return self.merge_heads(attend_to_cache(query, kv, dropout_p=self.dropout_p, **options))
+        masks = {name: options[name] for name in ("key_mask", "key_lengths")}  # decoding is causal from the bottom right
+        key, value, key_scale, value_scale = (part.transpose(1, 2) for part in (*kv.unbind(2), *cache.self_scale.unbind(2)))
+        return self.merge_heads(attention_decode(query, key, value, **masks, key_scale=key_scale, value_scale=value_scale))
 
     def weights(self, x: Tensor, **options: Any) -> Tensor:
         """The attention weights (B, H, L, L) of forward(x, **options), before dropout."""

@@ -123,6 +123,8 @@ class Transformer(Generation):
         self.output_bias = nn.Parameter(torch.zeros(tgt_vocab)) if output_bias else None
         # sources (B, S) -> (n,) int64, the only target tokens that generate, stream and beam_search may choose; None: any
         self.shortlist: Callable[[Tensor], Tensor] | None = None
+        # what generate, stream and beam_search keep the target's keys and values as: None, the model's dtype, or one of 8 bits (KVCache)
+        self.cache_dtype: torch.dtype | None = None
 
     def _set_dropouts(self) -> None:
         """Gives every part its own probability."""
@@ -234,7 +236,9 @@ class Transformer(Generation):
             tokens = self.shortlist(src)
             weight, bias = self._output_parameters()
             candidates = Candidates(tokens, weight[tokens], None if bias is None else bias[tokens])
-        return Memory([], memory.padding, keys_values, candidates), KVCache(capacity)
+        if self.cache_dtype is not None and self.decoder_cell == "ssru":
+            raise ValueError(f"cache_dtype must be None: an SSRU keeps no keys and values, got {self.cache_dtype}")
+        return Memory([], memory.padding, keys_values, candidates), KVCache(capacity, self.cache_dtype)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
         """The attention weights of every layer for one forward pass, without dropout and without gradients.

@@ -154,6 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
     translate = commands.add_parser("translate", help="translate the lines of stdin to stdout")
     add_model_arguments(translate)
     translate.add_argument("--beam", type=int, default=1, help="hypotheses of a sentence (default: 1, greedy)")
+    caches = ("int8", "float8_e4m3fn", "float8_e5m2")
+    translate.add_argument("--cache", choices=caches, help="keep keys and values of translations as 8-bit numbers, for less memory")
     translate.add_argument("--n-best", type=int, default=1, metavar="N", help="print the N best: line ||| translation ||| score")
     translate.add_argument("--scores", action="store_true", help="add the score of each translation, after a tab")
     translate.add_argument("--alignment", action="store_true", help="add the words that belong together, after |||: 0-0 1-2")
@@ -338,6 +340,8 @@ def run_translate(options: argparse.Namespace) -> None:
     if options.n_best > 1 and (options.scores or options.alignment):
         raise ValueError("--n-best has scores already and no alignment: leave --scores and --alignment away")
     translator = load_translator(options)
+    if options.cache is not None:
+        set_cache(translator, options.cache)
     if options.stream or sys.stdin.isatty():
         stream_translations(translator, options)
         return
@@ -348,6 +352,16 @@ def run_translate(options: argparse.Namespace) -> None:
     report_cut(translator, cut_sources, cut_translations)
     with naming("stdout"):
         sys.stdout.buffer.write(text.encode())
+
+
+def set_cache(translator: Translator, dtype: str) -> None:
+    import torch
+
+    from ..model import Transformer
+
+    if not isinstance(translator.model, Transformer):
+        raise ValueError("--cache is for a Transformer: an LSTM keeps no keys and values")
+    translator.model.cache_dtype = getattr(torch, dtype)
 
 
 def report_cut(translator: Translator, sources: Sequence[int], translations: Sequence[int]) -> None:
