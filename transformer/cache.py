@@ -1,8 +1,8 @@
 """The keys and values a decoder keeps between steps, so that each new token costs only one position of work.
 
 There are two kinds, as in fairseq's incremental state. The decoder's self-attention grows by one position per token, in
-preallocated buffers, of the model's dtype or of 8-bit numbers (kernels/quantized.py). The cross-attention's keys and values depend only on the source and are projected once, here or in
-the memory (Memory.keys_values).
+preallocated buffers, of the model's dtype or of 8-bit numbers (kernels/quantized.py). The cross-attention's keys and values
+depend only on the source and are projected once, here or in the memory (Memory.keys_values).
 """
 
 from __future__ import annotations
