@@ -71,7 +71,8 @@ def test_caches(compare, cache, peer_dtype, shape):
     torch.manual_seed(0)
     query = torch.randn(batch, heads, 1, head_dim)
     key, value = (torch.randn(batch, length, heads, head_dim).transpose(1, 2) for _ in range(2))
-    lengths, scales = torch.full((batch,), length, dtype=torch.int32), {}
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    scales: dict[str, Any] = {}
     if cache.itemsize == 1:
         (ours_key, key_scale), (ours_value, value_scale) = quantize_kv(key, cache), quantize_kv(value, cache)
         key, value = dequantize_kv(ours_key, key_scale), dequantize_kv(ours_value, value_scale)
@@ -79,7 +80,7 @@ def test_caches(compare, cache, peer_dtype, shape):
     else:
         ours_key, ours_value = key.to(cache), value.to(cache)
     ours_query = query.to(cache) if cache is torch.bfloat16 else query
-    torchs = [tensor.to(peer_dtype) for tensor in (query, key, value)]
+    torchs_query, torchs_key, torchs_value = (tensor.to(peer_dtype) for tensor in (query, key, value))
 
     def decode() -> torch.Tensor:
         out = attention_decode(ours_query, ours_key, ours_value, lengths, **scales)
@@ -87,7 +88,7 @@ def test_caches(compare, cache, peer_dtype, shape):
         return out
 
     def theirs() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*torchs)
+        return torch.nn.functional.scaled_dot_product_attention(torchs_query, torchs_key, torchs_value)
 
     def check() -> None:
         exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
