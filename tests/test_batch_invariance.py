@@ -13,7 +13,7 @@ import torch
 from attention_calls import DTYPES, MEMORY, guarded
 from torch import Tensor
 
-from fused_attention import attention, attention_decode, attention_varlen, prepare_mask
+from fused_attention import attention, attention_decode, attention_varlen, prepare_mask, quantize_kv
 from fused_attention.kernels.native import cpu
 
 pytestmark = pytest.mark.skipif(cpu.status() is not None, reason=f"no CPU kernels: {cpu.status()}")
@@ -226,3 +226,53 @@ def test_decoding(options: dict[str, Any], rows: int, dtype: torch.dtype, instru
             for first, count in ((0, 5), (1, 2), *[(n, 1) for n in range(BATCH)]):
                 capacity = int(tensors["key_lengths"][first : first + count].max())
                 assert torch.equal(decode(first, count, capacity), expected[first : first + count]), (num_threads, first, count)
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window and sinks": {"window": (2500, 0), "sinks": torch.tensor([0.5, -torch.inf])},
+    "key_mask": {"key_mask": torch.arange(4500) % 3 > 0},
+    "int8": {"quantized": True},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("case", LONG)
+def test_fewer_heads_than_threads(case: str, rows: int, instruction_set: str) -> None:
+    """Long caches of one key head, whose parts are then tasks: the same bits on any number of threads and beside a longer sequence."""
+    options = dict(LONG[case])
+    lengths = torch.tensor([4500, 2049, 1])
+    query, key, value = torch.randn(3, 2, rows, HEAD_DIM), torch.randn(3, 1, 4500, HEAD_DIM), torch.randn(3, 1, 4500, HEAD_DIM_V)
+    caches, scales = (key, value), {}
+    if options.pop("quantized", False):
+        (key_cache, key_scale), (value_cache, value_scale) = (quantize_kv(tensor, block_size=4) for tensor in (key, value))
+        caches, scales = (key_cache, value_cache), {"key_scale": key_scale, "value_scale": value_scale}
+    if "key_mask" in options:
+        options["key_mask"] = options["key_mask"].expand(3, -1)
+
+    def decode(first: int, count: int, num_threads: int) -> tuple[Tensor, Tensor]:
+        these = slice(first, first + count)
+        masks = {name: tensor[these] if name != "sinks" and isinstance(tensor, Tensor) else tensor for name, tensor in options.items()}
+        with threads(num_threads):
+            out = attention_decode(
+                query[these],
+                *(cache[these] for cache in caches),
+                lengths[these],
+                **masks,
+                **{name: scale[these] for name, scale in scales.items()},
+                return_lse=True,
+                backend="cpu",
+            )
+        assert isinstance(out, tuple)
+        return out
+
+    out, lse = decode(0, 3, 1)
+    if not scales:
+        exact = attention_decode(query.double(), key.double(), value.double(), lengths, **options, return_lse=True, backend="reference")
+        torch.testing.assert_close(out, exact[0].float())
+        torch.testing.assert_close(lse, exact[1].float())
+    for num_threads in (2, 4, 7):
+        for first, count in ((0, 3), (0, 1), (1, 1), (2, 1)):
+            found = decode(first, count, num_threads)
+            assert torch.equal(found[0], out[first : first + count]), (num_threads, first)
+            assert torch.equal(found[1], lse[first : first + count]), (num_threads, first)

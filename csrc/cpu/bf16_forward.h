@@ -34,7 +34,7 @@ class Bf16Forward {
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
     if (!Tiles::pay(problem)) return widened().run(problem, plan, first_task, last_task, scratch);
-    if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>(problem, plan.task_size, scratch).run(first_task, last_task);
+    if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>::run(problem, plan, first_task, last_task, scratch);
     Bf16Forward forward(problem, plan);
     const int64_t num_tasks = problem.batch * problem.num_heads * forward.tasks_per_head_;
     forward.run_tasks(first_task, min_of(last_task, num_tasks), scratch);

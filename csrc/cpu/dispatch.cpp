@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <new>
 #include <stdexcept>
@@ -115,7 +116,12 @@ void advise_huge_pages(const AttentionProblem& problem, const StridedTensor& res
 
 void run(const Kernel& kernel, const AttentionProblem& problem, int num_threads) {
   static thread_local Scratch scratch;
-  const Plan plan = kernel.plan(problem, num_threads);
+  Plan plan = kernel.plan(problem, num_threads);
+  if (plan.shared_bytes > 0) {
+    static thread_local Scratch shared;
+    plan.shared = shared.at_least(plan.shared_bytes);
+    std::memset(plan.shared, 0, plan.shared_bytes);
+  }
   const double work = static_cast<double>(problem.batch) * static_cast<double>(problem.num_heads) * static_cast<double>(problem.seqlen_q) *
                       static_cast<double>(problem.seqlen_k) * static_cast<double>(problem.head_dim_qk + problem.head_dim_v);
   if (num_threads <= 1 || plan.num_tasks <= 1 || work < kSerialWork) {

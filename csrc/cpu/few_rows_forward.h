@@ -6,6 +6,9 @@
 //   1. S = Q K^T          2. online softmax, line by line          3. O = O * rescale + P V
 // A line is a row of a query head. Empty tiles of a PreparedMask are not read.
 //
+// Keys from kPartKeys on are parts of their own: each part has its own softmax and O, and these are merged in the order of the keys. So the
+// result has the same bits whether one task visits all parts or, if there are fewer heads than threads, each part is a task.
+//
 // 8-bit keys and values are widened in registers. What makes them numbers, a factor for each block of keys, multiplies S and P instead.
 #pragma once
 #include "dropout.h"
@@ -15,17 +18,18 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr int64_t kFewRows = 2, kBlockKeys = 512;
+constexpr int64_t kFewRows = 2, kBlockKeys = 512, kPartKeys = 2048;
 
 // T: what keys and values are stored as; also queries and out, unless these are 8-bit numbers.
 template <class T>
 class FewRowsForward {
  public:
-  // heads_per_task: counted in key heads.
-  FewRowsForward(const AttentionProblem& problem, int64_t heads_per_task, char* scratch)
+  // heads_per_task: counted in key heads. key_parts: tasks that share the keys, with memory `shared`; 1 = none does.
+  FewRowsForward(const AttentionProblem& problem, int64_t heads_per_task, char* scratch, int64_t key_parts = 1, char* shared = nullptr)
       : problem_(problem),
         heads_per_task_(heads_per_task),
         tasks_per_sequence_((problem.num_heads_kv + heads_per_task - 1) / heads_per_task),
+        key_parts_(key_parts),
         group_(problem.num_heads / problem.num_heads_kv),
         lines_per_head_(min_of(problem.seqlen_q, kFewRows)),
         dim_qk_(round_up(problem.head_dim_qk, 16)),
@@ -35,15 +39,20 @@ class FewRowsForward {
         softmax_(problem, arena_, score_stride_) {
     const int64_t lines = heads_per_task * group_ * lines_per_head_;
     query_rows_ = arena_.take<float>(lines * dim_qk_);
-    acc_ = arena_.take<float>(lines * dim_v_);
+    whole_ = arena_.take<float>(state_floats());
+    part_ = arena_.take<float>(key_parts == 1 && problem.seqlen_k > kPartKeys ? state_floats() : 0);
     scores_ = arena_.take<float>(lines * score_stride_);
-    row_max_ = arena_.take<float>(lines + kLanes);
-    row_sum_ = arena_.take<float>(lines + kLanes);
     key_bias_ = arena_.take<float>(problem.key_mask ? round_up(problem.seqlen_k, 16) + 16 : 0);
     if constexpr (kQuantized) factors_ = arena_.take<float>(score_stride_);
     zero_row_ = arena_.take<T>(max_of(problem.head_dim_qk, problem.head_dim_v));
     keep_bits_ = arena_.take<uint16_t>(problem.dropout_threshold ? 16 * kKeepWords : 0);  // bits are drawn for 16 rows at a time
     if (problem.row_tiles.data) tile_kinds_ = arena_.take<uint8_t>(heads_per_task * group_ * problem.row_tiles.num_tiles);
+    if (key_parts == 1) return;
+    Arena arena(shared);
+    const int64_t units = problem.batch * tasks_per_sequence_;
+    finished_ = arena.take<int64_t>(units);
+    shared_parts_ = arena.take<float>(units * key_parts * state_floats());
+    shared_bytes_ = arena.used();
   }
 
   static Plan plan(const AttentionProblem& problem, int num_threads) {
@@ -52,23 +61,40 @@ class FewRowsForward {
     while (heads > 1 &&
            (heads * lines_per_head > kMostLines || problem.batch * ((problem.num_heads_kv + heads - 1) / heads) < wanted_tasks))
       heads = (heads + 1) / 2;
-    const FewRowsForward pass(problem, heads, nullptr);
-    return {pass.num_tasks(), heads, pass.scratch_bytes()};
+    const int64_t tasks = problem.batch * ((problem.num_heads_kv + heads - 1) / heads);
+    const int64_t key_parts = tasks < num_threads ? max_of((problem.seqlen_k + kPartKeys - 1) / kPartKeys, int64_t{1}) : 1;
+    const FewRowsForward pass(problem, heads, nullptr, key_parts);
+    return {pass.num_tasks(), heads, pass.scratch_bytes(), key_parts, pass.shared_bytes_};
   }
 
-  int64_t num_tasks() const { return problem_.batch * tasks_per_sequence_; }
+  static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+    FewRowsForward(problem, plan.task_size, scratch, plan.key_parts, plan.shared).run(first_task, last_task);
+  }
+
+  int64_t num_tasks() const { return problem_.batch * tasks_per_sequence_ * key_parts_; }
   size_t scratch_bytes() const { return arena_.used(); }
 
   void run(int64_t first_task, int64_t last_task) {
     __builtin_memset(zero_row_, 0, static_cast<size_t>(max_of(problem_.head_dim_qk, problem_.head_dim_v)) * sizeof(T));
     for (int64_t task = first_task; task < last_task; ++task) {
-      enter_sequence(task / tasks_per_sequence_);
+      const int64_t unit = task / key_parts_, part = task % key_parts_;
+      enter_sequence(unit / tasks_per_sequence_);
       if (bounds_.seqlen_q > kFewRows) continue;
-      set_task(task);
-      const int64_t keys_end = rows_ > 0 ? visible_keys(bounds_, rows_ - 1) : 0;
-      for (int64_t key0 = rows_ > 0 ? first_visible_key(bounds_, 0) / 64 * 64 : 0; key0 < keys_end; key0 += kBlockKeys)
-        attend(key0, min_of(kBlockKeys, keys_end - key0));
-      store_rows();
+      set_task(unit);
+      if (key_parts_ == 1) {
+        attend_part(0, whole_);
+        for (int64_t later = 1; later * kPartKeys < bounds_.seqlen_k; ++later) {
+          attend_part(later, part_);
+          merge(whole_, part_);
+        }
+        store_rows(whole_);
+        continue;
+      }
+      float* parts = shared_parts_ + unit * key_parts_ * state_floats();
+      attend_part(part, parts + part * state_floats());
+      if (__atomic_add_fetch(finished_ + unit, 1, __ATOMIC_ACQ_REL) < key_parts_) continue;
+      for (int64_t later = 1; later < key_parts_; ++later) merge(parts, parts + later * state_floats());
+      store_rows(parts);
     }
   }
 
@@ -108,14 +134,46 @@ class FewRowsForward {
         pack_rows(row_ptr<const decltype(type)>(problem_.query, batch_, h, bounds_.first_query), problem_.query.row, rows_,
                   problem_.head_dim_qk, query_rows_ + line0 * dim_qk_, dim_qk_);
       });
-      for (int64_t line = line0; line < line0 + lines_per_head_; ++line) {
-        const bool has_sink = problem_.sinks && line - line0 < rows_;
-        row_max_[line] = has_sink ? problem_.sinks[h] * kLog2e : -kInfinity;
-        row_sum_[line] = has_sink && problem_.sinks[h] != -kInfinity ? 1.0f : 0.0f;
-      }
       if (tile_kinds_) expand_tiles(problem_.row_tiles, batch_, h, 0, tile_kinds_ + head * problem_.row_tiles.num_tiles);
     }
+  }
+
+  // A state: row_max and row_sum of the lines, then acc_.
+  int64_t padded_lines() const { return round_up(heads_per_task_ * group_ * lines_per_head_, kLanes) + kLanes; }
+  int64_t state_floats() const { return round_up(2 * padded_lines() + heads_per_task_ * group_ * lines_per_head_ * dim_v_, 16); }
+  void use(float* state) { row_max_ = state, row_sum_ = state + padded_lines(), acc_ = state + 2 * padded_lines(); }
+
+  // Fills a state from one part of the keys, which may be empty. The first has the sink.
+  void attend_part(int64_t part, float* state) {
+    use(state);
+    for (int64_t head = 0; head < heads_ * group_; ++head)
+      for (int64_t i = 0; i < lines_per_head_; ++i) {
+        const float sink = problem_.sinks && part == 0 && i < rows_ ? problem_.sinks[head0_ * group_ + head] : -kInfinity;
+        row_max_[first_line(head) + i] = sink * kLog2e;
+        row_sum_[first_line(head) + i] = sink != -kInfinity ? 1.0f : 0.0f;
+      }
     for (int64_t i = 0; i < heads_ * group_ * lines_per_head_ * dim_v_; i += kLanes) store(acc_ + i, broadcast(0.0f));
+    if (rows_ == 0) return;
+    const int64_t first = max_of(first_visible_key(bounds_, 0) / 64 * 64, part * kPartKeys),
+                  end = min_of(visible_keys(bounds_, rows_ - 1), (part + 1) * kPartKeys);
+    for (int64_t key0 = first; key0 < end; key0 += kBlockKeys) attend(key0, min_of(kBlockKeys, end - key0));
+  }
+
+  // Adds the state of later keys to that of earlier ones.
+  void merge(float* earlier, float* later) {
+    use(earlier);
+    const float *later_max = later, *later_sum = later + padded_lines(), *later_acc = later + 2 * padded_lines();
+    for (int64_t head = 0; head < heads_ * group_; ++head)
+      for (int64_t line = first_line(head); line < first_line(head) + rows_; ++line) {
+        if (later_sum[line] == 0.0f) continue;
+        const float max = max_of(row_max_[line], later_max[line]);
+        const float shrink = row_sum_[line] == 0.0f ? 0.0f : __builtin_exp2f(row_max_[line] - max),
+                    shrink_later = __builtin_exp2f(later_max[line] - max);
+        row_max_[line] = max;
+        row_sum_[line] = row_sum_[line] * shrink + later_sum[line] * shrink_later;
+        for (int64_t d = line * dim_v_; d < (line + 1) * dim_v_; d += kLanes)
+          store(acc_ + d, fmadd(load(later_acc + d), broadcast(shrink_later), mul(load(acc_ + d), broadcast(shrink))));
+      }
   }
 
   uint8_t tile_kind(int64_t head, int64_t key) const {
@@ -217,7 +275,8 @@ class FewRowsForward {
   }
 
   // Stores out and lse of the first kFewRows rows: 0 and -inf for rows that see nothing, including absent ones.
-  void store_rows() {
+  void store_rows(float* state) {
+    use(state);
     const int64_t rows = min_of(bounds_.rows, kFewRows);
     for (int64_t head = 0; head < heads_ * group_; ++head) {
       const int64_t h = head0_ * group_ + head, line0 = first_line(head);
@@ -234,21 +293,27 @@ class FewRowsForward {
   }
 
   const AttentionProblem& problem_;
-  const int64_t heads_per_task_, tasks_per_sequence_;
+  const int64_t heads_per_task_, tasks_per_sequence_, key_parts_;
   const int64_t group_;  // query heads per key head
   const int64_t lines_per_head_, dim_qk_, dim_v_, score_stride_;
   Arena arena_;
   OnlineSoftmax softmax_;
 
-  float* query_rows_;              // (lines, dim_qk)
-  float* acc_;                     // (lines, dim_v), not yet normalized
-  float* scores_;                  // (lines, score_stride)
-  float *row_max_, *row_sum_;      // (lines,), maxima in log2 units
-  float* key_bias_;                // (seqlen_k,) 0 or -inf
-  float* factors_ = nullptr;       // (score_stride,) of keys or values stored as 8-bit numbers
-  T* zero_row_;                    // (head_dim,)
-  uint16_t* keep_bits_;            // (16, kKeepWords) dropout bits of one head
-  uint8_t* tile_kinds_ = nullptr;  // (query heads, tiles)
+  float* query_rows_;                              // (lines, dim_qk)
+  float *whole_, *part_;                           // states
+  float* acc_ = nullptr;                           // (lines, dim_v) of the state in use, not yet normalized
+  float* scores_;                                  // (lines, score_stride)
+  float *row_max_ = nullptr, *row_sum_ = nullptr;  // (lines,) likewise, maxima in log2 units
+  float* key_bias_;                                // (seqlen_k,) 0 or -inf
+  float* factors_ = nullptr;                       // (score_stride,) of keys or values stored as 8-bit numbers
+  T* zero_row_;                                    // (head_dim,)
+  uint16_t* keep_bits_;                            // (16, kKeepWords) dropout bits of one head
+  uint8_t* tile_kinds_ = nullptr;                  // (query heads, tiles)
+
+  // Shared by all threads if parts of the keys are tasks.
+  int64_t* finished_ = nullptr;    // (units,) parts so far, of the key heads that a task covers without parts
+  float* shared_parts_ = nullptr;  // (units, key_parts) states
+  size_t shared_bytes_ = 0;
 
   int64_t batch_ = -1, head0_ = 0, heads_ = 0, rows_ = 0;
   SequenceBounds bounds_{};
@@ -262,7 +327,7 @@ static Plan plan_quantized_forward(const AttentionProblem& problem, int num_thre
 
 template <class T>
 static void run_quantized_forward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-  FewRowsForward<T>(problem, plan.task_size, scratch).run(first_task, last_task);
+  FewRowsForward<T>::run(problem, plan, first_task, last_task, scratch);
 }
 
 // In a batch with longer sequences, those with few rows get tasks of FewRowsForward, after the tasks of the kernel for longer ones. So what

@@ -278,7 +278,7 @@ static Plan plan_forward(const AttentionProblem& problem, int num_threads) {
 
 template <class T>
 static void run_forward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-  if (problem.seqlen_q <= kFewRows) return FewRowsForward<T>(problem, plan.task_size, scratch).run(first_task, last_task);
+  if (problem.seqlen_q <= kFewRows) return FewRowsForward<T>::run(problem, plan, first_task, last_task, scratch);
   ForwardPass<T> pass(problem, plan.task_size, scratch);
   pass.run(first_task, min_of(last_task, pass.num_tasks()));
   run_few_rows<T>(problem, pass.num_tasks(), first_task, last_task, scratch);

@@ -11,8 +11,11 @@ namespace fused_attention::cpu {
 // A kernel splits its problem into independent tasks; a thread runs a contiguous range of them with its own scratch memory.
 struct Plan {
   int64_t num_tasks;
-  int64_t task_size;     // size of a forward task: query rows of a head, or key heads if there are few rows
-  size_t scratch_bytes;  // per thread, 64-byte aligned
+  int64_t task_size;        // size of a forward task: query rows of a head, or key heads if there are few rows
+  size_t scratch_bytes;     // per thread, 64-byte aligned
+  int64_t key_parts = 1;    // tasks that share the keys of a forward task with few rows
+  size_t shared_bytes = 0;  // of all threads, zero at the start
+  char* shared = nullptr;   // set by dispatch.cpp
 };
 
 // How many parts the backward sums over the keys of a sequence in, each by itself and then one after the other. It depends on nothing but
