@@ -183,7 +183,7 @@ class TestTrain:
             (["--data", "DATA", *TINY, "--vocab-size", "4"], "vocab_size must be more than the 4 special pieces, not 4"),
             (["--data", "DATA", *TINY, "--vocab-size", str(2**40)], f"cannot learn a vocabulary of {2**40} pieces"),
             (["--data", "DATA", *TINY, "--seed", str(2**63)], f"seed must fit in 64 bits, not {2**63}"),
-            (["--data", "DATA", "--autocast", "int8"], "autocast must be one of auto, bf16, off"),
+            (["--data", "DATA", "--autocast", "int8"], "autocast must be one of auto, bf16, fp16, off"),
             (["--data", "DATA", "--device", "abacus"], "device 'abacus' cannot be used"),
             (["--resume"], "no checkpoint"),
         ],

@@ -87,7 +87,7 @@ class TestConfig:
             ({"steps": None, "minutes": math.nan}, "minutes must be positive, not nan"),
             ({"batch_tokens": -1}, "batch_tokens must be positive"),
             ({"label_smoothing": 1.5}, "label_smoothing must be from 0 to 1, not 1.5"),
-            ({"autocast": "fp8"}, "autocast must be one of auto, bf16, off, not 'fp8'"),
+            ({"autocast": "fp8"}, "autocast must be one of auto, bf16, fp16, off, not 'fp8'"),
             ({"colour": 1}, "unknown training settings: colour"),
         ],
     )

@@ -10,8 +10,10 @@ import torch
 from tiny_translation import one_thread, start_training, tiny_config, write_corpus
 
 from fused_attention import Transformer
-from fused_attention.transformer.translation import cli
+from fused_attention.transformer.translation import cli, train
+from fused_attention.transformer.translation.batches import BatchSource, Position, Share
 from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from fused_attention.transformer.translation.train import Trainer
 from fused_attention.transformer.translation.training_config import TrainingConfig, read_settings
 from fused_attention.transformer.translation.translate import Translator
 
@@ -186,3 +188,74 @@ class TestDropouts:
     def test_out_of_range(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name} must lie in \\[0, 1\\], got 1.5"):
             Transformer(20, 20, d_model=16, num_heads=2, **{name: 1.5})
+
+
+def losses_of(folder: Path, data: Path, **settings: object) -> list[float]:
+    trainer = start_training(folder, data, **settings)
+    trainer.run()
+    return trainer.history.losses
+
+
+class TestCompiled:
+    def test_no_graph_break_few_shapes_and_the_same_losses(self, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two shapes of the eight there may be, each traced once. CompileCounter compiles nothing: it counts, and runs what was traced."""
+        from torch._dynamo.testing import CompileCounter
+
+        assert train.MOST_SHAPES == 8
+        monkeypatch.setattr(train, "MOST_SHAPES", 2)
+        torch._dynamo.reset()
+        counter, modules_compile = CompileCounter(), torch.nn.Module.compile
+        settings = {"compile": True, "steps": 12, "dropout": 0.0, "batch_tokens": 120, "accumulate": 2}
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+        expected = losses_of(tmp_path / "eager", data, **settings)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: modules_compile(module, backend=counter, **options))
+        trainer = start_training(tmp_path / "compiled", data, **settings)
+        steps = [trainer.batches.step(indices, trainer.share) for indices in trainer.batches.epoch(0)]
+        shapes = {tuple(part.src.shape) for step in steps for part in step.micro_batches}
+        trainer.run()
+        assert trainer.position.epoch > 0
+        assert counter.frame_count == len(shapes) == 2
+        assert trainer.history.losses == pytest.approx(expected, rel=1e-5)
+
+    def test_fixed_shapes(self) -> None:
+        """Lengths spread over a hundred widths: at most 8 shapes, in every epoch, and every pair once."""
+        rows = [[4] * (1 + index % 97) for index in range(400)]
+        batches = BatchSource(rows, rows[::-1], batch_tokens=640, max_len=100, fixed_shapes=8)
+        for epoch in range(2):
+            indices = batches.epoch(epoch)
+            assert sorted(index for batch in indices for index in batch) == list(range(400))
+            parts = [part for batch in indices for rank in range(2) for part in batches.step(batch, Share(rank, 2, 2)).micro_batches]
+            shapes = {(*part.src.shape, *part.tgt_out.shape) for part in parts}
+            assert 1 < len(shapes) <= 8
+            assert all(4 * rows * (src + tgt) <= 640 + 4 * (src + tgt) for rows, src, _, tgt in shapes)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"compile": True, "layer_drop": 0.1}, "compile and layer_drop cannot be combined"),
+            ({"compile": True, "parallel": "fsdp"}, "compile and fsdp cannot be combined"),
+            ({"autocast": "fp16", "parallel": "fsdp"}, "fp16 and fsdp cannot be combined"),
+        ],
+    )
+    def test_what_cannot_be_combined(self, settings: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            TrainingConfig.from_dict({"steps": 1, **settings})
+
+
+def test_fp16_skips_a_step_that_overflows_and_keeps_its_scale(tmp_path: Path, data: Path) -> None:
+    """As on a GPU, with torch's scaler for the CPU. The first scale is so large that the first steps overflow."""
+    trainer = start_training(tmp_path / "run", data, autocast="fp16", steps=3)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12)
+    before = trainer.model.tgt_embedding.weight.clone()
+    batch = next(trainer.batches.from_position(Position()))
+    trainer.train_step(batch, 0.0)
+    assert torch.equal(trainer.model.tgt_embedding.weight, before)
+    assert trainer.scaler.get_scale() == 2.0**28
+    losses = [trainer.train_step(batch, 0.0).item() for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.1
+    trainer.step = 0
+    trainer.history = type(trainer.history)()
+    trainer.run()
+    checkpoint = read_checkpoint(tmp_path / "run")
+    resumed = Trainer.resume(checkpoint, checkpoint.training_config(), trainer.corpus, torch.device("cpu"))
+    assert resumed.scaler.state_dict()["scale"] == trainer.scaler.get_scale() < 2.0**28

@@ -73,7 +73,7 @@ class Processes:
         result = self.all(lambda: action() if self.rank == 0 else None)
         return cast(Result, self.gather(result)[0])
 
-    def fail(self, error: Exception) -> NoReturn:
+    def fail(self, error: BaseException) -> NoReturn:
         """All processes found the same error; rank 0 raises it."""
         raise error if self.rank == 0 else FailedElsewhere(str(error))
 
@@ -123,17 +123,19 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
-def share_gradients(model: nn.Module, parallel: str, device: torch.device, unused_parameters: bool = False) -> nn.Module:
-    """What to call in place of the model in training: its gradients are means over the processes.
+def share_gradients(model: nn.Module, loss: nn.Module, parallel: str, device: torch.device, unused_parameters: bool = False) -> nn.Module:
+    """What to call in place of `loss`, a module that holds the model, in training: gradients are means over the processes.
 
     "ddp": every process holds the model. "fsdp": each holds a part of every parameter, model itself is changed (shard).
     unused_parameters: some steps do not use some parameters.
     """
-    if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model.to(device), gradient_as_bucket_view=True, find_unused_parameters=unused_parameters)
     if parallel == "fsdp":
-        return shard(model, device)
-    return model.to(device)
+        shard(model, device)
+        return loss
+    loss.to(device)
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(loss, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters)
+    return loss
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
@@ -157,12 +159,12 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def gradients_exchanged(model: nn.Module, now: bool) -> Iterator[None]:
-    """Whether the backward in the body exchanges gradients, and with them those that were added up before."""
+def gradients_exchanged(model: nn.Module, loss: nn.Module, now: bool) -> Iterator[None]:
+    """Whether the backward in the body exchanges gradients, and with them those that were added up before; loss from share_gradients."""
     set_exchange: Callable[[bool], None] | None = getattr(model, "set_requires_gradient_sync", None)  # FSDP2
     if set_exchange is not None:
         set_exchange(now)
-    with model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not now else contextlib.nullcontext():
+    with loss.no_sync() if isinstance(loss, nn.parallel.DistributedDataParallel) and not now else contextlib.nullcontext():
         yield
 
 

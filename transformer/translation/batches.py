@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .data import DataError
@@ -28,6 +30,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in (self.src, self.tgt_in, self.tgt_out)))
+
+    def with_rows(self, count: int) -> Batch:
+        """The batch and rows of padding, `count` rows in all."""
+        return Batch(*(F.pad(side, (0, 0, 0, count - len(side)), value=PAD_ID) for side in (self.src, self.tgt_in, self.tgt_out)))
 
     def tokens(self) -> int:
         """Source and target tokens, not counting padding."""
@@ -71,6 +77,13 @@ def pad(rows: Sequence[Sequence[int]], width: int | None = None, pad_id: int = P
     return torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64)
 
 
+def _widths_of_buckets(widths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Widths of both sides of each pair, rounded up to at most `most` different ones, each for as many pairs."""
+    ordered = sorted(widths)
+    ends = sorted({ordered[len(ordered) * i // most - 1] for i in range(1, most + 1) if len(ordered) * i // most})
+    return [(end, end) for end in (ends[bisect.bisect_left(ends, width)] for width in widths)]
+
+
 class BatchSource:
     """Splits encoded pairs into batches of at most `batch_tokens` source and target tokens, including end tokens and padding.
 
@@ -86,7 +99,9 @@ class BatchSource:
         batch_tokens: int,
         max_len: int,
         seed: int = 0,
+        fixed_shapes: int = 0,
     ) -> None:
+        """fixed_shapes: if not 0, micro-batches have at most so many shapes, with rows of padding where pairs are too few."""
         # The decoder reads BOS + sentence and the encoder sentence + EOS, one token more than the sentence.
         pairs = [(s, t) for s, t in zip(source, target, strict=True) if max(len(s), len(t)) < max_len]
         if not pairs:
@@ -95,6 +110,9 @@ class BatchSource:
         self.max_len = max_len
         self._pairs = pairs
         self._sizes = [(self._padded(len(s) + 1), self._padded(len(t) + 1)) for s, t in pairs]
+        if fixed_shapes:
+            self._sizes = _widths_of_buckets([max(size) for size in self._sizes], fixed_shapes)
+        self.fixed_shapes = fixed_shapes
         longest = max(map(sum, self._sizes))
         if longest > batch_tokens:
             raise DataError(f"batch_tokens = {batch_tokens} is less than the longest sentence pair, {longest} tokens")
@@ -119,7 +137,8 @@ class BatchSource:
         for index in order:
             src_len, tgt_len = self._sizes[index]
             src_width, tgt_width = max(src_width, src_len), max(tgt_width, tgt_len)
-            if (src_width + tgt_width) * (len(batches[-1]) + 1) > self.batch_tokens:
+            other_shape = self.fixed_shapes and (src_width, tgt_width) != self._sizes[batches[-1][0] if batches[-1] else index]
+            if (src_width + tgt_width) * (len(batches[-1]) + 1) > self.batch_tokens or other_shape:
                 batches.append([])
                 src_width, tgt_width = src_len, tgt_len
             batches[-1].append(index)
@@ -146,6 +165,9 @@ class BatchSource:
         bounds = [len(mine) * i // share.pieces for i in range(share.pieces + 1)]
         pieces = [mine[start:end] for start, end in itertools.pairwise(bounds)]
         micro_batches = [self.collate(piece) if piece else self._without_labels(indices[0]) for piece in pieces]
+        if self.fixed_shapes:
+            most = self.batch_tokens // sum(self._sizes[indices[0]])
+            micro_batches = [batch.with_rows(-(-most // (share.count * share.pieces))) for batch in micro_batches]
         source, target = (sum(len(self._pairs[index][side]) + 1 for index in indices) for side in (0, 1))
         return StepBatch(micro_batches, source + target, target)
 

@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings = train.add_argument_group("settings in place of the recipe's")
     for name, value_type in TRAIN_SETTINGS.items():
         settings.add_argument(f"--{name.replace('_', '-')}", type=value_type, metavar=value_type.__name__.upper())
-    for name in ("norm_first", "joint_vocabulary", "sharded_checkpoint"):
+    for name in ("norm_first", "joint_vocabulary", "sharded_checkpoint", "compile"):
         settings.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction)
     train.set_defaults(command=run_train)
 

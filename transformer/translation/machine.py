@@ -19,7 +19,7 @@ from ...kernels.native import cpu
 from ...kernels.native import cuda as cuda_backend
 from ...kernels.routing import backend_status
 
-AUTOCAST_CHOICES = ("auto", "bf16", "off")
+AUTOCAST_CHOICES = ("auto", "bf16", "fp16", "off")
 
 
 class GpuFacts(NamedTuple):
@@ -140,9 +140,11 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, choice: str = "auto") -> contextlib.AbstractContextManager[object]:
-    """The autocast context for a choice of "auto" (bf16 where it pays), "bf16" or "off"."""
+    """The autocast context for a choice of "auto" (bf16 where it pays), "bf16", "fp16" or "off"."""
     if choice not in AUTOCAST_CHOICES:
         raise ValueError(f"autocast must be one of {', '.join(AUTOCAST_CHOICES)}, not {choice!r}")
     if choice == "bf16" or (choice == "auto" and bf16_pays(device)):
         return torch.autocast(device.type, torch.bfloat16)
+    if choice == "fp16":
+        return torch.autocast(device.type, torch.float16)
     return contextlib.nullcontext()

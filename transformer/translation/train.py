@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import ALONE, Processes, copy_whole, gradients_exchanged, share_gradients, whole
 from ..generate import Generation
@@ -49,6 +49,8 @@ from .training_config import TrainingConfig, learning_rate
 # Losses stay on the device for this many steps, to avoid waiting for a GPU at every step.
 STEPS_PER_LOSS_READ = 10
 VALIDATION_PAIRS = 500
+# Of the batches that compiled code gets: torch.compile compiles for so many before it gives up.
+MOST_SHAPES = 8
 
 
 class TrainingError(RuntimeError):
@@ -111,7 +113,11 @@ class Trainer:
         arguments = config.model_arguments(len(self.source_tokenizer), len(self.target_tokenizer))
         self.model = Transformer(**arguments) if build is None else build()
         parallel = config.parallel if processes.count > 1 else "off"
-        self.shared_model = share_gradients(self.model, parallel, device, unused_parameters=config.layer_drop > 0)
+        loss = SummedLoss(self.model, config.label_smoothing)
+        if config.compile:
+            loss.compile(fullgraph=True, dynamic=False)
+        self.summed_loss = share_gradients(self.model, loss, parallel, device, unused_parameters=config.layer_drop > 0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")
         if processes.rank > 0:  # dropout is other noise in each process
             torch.manual_seed(random.Random(f"{config.seed}/rank {processes.rank}").getrandbits(63))
         self.optimizer = torch.optim.AdamW(
@@ -175,7 +181,13 @@ class Trainer:
         train, validation = self.corpus.train, self.corpus.validation
         encode_source, encode_target = self.source_tokenizer.encode, self.target_tokenizer.encode
         return (
-            BatchSource(encode_source(train.source), encode_target(train.target), seed=self.config.seed, **sizes),
+            BatchSource(
+                encode_source(train.source),
+                encode_target(train.target),
+                seed=self.config.seed,
+                fixed_shapes=MOST_SHAPES if self.config.compile else 0,
+                **sizes,
+            ),
             BatchSource(encode_source(validation.source[:VALIDATION_PAIRS]), encode_target(validation.target[:VALIDATION_PAIRS]), **sizes),
         )
 
@@ -226,10 +238,9 @@ class Trainer:
                 self.save()
             self._show_progress(bar)
         if stop:
-            raise TrainingInterrupted(
-                f"interrupted after step {self.step}, which {self.folder / CHECKPOINT_NAME} holds; "
-                f"go on with: fused-attention train {shlex.quote(str(self.folder))} --resume"
-            )
+            kept = f"interrupted after step {self.step}, which {self.folder / CHECKPOINT_NAME} holds"
+            command = f"fused-attention train {shlex.quote(str(self.folder))} --resume"
+            self.processes.fail(TrainingInterrupted(f"{kept}; go on with: {command}"))
 
     def progress(self, seconds: float) -> float:
         """How much of the budget is used up, 0 to 1, after `seconds` of training."""
@@ -254,14 +265,15 @@ class Trainer:
             micro_batch = micro_batch.to(self.device)
             # The same layers in every process, which FSDP needs, and in every micro-batch.
             self._layer_drop.manual_seed(random.Random(f"{self.config.seed}/step {self.step}").getrandbits(63))
-            with gradients_exchanged(self.shared_model, now=number == len(batch.micro_batches)):
+            with gradients_exchanged(self.model, self.summed_loss, now=number == len(batch.micro_batches)):
                 with autocast(self.device, self.config.autocast):
-                    logits = self.shared_model(micro_batch.src, micro_batch.tgt_in)
-                loss = token_loss(logits, micro_batch.tgt_out, self.config.label_smoothing, tokens)
-                loss.backward()
+                    loss = self.summed_loss(micro_batch.src, micro_batch.tgt_in, micro_batch.tgt_out) / tokens
+                self.scaler.scale(loss).backward()
             losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _read_losses(self) -> None:
@@ -351,6 +363,7 @@ class Trainer:
             "tokens": self.history.tokens,
             "validations": self.history.validations,
             "bleus": self.history.bleus,
+            "scaler": self.scaler.state_dict(),
             "corpus": self.corpus.fingerprint(),
             **({} if shards is None else {"shards": shards}),
         }
@@ -401,6 +414,8 @@ class Trainer:
             )
             if not self.step == len(self.history.losses) == len(self.history.seconds) > 0:
                 raise ValueError(f"its history does not cover {self.step} steps")
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(progress["scaler"])
             set_rng_states(checkpoint.group("rng"), self.processes.rank)
         except CheckpointError:
             raise
@@ -441,6 +456,18 @@ def train_tokenizers(config: TrainingConfig, corpus: Corpus) -> tuple[Tokenizer,
         return joint, joint
     source, target = (Tokenizer.train(sentences, config.vocab_size, config.tokenizer) for sentences in sides)
     return source, target
+
+
+class SummedLoss(nn.Module):
+    """The model and its loss, the sum over all labels: what a training step differentiates."""
+
+    def __init__(self, model: Generation, label_smoothing: float) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, src: Tensor, tgt_in: Tensor, tgt_out: Tensor) -> Tensor:
+        """src (B, S), tgt_in and tgt_out (B, T): as in Batch."""
+        return token_loss(self.model(src, tgt_in), tgt_out, self.label_smoothing, tokens=1)
 
 
 def check_shares(config: TrainingConfig, processes: Processes) -> None:

@@ -65,7 +65,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     seed: int = 0
-    autocast: str = "auto"  # "auto": bf16 if it is faster; "bf16"; "off"
+    autocast: str = "auto"  # "auto": bf16 if it is faster; "bf16"; "fp16", with scaled gradients; "off"
+    compile: bool = False  # the loss and its gradients by torch.compile; batches then have at most 8 shapes
     # Reporting
     checkpoint_every: int = 200  # in steps; the end of the run is always saved
     sharded_checkpoint: bool = False  # each process writes what it holds, instead of all in one file
@@ -96,6 +97,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {value}")
+        for one, other in (("compile", "layer_drop"), ("compile", "fsdp"), ("fp16", "fsdp")):
+            named = {"fsdp": self.parallel == "fsdp", "fp16": self.autocast == "fp16"}
+            if all(named.get(name, getattr(self, name, False)) for name in (one, other)):
+                raise ValueError(f"{one} and {other} cannot be combined")
         if self.minutes is not None and not math.isfinite(60.0 * self.minutes):
             raise ValueError(f"minutes must be finite, not {self.minutes}")
         if not -(2**63) <= self.seed < 2**63:
