@@ -20,7 +20,10 @@ import training_processes
 from tiny_translation import write_corpus
 
 from fused_attention.transformer.translation import cli
+from fused_attention.transformer.translation.batches import Share
 from fused_attention.transformer.translation.checkpoint import CHECKPOINT_NAME, SHARDS_PREFIX, Checkpoint, CheckpointError, read_checkpoint
+from fused_attention.transformer.translation.corpora import load_corpus
+from fused_attention.transformer.translation.train import Trainer
 from fused_attention.transformer.translation.translate import Translator
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -31,7 +34,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with a folder for each run."""
     base = tmp_path_factory.mktemp("distributed")
     (base / "output").mkdir()
-    command = [sys.executable, training_processes.__file__, str(write_corpus(base / "data")), str(base / "output")]
+    data = write_corpus(base / "data")
+    with (data / "train.en").open("a") as source, (data / "train.fr").open("a") as target:
+        for count in range(6, 14):  # long sources of short targets, so that few rows of a batch make it wide
+            source.write("red cat" + " sees big dog" * (count // 3) + "\n")
+            target.write("chat " * (1 + count % 4) + "\n")
+    command = [sys.executable, training_processes.__file__, str(data), str(base / "output")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", cli.SPIN_VARIABLE: "2000"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
@@ -71,6 +79,19 @@ def test_losses_are_those_of_one_process(output: Path, run: str) -> None:
     ours, theirs = (dict(progress["validations"]) for progress in (checkpoint.progress, one.progress))
     assert ours[20] == pytest.approx(theirs[20], rel=2e-5)
     assert printed[0].partition("BLEU")[0] == "test: "
+
+
+def test_shares_differ_in_width_and_tokens(output: Path) -> None:
+    """Without which the losses above would prove less."""
+    config = read_checkpoint(output / "ddp2").training_config()
+    trainer = Trainer(config, load_corpus(config.data), output, torch.device("cpu"))
+    widths, tokens = set(), set()
+    for indices in trainer.batches.epoch(0):
+        parts = [part for rank in range(4) for part in trainer.batches.step(indices, Share(rank, 4)).micro_batches]
+        widths.add(len({part.src.shape[1] for part in parts}))
+        tokens.add(len({part.tokens() for part in parts}))
+    assert max(widths) > 1
+    assert min(tokens) > 1
 
 
 def test_a_killed_process_ends_the_others_and_leaves_a_whole_checkpoint(output: Path) -> None:
