@@ -44,6 +44,14 @@ class Budget:
         if seconds >= self.left():
             self.leave_out(cell, "no time left")
 
+    def rounds(self, cell: str, seconds: float, given: float, least: int, wanted: int, most: int) -> int:
+        """How many rounds of so many seconds: what fits into the time given but at least `wanted`, or fewer if the run has no time for
+        them. The cell is left out if there is none for the least.
+        """
+        self.require(cell, least * seconds)
+        affordable = int(min(LARGEST_PART * self.seconds, self.left()) / max(seconds, 1e-9)) if self.minutes is not None else most
+        return max(least, min(max(int(given / max(seconds, 1e-9)), wanted), affordable, most))
+
     def leave_out(self, cell: str, reason: str) -> NoReturn:
         self.left_out[cell] = reason
         pytest.skip(reason)

@@ -3,7 +3,7 @@
     python -m fused_attention.benchmarks.gpu_attention results.jsonl
 
 measures cell after cell, the most important first, and keeps each as it ends, so a run that was stopped goes on where it was; then it
-prints the table, cells that were not run among them. Every result is held against float32 math before it is timed. A provider that cannot
+prints the table, cells that were not run among them. Every result is held against float64 math before it is timed. A provider that cannot
 run a cell is recorded with its reason. --minutes limits the time, --peers-only leaves ours out.
 
 Exit status 4: one of our kernels failed in a cell. 3: the GPU was lost to an illegal access; called again, it goes on after what did that.
@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 
+from .cell import commit
+from .exact import all_finite, largest_error
 from .gpu_calls import FEATURES, NOT_IN_FLEX, OURS, PROVIDERS, TOKENS, Call, Cell, make_calls, make_inputs
-from .gpu_reference import all_finite, largest_error
 from .gpu_table import PASSES, state_line, table
 from .gpu_timing import GPU_LOST, ceilings, gpu_state, is_lost, reason, timed, timing_stream
 from .journal import Journal
-from .report import commit
 
 LENGTHS = (2048, 4096, 16384, 8192, 1024, 512, 256, 128)  # the order in which they are measured
 LENGTHS_OF_MASKS = (2048, 4096, 1024, 512)  # a dense mask of 16,384 x 16,384 for every head would not fit
@@ -87,7 +87,7 @@ def measure(
                     raise AssertionError("is not finite everywhere")
                 error = 0.0 if cell.feature == "dropout" else largest_error(inputs, found)  # every provider draws its own mask
                 if not error <= ERROR_LIMIT:
-                    raise AssertionError(f"differs from float32 math by {error:.3f} of the largest element")
+                    raise AssertionError(f"differs from float64 math by {error:.3f} of the largest element")
                 with torch.no_grad():
                     call.run()
             results[name] = {"error": round(error, 5)}

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.attention import attention
-from .gpu_reference import Inputs
+from .exact import Inputs
 from .gpu_timing import reason
 
 TOKENS, CHANNELS = 16384, 2048

@@ -28,9 +28,10 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor="none")
 
 
-def style_axes(axes: Any, style: Style, title: str, x_label: str) -> None:
-    """The y axis starts at 0, with grid lines and no frame."""
-    axes.set_ylim(bottom=0)
+def style_axes(axes: Any, style: Style, title: str, x_label: str, *, from_zero: bool = True) -> None:
+    """Grid lines and no frame; the y axis starts at 0, unless it is logarithmic."""
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.set_title(title, color=style.text, fontsize=11, loc="left")
     axes.set_xlabel(x_label, color=style.text)
     axes.tick_params(length=0, colors=style.text)

@@ -35,8 +35,8 @@ from on_gpu.machine import machine, sources  # noqa: E402
 from on_gpu.results import FAILED, NOT_RUN, PARTLY, PASSED, Outcome, Results  # noqa: E402
 from on_gpu.run import Run  # noqa: E402
 
+from fused_attention.benchmarks.cell import commit  # noqa: E402
 from fused_attention.benchmarks.journal import Journal  # noqa: E402
-from fused_attention.benchmarks.report import commit  # noqa: E402
 
 EMULATOR = ROOT / "tests/emulator"
 PART_SECONDS = 9 * 60.0  # machines that are lent by the command allow ten minutes

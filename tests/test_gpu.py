@@ -24,7 +24,7 @@ from on_gpu.machine import MEASURED, Machine, machine, sources
 from on_gpu.processes import family, run_until
 from on_gpu.results import Results
 
-from fused_attention.benchmarks import report
+from fused_attention.benchmarks import cell
 from fused_attention.kernels.native import cuda as cuda_backend
 
 TESTS = Path(__file__).resolve().parent
@@ -220,7 +220,7 @@ def test_the_sources_have_a_name_without_git() -> None:
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.commit() == "unknown (no git)"
+    assert cell.commit() == "unknown (no git)"
 
 
 def test_a_killed_run_leaves_its_results_and_no_process(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fused_attention.benchmarks import gpu_attention, gpu_calls, gpu_timing
+from fused_attention.benchmarks.exact import Inputs, largest_error, one_head
 from fused_attention.benchmarks.gpu_attention import GPU_LOST, OURS_FAILED, GpuLost, cells, measure
 from fused_attention.benchmarks.gpu_calls import FEATURES, PROVIDERS, Cell, make_inputs
-from fused_attention.benchmarks.gpu_reference import Inputs, largest_error, one_head
 from fused_attention.benchmarks.gpu_table import state_line, table
 from fused_attention.benchmarks.journal import Journal
 
@@ -45,7 +45,7 @@ def test_flops() -> None:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_calls_of_every_feature_agree_with_float32_math(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_every_feature_agree_with_float64_math(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference stands in for our kernels; torch's flash attention is the only peer that a CPU has."""
     attention = gpu_calls.attention
     monkeypatch.setattr(gpu_calls, "attention", lambda *inputs, **options: attention(*inputs, **options | {"backend": "reference"}))
@@ -61,15 +61,15 @@ def test_calls_of_every_feature_agree_with_float32_math(feature: str, monkeypatc
 
 
 @pytest.mark.parametrize("feature", ["causal", "bias gradient", "key padding"])
-def test_the_reference_is_torchs_math_in_float32(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_is_torchs_math_in_float64(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several chunks of rows, the last of them not whole."""
-    monkeypatch.setattr("fused_attention.benchmarks.gpu_reference.ROWS", 24)
+    monkeypatch.setattr("fused_attention.benchmarks.exact.ROWS", 24)
     inputs = make_inputs(Cell(feature, 64, 64), "cpu", TINY)
-    leaves = [tensor.float().requires_grad_() for tensor in inputs[:3]]
-    bias = None if inputs.bias is None else inputs.bias.float().requires_grad_()
+    leaves = [tensor.double().requires_grad_() for tensor in inputs[:3]]
+    bias = None if inputs.bias is None else inputs.bias.double().requires_grad_()
     mask = bias if bias is not None else inputs.mask
     out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=mask, is_causal=inputs.is_causal)
-    gradients = torch.autograd.grad(out, [*leaves, *([] if bias is None else [bias])], inputs.dout.float())
+    gradients = torch.autograd.grad(out, [*leaves, *([] if bias is None else [bias])], inputs.dout.double())
     for ours, wanted in zip(one_head(inputs, 1, 3), (out, *gradients[:3]), strict=True):
         torch.testing.assert_close(ours, wanted[1, 3], rtol=1e-5, atol=1e-5)
     assert largest_error(inputs, (out, *gradients)) < 1e-5
@@ -90,7 +90,7 @@ def test_an_error_in_any_result_is_seen() -> None:
 def test_a_wrong_result_is_not_timed_and_strikes_out_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_calls, "attention", lambda query, key, value, **options: value + 0.0 * (query + key))
     results = measure(Cell("full", 64, 64), ("cuda", "flash"), "cpu", 0.0, tokens=TINY)
-    assert "differs from float32 math" in results["cuda"]
+    assert "differs from float64 math" in results["cuda"]
     assert results["flash"]["forward"].kernel_ms > 0
 
 

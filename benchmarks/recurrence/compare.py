@@ -27,8 +27,8 @@ from ...transformer.translation.tokenizer import Tokenizer
 from ...transformer.translation.train import Trainer, train_tokenizers
 from ...transformer.translation.training_config import TrainingConfig
 from ...transformer.translation.translate import Translator
+from ..cell import commit, machine_line
 from ..journal import Journal, Key
-from ..report import commit, machine_line
 from .curves import ALL_PAIRS, draw, tables
 from .models import builders
 from .speed import decoding_milliseconds, fair_clock, training_speed

@@ -78,7 +78,7 @@ def run(arguments: Sequence[str] | None) -> int:
     options, more = parser.parse_known_args(arguments)
     if more and options.command is not run_bench:
         parser.error(f"unknown arguments: {' '.join(more)}")
-    options.pytest_arguments = more
+    options.bench_arguments = more
     return int(options.command(options) or 0)
 
 
@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=run_compare)
 
     bench = commands.add_parser(
-        "bench", help="compare with torch on this machine, for ten minutes or --minutes; further arguments go to pytest"
+        "bench", add_help=False, help="compare with other engines on this machine, in ten minutes; bench --help lists its arguments"
     )
     bench.set_defaults(command=run_bench)
     return parser
@@ -499,9 +499,5 @@ def benchmark_module(name: str) -> Any:
 def run_bench(options: argparse.Namespace) -> int:
     for module in ("pytest", "pytest_benchmark"):
         optional_module(module, "bench")
-    benchmarks = benchmark_module("")
-    import pytest
-
-    folder = Path(str(benchmarks.__file__)).parent
-    status = pytest.main([str(folder), *benchmarks.PYTEST_ARGUMENTS, *options.pytest_arguments])
-    return 130 if status == pytest.ExitCode.INTERRUPTED else int(status)
+    benchmark_module("")
+    return int(benchmark_module("command").main(options.bench_arguments))
