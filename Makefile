@@ -50,7 +50,7 @@ test-all: test test-rest ## run every test: `make test`, then `make test-rest`
 test-aarch64: install ## run the portable CPU kernels as compiled for NEON, in QEMU (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)
 	$(BIN)/python -m pytest tests/on_aarch64
 
-bench: build ## compare with torch on this machine: one table, in ten minutes; saves the run
+bench: build ## compare with every installed engine on this machine, in ten minutes: a table and a page with plots
 	$(BIN)/python -m fused_attention bench
 
 BENCH_RESULTS ?= build/bench-full.jsonl

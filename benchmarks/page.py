@@ -23,7 +23,8 @@ LENGTH, BATCH = "tokens", "batch"  # columns that a plot has along its x axis
 HEAT_STYLE = """<style>
 .scroll { overflow-x: auto; }
 .scroll table { font-size: 13px; font-variant-numeric: tabular-nums; width: auto; }
-.scroll th, .scroll td { display: table-cell; white-space: nowrap; width: auto; padding: 3px 10px 3px 0; border-top: 1px solid var(--line); }
+.scroll th, .scroll td { display: table-cell; white-space: nowrap; width: auto; padding: 3px 10px 3px 0;
+  border-top: 1px solid var(--line); }
 .heat td.ratio { text-align: center; padding: 3px 8px; }
 .faster { background: color-mix(in srgb, var(--third) var(--part), transparent); }
 .slower { background: color-mix(in srgb, var(--second) var(--part), transparent); }

@@ -56,21 +56,19 @@ def as_csv(run: Run) -> str:
     for cell in run.cells.values():
         case = "; ".join(f"{title} {value}" for title, value in cell.case.items())
         for side, time in cell.times.items():
-            writer.writerow(
-                [cell.suite, case, cell.measure, side, time.ms, time.low, time.high, time.rounds, time.peak_mb]
-                + [cell.rate(side), cell.unit, cell.roof, cell.ratio(side)]
-            )
+            measured = time.ms, time.low, time.high, time.rounds, time.peak_mb
+            writer.writerow([cell.suite, case, cell.measure, side, *measured, cell.rate(side), cell.unit, cell.roof, cell.ratio(side)])
         for side, reason in cell.missing.items():
             writer.writerow([cell.suite, case, cell.measure, side, reason])
     return text.getvalue()
 
 
 def slower_than(new: Run, old: Run) -> list[str]:
-    """A line for each cell and peer whose ratio fell by more than the noise of both runs. Raises UnusableFile where nothing can be compared."""
+    """A line for each cell and peer whose ratio fell by more than the noise of both runs. UnusableFile where nothing can be compared."""
     compared, lines = 0, []
     for name, cell in new.cells.items():
-        before = old.cells.get(name)
-        for peer in cell.ratios() if before is not None else ():
+        before = old.cells.get(name, cell)
+        for peer in cell.ratios() if name in old.cells else ():
             if peer not in before.times:
                 continue
             compared += 1

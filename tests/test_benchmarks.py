@@ -178,7 +178,7 @@ def test_a_ratio_that_fell_by_more_than_its_noise_is_an_error(
     monkeypatch.setattr(pytest, "main", lambda arguments: 0)
     monkeypatch.setattr("fused_attention.benchmarks.command.write_all", lambda path: [])
     assert main(["--against", str(old), "--results", str(new)]) == status
-    assert ("a suite: 4; fp32; 1; forward: 1.05x torch, was 2.00x (noise 40%)" in capsys.readouterr().out) == bool(status)
+    assert ("a suite; 4; fp32; 1; forward: 1.05x torch, was 2.00x (noise 40%)" in capsys.readouterr().out) == bool(status)
 
 
 @pytest.mark.parametrize("content", [None, "", "another"], ids=["absent", "empty", "of other cells"])
