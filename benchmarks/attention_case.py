@@ -81,10 +81,10 @@ class Case:
                 continue
             with torch.no_grad():
                 found = peers.make(self.calls, name, backward=self.measure == BOTH)
-            sides[name] = found if isinstance(found, str) else self._through_all(found)
+            sides[name] = found if isinstance(found, str) else self.through_all(found)
         return sides
 
-    def _through_all(self, runs: list[peers.Run]) -> Callable[[], tuple[Tensor, ...]]:
+    def through_all(self, runs: list[peers.Run]) -> Callable[[], tuple[Tensor, ...]]:
         upcoming = itertools.cycle(zip(runs, self.calls.inputs, strict=True))
 
         def forward() -> tuple[Tensor, ...]:
@@ -98,6 +98,14 @@ class Case:
             return (out, *torch.autograd.grad(out, leaves, inputs.dout))
 
         return both if self.measure == BOTH else torch.no_grad()(forward)
+
+    def traffic(self) -> float:
+        """GB that the first call must read and write at least: query, key, value and out, and in the backward these and dout again, and
+        three gradients.
+        """
+        query, key, value, dout, *_ = self.calls.inputs[0]
+        forward = query.nbytes + key.nbytes + value.nbytes + dout.nbytes
+        return 1e-9 * (forward if self.measure == FORWARD else 3 * forward)
 
     def check(self, side: str, results: tuple[Tensor, ...]) -> None:
         """Against float64, the first and the last head; with dropout, where every side draws its own mask, that it is finite."""

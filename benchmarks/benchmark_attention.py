@@ -61,6 +61,7 @@ def test_attention(measure_cell, kind, length, head_dim, layout, threads, dtype,
         kind=case.measure,
         work=gflop(shape, case.measure, 0.5 if kind == "causal" else 1.0),
         unit="GFLOP/s",
+        traffic=case.traffic(),
         yardstick=partial(product, DTYPES[dtype]),
         threads=threads,
     )

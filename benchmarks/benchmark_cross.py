@@ -29,6 +29,7 @@ def test_cross(measure_cell, size, layout, threads, dtype, measure):
         kind=case.measure,
         work=gflop(shape, case.measure),
         unit="GFLOP/s",
+        traffic=case.traffic(),
         yardstick=partial(product, DTYPES[dtype]),
         threads=threads,
     )

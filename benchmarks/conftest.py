@@ -66,6 +66,8 @@ def measure_cell(benchmark: Any, request: pytest.FixtureRequest) -> Callable[...
         kind: str,
         work: float = 0.0,
         unit: str = "",
+        traffic: float = 0.0,
+        gflop: float = 0.0,
         yardstick: Callable[[], Yardstick] | None = None,
         threads: int | None = None,
         bars: Mapping[str, float] | None = None,
@@ -140,6 +142,8 @@ def measure_cell(benchmark: Any, request: pytest.FixtureRequest) -> Callable[...
             unit=unit,
             roof=None if roof is None or roof_time is None else 1e3 * roof.work / roof_time.ms,
             bars=dict(bars or {}),
+            traffic=traffic,
+            gflop=gflop,
             busy=surroundings.busy(others, roof_time),
         )
         benchmark.extra_info |= {"ratios": cell.ratios(), "missing": missing}

@@ -6,19 +6,19 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fused_attention import Transformer
+from fused_attention.benchmarks.peers import library_of
 
 Decode = Callable[[Tensor], Tensor]  # src (B, S) int64 -> tokens (B, num_tokens) int64
 
 
 def ctranslate2(model: Transformer, num_tokens: int, beam: int) -> Decode:
     """CTranslate2, float32, with as many threads as torch has. Its tokens are strings: here the ids."""
-    library = pytest.importorskip("ctranslate2")
-    specs = pytest.importorskip("ctranslate2.specs")
+    library = library_of("ctranslate2")
+    specs = library_of("ctranslate2.specs")
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     config = model.config
     layers = config["num_encoder_layers"], config["num_decoder_layers"]
@@ -75,7 +75,7 @@ def ctranslate2(model: Transformer, num_tokens: int, beam: int) -> Decode:
 
 def hugging_face(model: Transformer, num_tokens: int, beam: int) -> Decode:
     """MarianMTModel.generate with sdpa, in float32."""
-    library = pytest.importorskip("transformers")
+    library = library_of("transformers")
     ours, width = model.config, model.config["d_model"]
     sizes = {"vocab_size": ours["tgt_vocab"], "d_model": width, "max_position_embeddings": ours["max_len"]}
     for side in ("encoder", "decoder"):

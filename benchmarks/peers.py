@@ -159,7 +159,7 @@ def onnxruntime_attention(calls: Calls) -> list[Run]:
 def openvino(calls: Calls) -> list[Run]:
     """Its ScaledDotProductAttention on (B, H, L, D); memory in the other order is transposed in the graph, as models do."""
     _only_float32(calls)
-    ov, ops = _library("openvino"), _library("openvino.opset13")
+    ov, ops = library_of("openvino"), library_of("openvino.opset13")
     first, order = calls.inputs[0], [0, 2, 1, 3]
 
     def stored(tensor: Tensor) -> Any:
@@ -223,7 +223,8 @@ def short_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
-def _library(name: str) -> Any:
+def library_of(name: str) -> Any:
+    """Raises Missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -254,7 +255,7 @@ def _float_mask(inputs: Inputs) -> Tensor:
 
 def _session(op: str, names: list[str], feed: dict[str, Any], threads: int, domain: str = "", **attributes: Any) -> Any:
     """A session of onnxruntime with one node. An input without a name is left out."""
-    onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
+    onnx, onnxruntime = library_of("onnx"), library_of("onnxruntime")
     make = onnx.helper
     inputs = [
         make.make_tensor_value_info(name, make.np_dtype_to_tensor_dtype(feed[name].dtype), list(feed[name].shape)) for name in names if name

@@ -17,7 +17,23 @@ import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
-from fused_attention.benchmarks import attention_case, budget, conftest, isa, peers, report, surroundings, yardsticks
+from fused_attention.benchmarks import (
+    attention_case,
+    benchmark_attention,
+    benchmark_cross,
+    benchmark_decode,
+    benchmark_module,
+    benchmark_overhead,
+    benchmark_short,
+    benchmark_weights,
+    budget,
+    conftest,
+    isa,
+    peers,
+    report,
+    surroundings,
+    yardsticks,
+)
 from fused_attention.benchmarks import benchmark_masks as masks
 from fused_attention.benchmarks.attention_case import BOTH, FORWARD, LAYOUTS, Case, Shape
 from fused_attention.benchmarks.cell import OURS, Cell, Time, UnusableFile, append, begin, read, summary
@@ -223,6 +239,40 @@ def test_every_side_is_right_or_says_why_it_does_not_run(name: str, mask: str) -
                 wrong[-1][-1, -1, -1, -1] += wrong[-1].abs().max()
                 with pytest.raises(AssertionError, match="differs from float64"):
                     case.check(name, tuple(wrong))
+
+
+# The smallest cell of every suite that is not tested otherwise.
+SMALL_CELLS = {
+    "attention": lambda cell: benchmark_attention.test_attention(cell, "causal", 64, 128, "BLHD", 1, "fp32", "both"),
+    "cross": lambda cell: benchmark_cross.test_cross(cell, (512, 64), "BLHD", 1, "bf16", "forward"),
+    "decode": lambda cell: benchmark_decode.test_decode(cell, 1, 512, "BHLD", 1, "fp32"),
+    "module": lambda cell: benchmark_module.test_training(cell, 2, 16, "fp32", "self, key padding"),
+    "overhead": lambda cell: benchmark_overhead.test_overhead(cell, "gradient"),
+    "short": lambda cell: benchmark_short.test_short(cell, "texts of 4", 32, "BLHD", 1, "fp32", "forward"),
+    "weights": lambda cell: benchmark_weights.test_weights(cell, 64, 1, "fp32"),
+}
+
+
+@pytest.mark.parametrize("suite", SMALL_CELLS)
+def test_every_suite_checks_what_it_times(suite: str) -> None:
+    """Each side of a cell returns what its check wants, twice; the check sees a wrong result, and the parameters place the cell."""
+    cells = []
+
+    def measure_cell(sides: dict[str, Any], *, check: Any, suite: str, case: dict[str, str], kind: str, **options: Any) -> None:
+        for side, function in sides.items():
+            if isinstance(function, str):
+                continue
+            result = function()
+            check(side, result)
+            wrong = [1.5 * tensor for tensor in result] if isinstance(result, list | tuple) else 1.5 * result
+            with pytest.raises(AssertionError):
+                check(side, type(result)(wrong) if isinstance(result, tuple) else wrong)
+            function()
+        cells.append((suite, {OURS, "torch"} <= sides.keys(), options.get("work", 0.0) >= 0))
+
+    SMALL_CELLS[suite](measure_cell)
+    ((name, both, works),) = cells
+    assert (name.startswith(suite), both, works) == (True, True, True)
 
 
 def test_what_cannot_be_kept_to_an_instruction_set_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
