@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def test_overhead(measure_cell, case):
     query, key, value = (torch.randn(1, 1, 1, 32).requires_grad_(case == "gradient") for _ in range(3))
     options = {"is_causal": case == "causal"}
 
-    def repeated(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    def repeated(function: Callable[..., Any]) -> Callable[[], Tensor]:
         def run() -> Tensor:
             for _ in range(CALLS):
                 out = function(query, key, value, **options)
