@@ -96,6 +96,7 @@ def measure_cell(benchmark: Any, request: pytest.FixtureRequest) -> Callable[...
             try:
                 result, peaks[side] = surroundings.peak_mb(function)
                 check(side, result)
+                del result
             except Exception as error:
                 if side == OURS:
                     raise
@@ -103,7 +104,13 @@ def measure_cell(benchmark: Any, request: pytest.FixtureRequest) -> Callable[...
                 del functions[side]
         roof = None if yardstick is None else yardstick()
         for _ in range(max(warmup_rounds - 1, 1)):
-            once = {side: _seconds(function) for side, function in functions.items()}
+            once = {}
+            for side, function in functions.items():
+                before = time.perf_counter()
+                peak = surroundings.peak_mb(function)[1]
+                once[side] = time.perf_counter() - before
+                if not side.startswith(surroundings.KEEP_MEMORY):
+                    peaks[side] = peak
             budget.require(name, sum(once.values()))
         fastest = min(once.values())
         every = {side: max(1, min(int(once[side] / (SLOW * fastest)), min_rounds // LEAST_ROUNDS)) for side in functions}

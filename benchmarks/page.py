@@ -85,7 +85,7 @@ def speed(cells: Sequence[Cell]) -> list[Picture]:
 
 
 def memory(cells: Sequence[Cell]) -> list[Picture]:
-    found = grouped((cell for cell in cells if cell.suite == "attention"), LENGTH)
+    found = grouped((cell for cell in cells if cell.suite == "attention" and cell.case.get("layout") == "BLHD"), LENGTH)
     return [
         _curves(title, members, LENGTH, lambda cell, side: cell.times[side].peak_mb, "MB")
         for title, members in _first(found)

@@ -150,7 +150,7 @@ def test_a_saved_run_becomes_a_page_and_tables(tmp_path: Path, monkeypatch: pyte
         append(
             file,
             f"attention {length}",
-            replace(CELL, suite="attention", case=CASE | {"tokens": str(length)}, work=0.05, traffic=0.01, roof=80.0),
+            replace(CELL, suite="attention", case=CASE | {"tokens": str(length), "layout": "BLHD"}, work=0.05, traffic=0.01, roof=80.0),
         )
     for batch in (1, 8):
         case = {"batch": str(batch), "dtype": "fp32", "threads": "1"}
@@ -179,7 +179,7 @@ def test_a_saved_run_becomes_a_page_and_tables(tmp_path: Path, monkeypatch: pyte
         assert reference not in page.replace('xmlns="http:', "").replace('xmlns:xlink="http:', "")
     lines = file.with_suffix(".csv").read_text().splitlines()
     assert len(lines) == 1 + 3 * len(read(file).cells)  # ours, torch, and what is missing
-    assert "attention,tokens 64; dtype fp32; threads 1,forward,torch,2.0,1.8,2.2" in lines[2]
+    assert "attention,tokens 64; dtype fp32; threads 1; layout BLHD,forward,torch,2.0,1.8,2.2" in lines[2]
     assert len(json.loads(file.with_suffix(".json").read_text())["cells"]) == len(read(file).cells)
 
 
