@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from fused_attention.transformer.translation.train import Trainer
 from fused_attention.transformer.translation.training_config import TrainingConfig, read_settings
 from fused_attention.transformer.translation.translate import Translator
 
+reads_toml = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("tomllib", "tomli")), reason="needs Python 3.11 or the package tomli"
+)
 DROPOUTS = ("embedding_dropout", "attention_dropout", "feed_forward_dropout", "residual_dropout")
 
 
@@ -97,6 +102,7 @@ class TestKeeping:
 
 
 class TestSettings:
+    @reads_toml
     def test_a_file_and_flags_over_it(self, tmp_path: Path, data: Path) -> None:
         file = tmp_path / "my.toml"
         file.write_text(tiny_config(data, steps=1, label_smoothing=0.05).to_toml())
@@ -108,6 +114,13 @@ class TestSettings:
         runs = [read_checkpoint(tmp_path / name).tensors["history.losses"] for name in ("run", "again")]
         assert torch.equal(*runs)
 
+    def test_without_a_reader_of_toml(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("tomllib", "tomli"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match="a file of settings needs Python 3.11, or the package tomli"):
+            read_settings(tmp_path / "my.toml")
+
+    @reads_toml
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -139,6 +152,7 @@ class TestSettings:
         assert bpe.target_tokenizer.model != trainer.target_tokenizer.model
 
 
+@reads_toml
 def test_tensorboard_events(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
