@@ -1,4 +1,5 @@
-"""attention() on a GPU against every fused attention of torch: SDPA's flash, memory-efficient and cuDNN backends, and FlexAttention.
+"""attention() on a GPU against every fused attention of torch: SDPA's flash, memory-efficient and cuDNN backends, and FlexAttention;
+and those of other libraries, where they are installed.
 
     python -m fused_attention.benchmarks.gpu_attention results.jsonl
 

@@ -1,4 +1,4 @@
-"""The calls that gpu_attention.py compares: every fused attention of torch and ours, on the same numbers."""
+"""The calls that gpu_attention.py compares: every fused attention of torch, other libraries' and ours, on the same numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.attention import attention
 from .exact import Inputs
+from .gpu_libraries import LIBRARIES
 from .gpu_timing import reason
+from .peers import Missing
 
 TOKENS, CHANNELS = 16384, 2048
 FEATURES = ("full", "causal", "bias gradient", "short, padded", "bias", "bool mask", "key padding", "dropout", "deterministic")
@@ -23,7 +25,7 @@ DROPOUT_P = 0.1
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 OURS = ("cuda", "triton")  # backends of attention()
 NOT_IN_FLEX = ("dropout", "deterministic")
-PROVIDERS = (*OURS, *SDPA, "flex")
+PROVIDERS = (*OURS, *SDPA, "flex", *LIBRARIES)
 
 
 class Cell(NamedTuple):
@@ -73,10 +75,13 @@ def make_calls(cell: Cell, inputs: Inputs, providers: Iterable[str]) -> dict[str
     makers: dict[str, Callable[[], Call]] = {backend: partial(_ours, cell, inputs, backend) for backend in OURS}
     makers |= {name: partial(_sdpa, cell, inputs, backend) for name, backend in SDPA.items()}
     makers["flex"] = partial(_flex, cell, inputs)
+    makers |= {name: partial(_library, cell, inputs, name) for name in LIBRARIES}
     calls: dict[str, Call | str] = {}
     for name in providers:
         try:
             calls[name] = makers[name]()
+        except Missing as error:
+            calls[name] = str(error)
         except Exception as error:
             calls[name] = reason(error)
     return calls
@@ -127,6 +132,12 @@ def _sdpa(cell: Cell, inputs: Inputs, backend: SDPBackend) -> Call:
             )
 
     return Call(run, leaves)
+
+
+def _library(cell: Cell, inputs: Inputs, name: str) -> Call:
+    attend, leaves = LIBRARIES[name](inputs, _dropout_p(cell), cell.feature == "deterministic"), _leaves(cell, inputs)
+    mask = leaves[3] if inputs.bias is not None else inputs.mask
+    return Call(lambda: attend(leaves[0], leaves[1], leaves[2], mask), leaves)
 
 
 def _flex(cell: Cell, inputs: Inputs) -> Call:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .gpu_calls import OURS, PROVIDERS, SDPA, Cell
+from .gpu_libraries import LIBRARIES
 from .gpu_timing import GRAPH, Time
 from .journal import Key
 
@@ -21,7 +22,7 @@ class Bar(NamedTuple):
     shortest: int  # length from which it holds
 
 
-ANY, FLASH, EFFICIENT = (*SDPA, "flex"), ("flash",), ("efficient",)
+ANY, FLASH, EFFICIENT = (*SDPA, "flex", *LIBRARIES), ("flash",), ("efficient",)
 BARS: dict[tuple[str, str], dict[str, Bar]] = {
     ("triton", "forward"): {
         "full": Bar(0.75, ANY, 2048), "causal": Bar(0.75, ANY, 2048), "bias": Bar(1.0, ANY, 2048), "bool mask": Bar(1.0, ANY, 2048),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_attention.benchmarks import gpu_attention, gpu_calls, gpu_timing
+from fused_attention.benchmarks import gpu_attention, gpu_calls, gpu_libraries, gpu_timing
 from fused_attention.benchmarks.exact import Inputs, largest_error, one_head
 from fused_attention.benchmarks.gpu_attention import GPU_LOST, OURS_FAILED, GpuLost, cells, measure
-from fused_attention.benchmarks.gpu_calls import FEATURES, PROVIDERS, Cell, make_inputs
+from fused_attention.benchmarks.gpu_calls import FEATURES, PROVIDERS, Cell, make_calls, make_inputs
+from fused_attention.benchmarks.gpu_libraries import LIBRARIES
 from fused_attention.benchmarks.gpu_table import state_line, table
 from fused_attention.benchmarks.journal import Journal
 
@@ -287,3 +292,44 @@ def test_an_attempt_that_hangs_ends_its_process(tmp_path: Path) -> None:
         assert run.returncode == 1
         assert "Timeout" in run.stderr
     assert ("a", 1) in Journal(tmp_path / "journal").results
+
+
+def library(function: Callable[..., Any]) -> SimpleNamespace:
+    return SimpleNamespace(flash_attn_func=function, memory_efficient_attention=function, ffpa_attn_func=function, LowerTriangularMask=str)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_other_libraries_are_called_as_they_are_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins that have their signatures and layouts; one that is not installed says so."""
+    assert "not installed" in str(make_calls(Cell("full", 64, 64), make_inputs(Cell("full", 64, 64), "cpu", TINY), (name,))[name]) or (
+        importlib.util.find_spec(name.partition(" ")[0].replace("-", "_"))
+    )
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask=None, attn_bias=None, is_causal=False, causal=False, **options: Any
+    ) -> Any:
+        assert set(options) <= {"dropout_p", "p", "deterministic"}
+        sequence_first = name != "ffpa-attn"
+        tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)] if sequence_first else [query, key, value]
+        bias = attn_mask if attn_bias is None or isinstance(attn_bias, str) else attn_bias
+        is_causal = is_causal or causal or isinstance(attn_bias, str)
+        out = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=bias, is_causal=is_causal)
+        out = out.transpose(1, 2) if sequence_first else out
+        return (out, None) if name == "flash-attn 4" else out
+
+    monkeypatch.setattr(gpu_libraries, "library_of", lambda wanted: library(attend))
+    for feature in ("full", "causal", "bias", "bool mask"):
+        found = measure(Cell(feature, 64, 64), (name,), "cpu", 0.0, tokens=TINY)[name]
+        if isinstance(found, str):
+            assert found in ("takes no mask and no bias", "takes no bool mask")
+            assert feature in ("bias", "bool mask")
+        else:
+            assert found["error"] < 0.02
+
+
+def test_a_library_that_attends_to_something_else_is_listed_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        gpu_libraries, "library_of", lambda wanted: library(lambda query, key, value, **options: value + 0.0 * (query + key))
+    )
+    results = measure(Cell("full", 64, 64), tuple(LIBRARIES), "cpu", 0.0, tokens=TINY)
+    assert all("differs from float64 math" in result for result in results.values())
