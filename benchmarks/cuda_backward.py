@@ -51,7 +51,7 @@ def calls(
 
     def backward(kernels: str, in_order: bool) -> Gradients:
         gradients = Gradients(torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        cuda_backend.backward(problems[in_order], out, lse, dout, None, gradients, kernels)
+        cuda_backend.backward(problems[in_order], out, lse, dout, None, gradients, kernels=kernels)
         return gradients
 
     return {name: partial(backward, *way) for name, way in (WAYS | {CHOICE: (CHOICE, False)}).items()}

@@ -51,7 +51,7 @@ constexpr int kNumAddresses = [] {
   return count;
 }();
 constexpr int kNumInputsAndResults = 5;  // query, key, value, out and lse, which come first
-constexpr int kNumCpuGradients = 9, kNumCudaGradients = 10;
+constexpr int kNumCpuGradients = 10, kNumCudaGradients = 10;
 using Addresses = std::array<Address, kNumAddresses>;
 using CpuGradients = std::array<Address, kNumCpuGradients>;
 using CudaGradients = std::array<Address, kNumCudaGradients>;
@@ -104,7 +104,7 @@ py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pa
   problem.query = unplaced(query);
   problem.key = unplaced(key);
   problem.value = unplaced(value);
-  problem.out = unplaced(out);
+  problem.out = problem.out_error = unplaced(out);
   problem.attn_mask = unplaced(attn_mask);
   problem.attn_mask_key = attn_mask_key;
   problem.attn_mask_dtype = static_cast<MaskDtype>(attn_mask_dtype);
@@ -181,10 +181,12 @@ PyMethodDef raw_definition(const char* name, RawFunction function, const char* d
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
-// cpu_forward(problem, num_threads, query, key, value, out, lse, optional)
+// cpu_forward(problem, num_threads, out_error or 0, query, key, value, out, lse, optional)
 PyObject* cpu_forward(PyObject*, PyObject* const* arguments, Py_ssize_t num_arguments) {
   return with_python_errors([&] {
-    const RawArguments<1> given(arguments, num_arguments, "cpu_forward takes a problem, a number of threads and the problem's addresses");
+    RawArguments<2> given(arguments, num_arguments,
+                          "cpu_forward takes a problem, a number of threads, out_error and the problem's addresses");
+    given.problem.out_error.data = reinterpret_cast<void*>(given.integers[1]);
     const py::gil_scoped_release released;
     cpu::forward(given.problem, static_cast<int>(given.integers[0]));
     return Py_NewRef(Py_None);
@@ -233,8 +235,8 @@ void cpu_backward(const py::bytes& problem, int num_threads, const Addresses& ad
   backward.dquery = unplaced(dquery);
   backward.dkey = unplaced(dkey);
   backward.dvalue = unplaced(dvalue);
-  place(gradients, backward.dout.data, backward.dlse, backward.dquery.data, backward.dkey.data, backward.dvalue.data, backward.dquery_parts,
-        backward.dattn_mask, backward.dalibi_slopes, backward.dsinks);
+  place(gradients, backward.dout.data, backward.dlse, backward.dquery.data, backward.dkey.data, backward.dvalue.data,
+        backward.out_error.data, backward.dquery_parts, backward.dattn_mask, backward.dalibi_slopes, backward.dsinks);
   backward.dattn_mask_part = dattn_mask[0], backward.dattn_mask_batch = dattn_mask[1], backward.dattn_mask_head = dattn_mask[2];
   backward.dattn_mask_row = dattn_mask[3], backward.dattn_mask_key = dattn_mask[4];
   backward.num_mask_parts = num_mask_parts;

@@ -60,6 +60,9 @@ struct AttentionProblem {
   StridedTensor value;   // (B, Hkv, Lk, Dv)
   StridedTensor out;     // (B, Hq, Lq, Dv): written by the forward, read by the backward
   float* lse = nullptr;  // (B, Hq, Lq) contiguous: written by the forward, read by the backward
+  // What out lost when it was rounded to bfloat16 or float16, in the same dtype, with the strides of out. Written by the CPU's forward and
+  // read by its backward; data may be null.
+  StridedTensor out_error;
 
   // The CPU's forward of at most two queries only: key and value of 8 bits, to be multiplied by scales (B, Hkv, blocks). `dtype` is that of
   // query and out.

@@ -9,7 +9,8 @@ Each is a module with
 and, except for the reference,
 
 - `prepare(problem) -> Call`: the forward pass for this problem and any other that differs only in its tensors' memory,
-- `backward(problem, out, lse, dout, dlse, gradients)`: writes every requested gradient,
+- `KEEPS_OUT_ERROR: tuple[torch.dtype, ...]`: the dtypes in which the forward can return out_error, for the backward,
+- `backward(problem, out, lse, dout, dlse, gradients, out_error=None)`: writes every requested gradient,
 - `attention_weights(problem, lse, average_heads) -> Tensor`, if it has a kernel for them,
 - `takes_with_weights(problem) -> bool` and `forward_with_weights(problem) -> (out, lse, weights averaged over heads)`, if it has a kernel
   for all three.

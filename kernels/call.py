@@ -17,9 +17,12 @@ class Call(Protocol):
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
-    ) -> Tensor | tuple[Tensor, Tensor] | None:
+    ) -> Tensor | tuple[Tensor, ...] | None:
         """Returns out (B, Hq, Lq, Dv), and with needs_lse also lse (B, Hq, Lq) float32. Packed sequences have B = 1; rows outside all
         sequences are 0.
+
+        If the problem keeps_out_error, needs_lse is set, and out_error comes third, in the memory layout of out: what out lost when it was
+        rounded to its dtype.
 
         Returns None if the tensors' memory is not aligned as the kernels need. Their GPU must be the current one.
         """

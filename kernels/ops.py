@@ -22,11 +22,13 @@ from .problem import (
     NO_OPTIONAL_TENSORS,
     NUM_INPUTS,
     OPTIONS,
+    SAVED,
     TENSORS,
     Gradients,
     Layout,
     OptionalTensors,
     Problem,
+    Results,
     empty_output,
     has_contiguous_last_dim,
     split,
@@ -41,6 +43,7 @@ _INPUT_SCHEMAS: dict[Layout, str] = {layout: ", ".join([f"Tensor {name}" for nam
 _PROBLEM_SCHEMA = ", ".join(
     [*[f"Tensor? {name}" for name in TENSORS], *[f"{option.schema} {name}" for name, option in OPTIONS.items()], "str backend"]
 )
+_SAVED_SCHEMA = ", ".join([f"{schema} {name}" for name, schema in SAVED.items()])
 _NEEDS_GRAD_SCHEMA = ", ".join([f"bool {name}_needs_grad" for name in DIFFERENTIABLE])
 
 
@@ -51,8 +54,10 @@ def run(problem: Problem, backend: str, arguments: replay.Arguments | None = Non
     """
     if backend == "reference":
         return _reference(problem)
+    needs_grad = torch.is_grad_enabled() and problem.requires_grad()
+    # Parameters require a gradient in an exported program too, which mostly runs without.
+    problem.keeps_out_error = needs_grad and problem.query.dtype in BACKENDS[backend].KEEPS_OUT_ERROR and not torch.compiler.is_exporting()
     if _takes_cheap_path(problem):
-        needs_grad = torch.is_grad_enabled() and problem.requires_grad()
         if needs_grad:
             results = _Attention.apply((problem, backend), *problem.differentiable())
         else:
@@ -64,11 +69,15 @@ def run(problem: Problem, backend: str, arguments: replay.Arguments | None = Non
         return _reference(problem)
     if problem.rng_state is not None and sharding.is_sharded(problem.inputs[0]) and not sharding.is_sharded(problem.rng_state):
         problem = replace(problem, rng_state=sharding.on_all_processes(problem.rng_state, problem.inputs[0]))
-    return _REGISTERED[problem.layout](*problem.op_arguments(), backend)
+    out, lse, _ = _REGISTERED[problem.layout](*problem.op_arguments(), backend)
+    return out, lse
 
 
-def forward(kernels: Any, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a problem whose tensors have memory. kernels: a backend."""
+def forward(kernels: Any, problem: Problem) -> Any:
+    """Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) of a problem whose tensors have memory, then out_error if it keeps_out_error.
+
+    kernels: a backend.
+    """
     query = problem.query
     if query.is_cuda and query.get_device() != torch.cuda.current_device():
         with torch.cuda.device(query.device):
@@ -132,20 +141,20 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, given: tuple[Problem, str], *differentiable: Tensor | None) -> tuple[Tensor, Tensor]:
         """differentiable: problem.differentiable()."""
         problem, backend = given
-        out, lse = forward(BACKENDS[backend], problem)
+        results = forward(BACKENDS[backend], problem)
         ctx.kind = problem.layout, (*problem.options(), backend)
-        ctx.save_for_backward(out, lse, *problem.inputs, *problem.optional_tensors())
+        ctx.save_for_backward(*_with_out_error(results), *problem.inputs, *problem.optional_tensors())
         ctx.set_materialize_grads(False)  # one of the two results may have no gradient
-        return out, lse
+        return results[:2]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         layout, options = ctx.kind
         num_inputs = NUM_INPUTS[layout]
-        out, lse, *tensors = ctx.saved_tensors
+        out, lse, out_error, *tensors = ctx.saved_tensors
         optional = NO_OPTIONAL_TENSORS if len(tensors) == num_inputs else ()
         needs_grad = ctx.needs_input_grad[1 + num_inputs :] or (False,) * len(DIFFERENTIABLE)
-        gradients = _eager_gradients(layout, dout, dlse, out, lse, (*tensors, *optional, *options), needs_grad)
+        gradients = _eager_gradients(layout, dout, dlse, (out, lse, out_error), (*tensors, *optional, *options), needs_grad)
         return (None, *gradients[: len(ctx.needs_input_grad) - 1])
 
 
@@ -157,21 +166,24 @@ class _Replayed(_Attention):
         ctx: Any, given: tuple[Call, tuple, OptionalTensors, bool], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         call, kind, optional, return_lse = given
-        results = call(query, key, value, optional, True)
+        results: Any = call(query, key, value, optional, True)
         if results is None:
             layout, options = kind
             problem = Problem.from_op_arguments(layout, (query, key, value, *optional, *options[:-1]))
             results = forward(BACKENDS[options[-1]], problem)
-        out, lse = results
         ctx.kind = kind
         if optional is NO_OPTIONAL_TENSORS:
-            ctx.save_for_backward(out, lse, query, key, value)
+            ctx.save_for_backward(*_with_out_error(results), query, key, value)
         else:
-            ctx.save_for_backward(out, lse, query, key, value, *optional)
+            ctx.save_for_backward(*_with_out_error(results), query, key, value, *optional)
         if not return_lse:
-            return out
+            return results[0]
         ctx.set_materialize_grads(False)
-        return out, lse
+        return results[:2]
+
+
+def _with_out_error(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return results if len(results) == 3 else (*results, None)
 
 
 # torch.autograd.Function.apply without its functorch handling; replay's guard rejects functorch tensors.
@@ -190,29 +202,20 @@ def _call_again(problem: Problem, backend: str, needs_grad: bool) -> Call:
 
 
 def _eager_gradients(
-    layout: Layout, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
+    layout: Layout, dout: Tensor | None, dlse: Tensor | None, results: Results, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`_gradients` in the backward pass of an eager call."""
     # torch.autograd.grad(is_grads_batched=True) passes tensors without memory, which only the operator can unpack.
     readable = all(gradient is None or has_storage(gradient) for gradient in (dout, dlse))
     kernel_gradients = _kernel_gradients if readable else _registered_gradients
-    return _gradients(layout, dout, dlse, out, lse, arguments, needs_grad, kernel_gradients)
-
-
-def _save_for_backward(ctx: Any, layout: Layout, arguments: tuple, out: Tensor, lse: Tensor) -> None:
-    ctx.layout = layout
-    num_tensors = NUM_INPUTS[layout] + len(TENSORS)
-    ctx.options = arguments[num_tensors:]
-    ctx.save_for_backward(out, lse, *arguments[:num_tensors])
-    ctx.set_materialize_grads(False)
+    return _gradients(layout, dout, dlse, results, arguments, needs_grad, kernel_gradients)
 
 
 def _gradients(
     layout: Layout,
     dout: Tensor | None,
     dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    results: Results,
     arguments: tuple,
     needs_grad: tuple[bool, ...],
     kernel_gradients: Any,
@@ -226,8 +229,8 @@ def _gradients(
         return (None,) * (NUM_INPUTS[layout] + len(needs_grad))
     if torch.is_grad_enabled() or _differentiates_otherwise():
         return _recomputed_gradients(layout, dout, dlse, arguments)
-    dout = torch.zeros_like(out) if dout is None else _in_memory(dout)
-    return kernel_gradients(layout, dout, None if dlse is None else _in_memory(dlse), out, lse, arguments, needs_grad)
+    dout = torch.zeros_like(results[0]) if dout is None else _in_memory(dout)
+    return kernel_gradients(layout, dout, None if dlse is None else _in_memory(dlse), results, arguments, needs_grad)
 
 
 def _in_memory(gradient: Tensor) -> Tensor:
@@ -258,20 +261,21 @@ def _recomputed_gradients(layout: Layout, dout: Tensor | None, dlse: Tensor | No
 
 
 def _kernel_gradients(
-    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
+    layout: Layout, dout: Tensor, dlse: Tensor | None, results: Results, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
+    out, lse, out_error = results
     problem = Problem.from_op_arguments(layout, arguments[:-1])
     gradients = _empty_gradients(problem, needs_grad)
     inputs, optional_tensors = gradients[: len(problem.inputs)], gradients[len(problem.inputs) :]
     buffers = Gradients(*split(layout, inputs), **dict(zip(DIFFERENTIABLE, optional_tensors, strict=True)))  # type: ignore[arg-type]  # inputs are never None
-    BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, buffers)
+    BACKENDS[arguments[-1]].backward(problem, out, lse, dout, dlse, buffers, out_error)
     return gradients
 
 
 def _registered_gradients(
-    layout: Layout, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple, needs_grad: tuple[bool, ...]
+    layout: Layout, dout: Tensor, dlse: Tensor | None, results: Results, arguments: tuple, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, out, lse, *arguments, *needs_grad)
+    gradients = _REGISTERED_BACKWARD[layout](dout, dlse, *results, *arguments, *needs_grad)
     needs_grad = (*[True] * NUM_INPUTS[layout], *needs_grad)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs_grad, strict=True))
 
@@ -279,7 +283,7 @@ def _registered_gradients(
 def gradients(problem: Problem, backend: str, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the problem's inputs by a kernel, for a caller that keeps the results of `run` itself. dout: (B, Hq, Lq, Dv)."""
     nothing_else = (False,) * len(DIFFERENTIABLE)
-    found = _kernel_gradients(problem.layout, dout, None, out, lse, (*problem.op_arguments(), backend), nothing_else)
+    found = _kernel_gradients(problem.layout, dout, None, (out, lse, None), (*problem.op_arguments(), backend), nothing_else)
     return found[: NUM_INPUTS[problem.layout]]
 
 
@@ -299,6 +303,11 @@ def _empty_gradient(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def _split_backward(arguments: tuple) -> tuple[tuple, tuple, tuple[bool, ...]]:
+    """The arguments of a backward operator: those in SAVED, the forward operator's, and needs_grad."""
+    return arguments[: len(SAVED)], arguments[len(SAVED) : -len(DIFFERENTIABLE)], arguments[-len(DIFFERENTIABLE) :]
+
+
 _library = torch.library.Library("fused_attention", "DEF")
 _REGISTERED: dict[str, Any] = {}
 _REGISTERED_BACKWARD: dict[str, Any] = {}
@@ -309,37 +318,44 @@ def _register(layout: Layout) -> None:
     name, inputs, num_inputs = f"attention_{layout}", _INPUT_SCHEMAS[layout], NUM_INPUTS[layout]
     num_differentiable = len(DIFFERENTIABLE)
     tags = (torch.Tag.pt2_compliant_tag,)
-    _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor)", tags=tags)
-    saved, returns = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse", ", ".join(["Tensor"] * (num_inputs + num_differentiable))
-    _library.define(f"{name}_backward({saved}, {inputs}, {_PROBLEM_SCHEMA}, {_NEEDS_GRAD_SCHEMA}) -> ({returns})", tags=tags)
+    _library.define(f"{name}({inputs}, {_PROBLEM_SCHEMA}) -> (Tensor, Tensor, Tensor)", tags=tags)  # out, lse and out_error
+    returns = ", ".join(["Tensor"] * (num_inputs + num_differentiable))
+    _library.define(f"{name}_backward({_SAVED_SCHEMA}, {inputs}, {_PROBLEM_SCHEMA}, {_NEEDS_GRAD_SCHEMA}) -> ({returns})", tags=tags)
     _REGISTERED_BACKWARD[layout] = getattr(torch.ops.fused_attention, f"{name}_backward").default
 
-    def run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return forward(BACKENDS[arguments[-1]], Problem.from_op_arguments(layout, arguments[:-1]))
+    def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results = forward(BACKENDS[arguments[-1]], Problem.from_op_arguments(layout, arguments[:-1]))
+        return results if len(results) == 3 else (*results, results[0].new_empty(0))
 
-    def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.from_op_arguments(layout, arguments[:-1])
         query = problem.query
-        return empty_output(problem), query.new_empty(query.shape[:3], dtype=torch.float32)
+        out_error = empty_output(problem) if problem.keeps_out_error else query.new_empty(0)
+        return empty_output(problem), query.new_empty(query.shape[:3], dtype=torch.float32), out_error
 
     def returned(out: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         return tuple(out.new_empty(0) if gradient is None else gradient for gradient in gradients)  # schemas have no optional returns
 
-    def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        arguments, needs_grad = arguments[:-num_differentiable], arguments[-num_differentiable:]
-        return returned(out, _kernel_gradients(layout, dout, dlse, out, lse, arguments, needs_grad))
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        (dout, dlse, *results), given, needs_grad = _split_backward(arguments)
+        return returned(dout, _kernel_gradients(layout, dout, dlse, tuple(results), given, needs_grad))
 
-    def fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        arguments, needs_grad = arguments[:-num_differentiable], arguments[-num_differentiable:]
-        return returned(out, _empty_gradients(Problem.from_op_arguments(layout, arguments[:-1]), needs_grad))
+    def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+        (dout, *_), given, needs_grad = _split_backward(arguments)
+        return returned(dout, _empty_gradients(Problem.from_op_arguments(layout, given[:-1]), needs_grad))
 
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        _save_for_backward(ctx, layout, inputs, *output)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        out, lse, out_error = output
+        num_tensors = num_inputs + len(TENSORS)
+        tensors, ctx.options = inputs[:num_tensors], inputs[num_tensors:]
+        keeps_out_error = ctx.options[list(OPTIONS).index("keeps_out_error")]
+        ctx.save_for_backward(out, lse, out_error if keeps_out_error else None, *tensors)
+        ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_grad = tuple(ctx.needs_input_grad[num_inputs + place] for place in DIFFERENTIABLE.values())
-        out, lse, *tensors = ctx.saved_tensors
-        gradients = _gradients(layout, dout, dlse, out, lse, (*tensors, *ctx.options), needs_grad, _registered_gradients)
+        out, lse, out_error, *tensors = ctx.saved_tensors
+        gradients = _gradients(layout, dout, dlse, (out, lse, out_error), (*tensors, *ctx.options), needs_grad, _registered_gradients)
         by_place = dict(zip(DIFFERENTIABLE.values(), gradients[num_inputs:], strict=True))
         optional_tensors = (by_place.get(place) for place in range(len(TENSORS)))
         return (*gradients[:num_inputs], *optional_tensors, *[None] * len(ctx.options))
@@ -363,7 +379,6 @@ def _register_flop_formulas() -> None:
     def register(layout: Layout) -> None:
         forward = getattr(torch.ops.fused_attention, f"attention_{layout}")
         backward = getattr(torch.ops.fused_attention, f"attention_{layout}_backward")
-        not_the_forwards = 4, -len(DIFFERENTIABLE)  # dout, dlse, out and lse come first, needs_grad last
 
         @register_flop_formula(forward, get_raw=True)
         def count_forward(*arguments: Any, out_val: Any = None) -> int:
@@ -371,7 +386,7 @@ def _register_flop_formulas() -> None:
 
         @register_flop_formula(backward, get_raw=True)
         def count_backward(*arguments: Any, out_val: Any = None) -> int:
-            return backward_flops(layout, arguments[slice(*not_the_forwards)])
+            return backward_flops(layout, _split_backward(arguments)[1])
 
     for layout in NUM_INPUTS:
         register(layout)

@@ -18,6 +18,9 @@ OutMemory = Literal["heads merged", "like query", "contiguous"]
 
 Mark = TypeVar("Mark")
 OptionalTensors = tuple[Tensor | None, ...]  # as in Problem.optional_tensors
+Results = tuple[Tensor, Tensor, Tensor | None]  # out, lse and out_error
+# What a backward operator takes first, with the schema types.
+SAVED = {"dout": "Tensor", "dlse": "Tensor?", "out": "Tensor", "lse": "Tensor", "out_error": "Tensor?"}
 
 KERNEL_NUMBERS = (2.0**-60, 2.0**20)  # the smallest and largest scale and softcap that kernels take
 
@@ -87,6 +90,7 @@ class Problem:
     max_seqlen_q: Annotated[int, Option("SymInt")]  # Lq; for varlen, a bound: no sequence is longer
     max_seqlen_k: Annotated[int, Option("SymInt")]
     out_memory: Annotated[OutMemory, Option("str")]
+    keeps_out_error: Annotated[bool, Option("bool")] = False  # whether the forward also returns out_error; ops.run decides
 
     # Equal for inputs with equal dtypes, devices, shapes and strides; None if those are not plain numbers.
     inputs_number: int | None = field(default=None, init=False)
@@ -124,7 +128,7 @@ class Problem:
         """The options in the order of OPTIONS."""
         return (
             self.scale, self.window_left, self.window_right, self.diagonal, self.bottom_right, self.softcap, self.dropout_p,
-            self.deterministic, self.max_seqlen_q, self.max_seqlen_k, self.out_memory,
+            self.deterministic, self.max_seqlen_q, self.max_seqlen_k, self.out_memory, self.keeps_out_error,
         )  # fmt: skip
 
     def kind(self) -> tuple:

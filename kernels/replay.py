@@ -34,7 +34,7 @@ class _Remembered(NamedTuple):
     guard: Callable[..., bool]  # takes the call's tensors
     device: int  # must be the current device; -1: the CPU
     deterministic: bool | None  # must equal torch's setting; None: there is no gradient
-    call: Call
+    call: Callable[..., Any]  # a Call whose results the caller may have
 
 
 _NO_OTHERS = (None,) * (len(TENSORS) - 3)  # all but attn_mask, key_mask and key_lengths

@@ -4,7 +4,7 @@ For out and gradients t:
     max|t - exact|  <= factor * max|eager - exact| + 2 ulp of t's dtype at max|exact|       (factor 2 for out, 3 for gradients)
     mean|t - exact| <= 1.1 * mean|eager - exact| + the mean of 2 ulp at |exact|, for 16 numbers or more
 float32 may in both lines use 16 * eps * |exact| instead where that is larger. For lse: |lse - exact| <= 1e-5 + 2e-6 * max(1, |exact|).
-Gradients get the budget of `saved_rounding` on top, for what the fused backward is given: lse in float32 and out in its own dtype.
+Gradients get the budget of `saved_rounding` on top, for what the fused backward is given: lse in float32, and out with what rounding took.
 Inf and NaN patterns are compared first.
 """
 
@@ -99,19 +99,28 @@ def exact_and_eager(problem: Problem, dout: Tensor, dlse: Tensor | None) -> tupl
     return exact, eager
 
 
-def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dlse: Tensor | None = None) -> dict[str, Tensor]:
+def saved_rounding(
+    problem: Problem,
+    dout: Tensor,
+    exact: dict[str, Tensor],
+    dlse: Tensor | None = None,
+    keeps_out_error: bool = True,
+    rounds_weights: bool = True,
+) -> dict[str, Tensor]:
     """How far the gradients may move because the backward starts from a float32 lse and from the stored out.
 
     P = exp(s - lse) changes by the relative rounding of lse, eps32 * |lse|; and in dS = P * (dP - delta), delta = rowsum(dout * out)
-    changes by the rounding of out, eps * rowsum(|dout| * |out|), while eager keeps its weights and sums what it rounded. Where dP and
-    delta cancel (one key takes all the weight) the second is all that is left of the gradient, with the rounding of the two float32
-    sums dP and delta themselves.
+    changes by the rounding of out, eps * rowsum(|dout| * |out|), while eager keeps its weights and sums what it rounded. A backend that
+    keeps out_error, in the same 16 bits, rounds twice: eps^2; but its forward may have multiplied V by weights of 16 bits, whose sum it
+    knew (rounds_weights), so delta is off by eps * P * (dP - delta) at each key, by chance. Where dP and delta cancel (one key takes all
+    the weight) what is off in delta is all that is left of the gradient, with the rounding of the two float32 sums dP and delta themselves.
     The gradients of mask, slopes and sinks are sums of dS that cancel further, down to 0 for a mask that is the same for all keys: what
     is left is the float32 rounding of the terms, for which the budget is that of any float32 result, 16 * eps32. Rows round by chance, so
     over rows the budgets add up as squares.
     """
     num_heads = problem.query.shape[1]
-    delta_eps = torch.finfo(dout.dtype).eps + 2 * torch.finfo(torch.float32).eps  # of out as stored, of the sums delta and dP
+    eps, keeps_out_error = torch.finfo(dout.dtype).eps, keeps_out_error and dout.dtype is not torch.float32
+    delta_eps = (eps**2 if keeps_out_error else eps) + 2 * torch.finfo(torch.float32).eps  # of out as stored, of the sums delta and dP
     problem = _cast(problem, torch.float64)
     queries_present, keys_present = (rows[:, None, :, None] for rows in present(problem))
     query = problem.query.masked_fill(~queries_present, 0.0)
@@ -120,24 +129,28 @@ def saved_rounding(problem: Problem, dout: Tensor, exact: dict[str, Tensor], dls
     weights = torch.exp(masked_scores(problem) - finite_lse)
     dout = dout.double().masked_fill(~queries_present, 0.0)
     delta = (dout * exact["out"]).abs().sum(-1, keepdim=True)
+    dweights = dout @ value.transpose(-1, -2)
+    if problem.dropout_p > 0.0:
+        dweights = dweights * dropout(problem, 0, num_heads)
+    delta_rounding = delta_eps * delta
+    if keeps_out_error and rounds_weights:
+        off = weights * (dweights - (dout * exact["out"]).sum(-1, keepdim=True))
+        delta_rounding = delta_rounding + eps * (off**2).sum(-1, keepdim=True).sqrt()
     lse_rounding = torch.finfo(torch.float32).eps * (finite_lse.abs().max().item() if finite_lse.numel() else 0.0)
     slope = problem.scale  # of a score in what it is made of
     if problem.softcap is not None:
         slope = slope * (1.0 - torch.tanh(problem.scale * (query @ key.transpose(-1, -2)) / problem.softcap) ** 2)
-    moved = slope * weights * (delta_eps * delta)
+    moved = slope * weights * delta_rounding
     groups = (problem.key.shape[1], num_heads // max(problem.key.shape[1], 1))
     rounding = {
-        "query": (slope * weights @ key).abs() * (delta_eps * delta) + lse_rounding * exact["query"].abs(),
+        "query": (slope * weights @ key).abs() * delta_rounding + lse_rounding * exact["query"].abs(),
         "key": (moved.transpose(-1, -2) @ query.abs()).unflatten(1, groups).sum(2) + lse_rounding * exact["key"].abs(),
         "value": lse_rounding * exact["value"].abs(),
     }
     term_eps = lse_rounding + FLOAT32_EPS_FACTOR * torch.finfo(torch.float32).eps
     dlse = torch.zeros_like(delta) if dlse is None else dlse.double()[..., None].masked_fill(~queries_present, 0.0).abs()
-    dweights = (dout @ value.transpose(-1, -2)).abs()
-    if problem.dropout_p > 0.0:
-        dweights = dweights * dropout(problem, 0, num_heads)
-    row_rounding = delta_eps * delta + term_eps * (delta + dlse)
-    score_rounding = weights * (row_rounding + term_eps * dweights)  # the same for all keys of a row, rows differ by chance
+    row_rounding = delta_rounding + term_eps * (delta + dlse)
+    score_rounding = weights * (row_rounding + term_eps * dweights.abs())  # the same for all keys of a row, rows differ by chance
     if "attn_mask" in exact:
         shape = exact["attn_mask"].shape
         by_row = score_rounding if shape[3] == score_rounding.shape[3] else score_rounding.sum(3, keepdim=True)

@@ -287,7 +287,8 @@ def watched(prepare: Callable[[Problem], Call], see: Callable[[], object]) -> Ca
 
 def run(backend: Any, problem: Problem, dout: Tensor, dlse: Tensor | None, memory: tuple[str, ...] = CALL["memory"]) -> dict[str, Tensor]:
     """out, lse and every gradient, by name, computed by a backend; the gradients of query, key and value in these memory orders."""
-    out, lse = forward(backend, problem)
+    problem = replace(problem, keeps_out_error=problem.query.dtype in backend.KEEPS_OUT_ERROR)
+    out, lse, *out_error = forward(backend, problem)
     assert out.stride() == empty_output(problem).stride()
     buffers, gradients = [], {}
     for name in FLOAT_TENSORS:
@@ -303,7 +304,7 @@ def run(backend: Any, problem: Problem, dout: Tensor, dlse: Tensor | None, memor
             buffer = torch.full((tensor.numel() + 32,), SENTINEL).to(tensor.device, tensor.dtype)
             gradients[name] = buffer[16:-16].fill_(torch.nan).view(tensor.shape)
             buffers.append((name, buffer, gradients[name]))
-    backend.backward(problem, out, lse, dout, dlse, Gradients(**gradients))
+    backend.backward(problem, out, lse, dout, dlse, Gradients(**gradients), *out_error)
     results = {"out": out, "lse": lse} | {name: gradient.clone() for name, gradient in gradients.items()}
     for name, buffer, gradient in buffers:
         gradient.fill_(SENTINEL)
@@ -327,7 +328,7 @@ def check(
     """
     assert backend.unsupported_reasons(problem) == []
     exact, eager = exact_and_eager(problem, dout, dlse)
-    rounding = saved_rounding(problem, dout, exact, dlse)
+    rounding = saved_rounding(problem, dout, exact, dlse, dout.dtype in backend.KEEPS_OUT_ERROR)
     problem, dout, dlse = poisoned(problem, dout, dlse, exact["lse"], stored)
     results = run(backend, prepared(problem) if prepare else problem, dout, dlse, memory)
     assert_accurate("out", "out", results["out"], eager["out"], exact["out"])

@@ -185,7 +185,7 @@ const Case kCases[] = {
 // Owns what a problem points to.
 struct Inputs {
   Case c;
-  Tensor query, key, value, out, dout, dquery, dkey, dvalue;
+  Tensor query, key, value, out, out_error, dout, dquery, dkey, dvalue;
   std::vector<float> lse, dlse, attn_mask, slopes, sinks;
   std::vector<float> dattn_mask, dslopes, dsinks, dquery_parts;
   std::vector<unsigned char> mask_elements;  // attn_mask in its dtype
@@ -202,6 +202,7 @@ struct Inputs {
         key(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_qk, c.layout),
         value(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_v, c.layout),
         out(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
+        out_error(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
         dout(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_v, c.layout),
         dquery(dtype, c.batch, c.heads, c.seqlen_q, c.head_dim_qk, c.layout),
         dkey(dtype, c.batch, c.heads / c.heads_per_key_head, c.seqlen_k, c.head_dim_qk, c.layout),
@@ -245,6 +246,7 @@ struct Inputs {
     problem.softmax_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim_qk));
     problem.query = query.view, problem.key = key.view, problem.value = value.view, problem.out = out.view, problem.dout = dout.view;
     problem.dquery = dquery.view, problem.dkey = dkey.view, problem.dvalue = dvalue.view;
+    if (dtype != Dtype::float32) problem.out_error = out_error.view;
     problem.lse = lse.data();
     if (c.dlse) problem.dlse = dlse.data();
     const int64_t line = c.seqlen_k * c.mask_key_stride;
@@ -344,8 +346,8 @@ struct Inputs {
       starts_q.push_back(static_cast<int32_t>(b * c.seqlen_q)), starts_k.push_back(static_cast<int32_t>(b * c.seqlen_k));
     problem.cu_seqlens_q = starts_q.data(), problem.cu_seqlens_k = starts_k.data();
     problem.num_tokens_q = c.batch * c.seqlen_q, problem.num_tokens_k = c.batch * c.seqlen_k;
-    for (StridedTensor* tensor :
-         {&problem.query, &problem.key, &problem.value, &problem.out, &problem.dout, &problem.dquery, &problem.dkey, &problem.dvalue})
+    for (StridedTensor* tensor : {&problem.query, &problem.key, &problem.value, &problem.out, &problem.out_error, &problem.dout,
+                                  &problem.dquery, &problem.dkey, &problem.dvalue})
       tensor->batch = 0;
   }
 
@@ -377,7 +379,7 @@ struct Inputs {
     return number >= problem.dropout_threshold ? problem.dropout_scale() : 0.0;
   }
   void poison_outputs() {
-    for (Tensor* tensor : {&out, &dquery, &dkey, &dvalue}) std::memset(tensor->memory.get(), kGuard, tensor->bytes);
+    for (Tensor* tensor : {&out, &out_error, &dquery, &dkey, &dvalue}) std::memset(tensor->memory.get(), kGuard, tensor->bytes);
     std::fill(lse.begin(), lse.end(), NAN);
     for (std::vector<float>* sums : {&dattn_mask, &dslopes, &dsinks, &dquery_parts}) std::fill(sums->begin(), sums->end(), 0.0f);
   }
@@ -600,12 +602,15 @@ int main() {
         run_in_ranges(table->forward[static_cast<int>(dtype)], in.problem);
         run_in_ranges(table->backward[static_cast<int>(dtype)], in.problem);
         check(table->name, in, want);
+        if (in.problem.out_error.data) compare(table->name, in, "out_error", in.out_error, Matrix(want.out.size()));
         if (!spec.packed) check_weights(*table, in, want);
         if (!spec.packed && dtype == Dtype::float32 && spec.seqlen_k <= 512 && spec.heads > 0) check_forward_with_weights(*table, in, want);
         in.poison_outputs();
         setenv("FUSED_ATTENTION_CPU_ISA", table->name, 1);
-        cpu::forward(in.problem, 2);
-        cpu::backward(in.problem, 2);
+        AttentionProblem of_stored_out = in.problem;
+        of_stored_out.out_error.data = nullptr;
+        cpu::forward(of_stored_out, 2);
+        cpu::backward(of_stored_out, 2);
         check(table->name, in, want);
       }
     }

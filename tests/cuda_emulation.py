@@ -33,7 +33,6 @@ from fused_attention.kernels.problem import Problem, empty_output
 from fused_attention.kernels.reference import present
 
 GUARD_ELEMENTS = 64  # before and after every allocation: what is aligned stays so
-NUM_BACKWARD_ARGUMENTS = 6  # of a backend's `backward`
 ALLOCATING = (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided)
 
 
@@ -128,16 +127,15 @@ class EmulatedGpu(TorchFunctionMode):
         *inputs_and_results, optional = addresses
         return self._launch(cuda_backend._native.cuda_plan(problem, *self._gpu, workspace, (*inputs_and_results, *optional)), workspace)
 
-    def _backward(self, backward: Callable[..., None], *arguments: Any) -> None:
+    def _backward(self, backward: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Autograd calls it without this mode."""
-        if len(arguments) == NUM_BACKWARD_ARGUMENTS:  # without a choice of kernels
-            arguments += (self._kernels_of_backward,)
+        options = {"kernels": self._kernels_of_backward} | options
         if torch.overrides._get_current_function_mode() is self:
-            backward(*arguments)
+            backward(*arguments, **options)
             return
         super().__enter__()
         try:
-            backward(*arguments)
+            backward(*arguments, **options)
         finally:
             super().__exit__(None, None, None)
 

@@ -95,6 +95,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], bool]] = {
     "batch, dropout": (attention, inputs(Shard(0)) | STATE, False),
     "heads, dropout": (attention, inputs(Shard(1)) | STATE, False),
     "batch, all dropped": (attention, inputs(Shard(0)) | {"dropout_p": 1.0}, True),
+    "bfloat16, batch": (attention, inputs(Shard(0), dtype=torch.bfloat16), True),
+    "bfloat16, heads": (attention, inputs(Shard(1), dtype=torch.bfloat16), True),
     "float64": (attention, inputs(Shard(0), dtype=torch.float64), True),
     "qkv, batch": (attention_qkv_packed, {"qkv": (QKV, Shard(0))}, True),
     "qkv, heads": (attention_qkv_packed, {"qkv": (QKV, Shard(3))}, True),

@@ -115,12 +115,12 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((b"short", 1, *[0] * 5, [0] * 13), ValueError, "the problem must be what problem returned"),
-        (("text", 1, *[0] * 5, [0] * 13), TypeError, "the problem must be what problem returned"),
-        ((b"", 1), TypeError, "cpu_forward takes a problem, a number of threads and the problem's addresses"),
-        ((b"", 1, *[0] * 5, [0] * 10), TypeError, "cpu_forward takes a problem"),
-        ((b"", 1, *[0] * 5, 0), TypeError, "cpu_forward takes a problem"),
-        ((b"", "one", *[0] * 5, (0,) * 13), TypeError, "an integer is required"),
+        ((b"short", 1, *[0] * 6, [0] * 13), ValueError, "the problem must be what problem returned"),
+        (("text", 1, *[0] * 6, [0] * 13), TypeError, "the problem must be what problem returned"),
+        ((b"", 1), TypeError, "cpu_forward takes a problem, a number of threads, out_error and the problem's addresses"),
+        ((b"", 1, *[0] * 6, [0] * 10), TypeError, "cpu_forward takes a problem"),
+        ((b"", 1, *[0] * 6, 0), TypeError, "cpu_forward takes a problem"),
+        ((b"", "one", *[0] * 6, (0,) * 13), TypeError, "an integer is required"),
     ],
 )
 def test_wrong_arguments_of_the_binding(arguments: tuple, error: type[Exception], message: str) -> None:
@@ -135,4 +135,4 @@ def test_a_setting_that_no_instruction_set_has(monkeypatch: pytest.MonkeyPatch) 
     out, lse = torch.empty(BATCH, HEADS, ROWS, HEAD_DIM), torch.empty(BATCH, HEADS, ROWS)
     addresses = packed_problem.addresses(*problem.inputs, problem.optional_tensors(), out, lse)
     with pytest.raises(RuntimeError, match="no such is not an instruction set"):
-        _native.cpu_forward(packed_problem.plain(problem, 0).numbers, 1, *addresses[:5], addresses[5:])
+        _native.cpu_forward(packed_problem.plain(problem, 0).numbers, 1, 0, *addresses[:5], addresses[5:])

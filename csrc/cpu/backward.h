@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward pass with float32 arithmetic; inputs and gradients are stored as float32, bfloat16 or float16. For each query head:
 //
-//   delta = rowsum(dout * out) - dlse                                             (rows,)
+//   delta = rowsum(dout * (out + out_error)) - dlse                               (rows,)
 //   for each block of keys, for each block of query rows that sees it:
 //     S  = Q K^T,  dP = dout V^T                                                  (rows, keys), turned into P and dS: softmax_gradient.h
 //     dV += dropout(P)^T dout,   dK += dS^T Q,   dQ += dS K                       dQ is held for the whole head
@@ -159,14 +159,19 @@ class BackwardPass {
         for (int64_t d = 0; d < dim_qk_; d += kLanes) store(query_rows_ + i * dim_qk_ + d, broadcast(0.0f));
         continue;
       }
-      const T* out = query_row(problem_.out, i);
-      Vec sum = broadcast(0.0f);
-      for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
-        const int64_t remaining = problem_.head_dim_v - d;
-        sum = fmadd(remaining >= kLanes ? load(out + d) : load_first(out + d, remaining), load(dout + d), sum);
-      }
+      Vec sum = add_products(query_row(problem_.out, i), dout, broadcast(0.0f));
+      if (problem_.out_error.data) sum = add_products(query_row(problem_.out_error, i), dout, sum);
       softmax_.enter_row(i, lse[i], reduce_add(sum) - (dlse ? dlse[i] : 0.0f));
     }
+  }
+
+  // sum + a * b over the head dim of the values; lanes of partial sums.
+  FA_MEMBER_INLINE Vec add_products(const T* a, const float* b, Vec sum) const {
+    for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
+      const int64_t remaining = problem_.head_dim_v - d;
+      sum = fmadd(remaining >= kLanes ? load(a + d) : load_first(a + d, remaining), load(b + d), sum);
+    }
+    return sum;
   }
 
   // Packs a block of keys into the packed buffers, starting at key `place`.

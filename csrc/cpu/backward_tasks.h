@@ -93,6 +93,7 @@ void prefetch_inputs(const AttentionProblem& problem, int64_t batch_head, RowPre
   reads(problem.query, h, query0, problem.seqlen_q, problem.head_dim_qk);
   reads(problem.dout, h, query0, problem.seqlen_q, problem.head_dim_v);
   reads(problem.out, h, query0, problem.seqlen_q, problem.head_dim_v);
+  if (problem.out_error.data) reads(problem.out_error, h, query0, problem.seqlen_q, problem.head_dim_v);
   reads(problem.key, h_kv, key0, problem.seqlen_k, problem.head_dim_qk);
   reads(problem.value, h_kv, key0, problem.seqlen_k, problem.head_dim_v);
 }

@@ -5,7 +5,7 @@
 // of query rows that sees it:
 //
 //   1. S^T = K Q^T,   dP^T = V dO^T                           P = exp(scale S + bias - lse), bias and soft cap: bf16_bias.h
-//   2. dS = P * (keep * dropout_scale * dP - delta)           delta = rowsum(dO * O) - dlse
+//   2. dS = P * (keep * dropout_scale * dP - delta)           delta = rowsum(dO * (O + out_error)) - dlse
 //   3. dV += (keep * P)^T dO,   dK += dS^T Q,   dQ^T += K^T dS^T
 //
 // Q and dO are packed once per head in both B layouts, K and V once per block of keys. (Dao 2023, algorithm 2, with the loop over keys
@@ -206,12 +206,17 @@ class Bf16Backward {
     pack_pairs_along_sequence(query, rows_padded_, dim_qk_, query_pairs_);
     pack_pairs_along_head_dim(dout, rows_padded_, dim_v_, dout_tiles_);
     pack_pairs_along_sequence(dout, rows_padded_, dim_v_, dout_pairs_);
-    const RowSource out = query_rows(problem_.out, problem_.head_dim_v, nullptr);
+    const bool has_error = problem_.out_error.data;
+    const RowSource out = query_rows(problem_.out, problem_.head_dim_v, nullptr),
+                    out_error = has_error ? query_rows(problem_.out_error, problem_.head_dim_v, nullptr) : out;
     const float* dlse = problem_.dlse ? problem_.dlse + (lse_of_head - problem_.lse) : nullptr;
     for (int64_t row = 0; row < rows_padded_; row += 16) {
       const LaneMask live = first_lanes(bounds_.seqlen_q - row);
       __m512 products[16];
-      for (int64_t i = 0; i < 16; ++i) products[i] = row_product(dout, out, row + i);
+      for (int64_t i = 0; i < 16; ++i) {
+        products[i] = add_products(dout, out, row + i, _mm512_setzero_ps());
+        if (has_error) products[i] = add_products(dout, out_error, row + i, products[i]);
+      }
       __m512 sums = reduce_16_vectors(products, Sum{});
       if (dlse) sums = _mm512_sub_ps(sums, _mm512_maskz_loadu_ps(live, dlse + row));
       _mm512_storeu_ps(delta_ + row, _mm512_maskz_mov_ps(live, sums));
@@ -235,11 +240,10 @@ class Bf16Backward {
     return all;
   }
 
-  // 16 lanes of partial sums of dout * out over one row.
-  __m512 row_product(const RowSource& dout, const RowSource& out, int64_t row) const {
-    __m512 sum = _mm512_setzero_ps();
+  // sum + left * right over one row; 16 lanes of partial sums.
+  __m512 add_products(const RowSource& left, const RowSource& right, int64_t row, __m512 sum) const {
     for (int64_t d = 0; d < dim_v_; d += 32) {
-      const __m512i a = dout.load32(row, d), b = out.load32(row, d), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+      const __m512i a = left.load32(row, d), b = right.load32(row, d), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
       sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
       sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
     }

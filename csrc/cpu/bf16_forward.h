@@ -5,8 +5,9 @@
 //   1. packs K and V of the block (once per head when one block holds all keys),
 //   2. for each 32 query rows and each run of keys that they see: S = Q K^T (fp32), online softmax on S, P to bf16, acc += P V,
 //
-// and divides acc by the row sums at the end (Milakov and Gimelshein 2018; Dao 2023). Rows of S are reduced 16 at a time, so that
-// maxima, sums, rescaling factors and lse are vectors with one lane per row.
+// and divides acc by the row sums at the end (Milakov and Gimelshein 2018; Dao 2023): those of the rounded P, so that rounding does not
+// change what the weights sum to; lse gets the exact ones. Rows of S are reduced 16 at a time, so that maxima, sums, rescaling factors and
+// lse are vectors with one lane per row.
 #pragma once
 #include "bf16_tiles.h"
 #include "few_rows_forward.h"
@@ -68,7 +69,7 @@ class Bf16Forward {
     packed_key_ = arena.take<Bf16Bits>(block_keys_ * dim_qk_), packed_value_ = arena.take<Bf16Bits>(block_keys_ * dim_v_);
     packed_query_ = arena.take<Bf16Bits>(held_rows_ * dim_qk_);
     acc_ = arena.take<float>(held_rows_ * dim_v_);
-    row_max_ = arena.take<float>(held_rows_), row_sum_ = arena.take<float>(held_rows_);
+    row_max_ = arena.take<float>(held_rows_), row_sum_ = arena.take<float>(held_rows_), weight_sum_ = arena.take<float>(held_rows_);
     scores_ = arena.take<float>(kRows * score_stride_);
     weights_ = arena.take<Bf16Bits>(kRows * weight_stride_);
     if (dropping_) keep_bits_ = arena.take<uint16_t>(kRows * block_keys_ / 16);
@@ -127,6 +128,9 @@ class Bf16Forward {
     return rows_of(problem_.query, batch_, head_, bounds_.first_query + row, rows, problem_.head_dim_qk);
   }
   Bf16Bits* out_row(int64_t row) const { return row_ptr<Bf16Bits>(problem_.out, batch_, head_, bounds_.first_query + row); }
+  Bf16Bits* out_error_row(int64_t row) const {
+    return row_ptr_or_null<Bf16Bits>(problem_.out_error, batch_, head_, bounds_.first_query + row);
+  }
   float* lse_row(int64_t row) const { return problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row; }
   // The tile kinds for the task's rows from `row` on and keys from key0 on; null without a PreparedMask.
   const uint8_t* tile_kinds(int64_t row, int64_t key0) const {
@@ -151,8 +155,10 @@ class Bf16Forward {
   void clear_statistics(int64_t held) {
     const float sink = problem_.sinks ? problem_.sinks[head_] * kLog2e : -kInfinity;
     for (int64_t i = held; i < held + kRows; i += 16) {
+      const __m512 sum = _mm512_set1_ps(sink == -kInfinity ? 0.0f : 1.0f);
       _mm512_store_ps(row_max_ + i, _mm512_set1_ps(sink));
-      _mm512_store_ps(row_sum_ + i, _mm512_set1_ps(sink == -kInfinity ? 0.0f : 1.0f));
+      _mm512_store_ps(row_sum_ + i, sum);
+      _mm512_store_ps(weight_sum_ + i, sum);
     }
     started_[held / kRows] = 0;
   }
@@ -240,9 +246,11 @@ class Bf16Forward {
     const __m512 shift = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, minus_infinity, _CMP_NEQ_UQ), new_max);
     const __m512 alpha = exp2_masked<4>(_mm512_sub_ps(old_max, shift), 0xffff);
     scaled = scaled || scale_large_scores(group, shift);
-    const __m512 block_sum = store_weights<kCheckHoles>(group, scaled ? 1.0f : score_scale_, shift);
+    const BlockSums block = store_weights<kCheckHoles>(group, scaled ? 1.0f : score_scale_, shift);
+    float *row_sum = row_sum_ + group.held, *weight_sum = weight_sum_ + group.held;
     _mm512_store_ps(row_max_ + group.held, new_max);
-    _mm512_store_ps(row_sum_ + group.held, _mm512_fmadd_ps(_mm512_load_ps(row_sum_ + group.held), alpha, block_sum));
+    _mm512_store_ps(row_sum, _mm512_fmadd_ps(_mm512_load_ps(row_sum), alpha, block.exact));
+    _mm512_store_ps(weight_sum, _mm512_fmadd_ps(_mm512_load_ps(weight_sum), alpha, block.rounded));
     if (group.started) scale_accumulators(group.held, alpha);
   }
 
@@ -300,25 +308,32 @@ class Bf16Forward {
     return reduce_16_vectors(&maxima[0].x, Max{});
   }
 
-  // weights = bf16 of keep * 2^(scale * score - shift), 0 for unseen keys. Returns the row sums before dropout.
+  struct BlockSums {  // of the weights of 16 rows, before dropout
+    __m512 exact, rounded;
+  };
+
+  // weights = bf16 of keep * 2^(scale * score - shift), 0 for unseen keys. Returns their sums.
   template <bool kCheckHoles>
-  __m512 store_weights(const RowGroup& group, float scale_of_scores, __m512 shift) {
+  BlockSums store_weights(const RowGroup& group, float scale_of_scores, __m512 shift) {
     alignas(64) float row_shift[16];
     _mm512_store_ps(row_shift, shift);
     const __m512 scale = _mm512_set1_ps(scale_of_scores);
-    __m512 sums[16];
+    const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+    __m512 sums[16], rounded_sums[16];
     for (int64_t i = 0; i < 16; ++i) {
       const float* row = scores_ + (group.first + i) * score_stride_;
       Bf16Bits* weight = weights_ + (group.first + i) * weight_stride_;
       const uint16_t* keep = dropping_ ? keep_bits_ + (group.first + i) * (block_keys_ / 16) : nullptr;
       const __m512 minus_shift = _mm512_set1_ps(-row_shift[i]);
-      __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
+      __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, rounded_sum = sum0;
       const auto store_32 = [&](int64_t j, __mmask16 seen0, __mmask16 seen1) __attribute__((always_inline)) {
         const __m512 p0 = exp2_masked<4>(_mm512_fmadd_ps(_mm512_load_ps(row + j), scale, minus_shift), seen0);
         const __m512 p1 = exp2_masked<4>(_mm512_fmadd_ps(_mm512_load_ps(row + j + 16), scale, minus_shift), seen1);
         sum0 = _mm512_add_ps(sum0, p0);
         sum1 = _mm512_add_ps(sum1, p1);
-        __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0));
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(p1, p0);
+        rounded_sum = _mm512_dpbf16_ps(rounded_sum, rounded, ones);
+        __m512i both = reinterpret_cast<__m512i>(rounded);
         if (keep) both = _mm512_maskz_mov_epi16(keep[j / 16] | static_cast<uint32_t>(keep[j / 16 + 1]) << 16, both);
         _mm512_store_si512(weight + j, both);
       };
@@ -327,9 +342,9 @@ class Bf16Forward {
         for (; j + 32 <= group.visible[i]; j += 32) store_32(j, 0xffff, 0xffff);
       for (; j < group.visible[i]; j += 32) store_32(j, seen_lanes<kCheckHoles>(group, i, j), seen_lanes<kCheckHoles>(group, i, j + 16));
       for (; j < group.keys_padded; j += 32) _mm512_store_si512(weight + j, _mm512_setzero_si512());
-      sums[i] = _mm512_add_ps(sum0, sum1);
+      sums[i] = _mm512_add_ps(sum0, sum1), rounded_sums[i] = rounded_sum;
     }
-    return reduce_16_vectors(sums, Sum{});
+    return {reduce_16_vectors(sums, Sum{}), reduce_16_vectors(rounded_sums, Sum{})};
   }
 
   void scale_accumulators(int64_t held, __m512 alpha) {
@@ -350,19 +365,24 @@ class Bf16Forward {
       const __m512 lse = _mm512_fmadd_ps(_mm512_load_ps(row_max_ + held + i), _mm512_set1_ps(kLn2), natural_log(sum));
       _mm512_mask_storeu_ps(lse_row(row0 + i), first_lanes(rows - i), _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), nonempty, lse));
       alignas(64) float inverse[16];
-      _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(problem_.dropout_scale()), sum));
+      _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(problem_.dropout_scale()), _mm512_load_ps(weight_sum_ + held + i)));
       // The other rows are set to 0 by selection, not multiplication.
       const int written = problem_.dropout_threshold < 65536 && started_[held / kRows] ? nonempty : 0;
       for (int64_t r = 0; r < min_of(int64_t{16}, rows - i); ++r) {
         const float* from = acc_ + (held + i + r) * dim_v_;
-        Bf16Bits* to = out_row(row0 + i + r);
+        Bf16Bits *to = out_row(row0 + i + r), *error = out_error_row(row0 + i + r);
         const __m512 factor = _mm512_set1_ps(inverse[r]);
         const __mmask32 select = written >> r & 1 ? 0xffffffffu : 0u;
         for (int64_t d = 0; d < problem_.head_dim_v; d += 32) {
-          const __m512bh both =
-              _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_load_ps(from + d + 16), factor), _mm512_mul_ps(_mm512_load_ps(from + d), factor));
-          _mm512_mask_storeu_epi16(to + d, first_lanes32(problem_.head_dim_v - d),
-                                   _mm512_maskz_mov_epi16(select, reinterpret_cast<__m512i>(both)));
+          const __mmask32 lanes = first_lanes32(problem_.head_dim_v - d);
+          const __m512 low = _mm512_mul_ps(_mm512_load_ps(from + d), factor), high = _mm512_mul_ps(_mm512_load_ps(from + d + 16), factor);
+          const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+          _mm512_mask_storeu_epi16(to + d, lanes, _mm512_maskz_mov_epi16(select, both));
+          if (!error) continue;
+          const Vec lost_low = rounding_error({low}, {widen(_mm512_castsi512_si256(both), bfloat16_t{})}),
+                    lost_high = rounding_error({high}, {widen(_mm512_extracti64x4_epi64(both, 1), bfloat16_t{})});
+          const __m512i lost = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(lost_high.x, lost_low.x));
+          _mm512_mask_storeu_epi16(error + d, lanes, _mm512_maskz_mov_epi16(select, lost));
         }
       }
     }
@@ -371,6 +391,7 @@ class Bf16Forward {
   void store_absent_rows(int64_t row0, int64_t rows) {
     for (int64_t row = row0; row < row0 + rows; ++row) {
       store_zero_row(out_row(row), problem_.head_dim_v);
+      if (Bf16Bits* error = out_error_row(row)) store_zero_row(error, problem_.head_dim_v);
       *lse_row(row) = -kInfinity;
     }
   }
@@ -402,7 +423,11 @@ class Bf16Forward {
     if (key0 == 0 && next_row < problem_.seqlen_q) {
       const int64_t next_rows = min_of(kRows, problem_.seqlen_q - next_row);
       prefetcher_.add_reads(query_row_of(problem_.query, next_head, next_row), problem_.query.row * 2, next_rows, problem_.head_dim_qk * 2);
-      prefetcher_.add_writes(query_row_of(problem_.out, next_head, next_row), problem_.out.row * 2, next_rows, problem_.head_dim_v * 2);
+      const auto writes = [&](const StridedTensor& result) {
+        if (result.data)
+          prefetcher_.add_writes(query_row_of(result, next_head, next_row), result.row * 2, next_rows, problem_.head_dim_v * 2);
+      };
+      writes(problem_.out), writes(problem_.out_error);
     }
     // Keys: the next block of this head, or the first one of the next head, in equal shares over the rows before it.
     int64_t next_keys = batch_head, next_key = key0 + block_keys_, first = row0 - task_row0, span = task_rows;
@@ -431,7 +456,7 @@ class Bf16Forward {
   ScoreBias score_bias_;
 
   Bf16Bits *packed_key_ = nullptr, *packed_value_ = nullptr, *packed_query_ = nullptr, *weights_ = nullptr;
-  float *acc_ = nullptr, *row_max_ = nullptr, *row_sum_ = nullptr, *scores_ = nullptr;
+  float *acc_ = nullptr, *row_max_ = nullptr, *row_sum_ = nullptr, *weight_sum_ = nullptr, *scores_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr;
   float *key_bias_ = nullptr, *bias_ = nullptr;  // (seqlen_k,) 0 or -inf; (block_keys,) for one row, or shared by all
   uint8_t* started_ = nullptr;                   // per 32 held rows: whether acc_ holds something

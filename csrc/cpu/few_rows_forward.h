@@ -283,8 +283,10 @@ class FewRowsForward {
       for (int64_t i = 0; i < rows; ++i) {
         const float sum = row_sum_[line0 + i];
         with_query_type([&](auto type) FA_LAMBDA_INLINE {
-          store_row(row_ptr<decltype(type)>(problem_.out, batch_, h, bounds_.first_query + i),
-                    sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_, problem_.dropout_scale() / sum, problem_.head_dim_v);
+          using Stored = decltype(type);
+          store_row(row_ptr<Stored>(problem_.out, batch_, h, bounds_.first_query + i), sum == 0.0f ? nullptr : acc_ + (line0 + i) * dim_v_,
+                    problem_.dropout_scale() / sum, problem_.head_dim_v,
+                    row_ptr_or_null<Stored>(problem_.out_error, batch_, h, bounds_.first_query + i));
         });
       }
       const Vec sums = select(first_lanes(rows), load(row_sum_ + line0), broadcast(1.0f));  // unset past the last line

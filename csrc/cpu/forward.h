@@ -173,8 +173,11 @@ class ForwardPass {
                     next_rows = min_of(rows_per_task_, problem_.seqlen_q - row);
       prefetcher_.add_reads(row_ptr<const T>(problem_.query, b, h, query0), problem_.query.row * kSize, next_rows,
                             problem_.head_dim_qk * kSize);
-      prefetcher_.add_writes(row_ptr<const T>(problem_.out, b, h, query0), problem_.out.row * kSize, next_rows,
-                             problem_.head_dim_v * kSize);
+      const auto writes = [&](const StridedTensor& result) {
+        if (result.data)
+          prefetcher_.add_writes(row_ptr<const T>(result, b, h, query0), result.row * kSize, next_rows, problem_.head_dim_v * kSize);
+      };
+      writes(problem_.out), writes(problem_.out_error);
       if (problem_.seqlen_k > most_keys_) {
         prefetch_keys(b, key_head(problem_, h), first_key_of(problem_, b), most_keys_);
       } else if ((batch_head_ + 1) * tasks_per_head_ < last_task) {  // each task of this head prefetches its share of the next head
@@ -234,8 +237,9 @@ class ForwardPass {
     const int64_t first = has_few_rows() && row0_ == 0 ? kFewRows : 0;
     for (int64_t i = first; i < rows_; ++i) {
       const bool empty = row_sum_[i] == 0.0f || !started_[i / block_rows_];  // acc_ may be uninitialized
+      T* const error = row_ptr_or_null<T>(problem_.out_error, batch_, head_, bounds_.first_query + row0_ + i);
       store_row(query_row<T>(problem_.out, row0_ + i), empty ? nullptr : acc_ + i * dim_v_, problem_.dropout_scale() / row_sum_[i],
-                problem_.head_dim_v);
+                problem_.head_dim_v, error);
     }
     float* lse = problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row0_;
     for (int64_t i = first; i < rows_; i += kLanes) store_first(lse + i, natural_lse(load(row_max_ + i), load(row_sum_ + i)), rows_ - i);

@@ -66,7 +66,7 @@ class RowPrefetcher {
     total_lines_ += rows * ((row_bytes + 63) / 64);
   }
 
-  static constexpr int kMaxRegions = 8;
+  static constexpr int kMaxRegions = 9;
   Region regions_[kMaxRegions];
   int64_t num_regions_ = 0, current_ = 0;
   int64_t offset_ = 0;  // in bytes, within the row

@@ -135,15 +135,25 @@ FA_INLINE Vec natural_lse(Vec row_max, Vec row_sum) {
   return select(less_than(row_sum, broadcast(1e-30f)), broadcast(-kInfinity), lse);
 }
 
-// to (head_dim,) = factor * from, or 0 if from is null. from is padded to whole vectors.
+// What rounding took from a number that was stored as `rounded`; 0 if that is not finite.
+FA_INLINE Vec rounding_error(Vec exact, Vec rounded) {
+  const Vec lost = sub(exact, rounded);
+  return keep_where(less_than(absolute(lost), broadcast(kInfinity)), lost);
+}
+
+// to (head_dim,) = factor * from, or 0 if from is null. from is padded to whole vectors. error (head_dim,): what rounding took, or null.
 template <class T>
-static void store_row(T* to, const float* from, float factor, int64_t head_dim) {
+static void store_row(T* to, const float* from, float factor, int64_t head_dim, T* error = nullptr) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     const Vec value = from ? mul(load(from + d), broadcast(factor)) : broadcast(0.0f);
-    if (d + kLanes <= head_dim)
+    const int64_t remaining = head_dim - d;
+    if (remaining >= kLanes) {
       store(to + d, value);
-    else
-      store_first(to + d, value, head_dim - d);
+      if (error) store(error + d, rounding_error(value, load(to + d)));
+    } else {
+      store_first(to + d, value, remaining);
+      if (error) store_first(error + d, rounding_error(value, load_first(to + d, remaining)), remaining);
+    }
   }
 }
 

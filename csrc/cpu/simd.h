@@ -65,6 +65,11 @@ template <class T>
 FA_INLINE T* row_ptr(const StridedTensor& tensor, int64_t b, int64_t h, int64_t row) {
   return static_cast<T*>(tensor.data) + b * tensor.batch + h * tensor.head + row * tensor.row;
 }
+// The same; null if there is no such tensor.
+template <class T>
+FA_INLINE T* row_ptr_or_null(const StridedTensor& tensor, int64_t b, int64_t h, int64_t row) {
+  return tensor.data ? row_ptr<T>(tensor, b, h, row) : nullptr;
+}
 
 // 2^r on [0, 1): minimax polynomials, relative error 7.5e-8 (degree 5), 2.6e-6 (degree 4), 7.5e-5 (degree 3).
 constexpr float kExp2OfFraction[3][6] = {{0.999925219f, 0.69583354f, 0.226067155f, 0.0780245226f, 0, 0},

@@ -23,6 +23,7 @@ from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, add
 
 MAX_HEAD_DIM = 256
 MAX_QUERIES_OF_QUANTIZED = 2  # kFewRows in csrc/cpu/few_rows_forward.h
+KEEPS_OUT_ERROR = (torch.bfloat16, torch.float16)
 MAX_KEYS_WITH_WEIGHTS = 512  # for weights together with the output: one block of keys
 LEAST_MASK_TASKS, HEADS_OF_MASK_PART, MOST_MASK_PARTS = 2, 32, 16  # see _mask_parts
 
@@ -72,9 +73,11 @@ def prepare(problem: Problem) -> Call:
     run, num_threads, as_read = _native.cpu_forward, torch.get_num_threads, packed_problem.as_read
     is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
     places = packed_problem.given(problem.optional_tensors())
+    keeps_out_error = problem.keeps_out_error
 
-    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, ...]:
         out, lse = empty(out_shape, out_strides, dtype), empty(lse_shape, lse_strides, float32)
+        out_error = empty(out_shape, out_strides, dtype) if keeps_out_error else None
         if is_packed:
             out.zero_()
             lse.fill_(-torch.inf)
@@ -83,6 +86,7 @@ def prepare(problem: Problem) -> Call:
         run(
             numbers,
             num_threads(),
+            0 if out_error is None else out_error.data_ptr(),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -90,12 +94,16 @@ def prepare(problem: Problem) -> Call:
             lse.data_ptr(),
             optional_addresses(optional, places) if places else NO_ADDRESSES,
         )
+        if out_error is not None:
+            return out, lse, out_error
         return (out, lse) if needs_lse else out
 
     return call
 
 
-def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+def backward(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients, out_error: Tensor | None = None
+) -> None:
     """Writes every requested gradient; bit-reproducible, for any number of threads."""
     dout = with_contiguous_last_dim(dout)
     if dlse is not None:
@@ -116,6 +124,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     optional = packed_problem.as_read(problem.optional_tensors())
     gradient_addresses = (
         *packed_problem.gradient_addresses(dout, dlse, gradients),
+        address(out_error),
         address(dquery_parts),
         address(dattn_mask),
         address(dalibi_slopes),

@@ -18,6 +18,7 @@ from . import packed_problem
 from .packed_problem import MASK_DTYPES, NO_ADDRESSES, NOT_BUILT, UNLIMITED, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
+KEEPS_OUT_ERROR: tuple[torch.dtype, ...] = ()
 ROWS_PER_BLOCK = 64  # of the backward kernel for dquery
 DTYPES = (torch.bfloat16, torch.float16)
 BACKWARD_KERNELS = {"chosen": 0, "two passes": 1, "one pass": 2}
@@ -205,10 +206,18 @@ def prepare(problem: Problem) -> Call:
 
 
 def backward(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients, kernels: str = "chosen"
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    gradients: Gradients,
+    out_error: None = None,
+    kernels: str = "chosen",
 ) -> None:
     """Writes every requested gradient. All are bit-reproducible; the query's only if the problem is deterministic.
 
+    out_error: these kernels keep none.
     kernels: a name from BACKWARD_KERNELS, for tests and measurements; the one-pass kernels do not support every problem.
     """
     if problem.row_tiles is not None and problem.column_tiles is None:
@@ -225,7 +234,7 @@ def backward(
                 gradient.zero_()
         return
     if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16:
-        backward(problem.with_copied_inputs(), out, lse, dout, dlse, gradients, kernels)
+        backward(problem.with_copied_inputs(), out, lse, dout, dlse, gradients, kernels=kernels)
         return
     if not _has_aligned_strides(dout) or dout.stride(3) != 1 or dout.data_ptr() % 16:
         dout = dout.clone(memory_format=torch.contiguous_format)

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..problem import DIFFERENTIABLE, INPUTS, NUM_INPUTS, OPTIONS, PLACE, TENSORS, Layout
+from ..problem import DIFFERENTIABLE, INPUTS, NUM_INPUTS, OPTIONS, PLACE, SAVED, TENSORS, Layout
 
 Dims = tuple[int | None, int | None]  # a tensor's batch dim and head dim
 
 OPTIONAL_DIMS: list[Dims] = [(tensor.batch, tensor.heads) for tensor in TENSORS.values()]
-DROPOUT_P = list(OPTIONS).index("dropout_p")
+DROPOUT_P, KEEPS_OUT_ERROR = list(OPTIONS).index("dropout_p"), list(OPTIONS).index("keeps_out_error")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -50,7 +50,7 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     num_tensors, num_differentiable = num_inputs + len(TENSORS), len(DIFFERENTIABLE)
     slopes = num_inputs + PLACE["alibi_slopes"]
     input_dims = list(INPUTS[layout].values())
-    result_dims = (0, 1)  # of out and lse; packed sequences have a batch dim of 1
+    result_dims = (0, 1)  # of out, lse and out_error; packed sequences have a batch dim of 1
 
     def place(spec: Any, dim: int | None, otherwise: Any) -> Any:
         """The placement of a tensor, None without one; a dim of size 1 stands for all."""
@@ -88,14 +88,16 @@ def register(layout: Layout, forward: Any, backward: Any) -> None:
     @register_sharding(forward)
     def shard_forward(*arguments: Any) -> list[tuple[list, list]]:
         options = [None] * (len(arguments) - num_tensors)
-        ways: list[tuple[list, list]] = [([Replicate()] * 2, [*tensors_placed(arguments, None), *options])]
+        ways: list[tuple[list, list]] = [([Replicate()] * 3, [*tensors_placed(arguments, None), *options])]
         for kind in kinds(arguments):
-            ways.append(([Shard(result_dims[kind])] * 2, [*tensors_placed(arguments, kind), *options]))
+            shard = Shard(result_dims[kind])
+            out_error = shard if arguments[num_tensors + KEEPS_OUT_ERROR] else Replicate()  # empty
+            ways.append(([shard, shard, out_error], [*tensors_placed(arguments, kind), *options]))
         return ways
 
     @register_sharding(backward)
     def shard_backward(*arguments: Any) -> list[tuple[list, list]]:
-        saved, given = arguments[:4], arguments[4:-num_differentiable]  # dout, dlse, out and lse; the forward's
+        saved, given = arguments[: len(SAVED)], arguments[len(SAVED) : -num_differentiable]  # the forward's
         needs_grad = arguments[-num_differentiable:]
         options = [None] * (len(given) - num_tensors + num_differentiable)
         replicated = [None if spec is None else Replicate() for spec in saved]

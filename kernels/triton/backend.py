@@ -16,6 +16,7 @@ from ..torch_internals import answered_once, constant_of_graph, num_dispatch_mod
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEEPS_OUT_ERROR: tuple[torch.dtype, ...] = ()
 OLDEST_COMPUTE_CAPABILITY = (8, 0)  # the first with bfloat16 and asynchronous copies
 
 
@@ -99,9 +100,7 @@ def prepare(problem: Problem) -> Call:
     input_precision, options = _module("arguments").input_precision, problem.options()
     calls: dict[str, Call] = {}  # keyed by a torch setting
 
-    def call(
-        query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool
-    ) -> Tensor | tuple[Tensor, Tensor] | None:
+    def call(query: Tensor, key: Tensor, value: Tensor, optional: OptionalTensors, needs_lse: bool) -> Tensor | tuple[Tensor, ...] | None:
         precision = input_precision(torch.float32)
         if precision not in calls:
             calls[precision] = kernels.prepare(Problem.from_op_arguments("separate", (query, key, value, *optional, *options)))
@@ -110,8 +109,10 @@ def prepare(problem: Problem) -> Call:
     return call
 
 
-def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
-    """Writes every requested gradient, bit-reproducibly."""
+def backward(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, gradients: Gradients, out_error: None = None
+) -> None:
+    """Writes every requested gradient, bit-reproducibly. out_error: these kernels keep none."""
     if _is_elsewhere(problem.query):
         with torch.cuda.device(problem.query.device):
             backward(problem, out, lse, dout, dlse, gradients)

@@ -36,8 +36,10 @@ def problem(
 def address_names() -> list[str]:
     """The tensors of a forward call, in the order of their addresses."""
 
-def cpu_forward(problem: bytes, num_threads: int, query: int, key: int, value: int, out: int, lse: int, optional: Sequence[int], /) -> None:
-    """Writes out and lse. optional: a tuple or list of the addresses that come after these."""
+def cpu_forward(
+    problem: bytes, num_threads: int, out_error: int, query: int, key: int, value: int, out: int, lse: int, optional: Sequence[int], /
+) -> None:
+    """Writes out and lse, and out_error unless it is 0. optional: a tuple or list of the addresses that come after these."""
 
 def cpu_linear(
     num_threads: int,

@@ -55,11 +55,7 @@ def test_features_of_short_sequences(feature: str, dtype: torch.dtype) -> None:
 def test_features(feature: str, kernels: str, deterministic: bool) -> None:
     call = CALL | FEATURES[feature] | {"dtype": torch.bfloat16, "head_dims": (64, 64), "deterministic": deterministic}
     problem, dout, dlse = build(call, "cuda")
-    backend = SimpleNamespace(
-        prepare=cuda_backend.prepare,
-        backward=partial(cuda_backend.backward, kernels=kernels),
-        unsupported_reasons=cuda_backend.unsupported_reasons,
-    )
+    backend = SimpleNamespace(**vars(cuda_backend) | {"backward": partial(cuda_backend.backward, kernels=kernels)})
     with cuda_backend.single_tile_kernels(False):
         attention_calls.check(backend, problem, dout, dlse, call["memory"], prepare=call["prepare"])
 

@@ -54,11 +54,7 @@ def launched(row: Instance) -> set[str]:
     """Runs the row's call, checks it, and returns the names of the kernels."""
     call = call_of(row)
     problem, dout, dlse = build(call, "cuda")
-    backend = SimpleNamespace(
-        prepare=cuda_backend.prepare,
-        backward=partial(cuda_backend.backward, kernels=backward_of(row)),
-        unsupported_reasons=cuda_backend.unsupported_reasons,
-    )
+    backend = SimpleNamespace(**vars(cuda_backend) | {"backward": partial(cuda_backend.backward, kernels=backward_of(row))})
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         attention_calls.check(backend, problem, dout, dlse, call["memory"])
         torch.cuda.synchronize()
