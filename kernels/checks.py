@@ -233,7 +233,8 @@ def _checked_scales(name: str, scales: Tensor | None, key: Tensor) -> Tensor:
     assert scales is not None
     batch, num_heads, seqlen_k, _ = key.shape
     blocks = scales.shape[2] if scales.dim() == 3 else 0
-    if blocks == 0 or seqlen_k % blocks != 0:
+    fits = scales.dim() == 3 and (seqlen_k == 0 if blocks == 0 else seqlen_k % blocks == 0)
+    if not fits:
         raise ValueError(
             f"{name} must have shape (batch, num_heads_kv, blocks), the same number of the {seqlen_k} tokens in each block, "
             f"got {tuple(scales.shape)}"

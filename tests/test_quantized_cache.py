@@ -108,6 +108,15 @@ def test_any_backend_and_longer_queries(backend: str, seqlen_q: int) -> None:
     torch.testing.assert_close(attention_decode(**given), expected)
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+def test_an_empty_cache(seqlen_q: int) -> None:
+    empty, scale = quantize_kv(torch.zeros(2, 1, 0, 8))
+    arguments = torch.randn(2, 2, seqlen_q, 8), empty, empty, torch.tensor([0, 0])
+    out, lse = attention_decode(*arguments, key_scale=scale, value_scale=scale, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert (lse == -torch.inf).all()
+
+
 @needs_kernels
 def test_what_stands_past_the_lengths_never_matters() -> None:
     given = call(torch.float8_e5m2, block_sizes=(1, 1))

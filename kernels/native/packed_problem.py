@@ -149,7 +149,7 @@ def address(tensor: Tensor | None) -> int:
 
 def _scale_numbers(scale: Tensor | None, numbers: Tensor) -> tuple[int, ...]:
     """The strides of scales (B, Hkv, blocks), and the tokens of a block."""
-    return (*strides(scale, 3), 1 if scale is None else numbers.shape[2] // scale.shape[2])
+    return (*strides(scale, 3), 1 if scale is None else numbers.shape[2] // max(scale.shape[2], 1))
 
 
 def _window_side(side: int | None) -> int:
