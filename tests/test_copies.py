@@ -112,7 +112,7 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "KVCache": (filled_cache, use_cache),
     "empty KVCache": (KVCache, use_cache),
     "Memory": (made_memory, use_memory),
-    "Padding": (lambda: Padding.of(torch.tensor([[3, 0], [4, 5]]), 0), lambda padding: (padding.key_mask, padding.lengths)),
+    "Padding": (lambda: Padding.of(torch.tensor([[True, False], [True, True]])), lambda padding: (padding.key_mask, padding.lengths)),
     "Explanation": (lambda: explain(*[torch.zeros(1, 1, 2, 4)] * 3), str),
 }
 

@@ -185,6 +185,17 @@ def test_results_are_rounded_not_truncated(dtype: torch.dtype, instruction_set: 
         assert abs(lean) < 0.1, f"leans by {lean:.3f} units in the last place"
 
 
+def test_a_large_float_mask_costs_no_precision(instruction_set: str) -> None:
+    """Scores of 300 are rounded once, as in torch, and not again in units of log2: that would leave an error of 5e-6."""
+    if instruction_set == "base":
+        pytest.skip("a product and a sum are rounded one by one where no instruction does both")
+    query, key, value = torch.zeros(1, 2, 40, 64), torch.randn(1, 2, 70, 64), torch.randn(1, 2, 70, 64)
+    mask = 300 + torch.randn(1, 2, 40, 70)
+    expected = mask.double().softmax(-1) @ value.double()
+    out = attention(query, key, value, attn_mask=mask, backend="cpu")
+    assert (out - expected).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_whose_rounding_exceeds_the_exponent_range(dtype: torch.dtype, instruction_set: str) -> None:
     """At scores of 1e10 one unit in the last place is 1,024: the largest score still counts as exactly the maximum."""

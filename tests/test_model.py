@@ -189,7 +189,7 @@ class TestPadding:
         model(SRC, TGT)
         encoder, decoder, cross = made
         assert [options["attn_mask"] for options in seen] == [encoder, encoder, decoder, cross, decoder, cross]
-        assert all(set(options) == {"attn_mask", "dropout_p"} for options in seen)
+        assert all(set(options) == {"attn_mask", "scale", "dropout_p"} for options in seen)
         assert [mask.mask_bits_transposed is not None for mask in made] == [True] * 3
         seen.clear()
         made.clear()
@@ -327,6 +327,21 @@ class TestState:
             "output_bias": False,
             **dict.fromkeys(["embedding_dropout", "attention_dropout", "feed_forward_dropout", "residual_dropout"]),
             "layer_drop": 0.0,
+            "activation": "relu",
+            "gated": False,
+            "norm": "layer",
+            "bias": True,
+            "head_dim": None,
+            "attention_scale": None,
+            "relative_bias": "none",
+            "relative_buckets": 32,
+            "relative_distance": 128,
+            "embedding_scale": True,
+            "embedding_norm": False,
+            "train_padding": False,
+            "output_scale": False,
+            "src_features": 0,
+            "max_src_len": None,
         }
 
     def test_layers_start_different_from_each_other(self) -> None:
@@ -414,7 +429,7 @@ class TestBadInput:
             ({"norm_first": 1}, TypeError, "norm_first must be a bool, got int"),
             ({"pad_id": 23}, ValueError, r"pad_id must be in \[0, 22\], got 23"),
             ({"eos_id": -1}, ValueError, r"eos_id must be in \[0, 28\], got -1"),
-            ({"bos_id": 0}, ValueError, "bos_id must differ from pad_id, both are 0"),
+            ({"eos_id": 0}, ValueError, "eos_id must differ from pad_id, both are 0"),
             ({"max_len": True}, TypeError, "max_len must be an int, got bool"),
         ],
     )

@@ -40,3 +40,11 @@ def check_tokens(name: str, tokens: Tensor, max_len: int, start: int = 0) -> Non
     if start + tokens.shape[1] > max_len:
         cached = f" after {start} cached ones" if start else ""
         raise ValueError(f"{name} has {tokens.shape[1]} tokens a row{cached}, more than max_len = {max_len}")
+
+
+def check_features(src: Tensor, bands: int, max_frames: int) -> None:
+    if not isinstance(src, Tensor) or not src.dtype.is_floating_point:
+        given = f"dtype {src.dtype}" if isinstance(src, Tensor) else type(src).__name__
+        raise TypeError(f"src must be a tensor of floating point log-mel features, got {given}")
+    if src.ndim != 3 or src.shape[1] != bands or src.shape[2] > max_frames:
+        raise ValueError(f"src must have shape (batch, src_features = {bands}, frames <= {max_frames}), got {tuple(src.shape)}")

@@ -62,7 +62,7 @@ class DecoderStepProgram(nn.Module):
         (B, 1, d_model).
         """
         keys_values, key_mask, lengths = memory
-        cache = GrowingCache(tokens != self.model.pad_id, caches, self.model.decoder_cell)
+        cache = GrowingCache(self.model.is_token(tokens), caches, self.model.decoder_cell)
         logits = self.model.decode(tokens[:, -1:], Memory([], Padding(key_mask, lengths), keys_values), cache)[:, -1]
         return Constraints(self.model).apply(logits, tokens.shape[1] - 1), cache.tensors()
 
@@ -77,6 +77,7 @@ class GrowingCache(KVCache):
         self._key_mask = key_mask
         self.layers = [GrowingLayerCache(1) for _ in tensors]
         for layer, tensor in zip(self.layers, tensors, strict=True):
+            layer.length = self.length
             setattr(layer, "state" if decoder_cell == "ssru" else "self_kv", tensor)
 
     def append(self, key_mask: Tensor, num_layers: int) -> dict[str, Tensor]:

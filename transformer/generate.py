@@ -31,7 +31,8 @@ class Scores(NamedTuple):
 class Generation(nn.Module):
     """A SearchableModel (search.py), with forward(src, tgt) -> logits, and the translations that it makes.
 
-    Sources are src (B, S) int64, padded with pad_id. These arguments are common to generate, stream and beam_search:
+    Sources are src (B, S) int64, padded with pad_id; or spectrograms, of which S counts the frames (Transformer's src_features). These
+    arguments are common to generate, stream and beam_search:
 
     max_new_tokens: at most and by default max_len, or S + 50 where that is less (the limit of Vaswani et al. 2017).
     min_length: tokens before eos_id.
@@ -53,6 +54,10 @@ class Generation(nn.Module):
 
     def decode(self, tgt: Tensor, memory: Any, cache: Any) -> Tensor:
         raise NotImplementedError
+
+    def check_source(self, src: Tensor) -> None:
+        """Raises ValueError or TypeError."""
+        check_tokens("src", src, self.max_len)
 
     def attention_maps(self, src: Tensor, tgt: Tensor) -> dict[str, list[Tensor]]:
         """The attention weights of one forward pass; "cross" holds (B, H, T, S) for each attention to the source."""
@@ -94,12 +99,13 @@ class Generation(nn.Module):
             options = {"min_length": min_length, "no_repeat_ngram": no_repeat_ngram, "prefix": prefix}
             penalty = {"length_penalty": length_penalty, "early_stopping": early_stopping}
             found = self.beam_search(src, max_new_tokens, beam=beam, **penalty, **options)  # type: ignore[arg-type]
-            rows = [src.new_tensor(best[0].tokens if best else []) for best in found]
-            return nn.utils.rnn.pad_sequence(rows, True, self.pad_id) if rows else src.new_empty(0, 0)
+            rows = [torch.tensor(best[0].tokens if best else [], dtype=torch.int64, device=src.device) for best in found]
+            empty = torch.empty(0, 0, dtype=torch.int64, device=src.device)
+            return nn.utils.rnn.pad_sequence(rows, True, self.pad_id) if rows else empty
         max_new_tokens, constraints = self._checked(src, max_new_tokens, min_length, no_repeat_ngram, prefix)
         with evaluating(self), torch.no_grad():
             columns = list(self._token_by_token(src, max_new_tokens, constraints, choose))
-        return torch.stack(columns, 1) if columns else src.new_empty(src.shape[0], 0)
+        return torch.stack(columns, 1) if columns else torch.empty(src.shape[0], 0, dtype=torch.int64, device=src.device)
 
     def stream(
         self,
@@ -223,9 +229,9 @@ class Generation(nn.Module):
         self, src: Tensor, max_new_tokens: int | None, min_length: int, no_repeat_ngram: int, prefix: Tensor | None, beam: int = 1
     ) -> tuple[int, Constraints]:
         """max_new_tokens with its default, and the constraints; prefix has `beam` rows for each source."""
-        check_tokens("src", src, self.max_len)
+        self.check_source(src)
         if max_new_tokens is None:
-            max_new_tokens = min(self.max_len, src.shape[1] + 50)
+            max_new_tokens = min(self.max_len, src.shape[-1] + 50)
         max_new_tokens = checked_integer_in("max_new_tokens", max_new_tokens, 1, self.max_len)
         min_length = checked_integer_in("min_length", min_length, 0, max_new_tokens)
         no_repeat_ngram = checked_integer_in("no_repeat_ngram", no_repeat_ngram, 0)

@@ -95,7 +95,7 @@ class LSTMEncoderDecoder(Generation):
     def encode(self, src: Tensor) -> LSTMMemory:
         """src (B, S) int64, padded with pad_id on the right."""
         check_tokens("src", src, self.max_len)
-        padding = Padding.of(src, self.pad_id)
+        padding = Padding.of(src != self.pad_id)
         lengths = padding.lengths.cpu().clamp(min=1)
         embedded = self._embedded(self.tgt_embedding if self.src_embedding is None else self.src_embedding, src)
         if src.numel() == 0:

@@ -21,11 +21,11 @@ class Padding:
     lengths: Tensor  # (B,) int32, the position of the last token + 1; 0 for a row that is all padding
 
     @classmethod
-    def of(cls, tokens: Tensor, pad_id: int) -> Padding:
-        key_mask = tokens != pad_id
-        if tokens.shape[1] == 0:
-            return cls(key_mask, tokens.new_zeros(tokens.shape[0], dtype=torch.int32))
-        ends = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
+    def of(cls, key_mask: Tensor) -> Padding:
+        """key_mask (B, L) bool, True = a token."""
+        if key_mask.shape[1] == 0:
+            return cls(key_mask, key_mask.new_zeros(key_mask.shape[0], dtype=torch.int32))
+        ends = torch.arange(1, key_mask.shape[1] + 1, dtype=torch.int32, device=key_mask.device)
         return cls(key_mask, (ends * key_mask).amax(1))
 
     def as_keys(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ constexpr int64_t kScoreStride = kBlockRows + 16;        // elements from one ke
 class TransposedBias {
  public:
   explicit TransposedBias(const AttentionProblem& problem)
-      : problem_(problem), scale_(problem.softmax_scale * kLog2e), softcap_(problem), score_bias_(problem) {}
+      : problem_(problem), scale_(problem.softmax_scale), softcap_(problem), score_bias_(problem) {}
 
   void carve(Arena& arena) {
     bias_t_ = arena.take<float>(kBlockColumns * kScoreStride);
@@ -41,7 +41,8 @@ class TransposedBias {
       for (int64_t i = 0; i < rows; i += 16) {
         const int64_t at = j * kScoreStride + i;
         Vec tanh_of_score = broadcast(0.0f);
-        store(scores + at, biased_scores(load(scores + at), scale_, softcap_, load(bias_t_ + at), &tanh_of_score));
+        const Vec score = biased_scores(load(scores + at), scale_, softcap_, load(bias_t_ + at), &tanh_of_score);
+        store(scores + at, mul(score, broadcast(kLog2e)));
         if (softcap_) store(bias_t_ + at, sub(broadcast(1.0f), mul(tanh_of_score, tanh_of_score)));
       }
   }

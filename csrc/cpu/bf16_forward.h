@@ -298,7 +298,7 @@ class Bf16Forward {
         Vec highest = broadcast(-kInfinity);
         for (int64_t j = 0; j < visible; j += 16) {
           const Vec bias = select(first_lanes(visible - j), added(j), broadcast(-kInfinity));
-          const Vec x = biased_scores(load(row + j), score_scale_, softcap_, bias);
+          const Vec x = mul(biased_scores(load(row + j), problem_.softmax_scale, softcap_, bias), broadcast(kLog2e));
           store(row + j, x);
           highest = max_of(highest, x);
         }

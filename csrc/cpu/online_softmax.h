@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns the raw products of one query row into the weights that multiply V: scale, soft cap, bias, dropout and the online softmax of
-// Milakov and Gimelshein (2018). Scores are in log2 units, so a weight is one multiply-add and one exp2.
+// Milakov and Gimelshein (2018). A weight is one multiply-add, to log2 units and less the row's maximum, and one exp2: only the difference
+// is rounded.
 #pragma once
 #include "dropout.h"
 #include "matmul.h"
@@ -12,7 +13,7 @@ class OnlineSoftmax {
  public:
   OnlineSoftmax(const AttentionProblem& problem, Arena& arena, int64_t score_stride)
       : dropping_(problem.dropout_threshold != 0),
-        score_scale_(problem.softmax_scale * kLog2e),
+        softmax_scale_(problem.softmax_scale),
         softcap_(problem),
         score_bias_(problem),
         bias_(arena.take<float>(score_stride)) {}
@@ -40,12 +41,7 @@ class OnlineSoftmax {
  private:
   FA_MEMBER_INLINE float plain_weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) const {
     const int64_t visible = min_of(visible_keys(*bounds_, row) - key0_, keys_);
-    float scale = score_scale_, block_max = leading_max(scores, visible) * score_scale_;
-    if (__builtin_fabsf(block_max) > kScaleFirstAbove) {
-      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(score_scale_)));
-      scale = 1.0f, block_max = leading_max(scores, visible);
-    }
-    return update(scores, visible, keys_, block_max, scale, row_max, row_sum, keep);
+    return update(scores, visible, keys_, leading_max(scores, visible), softmax_scale_ * kLog2e, row_max, row_sum, keep);
   }
 
   FA_MEMBER_INLINE float biased_weights(int64_t row, float* scores, float& row_max, float& row_sum, const uint16_t* keep) {
@@ -60,17 +56,23 @@ class OnlineSoftmax {
     const Vec max = with_bias(score_bias_, mask, bias, visible, 1, [&](auto added) FA_LAMBDA_INLINE {
       Vec highest = broadcast(-kInfinity);
       for (int64_t j = 0; j < visible; j += kLanes) {
-        const Vec x = biased_scores(load(scores + j), score_scale_, softcap_, added(j));
+        const Vec x = biased_scores(load(scores + j), softmax_scale_, softcap_, added(j));
         store(scores + j, x);
         highest = max_of(highest, select(first_lanes(visible - j), x, highest));
       }
       return highest;
     });
-    return update(scores, visible, keys, reduce_max(max), 1.0f, row_max, row_sum, keep);
+    return update(scores, visible, keys, reduce_max(max), kLog2e, row_max, row_sum, keep);
   }
 
-  FA_MEMBER_INLINE float update(float* scores, int64_t visible, int64_t keys, float block_max, float scale, float& row_max, float& row_sum,
+  // highest: the largest of the visible scores. scale: from scores to log2 units.
+  FA_MEMBER_INLINE float update(float* scores, int64_t visible, int64_t keys, float highest, float scale, float& row_max, float& row_sum,
                                 const uint16_t* keep) const {
+    float block_max = highest * scale;
+    if (__builtin_fabsf(block_max) > kScaleFirstAbove) {
+      for (int64_t j = 0; j < visible; j += kLanes) store(scores + j, mul(load(scores + j), broadcast(scale)));
+      scale = 1.0f;
+    }
     const float old_max = row_max, new_max = max_of(old_max, block_max);
     const float shift = new_max == -kInfinity ? 0.0f : new_max;  // a row that sees nothing: exp2(-inf - 0) = 0, never NaN
     const float sum = dropping_ ? exponentials<true>(scores, visible, keys, scale, shift, keep)
@@ -119,7 +121,7 @@ class OnlineSoftmax {
   }
 
   const bool dropping_;
-  const float score_scale_;
+  const float softmax_scale_;
   const Softcap softcap_;
   ScoreBias score_bias_;
   float* bias_;  // (score_stride,) for one row, or shared by all

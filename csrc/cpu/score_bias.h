@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is added to the scores of one row, in log2 units: attn_mask of any dtype and stride, ALiBi, and -inf for keys the row may not attend
+// What is added to the scores of one row: attn_mask of any dtype and stride, ALiBi, and -inf for keys the row may not attend
 // to (masked or absent keys, bits of a PreparedMask, keys outside the causal or window bounds). If there are only masks, the kernels read
 // them in place, in their own dtype (MaskRow); otherwise they read a row of float32 that holds everything (fill).
 #pragma once
@@ -7,13 +7,13 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr float kMaskedBelow = -1e30f * kLog2e;  // in log2 units: attn_mask values below -1e30 mask, as -inf does
+constexpr float kMaskedBelow = -1e30f;  // attn_mask values below it mask, as -inf does
 
-// The soft cap, s -> softcap * tanh(s / softcap), from raw products Q K^T to scores in log2 units.
+// The soft cap, s -> softcap * tanh(s / softcap), from raw products Q K^T to scores.
 struct Softcap {
   float inner, outer;  // x = outer * tanh(inner * product)
   explicit Softcap(const AttentionProblem& problem)
-      : inner(problem.softcap != 0.0f ? problem.softmax_scale / problem.softcap : 0.0f), outer(problem.softcap * kLog2e) {}
+      : inner(problem.softcap != 0.0f ? problem.softmax_scale / problem.softcap : 0.0f), outer(problem.softcap) {}
   explicit operator bool() const { return outer != 0.0f; }
 };
 
@@ -79,7 +79,7 @@ class ScoreBias {
       store(bias + j, mask_elements_lie_apart() ? without_hidden(masks, j, gathered_values(attn_mask(row, key0 + j), keys - j))
                                                 : mask_values(masks, j, keys - j, 1));
     if (problem_.alibi_slopes) {
-      const Vec slope = broadcast(-slope_ * kLog2e);
+      const Vec slope = broadcast(-slope_);
       for (int64_t j = 0; j < padded; j += kLanes) store(bias + j, fmadd(distances(row, key0 + j), slope, load(bias + j)));
     }
     const int64_t first = first_visible_key(*bounds_, row) - key0, last = min_of(visible_keys(*bounds_, row) - key0, keys);
@@ -139,7 +139,7 @@ class ScoreBias {
   }
   template <class T>
   FA_MEMBER_INLINE static Vec float_values(const T* values, int64_t remaining) {
-    return mul(remaining >= kLanes ? load(values) : load_first(values, max_of(remaining, int64_t{0})), broadcast(kLog2e));
+    return remaining >= kLanes ? load(values) : load_first(values, max_of(remaining, int64_t{0}));
   }
 
   // The same for strided elements.
@@ -179,18 +179,26 @@ FA_INLINE auto with_bias(const ScoreBias& score_bias, const MaskRow& mask, const
   return visit([&](int64_t j) FA_LAMBDA_INLINE { return load(bias + j); });
 }
 
-// kLanes scores in log2 units from products, -inf if the bias is. tanh_of_score: receives the soft cap's tanh, for its derivative.
-FA_INLINE Vec biased_scores(Vec product, float log2_scale, const Softcap& softcap, Vec bias, Vec* tanh_of_score = nullptr) {
+// kLanes scores from products, -inf if the bias is. Not in log2 units: that would round twice, the bias and then the sum, and large scores
+// lose as much as their size. tanh_of_score: receives the soft cap's tanh, for its derivative.
+FA_INLINE Vec biased_scores(Vec product, float softmax_scale, const Softcap& softcap, Vec bias, Vec* tanh_of_score = nullptr) {
   Vec x;
   if (softcap) {
     const Vec t = tanh(mul(product, broadcast(softcap.inner)));
     if (tanh_of_score) *tanh_of_score = t;
     x = fmadd(t, broadcast(softcap.outer), bias);
   } else {
-    x = fmadd(product, broadcast(log2_scale), bias);
+    x = fmadd(product, broadcast(softmax_scale), bias);
   }
   return select(less_than(bias, broadcast(kMaskedBelow)), broadcast(-kInfinity), x);
 }
+
+// exp(score - lse) for one row. The forward turned scores to log2 units with the rounded log2 e, and lse back with the exact one.
+struct WeightOfScore {
+  float lse, lost;
+  explicit WeightOfScore(float row_lse) : lse(row_lse), lost(__builtin_fabsf(lse) < kScaleFirstAbove ? lse * kLog2eRest : 0.0f) {}
+  FA_MEMBER_INLINE Vec operator()(Vec score) const { return exp2(fmsub(sub(score, broadcast(lse)), broadcast(kLog2e), broadcast(lost))); }
+};
 
 // The kinds of a PreparedMask's tiles of 64 keys, for one block of 64 rows.
 enum TileKind : uint8_t { kEmptyTile = 0, kFullTile = 1, kMixedTile = 2 };

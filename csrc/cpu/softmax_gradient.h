@@ -20,6 +20,7 @@ class SoftmaxGradient {
   SoftmaxGradient(const AttentionProblem& problem, Arena& arena)
       : problem_(problem), score_scale_(problem.softmax_scale * kLog2e), softcap_(problem), score_bias_(problem) {
     row_shift_ = arena.take<float>(problem.seqlen_q);
+    row_lse_ = arena.take<float>(problem.seqlen_q);
     row_factor_ = arena.take<float>(problem.seqlen_q);
     delta_ = arena.take<float>(problem.seqlen_q);
     weights_ = arena.take<float>(kRows * kScoreStride);
@@ -44,7 +45,7 @@ class SoftmaxGradient {
     delta_[row] = delta;
     // lse log2 e is not exact in float32; the rounding error is put back as a factor.
     const float shift = lse * kLog2e, lost = __builtin_fmaf(lse, kLog2e, -shift) + lse * kLog2eRest;
-    row_shift_[row] = shift;
+    row_shift_[row] = shift, row_lse_[row] = lse;
     row_factor_[row] = 1.0f - lost * kLn2;
   }
 
@@ -112,8 +113,8 @@ class SoftmaxGradient {
   void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const Added& added, Vec& slope_sum) {
     float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
     const bool empty = row_shift_[row] == kInfinity;
-    const Vec shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]), delta = broadcast(delta_[row]),
-              dropout_scale = broadcast(problem_.dropout_scale()), zero = broadcast(0.0f);
+    const WeightOfScore weight_of(row_lse_[row]);
+    const Vec delta = broadcast(delta_[row]), dropout_scale = broadcast(problem_.dropout_scale()), zero = broadcast(0.0f);
     float* dmask = dmask_ ? dmask_ + row * problem_.dattn_mask_row + key0 * problem_.dattn_mask_key : nullptr;
     const int64_t visible = empty ? 0 : min_of(visible_keys(*bounds_, row) - key0, keys);
     Vec row_sum = zero;
@@ -121,8 +122,8 @@ class SoftmaxGradient {
       const Vec bias = select(first_lanes(visible - j), added(j), broadcast(-kInfinity));
       const LaneMask masked = less_than(bias, broadcast(kMaskedBelow));
       Vec tanh_of_score = zero;
-      const Vec score = biased_scores(load(weights + j), score_scale_, softcap_, bias, &tanh_of_score);
-      Vec weight = select(masked, zero, mul(exp2(sub(score, shift)), factor)), dweight = load(dscores + j);
+      const Vec score = biased_scores(load(weights + j), problem_.softmax_scale, softcap_, bias, &tanh_of_score);
+      Vec weight = select(masked, zero, weight_of(score)), dweight = load(dscores + j);
       if constexpr (kDropping) dweight = keep_where(kept(i, j), mul(dweight, dropout_scale));
       const Vec dbias = select(masked, zero, mul(weight, sub(dweight, delta)));
       store(dscores + j, softcap_ ? mul(dbias, sub(broadcast(1.0f), mul(tanh_of_score, tanh_of_score))) : dbias);
@@ -151,10 +152,10 @@ class SoftmaxGradient {
   const Softcap softcap_;
   ScoreBias score_bias_;
 
-  float *row_shift_, *row_factor_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *weights_, *dscores_;                // (kRows, kScoreStride)
-  float* bias_;                              // (kKeyTile,) for one row, or shared by all
-  uint16_t* keep_bits_;                      // (kRows, kKeepWords) dropout bits
+  float *row_shift_, *row_factor_, *row_lse_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
+  float *weights_, *dscores_;                           // (kRows, kScoreStride)
+  float* bias_;                                         // (kKeyTile,) for one row, or shared by all
+  uint16_t* keep_bits_;                                 // (kRows, kKeepWords) dropout bits
 
   const SequenceBounds* bounds_ = nullptr;
   int64_t batch_head_ = 0;

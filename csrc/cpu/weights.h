@@ -16,7 +16,6 @@ class WeightsPass {
   WeightsPass(const AttentionProblem& problem, char* scratch)
       : problem_(problem),
         dim_qk_(round_up(problem.head_dim_qk, 16)),
-        score_scale_(problem.softmax_scale * kLog2e),
         factor_(problem.dropout_scale() / static_cast<float>(problem.average_heads ? problem.num_heads : 1)),
         softcap_(problem),
         score_bias_(problem) {
@@ -113,15 +112,13 @@ class WeightsPass {
     const int64_t visible = seen > 0 ? max_of(min_of(visible_keys(bounds_, row) - key0, seen), int64_t{0}) : 0;
     const bool biased = visible > 0 && score_bias_.needed(mixed);
     if (biased) score_bias_.fill(row, key0, visible, mixed, bias_);
-    // lse log2 e is not exact in float32; the rounding error is put back as a factor.
-    const float shift = lse * kLog2e, lost = __builtin_fmaf(lse, kLog2e, -shift) + lse * kLog2eRest;
-    const Vec factor = broadcast(factor_ * (1.0f - lost * kLn2));
+    const WeightOfScore weight_of(lse);
     int64_t j = 0;
     for (; j < visible; j += kLanes) {
-      const Vec score = biased_scores(load(scores + j), score_scale_, softcap_, biased ? load(bias_ + j) : broadcast(0.0f));
+      const Vec score = biased_scores(load(scores + j), problem_.softmax_scale, softcap_, biased ? load(bias_ + j) : broadcast(0.0f));
       LaneMask kept = first_lanes(visible - j);
       if (problem_.dropout_threshold) kept = kept & lanes_of_bits(keep[j / 16], static_cast<int>(j % 16));
-      store(scores + j, keep_where(kept, mul(exp2(sub(score, broadcast(shift))), factor)));
+      store(scores + j, keep_where(kept, mul(weight_of(score), broadcast(factor_))));
     }
     for (; j < keys; j += kLanes) store(scores + j, broadcast(0.0f));
   }
@@ -138,7 +135,7 @@ class WeightsPass {
 
   const AttentionProblem& problem_;
   const int64_t dim_qk_;
-  const float score_scale_, factor_;
+  const float factor_;
   const Softcap softcap_;
   ScoreBias score_bias_;
   size_t scratch_bytes_;
