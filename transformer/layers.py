@@ -139,7 +139,7 @@ class SelfAttention(_PackedAttention):
             return self.merge_heads(attend_to_cache(query, kv, scale=self.scale, dropout_p=self.dropout_p, **options))
         masks = {name: options[name] for name in ("key_mask", "key_lengths")}  # decoding is causal from the bottom right
         key, value, key_scale, value_scale = (part.transpose(1, 2) for part in (*kv.unbind(2), *cache.self_scale.unbind(2)))
-        scales = {"key_scale": key_scale, "value_scale": value_scale, "scale": self.scale}
+        scales: dict[str, Any] = {"key_scale": key_scale, "value_scale": value_scale, "scale": self.scale}
         return self.merge_heads(attention_decode(query, key, value, **masks, **scales))
 
     def weights(self, x: Tensor, **options: Any) -> Tensor:

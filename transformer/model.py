@@ -204,7 +204,7 @@ class Transformer(Generation):
         def probability(name: str) -> float:
             return self.config["dropout" if self.config[name] is None else name]
 
-        for embedding in filter(None, (self.src_embedding, self.tgt_embedding)):
+        for embedding in cast(Any, filter(None, (self.src_embedding, self.tgt_embedding))):
             embedding.dropout = probability("embedding_dropout")
         for stack in (self.encoder, self.decoder):
             stack.layer_drop = self.config["layer_drop"]
