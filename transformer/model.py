@@ -227,7 +227,7 @@ class Transformer(Generation):
         if (path / "config.json").is_file():
             from .pretrained.huggingface import read_folder
 
-            config, state = read_folder(path)
+            config, state = read_folder(path, cls._shapes)
         else:
             for name in ("numpy", "yaml"):
                 optional_module(name, "pretrained")
@@ -247,7 +247,14 @@ class Transformer(Generation):
         """
         from .pretrained.huggingface import write_folder
 
-        return write_folder(Path(folder), self.config, self.state_dict())
+        defaults = {name: parameter.default for name, parameter in inspect.signature(Transformer).parameters.items()}
+        return write_folder(Path(folder), self.config, self.state_dict(), defaults)
+
+    @classmethod
+    def _shapes(cls, config: dict[str, Any]) -> dict[str, torch.Size]:
+        """Of the state_dict of a model with these arguments."""
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in cls(**config).state_dict().items()}
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits (B, T, tgt_vocab): position t scores the token after tgt[:, : t + 1].

@@ -75,8 +75,8 @@ class Family:
     ignored: tuple[str, ...] = ()  # names of tensors, or their ends, that say nothing new
 
 
-def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The arguments of Transformer and its state_dict in float32.
+def read_folder(folder: Path, shapes_of: Callable[[Config], dict[str, torch.Size]]) -> tuple[Config, dict[str, Tensor]]:
+    """The arguments of Transformer and its state_dict in float32. shapes_of: the shapes of the state_dict for such arguments.
 
     Raises PretrainedError: the architecture is unknown, a setting is not covered, or a tensor is missing, unknown or of another shape.
     """
@@ -94,7 +94,7 @@ def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     except ValueError as error:
         raise PretrainedError(f"{folder / CONFIG}: {error}") from error
     try:
-        shapes = _shapes(config)
+        shapes = shapes_of(config)
     except (TypeError, ValueError) as error:
         raise PretrainedError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
     state = {place.ours: place.join(tensors.take, shapes[place.ours]) for place in family.places(config)}
@@ -102,8 +102,8 @@ def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     return config, state
 
 
-def write_folder(folder: Path, config: Config, state: dict[str, Tensor]) -> str:
-    """Writes config.json and model.safetensors for a model with these arguments and returns its model_type.
+def write_folder(folder: Path, config: Config, state: dict[str, Tensor], defaults: Config) -> str:
+    """Writes config.json and model.safetensors for a model with these arguments and returns its model_type. defaults: of all arguments.
 
     Raises ValueError: no family has such models; the message names the arguments in which the nearest one differs.
     """
@@ -114,7 +114,7 @@ def write_folder(folder: Path, config: Config, state: dict[str, Tensor]) -> str:
             again = family.read(theirs, {name for place in family.places(config) for name in place.theirs if name})
         except (KeyError, ValueError):
             continue
-        as_read = {name: again.get(name, _default(name)) for name in config if name not in NOT_COMPARED}
+        as_read = {name: again.get(name, defaults[name]) for name in config if name not in NOT_COMPARED}
         differences[family.title] = [name for name, value in as_read.items() if config[name] != value]
         if not differences[family.title]:
             break
@@ -127,21 +127,6 @@ def write_folder(folder: Path, config: Config, state: dict[str, Tensor]) -> str:
     safetensors.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(theirs, indent=2, sort_keys=True) + "\n")
     return theirs["model_type"]
-
-
-def _default(name: str) -> Any:
-    import inspect
-
-    from ..model import Transformer
-
-    return inspect.signature(Transformer).parameters[name].default
-
-
-def _shapes(config: Config) -> dict[str, torch.Size]:
-    from ..model import Transformer
-
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in Transformer(**config).state_dict().items()}
 
 
 def _json(path: Path) -> Config:
