@@ -148,11 +148,11 @@ def roofline(cells: Sequence[Cell]) -> list[Picture]:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_ylabel("GFLOP/s", color=STYLE.text)
-        style_axes(axes, STYLE, f"{dtype}, {threads} threads", "operations a byte", from_zero=False)
+        style_axes(axes, STYLE, f"{dtype}, threads: {threads}", "operations a byte", from_zero=False)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
         figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=STYLE.text, fontsize=8)
-        pictures.append(Picture(f"Our cells, {dtype}, {threads} threads", plots.svg(figure)))
+        pictures.append(Picture(f"Our cells, {dtype}, threads: {threads}", plots.svg(figure)))
     return pictures
 
 
