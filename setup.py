@@ -25,7 +25,7 @@ X86_64 = platform.machine() in ("x86_64", "AMD64")
 
 BINDING = ["csrc/module.cpp"]
 CPU_KERNELS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/isa_base.cpp"]
-CPU_KERNELS_X86 = ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_avx512.cpp", "csrc/cpu/isa_avx512_bf16.cpp", "csrc/cpu/isa_amx.cpp"]
+CPU_KERNELS_X86 = [f"csrc/cpu/isa_{name}.cpp" for name in ("avx2", "avx512", "avx512_bf16", "amx", "amx_bf16x3")]
 CUDA_HOST = ["csrc/cuda/driver.cpp", "csrc/cuda/plan.cpp", "csrc/cuda/planner.cpp", "csrc/cuda/families.cpp", "csrc/cuda/sm80/plan.cpp"]
 SOURCES = BINDING + CUDA_HOST + CPU_KERNELS + (CPU_KERNELS_X86 if X86_64 else [])
 

@@ -38,8 +38,9 @@ class Calls(NamedTuple):
 
     @property
     def sequence_first(self) -> bool:
-        """Whether memory is (B, L, H, D), as a linear layer writes it; (B, H, L, D) otherwise."""
-        return all(tensor.transpose(1, 2).is_contiguous() for tensor in self.inputs[0][:3])
+        """Whether memory is (B, L, H, D), as a linear layer writes it; (B, H, L, D) otherwise. One token or head has both: the first."""
+        query = self.inputs[0].query
+        return query.transpose(1, 2).is_contiguous()
 
 
 FLEX = "FlexAttention"

@@ -118,6 +118,12 @@ py::bytes problem_bytes(int dtype, const std::array<int64_t, 7>& sizes, const Pa
   return as_bytes(problem);
 }
 
+py::bytes with_bf16x3(const py::bytes& bytes) {
+  auto problem = from_bytes<AttentionProblem>(bytes.ptr(), "problem");
+  problem.bf16x3 = true;
+  return as_bytes(problem);
+}
+
 // Assigns the addresses to the pointers, in order.
 template <size_t kNum, class... T>
 void place(const std::array<Address, kNum>& addresses, T*&... pointers) {
@@ -348,6 +354,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("attn_mask_dtype"), py::arg("key_mask"), py::arg("alibi_slopes"), py::arg("mask_bits"), py::arg("row_tiles"),
              py::arg("num_tiles"), py::arg("cache_dtype"), py::arg("key_scale"), py::arg("value_scale"),
              "A problem without its addresses.");
+  module.def("with_bf16x3", &with_bf16x3, "The same problem, whose float32 numbers may be split into two of bfloat16.");
   module.def(
       "address_names",
       [] {
@@ -360,6 +367,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("cpu_weights", &cpu_weights, "Writes the weights, or their mean over heads, to `out`.");
   module.def("cpu_forward_with_weights", &cpu_forward_with_weights, "Writes out, lse and the mean of the weights over heads.");
   module.def("cpu_backward", &cpu_backward, "Writes every gradient.");
+  module.def("cpu_has_bf16x3", &cpu::has_bf16x3,
+             "Whether this machine has kernels for with_bf16x3; they run with the best instruction set.");
   module.def("cpu_key_parts", &cpu::key_parts, "How many parts cpu_backward sums over the keys of a sequence in.");
   module.def(
       "cpu_isa", [] { return cpu::selected_table().name; }, "The instruction set in use; FUSED_ATTENTION_CPU_ISA forces a lower one.");

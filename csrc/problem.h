@@ -47,6 +47,7 @@ struct TileLists {
 
 struct AttentionProblem {
   Dtype dtype = Dtype::float32;  // of query, key, value, out and their gradients
+  bool bf16x3 = false;           // float32 numbers may be split into two of bfloat16, whose three products are summed; CPU only
   int64_t batch = 0, num_heads = 0, seqlen_q = 0, seqlen_k = 0, head_dim_qk = 0, head_dim_v = 0;
   int64_t num_heads_kv = 0;    // Hkv, a divisor of num_heads: query head h reads key and value head h / (num_heads / num_heads_kv)
   float softmax_scale = 1.0f;  // finite and > 0

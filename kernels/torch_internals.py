@@ -76,6 +76,11 @@ current_device: Callable[[], int] = _found_where_built_for_gpus("_C._cuda_getDev
 current_stream: Callable[[int], int] = _found_where_built_for_gpus(
     "_C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
+# (backend, operation) -> "none", "ieee", "tf32" or "bf16". NOTE: torch.get_float32_matmul_precision raises after
+# torch.backends.mkldnn.matmul.fp32_precision was set.
+float32_precision: Callable[[str, str], str] = _found(
+    "_C._get_fp32_precision_getter", lambda *_: {"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "ieee")
+)
 # (shape, strides, dtype) -> an uninitialized tensor, by device type
 allocators: dict[str, Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]] = {}
 for _device, _find in (("cpu", _found), ("cuda", _found_where_built_for_gpus)):

@@ -20,7 +20,7 @@
 #ifdef WITHOUT_AVX512  // dispatch.cpp asks for these and must not call them
 namespace fused_attention::cpu {
 extern const KernelTable kAvx512Kernels{};
-extern const Kernel kAmxForward{}, kAmxBackward{}, kAvx512Bf16Forward{}, kAvx512Bf16Backward{};
+extern const Kernel kAmxForward{}, kAmxBackward{}, kAmxForwardBf16x3{}, kAmxBackwardBf16x3{}, kAvx512Bf16Forward{}, kAvx512Bf16Backward{};
 bool amx_available() { return false; }
 bool avx512_bf16_available() { return false; }
 }  // namespace fused_attention::cpu
@@ -475,7 +475,10 @@ Expected expect(const Inputs& in) {
 // A coarse bound, here to catch a wrong index or mask, in units in the last place of the largest value: float16 16, bfloat16 8, float32
 // 32 (the 16 that the accuracy rule allows in itself and as much for what it adds by plain PyTorch's own error). The Python tests judge
 // rounding.
-double tolerance(Dtype dtype) { return dtype == Dtype::float32 ? 3.8e-6 : dtype == Dtype::float16 ? 16.0 / 2048 : 8.0 / 256; }
+double tolerance(const AttentionProblem& problem, Dtype dtype) {
+  if (dtype == Dtype::float32) return problem.bf16x3 ? 1e-4 : 3.8e-6;
+  return dtype == Dtype::float16 ? 16.0 / 2048 : 8.0 / 256;
+}
 
 [[noreturn]] void fail(const char* isa, const Inputs& in, const std::string& what) {
   const Case& c = in.c;
@@ -494,7 +497,7 @@ void compare(const char* isa, const Inputs& in, const char* name, const Tensor& 
     for (int64_t h = 0; h < got.heads; ++h)
       for (int64_t r = 0; r < got.rows; ++r)
         for (int64_t d = 0; d < got.columns; ++d, ++index)
-          if (!(std::fabs(got.get(b, h, r, d) - want[index]) <= tolerance(got.dtype) * largest))
+          if (!(std::fabs(got.get(b, h, r, d) - want[index]) <= tolerance(in.problem, got.dtype) * largest))
             fail(isa, in,
                  std::string(name) + " at (" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(r) + ", " +
                      std::to_string(d) + "): got " + std::to_string(got.get(b, h, r, d)) + ", want " + std::to_string(want[index]));
@@ -510,7 +513,7 @@ void compare_sums(const char* isa, const Inputs& in, const char* name, const std
   for (size_t i = 0; i < want.size(); ++i) {
     double sum = 0;
     for (size_t part = 0; part < parts; ++part) sum += got[part * stride + i * step];
-    if (!(std::fabs(sum - want[i]) <= 4 * tolerance(in.problem.dtype) * largest))  // of inputs that cancel
+    if (!(std::fabs(sum - want[i]) <= 4 * tolerance(in.problem, in.problem.dtype) * largest))  // of inputs that cancel
       fail(isa, in, std::string(name) + " " + std::to_string(i) + ": got " + std::to_string(sum) + ", want " + std::to_string(want[i]));
   }
 }
@@ -531,8 +534,10 @@ void add_dquery_parts(Inputs& in) {
 }
 
 void compare_lse(const char* isa, const Inputs& in, const Expected& want) {
+  const double absolute = in.problem.bf16x3 ? 1e-4 : 1e-5;
   for (size_t i = 0; i < want.lse.size(); ++i)
-    if (!(std::isinf(want.lse[i]) ? in.lse[i] == want.lse[i] : std::fabs(in.lse[i] - want.lse[i]) <= 1e-5 + 2e-6 * std::fabs(want.lse[i])))
+    if (!(std::isinf(want.lse[i]) ? in.lse[i] == want.lse[i]
+                                  : std::fabs(in.lse[i] - want.lse[i]) <= absolute + 2e-6 * std::fabs(want.lse[i])))
       fail(isa, in, "lse " + std::to_string(i) + ": got " + std::to_string(in.lse[i]) + ", want " + std::to_string(want.lse[i]));
 }
 
@@ -612,6 +617,13 @@ int main() {
         cpu::forward(of_stored_out, 2);
         cpu::backward(of_stored_out, 2);
         check(table->name, in, want);
+        if (dtype != Dtype::float32 || !table->forward_bf16x3.run) continue;
+        in.poison_outputs();
+        in.problem.bf16x3 = true;
+        run_in_ranges(table->forward_bf16x3, in.problem);
+        run_in_ranges(table->backward_bf16x3, in.problem);
+        check(table->name, in, want);
+        in.problem.bf16x3 = false;
       }
     }
   }

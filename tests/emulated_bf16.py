@@ -17,7 +17,7 @@ def bf16_sets() -> list[str]:
 
 def bf16_flags(source: Path) -> list[str]:
     """Compiler flags for a source file of csrc/cpu."""
-    isa = source.stem.removeprefix("isa_")
+    isa = source.stem.removeprefix("isa_").removesuffix("_bf16x3")
     if isa not in bf16_sets():
         return []
     any_size = ["-DFA_MOST_PADDING=1e9"]  # small and odd problems, too, are not left to other kernels

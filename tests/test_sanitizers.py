@@ -33,7 +33,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"{CXX} cannot link with -fsanitize=address,undefined (the sanitizer libraries are not installed)")
     x86_64 = os.uname().machine == "x86_64"
     without_avx512 = x86_64 and INSTRUCTION_SETS is not None and "avx512" not in INSTRUCTION_SETS
-    left_out = ("isa_avx512", "isa_avx512_bf16", "isa_amx") if without_avx512 else ()
+    left_out = ("isa_avx512", "isa_avx512_bf16", "isa_amx", "isa_amx_bf16x3") if without_avx512 else ()
     kernels = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if x86_64 or path.stem in ("dispatch", "isa_base")]
     sources = {path: " ".join(["-O0", SANITIZERS, *bf16_flags(path)]) for path in kernels if path.stem not in left_out}
     # Last: of an inline function that both have, the linker takes the kernels' copy, which has the checks.

@@ -28,6 +28,7 @@ NAMES = (
     "torch.Tensor._is_zerotensor",
     "torch._C._has_storage",
     "torch.overrides._get_current_function_mode_stack",
+    "torch._C._get_fp32_precision_getter",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._dynamo.guards._empty_strided_cpu",
     *OF_GPUS,

@@ -31,8 +31,8 @@ class AmxTiles {
   static bool pay(const AttentionProblem&, const SequenceBounds&) { return true; }
 
   // One block of C: kRowTiles x kColumnTiles tiles, each 1 or 2. C tiles are registers 0-3, A 4-5, B 6-7.
-  template <int kRowTiles, int kColumnTiles>
-  static FA_MEMBER_INLINE void matmul_block(int64_t depth, const Bf16Bits* a, int64_t a_stride, const TileGrid& b, int64_t column, float* c,
+  template <int kRowTiles, int kColumnTiles, int kProducts>
+  static FA_MEMBER_INLINE void matmul_block(int64_t depth, Parts a, int64_t a_stride, const TileGrid& b, int64_t column, float* c,
                                             int64_t c_stride, bool accumulate) {
     const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
     if (accumulate) {
@@ -46,18 +46,22 @@ class AmxTiles {
       if constexpr (kRowTiles == 2) _tile_zero(2);
       if constexpr (kRowTiles == 2 && kColumnTiles == 2) _tile_zero(3);
     }
-    for (int64_t k = 0; k < depth / 32; ++k) {
-      _tile_loadd(4, a + k * 32, a_bytes);
-      _tile_loadd(6, b.at(column, k), 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kColumnTiles == 2) {
-        _tile_loadd(7, b.at(column + 1, k), 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (kRowTiles == 2) {
-        _tile_loadd(5, a + 16 * a_stride + k * 32, a_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (kColumnTiles == 2) _tile_dpbf16ps(3, 5, 7);
+    for (int product = 0; product < kProducts; ++product) {
+      const auto [of_a, of_b] = kPartProducts[product];
+      const Bf16Bits* a_tiles = a.at(of_a);
+      for (int64_t k = 0; k < depth / 32; ++k) {
+        _tile_loadd(4, a_tiles + k * 32, a_bytes);
+        _tile_loadd(6, b.at(column, k, of_b), 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (kColumnTiles == 2) {
+          _tile_loadd(7, b.at(column + 1, k, of_b), 64);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (kRowTiles == 2) {
+          _tile_loadd(5, a_tiles + 16 * a_stride + k * 32, a_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          if constexpr (kColumnTiles == 2) _tile_dpbf16ps(3, 5, 7);
+        }
       }
     }
     _tile_stored(0, c, c_bytes);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 backward on tiles, multiplied by Tiles (AmxTiles or DotProductTiles). A task is the query heads of one key head, or a part of its
+// Backward on bf16 tiles, multiplied by Tiles (AmxTiles or DotProductTiles), of bfloat16 numbers or of float32 numbers in two parts, as
+// Storage says. A task is the query heads of one key head, or a part of its
 // keys. Everything of score size is transposed, keys x queries: P^T and dS^T come out of the softmax as the A operands of dV and dK, an
 // interleaved copy of dS^T is the B operand of dQ^T, and lse and delta are vectors along the lanes. For each block of keys and each block
 // of query rows that sees it:
@@ -18,7 +19,7 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-template <class Tiles>
+template <class Tiles, class Storage = Bf16Storage>
 class Bf16Backward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
@@ -51,7 +52,10 @@ class Bf16Backward {
   }
 
  private:
-  static const Kernel& widened() { return kAvx512Kernels.backward[static_cast<int>(Dtype::bfloat16)]; }
+  using Element = typename Storage::Element;
+  static constexpr int64_t kBytes = sizeof(Element);
+
+  static const Kernel& widened() { return kAvx512Kernels.backward[static_cast<int>(Storage::kDtype)]; }
 
   // Whether a task is left to the float32 kernels, by the lengths of its sequence. It may have several if the mask needs a gradient.
   bool is_widened(int64_t task) const {
@@ -83,26 +87,26 @@ class Bf16Backward {
 
   size_t carve(char* memory) {
     Arena arena(memory);
-    query_tiles_ = arena.take<Bf16Bits>(rows_capacity_ * dim_qk_);
-    query_pairs_ = arena.take<Bf16Bits>(rows_capacity_ * dim_qk_);
-    dout_tiles_ = arena.take<Bf16Bits>(rows_capacity_ * dim_v_);
-    dout_pairs_ = arena.take<Bf16Bits>(rows_capacity_ * dim_v_);
+    query_tiles_ = take_parts<Storage>(arena, rows_capacity_ * dim_qk_);
+    query_pairs_ = take_parts<Storage>(arena, rows_capacity_ * dim_qk_);
+    dout_tiles_ = take_parts<Storage>(arena, rows_capacity_ * dim_v_);
+    dout_pairs_ = take_parts<Storage>(arena, rows_capacity_ * dim_v_);
     dquery_sum_t_ = arena.take<float>(dim_qk_ * dquery_stride_);
     dquery_part_t_ = arena.take<float>(problem_.num_key_parts > 1 ? dim_qk_ * dquery_stride_ : 0);
     lse_log2_ = arena.take<float>(rows_capacity_);
     delta_ = arena.take<float>(rows_capacity_);
     seeing_bits_ = arena.take<uint16_t>(rows_capacity_ / 16);
-    key_rows_ = arena.take<Bf16Bits>(kKeys * dim_qk_);
-    key_t_ = arena.take<Bf16Bits>(dim_qk_ * kKeyStride);
-    value_rows_ = arena.take<Bf16Bits>(kKeys * dim_v_);
+    key_rows_ = take_parts<Storage>(arena, kKeys * dim_qk_);
+    key_t_ = take_parts<Storage>(arena, dim_qk_ * kKeyStride);
+    value_rows_ = take_parts<Storage>(arena, kKeys * dim_v_);
     dkey_ = arena.take<float>(held_keys_ * dim_qk_);
     dvalue_ = arena.take<float>(held_keys_ * dim_v_);
     keys_started_ = arena.take<uint8_t>(held_keys_ / kKeys);
     scores_ = arena.take<float>(kKeys * kScoreStride);
     dweights_ = arena.take<float>(kKeys * kScoreStride);
-    weights_ = arena.take<Bf16Bits>(kKeys * kWeightStride);
-    dscores_ = arena.take<Bf16Bits>(kKeys * kWeightStride);
-    dscore_pairs_ = arena.take<Bf16Bits>(kKeys * kRows);
+    weights_ = take_parts<Storage>(arena, kKeys * kWeightStride);
+    dscores_ = take_parts<Storage>(arena, kKeys * kWeightStride);
+    dscore_pairs_ = take_parts<Storage>(arena, kKeys * kRows);
     if (dropping_) keep_bits_ = arena.take<uint16_t>(kKeys * kRows / 16);
     if (problem_.key_mask) present_bits_ = arena.take<uint16_t>(round_up(problem_.seqlen_k, 32) / 16);
     if (problem_.key_mask) key_bias_ = arena.take<float>(round_up(problem_.seqlen_k, 16) + 16);
@@ -146,17 +150,18 @@ class Bf16Backward {
     }
   }
 
-  Bf16Bits* query_row(const StridedTensor& tensor, int64_t row) const {
-    return row_ptr<Bf16Bits>(tensor, batch_, head_, bounds_.first_query + row);
+  Element* query_row(const StridedTensor& tensor, int64_t row) const {
+    return row_ptr<Element>(tensor, batch_, head_, bounds_.first_query + row);
   }
-  Bf16Bits* key_row(const StridedTensor& tensor, int64_t key) const {
-    return row_ptr<Bf16Bits>(tensor, batch_, kv_head_, bounds_.first_key + key);
+  Element* key_row(const StridedTensor& tensor, int64_t key) const {
+    return row_ptr<Element>(tensor, batch_, kv_head_, bounds_.first_key + key);
   }
-  RowSource query_rows(const StridedTensor& tensor, int64_t head_dim, const uint16_t* seeing_bits) const {
-    return rows_of(tensor, batch_, head_, bounds_.first_query, bounds_.seqlen_q, head_dim, seeing_bits);
+  RowSource<Storage> query_rows(const StridedTensor& tensor, int64_t head_dim, const uint16_t* seeing_bits) const {
+    return rows_of<Storage>(tensor, batch_, head_, bounds_.first_query, bounds_.seqlen_q, head_dim, seeing_bits);
   }
-  RowSource key_rows(const StridedTensor& tensor, int64_t key0, int64_t keys, int64_t head_dim) const {
-    return rows_of(tensor, batch_, kv_head_, bounds_.first_key + key0, keys, head_dim, has_holes_ ? present_bits_ + key0 / 16 : nullptr);
+  RowSource<Storage> key_rows(const StridedTensor& tensor, int64_t key0, int64_t keys, int64_t head_dim) const {
+    return rows_of<Storage>(tensor, batch_, kv_head_, bounds_.first_key + key0, keys, head_dim,
+                            has_holes_ ? present_bits_ + key0 / 16 : nullptr);
   }
 
   void set_batch(int64_t batch) {
@@ -200,15 +205,17 @@ class Bf16Backward {
   void pack_query_side() {
     const float* lse_of_head = problem_.lse + lse_offset(problem_, bounds_, batch_, head_);
     const uint16_t* seeing_bits = fill_seeing_bits(lse_of_head) ? nullptr : seeing_bits_;
-    const RowSource query = query_rows(problem_.query, problem_.head_dim_qk, seeing_bits);
-    const RowSource dout = query_rows(problem_.dout, problem_.head_dim_v, seeing_bits);
-    pack_pairs_along_head_dim(query, rows_padded_, dim_qk_, query_tiles_);
-    pack_pairs_along_sequence(query, rows_padded_, dim_qk_, query_pairs_);
-    pack_pairs_along_head_dim(dout, rows_padded_, dim_v_, dout_tiles_);
-    pack_pairs_along_sequence(dout, rows_padded_, dim_v_, dout_pairs_);
+    const RowSource<Storage> query = query_rows(problem_.query, problem_.head_dim_qk, seeing_bits);
+    const RowSource<Storage> dout = query_rows(problem_.dout, problem_.head_dim_v, seeing_bits);
+    for (int part = 0; part < Storage::kParts; ++part) {
+      pack_pairs_along_head_dim(query, part, rows_padded_, dim_qk_, query_tiles_.at(part));
+      pack_pairs_along_sequence(query, part, rows_padded_, dim_qk_, query_pairs_.at(part));
+      pack_pairs_along_head_dim(dout, part, rows_padded_, dim_v_, dout_tiles_.at(part));
+      pack_pairs_along_sequence(dout, part, rows_padded_, dim_v_, dout_pairs_.at(part));
+    }
     const bool has_error = problem_.out_error.data;
-    const RowSource out = query_rows(problem_.out, problem_.head_dim_v, nullptr),
-                    out_error = has_error ? query_rows(problem_.out_error, problem_.head_dim_v, nullptr) : out;
+    const RowSource<Storage> out = query_rows(problem_.out, problem_.head_dim_v, nullptr),
+                             out_error = has_error ? query_rows(problem_.out_error, problem_.head_dim_v, nullptr) : out;
     const float* dlse = problem_.dlse ? problem_.dlse + (lse_of_head - problem_.lse) : nullptr;
     for (int64_t row = 0; row < rows_padded_; row += 16) {
       const LaneMask live = first_lanes(bounds_.seqlen_q - row);
@@ -241,12 +248,10 @@ class Bf16Backward {
   }
 
   // sum + left * right over one row; 16 lanes of partial sums.
-  __m512 add_products(const RowSource& left, const RowSource& right, int64_t row, __m512 sum) const {
-    for (int64_t d = 0; d < dim_v_; d += 32) {
-      const __m512i a = left.load32(row, d), b = right.load32(row, d), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-      sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
-      sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
-    }
+  __m512 add_products(const RowSource<Storage>& left, const RowSource<Storage>& right, int64_t row, __m512 sum) const {
+    if (!left.present(row)) return sum;
+    for (int64_t d = 0; d < left.head_dim; d += 32)
+      sum = Storage::add_products(left.at(row, d), right.at(row, d), first_lanes32(left.head_dim - d), sum);
     return sum;
   }
 
@@ -268,20 +273,23 @@ class Bf16Backward {
   }
 
   void pack_keys(int64_t key0, int64_t keys) {
-    const RowSource key = key_rows(problem_.key, key0, keys, problem_.head_dim_qk);
-    pack_rows(key, round_up(keys, 32), dim_qk_, key_rows_);
-    pack_rows(key_rows(problem_.value, key0, keys, problem_.head_dim_v), round_up(keys, 32), dim_v_, value_rows_);
-    pack_transposed_rows(key, round_up(keys, 32), dim_qk_, key_t_, kKeyStride);
+    const RowSource<Storage> key = key_rows(problem_.key, key0, keys, problem_.head_dim_qk),
+                             value = key_rows(problem_.value, key0, keys, problem_.head_dim_v);
+    for (int part = 0; part < Storage::kParts; ++part) {
+      pack_rows(key, part, round_up(keys, 32), dim_qk_, key_rows_.at(part));
+      pack_rows(value, part, round_up(keys, 32), dim_v_, value_rows_.at(part));
+      pack_transposed_rows(key, part, round_up(keys, 32), dim_qk_, key_t_.at(part), kKeyStride);
+    }
   }
 
   void run_block(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed, bool add, int64_t held) {
     const int64_t keys_padded = round_up(keys, 32);
     const auto tick = [this] { prefetcher_.tick(); };
     // S^T (keys, rows) = K Q^T, dP^T = V dO^T
-    tile_matmul<Tiles>(keys_padded, rows, dim_qk_, key_rows_, dim_qk_, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_,
-                       kScoreStride, false, tick);
-    tile_matmul<Tiles>(keys_padded, rows, dim_v_, value_rows_, dim_v_, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_,
-                       kScoreStride, false, tick);
+    tile_matmul<Tiles, Storage>(keys_padded, rows, dim_qk_, {key_rows_, dim_qk_}, {query_tiles_ + row0 * dim_qk_, dim_qk_ / 32, 1}, scores_,
+                                kScoreStride, false, tick);
+    tile_matmul<Tiles, Storage>(keys_padded, rows, dim_v_, {value_rows_, dim_v_}, {dout_tiles_ + row0 * dim_v_, dim_v_ / 32, 1}, dweights_,
+                                kScoreStride, false, tick);
     if (dropping_)
       dropout_keep_bits_transposed<kRows>(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0, keys_padded, keep_bits_,
                                           kRows / 16);
@@ -296,12 +304,12 @@ class Bf16Backward {
     }
     // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
     uint8_t& started = keys_started_[held / kKeys];
-    tile_matmul<Tiles>(keys_padded, dim_v_, rows, weights_, kWeightStride, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16},
-                       dvalue_ + held * dim_v_, dim_v_, started != 0, tick);
-    tile_matmul<Tiles>(keys_padded, dim_qk_, rows, dscores_, kWeightStride, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16},
-                       dkey_ + held * dim_qk_, dim_qk_, started != 0, tick);
-    tile_matmul<Tiles>(dim_qk_, rows, keys_padded, key_t_, kKeyStride, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0, dquery_stride_,
-                       add, tick);
+    tile_matmul<Tiles, Storage>(keys_padded, dim_v_, rows, {weights_, kWeightStride}, {dout_pairs_ + row0 * dim_v_, 1, dim_v_ / 16},
+                                dvalue_ + held * dim_v_, dim_v_, started != 0, tick);
+    tile_matmul<Tiles, Storage>(keys_padded, dim_qk_, rows, {dscores_, kWeightStride}, {query_pairs_ + row0 * dim_qk_, 1, dim_qk_ / 16},
+                                dkey_ + held * dim_qk_, dim_qk_, started != 0, tick);
+    tile_matmul<Tiles, Storage>(dim_qk_, rows, keys_padded, {key_t_, kKeyStride}, {dscore_pairs_, 1, kRows / 16}, dquery_t_ + row0,
+                                dquery_stride_, add, tick);
     started = 1;
   }
 
@@ -316,12 +324,11 @@ class Bf16Backward {
 
   bool key_present(int64_t key) const { return key < bounds_.seqlen_k && (!has_holes_ || (present_bits_[key / 16] >> (key % 16) & 1)); }
 
-  static void store_row(Bf16Bits* to, const float* from, int64_t head_dim, __m512 scale, bool present) {
+  static void store_row(Element* to, const float* from, int64_t head_dim, __m512 scale, bool present) {
     if (!present) return store_zero_row(to, head_dim);
-    for (int64_t d = 0; d < head_dim; d += 32) {
-      const __m512 low = _mm512_mul_ps(_mm512_load_ps(from + d), scale), high = _mm512_mul_ps(_mm512_load_ps(from + d + 16), scale);
-      _mm512_mask_storeu_epi16(to + d, first_lanes32(head_dim - d), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-    }
+    for (int64_t d = 0; d < head_dim; d += 32)
+      Storage::store(to + d, first_lanes32(head_dim - d), _mm512_mul_ps(_mm512_load_ps(from + d), scale),
+                     _mm512_mul_ps(_mm512_load_ps(from + d + 16), scale));
   }
 
   // Lanes i with row0 + i >= first, the first row that sees the key.
@@ -336,18 +343,19 @@ class Bf16Backward {
     dropping_ ? softmax_gradient<kScores, true>(row0, rows, key0, keys) : softmax_gradient<kScores, false>(row0, rows, key0, keys);
   }
 
-  // Computes P^T and dS^T of the block in bf16 from S^T and dP^T, two keys at a time, so that dS^T can also be stored as interleaved pairs.
+  // Computes P^T and dS^T of the block, as bf16 or in parts, from S^T and dP^T, two keys at a time, so that dS^T can also be stored as
+  // interleaved pairs.
   template <Scores kScores, bool kDropping>
   void softmax_gradient(int64_t row0, int64_t rows, int64_t key0, int64_t keys) {
     constexpr int64_t kNever = INT64_MAX / 2;
-    constexpr int kDegree = kScores == kBiased ? 4 : 3;  // gradients of mask and slopes are float32
+    constexpr int kDegree = Storage::kParts == 2 ? 5 : kScores == kBiased ? 4 : 3;  // gradients of mask and slopes are float32
     const __m512 scale = _mm512_set1_ps(kScores == kBiased ? 1.0f : score_scale_), dropout_scale = _mm512_set1_ps(problem_.dropout_scale());
     const bool keeps_dscores = kScores == kBiased && bias_.wants_gradients();
     const float* derivative = kScores == kBiased && bias_.has_softcap() ? bias_.softcap_derivative() : nullptr;
     const auto first_row = [&](int64_t key) { return key_present(key) ? first_row_seeing(bounds_, key) : kNever; };
     for (int64_t j = 0; j < round_up(keys, 32); j += 2) {
       const int64_t first0 = kScores == kMasked ? first_row(key0 + j) : 0, first1 = kScores == kMasked ? first_row(key0 + j + 1) : 0;
-      Bf16Bits* pairs = dscore_pairs_ + (j / 32) * (kRows / 16) * kTileElements + (j % 32 / 2) * 32;
+      const Parts pairs = dscore_pairs_ + (j / 32) * (kRows / 16) * kTileElements + (j % 32 / 2) * 32;
       for (int64_t i = 0; i < rows; i += 16) {
         const __m512 lse = _mm512_load_ps(lse_log2_ + row0 + i), row_delta = _mm512_load_ps(delta_ + row0 + i);
         const int64_t at0 = j * kScoreStride + i, at1 = at0 + kScoreStride;
@@ -370,12 +378,17 @@ class Bf16Backward {
         if (keeps_dscores) _mm512_store_ps(dweights_ + at0, ds0), _mm512_store_ps(dweights_ + at1, ds1);
         if (derivative)
           ds0 = _mm512_mul_ps(ds0, _mm512_load_ps(derivative + at0)), ds1 = _mm512_mul_ps(ds1, _mm512_load_ps(derivative + at1));
-        __m512i both_p = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1, p0));
-        const __m512i both_ds = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(ds1, ds0));
-        if constexpr (kDropping) both_p = _mm512_maskz_mov_epi16(kept, both_p);
-        store_halves(weights_ + j * kWeightStride + i, both_p);
-        store_halves(dscores_ + j * kWeightStride + i, both_ds);
-        _mm512_store_si512(pairs + i / 16 * kTileElements, _mm512_permutexvar_epi16(pair_lanes_, both_ds));
+        __m512i both_p = narrow(p0, p1), both_ds = narrow(ds0, ds1);
+        const auto store_part = [&](int part) __attribute__((always_inline)) {
+          store_halves(weights_.at(part) + j * kWeightStride + i, kDropping ? _mm512_maskz_mov_epi16(kept, both_p) : both_p);
+          store_halves(dscores_.at(part) + j * kWeightStride + i, both_ds);
+          _mm512_store_si512(pairs.at(part) + i / 16 * kTileElements, _mm512_permutexvar_epi16(pair_lanes_, both_ds));
+        };
+        store_part(0);
+        if constexpr (Storage::kParts == 2) {
+          both_p = narrowing_error(p0, p1, both_p), both_ds = narrowing_error(ds0, ds1, both_ds);
+          store_part(1);
+        }
       }
     }
   }
@@ -403,14 +416,11 @@ class Bf16Backward {
         __m512i low[16], high[16];
         load_dquery(row, d, scale, low);
         load_dquery(row, d + 16, scale, high);
-        Bf16Bits* to = query_row(problem_.dquery, row) + d;
+        Element* to = query_row(problem_.dquery, row) + d;
         const __mmask32 lanes = first_lanes32(problem_.head_dim_qk - d);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          if (i < rows)
-            _mm512_mask_storeu_epi16(
-                to + i * problem_.dquery.row, lanes,
-                reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high[i]), _mm512_castsi512_ps(low[i]))));
+          if (i < rows) Storage::store(to + i * problem_.dquery.row, lanes, _mm512_castsi512_ps(low[i]), _mm512_castsi512_ps(high[i]));
       }
     }
   }
@@ -434,14 +444,14 @@ class Bf16Backward {
   // Prefetches this head's gradients and the next head's inputs during this head's matmuls.
   void plan_prefetch(bool more) {
     prefetcher_.clear();
-    const auto writes = [&](const StridedTensor& tensor, const Bf16Bits* row, int64_t rows, int64_t head_dim) {
-      prefetcher_.add_writes(row, tensor.row * 2, rows, head_dim * 2);
+    const auto writes = [&](const StridedTensor& tensor, const Element* row, int64_t rows, int64_t head_dim) {
+      prefetcher_.add_writes(row, tensor.row * kBytes, rows, head_dim * kBytes);
     };
     writes(problem_.dkey, key_row(problem_.dkey, 0), bounds_.keys, problem_.head_dim_qk);
     writes(problem_.dvalue, key_row(problem_.dvalue, 0), bounds_.keys, problem_.head_dim_v);
     writes(problem_.dquery, query_row(problem_.dquery, 0), bounds_.rows, problem_.head_dim_qk);
     const int64_t next = batch_ * problem_.num_heads + head_ + 1;
-    if (more) prefetch_inputs<Bf16Bits>(problem_, next, prefetcher_);
+    if (more) prefetch_inputs<Element>(problem_, next, prefetcher_);
     // 32 x 32 blocks of all five products; a causal mask needs about half of them.
     const int64_t row_tiles = rows_padded_ / 32, key_tiles = divide_up(bounds_.seqlen_k, 32);
     const int64_t ticks = 2 * row_tiles * key_tiles + divide_up(rows_padded_, kRows) * key_tiles * (dim_qk_ + dim_v_) / 32 +
@@ -462,9 +472,8 @@ class Bf16Backward {
   const bool sparse_;   // whether rows in the middle may see none of a task's keys
   __m512i pair_lanes_;  // {a0 .. a15, b0 .. b15} to {a0, b0, a1, b1, ...}
 
-  Bf16Bits *query_tiles_ = nullptr, *query_pairs_ = nullptr, *dout_tiles_ = nullptr, *dout_pairs_ = nullptr;
-  Bf16Bits *key_rows_ = nullptr, *key_t_ = nullptr, *value_rows_ = nullptr, *weights_ = nullptr, *dscores_ = nullptr,
-           *dscore_pairs_ = nullptr;
+  Parts query_tiles_, query_pairs_, dout_tiles_, dout_pairs_;
+  Parts key_rows_, key_t_, value_rows_, weights_, dscores_, dscore_pairs_;
   float *dquery_sum_t_ = nullptr, *dquery_part_t_ = nullptr;  // over the parts of the keys so far, and from one part
   float* dquery_t_ = nullptr;                                 // one of the two: what the current part's dQ goes to
   float *lse_log2_ = nullptr, *delta_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr, *scores_ = nullptr, *dweights_ = nullptr;

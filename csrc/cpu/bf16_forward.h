@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 forward on tiles, multiplied by Tiles (AmxTiles or DotProductTiles). A task is up to rows_per_task query rows of one (batch, head);
+// Forward on bf16 tiles, multiplied by Tiles (AmxTiles or DotProductTiles), of bfloat16 numbers or of float32 numbers in two parts, as
+// Storage says. A task is up to rows_per_task query rows of one (batch, head);
 // for each block of keys it
 //
 //   1. packs K and V of the block (once per head when one block holds all keys),
@@ -14,12 +15,12 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-template <class Tiles>
+template <class Tiles, class Storage = Bf16Storage>
 class Bf16Forward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
     if (!Tiles::pay(problem)) return widened().plan(problem, num_threads);
-    if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>::plan(problem, num_threads);  // packing would not pay off
+    if (problem.seqlen_q <= kFewRows) return FewRowsForward<Number>::plan(problem, num_threads);  // packing would not pay off
     const int64_t heads = problem.batch * problem.num_heads, wanted_tasks = 4 * int64_t{num_threads};
     int64_t rows = problem.head_dim_v > 128 || problem.head_dim_qk > 128 ? 256 : 512;
     const int64_t step = problem.row_tiles.data ? 64 : kRows;  // tasks start at tile boundaries
@@ -30,23 +31,28 @@ class Bf16Forward {
     plan.task_size = rows;
     Bf16Forward forward(problem, plan);
     plan.scratch_bytes = forward.carve(nullptr);
-    return with_few_rows<bfloat16_t>(problem, plan);
+    return with_few_rows<Number>(problem, plan);
   }
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
     if (!Tiles::pay(problem)) return widened().run(problem, plan, first_task, last_task, scratch);
-    if (problem.seqlen_q <= kFewRows) return FewRowsForward<bfloat16_t>::run(problem, plan, first_task, last_task, scratch);
+    if (problem.seqlen_q <= kFewRows) return FewRowsForward<Number>::run(problem, plan, first_task, last_task, scratch);
     Bf16Forward forward(problem, plan);
     const int64_t num_tasks = problem.batch * problem.num_heads * forward.tasks_per_head_;
     forward.run_tasks(first_task, min_of(last_task, num_tasks), scratch);
-    run_few_rows<bfloat16_t>(problem, num_tasks, first_task, last_task, scratch);
+    run_few_rows<Number>(problem, num_tasks, first_task, last_task, scratch);
   }
 
  private:
-  static const Kernel& widened() { return kAvx512Kernels.forward[static_cast<int>(Dtype::bfloat16)]; }
+  using Element = typename Storage::Element;
+  using Number = typename Storage::Number;
+  static constexpr int64_t kBytes = sizeof(Element);
+
+  static const Kernel& widened() { return kAvx512Kernels.forward[static_cast<int>(Storage::kDtype)]; }
 
   static constexpr int64_t kRows = 32;      // query rows per block of scores
   static constexpr int64_t kMaxKeys = 512;  // keys per packed block: long enough that the online softmax rarely rescales
+  static constexpr int kDegree = Storage::kParts == 1 ? 4 : 5;  // of exp2; a lower one would show in lse or in out
 
   Bf16Forward(const AttentionProblem& problem, const Plan& plan)
       : problem_(problem),
@@ -66,12 +72,12 @@ class Bf16Forward {
 
   size_t carve(char* memory) {
     Arena arena(memory);
-    packed_key_ = arena.take<Bf16Bits>(block_keys_ * dim_qk_), packed_value_ = arena.take<Bf16Bits>(block_keys_ * dim_v_);
-    packed_query_ = arena.take<Bf16Bits>(held_rows_ * dim_qk_);
+    packed_key_ = take_parts<Storage>(arena, block_keys_ * dim_qk_), packed_value_ = take_parts<Storage>(arena, block_keys_ * dim_v_);
+    packed_query_ = take_parts<Storage>(arena, held_rows_ * dim_qk_);
     acc_ = arena.take<float>(held_rows_ * dim_v_);
     row_max_ = arena.take<float>(held_rows_), row_sum_ = arena.take<float>(held_rows_), weight_sum_ = arena.take<float>(held_rows_);
     scores_ = arena.take<float>(kRows * score_stride_);
-    weights_ = arena.take<Bf16Bits>(kRows * weight_stride_);
+    weights_ = take_parts<Storage>(arena, kRows * weight_stride_);
     if (dropping_) keep_bits_ = arena.take<uint16_t>(kRows * block_keys_ / 16);
     if (problem_.key_mask) present_bits_ = arena.take<uint16_t>(round_up(problem_.seqlen_k, 32) / 16);
     if (problem_.key_mask) key_bias_ = arena.take<float>(round_up(problem_.seqlen_k, 16) + 16);
@@ -107,7 +113,7 @@ class Bf16Forward {
       for (int64_t first = 0; first < live_rows; first += kRows) {
         const int64_t block_rows = min_of(kRows, live_rows - first), held = single_block_ ? 0 : first;
         if (key0 == first_key) {
-          pack_rows(query_rows(row0 + first, block_rows), round_up(block_rows, 16), dim_qk_, packed_query_ + held * dim_qk_);
+          pack_query(row0 + first, block_rows, packed_query_ + held * dim_qk_);
           if (single_block_) clear_statistics(0);
         }
         plan_prefetch(task, last_task, row0 + first, block_rows, key0);
@@ -124,12 +130,9 @@ class Bf16Forward {
     store_absent_rows(row0 + stored, rows - stored);
   }
 
-  RowSource query_rows(int64_t row, int64_t rows) const {
-    return rows_of(problem_.query, batch_, head_, bounds_.first_query + row, rows, problem_.head_dim_qk);
-  }
-  Bf16Bits* out_row(int64_t row) const { return row_ptr<Bf16Bits>(problem_.out, batch_, head_, bounds_.first_query + row); }
-  Bf16Bits* out_error_row(int64_t row) const {
-    return row_ptr_or_null<Bf16Bits>(problem_.out_error, batch_, head_, bounds_.first_query + row);
+  Element* out_row(int64_t row) const { return row_ptr<Element>(problem_.out, batch_, head_, bounds_.first_query + row); }
+  Element* out_error_row(int64_t row) const {
+    return row_ptr_or_null<Element>(problem_.out_error, batch_, head_, bounds_.first_query + row);
   }
   float* lse_row(int64_t row) const { return problem_.lse + lse_offset(problem_, bounds_, batch_, head_) + row; }
   // The tile kinds for the task's rows from `row` on and keys from key0 on; null without a PreparedMask.
@@ -163,13 +166,20 @@ class Bf16Forward {
     started_[held / kRows] = 0;
   }
 
+  void pack_query(int64_t row, int64_t rows, const Parts& packed) {
+    const auto query = rows_of<Storage>(problem_.query, batch_, head_, bounds_.first_query + row, rows, problem_.head_dim_qk);
+    for (int part = 0; part < Storage::kParts; ++part) pack_rows(query, part, round_up(rows, 16), dim_qk_, packed.at(part));
+  }
+
   void pack_keys(int64_t key0, int64_t keys) {
     const uint16_t* present = has_holes_ ? present_bits_ + key0 / 16 : nullptr;
     const int64_t keys_padded = round_up(keys, 32), row = bounds_.first_key + key0;
-    pack_pairs_along_head_dim(rows_of(problem_.key, batch_, kv_head_, row, keys, problem_.head_dim_qk, present), keys_padded, dim_qk_,
-                              packed_key_);
-    pack_pairs_along_sequence(rows_of(problem_.value, batch_, kv_head_, row, keys, problem_.head_dim_v, present), keys_padded, dim_v_,
-                              packed_value_);
+    const auto key = rows_of<Storage>(problem_.key, batch_, kv_head_, row, keys, problem_.head_dim_qk, present),
+               value = rows_of<Storage>(problem_.value, batch_, kv_head_, row, keys, problem_.head_dim_v, present);
+    for (int part = 0; part < Storage::kParts; ++part) {
+      pack_pairs_along_head_dim(key, part, keys_padded, dim_qk_, packed_key_.at(part));
+      pack_pairs_along_sequence(value, part, keys_padded, dim_v_, packed_value_.at(part));
+    }
     packed_head_ = batch_ * problem_.num_heads_kv + kv_head_;
   }
 
@@ -186,8 +196,8 @@ class Bf16Forward {
     const int64_t keys_padded = round_up(keys, 32), rows_padded = round_up(rows, 16);
     const auto tick = [this] { prefetcher_.tick(); };
     // S (rows, keys) = Q K^T
-    tile_matmul<Tiles>(rows_padded, keys_padded, dim_qk_, packed_query_ + held * dim_qk_, dim_qk_,
-                       {packed_key_ + first * dim_qk_, dim_qk_ / 32, 1}, scores_, score_stride_, false, tick);
+    tile_matmul<Tiles, Storage>(rows_padded, keys_padded, dim_qk_, {packed_query_ + held * dim_qk_, dim_qk_},
+                                {packed_key_ + first * dim_qk_, dim_qk_ / 32, 1}, scores_, score_stride_, false, tick);
     if (dropping_)
       dropout_keep_bits(problem_, batch_ * problem_.num_heads + head_, row0, rows, key0 + first, keys_padded / 16, keep_bits_,
                         block_keys_ / 16);
@@ -206,8 +216,8 @@ class Bf16Forward {
       }
     }
     // acc (rows, dim_v) += P V
-    tile_matmul<Tiles>(rows_padded, dim_v_, keys_padded, weights_, weight_stride_, {packed_value_ + first * dim_v_, 1, dim_v_ / 16},
-                       acc_ + held * dim_v_, dim_v_, started != 0, tick);
+    tile_matmul<Tiles, Storage>(rows_padded, dim_v_, keys_padded, {weights_, weight_stride_},
+                                {packed_value_ + first * dim_v_, 1, dim_v_ / 16}, acc_ + held * dim_v_, dim_v_, started != 0, tick);
     started = 1;
   }
 
@@ -244,7 +254,7 @@ class Bf16Forward {
     const __m512 new_max = _mm512_max_ps(old_max, block_max);
     // A row that has seen nothing yet is shifted by 0, so its exponents stay -inf instead of becoming -inf + inf.
     const __m512 shift = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, minus_infinity, _CMP_NEQ_UQ), new_max);
-    const __m512 alpha = exp2_masked<4>(_mm512_sub_ps(old_max, shift), 0xffff);
+    const __m512 alpha = exp2_masked<kDegree>(_mm512_sub_ps(old_max, shift), 0xffff);
     scaled = scaled || scale_large_scores(group, shift);
     const BlockSums block = store_weights<kCheckHoles>(group, scaled ? 1.0f : score_scale_, shift);
     float *row_sum = row_sum_ + group.held, *weight_sum = weight_sum_ + group.held;
@@ -312,37 +322,41 @@ class Bf16Forward {
     __m512 exact, rounded;
   };
 
-  // weights = bf16 of keep * 2^(scale * score - shift), 0 for unseen keys. Returns their sums.
+  // weights = keep * 2^(scale * score - shift) as bf16 or in parts, 0 for unseen keys. Returns their sums; parts lose nothing that matters.
   template <bool kCheckHoles>
   BlockSums store_weights(const RowGroup& group, float scale_of_scores, __m512 shift) {
     alignas(64) float row_shift[16];
     _mm512_store_ps(row_shift, shift);
     const __m512 scale = _mm512_set1_ps(scale_of_scores);
-    const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+    [[maybe_unused]] const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
     __m512 sums[16], rounded_sums[16];
     for (int64_t i = 0; i < 16; ++i) {
       const float* row = scores_ + (group.first + i) * score_stride_;
-      Bf16Bits* weight = weights_ + (group.first + i) * weight_stride_;
+      const Parts weight = weights_ + (group.first + i) * weight_stride_;
       const uint16_t* keep = dropping_ ? keep_bits_ + (group.first + i) * (block_keys_ / 16) : nullptr;
       const __m512 minus_shift = _mm512_set1_ps(-row_shift[i]);
       __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, rounded_sum = sum0;
       const auto store_32 = [&](int64_t j, __mmask16 seen0, __mmask16 seen1) __attribute__((always_inline)) {
-        const __m512 p0 = exp2_masked<4>(_mm512_fmadd_ps(_mm512_load_ps(row + j), scale, minus_shift), seen0);
-        const __m512 p1 = exp2_masked<4>(_mm512_fmadd_ps(_mm512_load_ps(row + j + 16), scale, minus_shift), seen1);
+        const __m512 p0 = exp2_masked<kDegree>(_mm512_fmadd_ps(_mm512_load_ps(row + j), scale, minus_shift), seen0);
+        const __m512 p1 = exp2_masked<kDegree>(_mm512_fmadd_ps(_mm512_load_ps(row + j + 16), scale, minus_shift), seen1);
         sum0 = _mm512_add_ps(sum0, p0);
         sum1 = _mm512_add_ps(sum1, p1);
-        const __m512bh rounded = _mm512_cvtne2ps_pbh(p1, p0);
-        rounded_sum = _mm512_dpbf16_ps(rounded_sum, rounded, ones);
-        __m512i both = reinterpret_cast<__m512i>(rounded);
-        if (keep) both = _mm512_maskz_mov_epi16(keep[j / 16] | static_cast<uint32_t>(keep[j / 16 + 1]) << 16, both);
-        _mm512_store_si512(weight + j, both);
+        const __m512i rounded = narrow(p0, p1);
+        if constexpr (Storage::kParts == 1) rounded_sum = _mm512_dpbf16_ps(rounded_sum, reinterpret_cast<__m512bh>(rounded), ones);
+        const auto store_part = [&](int part, __m512i both) __attribute__((always_inline)) {
+          if (keep) both = _mm512_maskz_mov_epi16(keep[j / 16] | static_cast<uint32_t>(keep[j / 16 + 1]) << 16, both);
+          _mm512_store_si512(weight.at(part) + j, both);
+        };
+        store_part(0, rounded);
+        if constexpr (Storage::kParts == 2) store_part(1, narrowing_error(p0, p1, rounded));
       };
       int64_t j = 0;
       if constexpr (!kCheckHoles)
         for (; j + 32 <= group.visible[i]; j += 32) store_32(j, 0xffff, 0xffff);
       for (; j < group.visible[i]; j += 32) store_32(j, seen_lanes<kCheckHoles>(group, i, j), seen_lanes<kCheckHoles>(group, i, j + 16));
-      for (; j < group.keys_padded; j += 32) _mm512_store_si512(weight + j, _mm512_setzero_si512());
-      sums[i] = _mm512_add_ps(sum0, sum1), rounded_sums[i] = rounded_sum;
+      for (; j < group.keys_padded; j += 32)
+        for (int part = 0; part < Storage::kParts; ++part) _mm512_store_si512(weight.at(part) + j, _mm512_setzero_si512());
+      sums[i] = _mm512_add_ps(sum0, sum1), rounded_sums[i] = Storage::kParts == 1 ? rounded_sum : sums[i];
     }
     return {reduce_16_vectors(sums, Sum{}), reduce_16_vectors(rounded_sums, Sum{})};
   }
@@ -370,19 +384,16 @@ class Bf16Forward {
       const int written = problem_.dropout_threshold < 65536 && started_[held / kRows] ? nonempty : 0;
       for (int64_t r = 0; r < min_of(int64_t{16}, rows - i); ++r) {
         const float* from = acc_ + (held + i + r) * dim_v_;
-        Bf16Bits *to = out_row(row0 + i + r), *error = out_error_row(row0 + i + r);
+        Element *to = out_row(row0 + i + r), *error = out_error_row(row0 + i + r);
         const __m512 factor = _mm512_set1_ps(inverse[r]);
-        const __mmask32 select = written >> r & 1 ? 0xffffffffu : 0u;
+        const __mmask16 select = written >> r & 1 ? 0xffff : 0;
         for (int64_t d = 0; d < problem_.head_dim_v; d += 32) {
           const __mmask32 lanes = first_lanes32(problem_.head_dim_v - d);
-          const __m512 low = _mm512_mul_ps(_mm512_load_ps(from + d), factor), high = _mm512_mul_ps(_mm512_load_ps(from + d + 16), factor);
-          const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-          _mm512_mask_storeu_epi16(to + d, lanes, _mm512_maskz_mov_epi16(select, both));
-          if (!error) continue;
-          const Vec lost_low = rounding_error({low}, {widen(_mm512_castsi512_si256(both), bfloat16_t{})}),
-                    lost_high = rounding_error({high}, {widen(_mm512_extracti64x4_epi64(both, 1), bfloat16_t{})});
-          const __m512i lost = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(lost_high.x, lost_low.x));
-          _mm512_mask_storeu_epi16(error + d, lanes, _mm512_maskz_mov_epi16(select, lost));
+          const __m512 first = _mm512_maskz_mul_ps(select, _mm512_load_ps(from + d), factor),
+                       second = _mm512_maskz_mul_ps(select, _mm512_load_ps(from + d + 16), factor);
+          Storage::store(to + d, lanes, first, second);
+          if constexpr (Storage::kParts == 1)
+            if (error) _mm512_mask_storeu_epi16(error + d, lanes, narrowing_error(first, second, narrow(first, second)));
         }
       }
     }
@@ -391,20 +402,20 @@ class Bf16Forward {
   void store_absent_rows(int64_t row0, int64_t rows) {
     for (int64_t row = row0; row < row0 + rows; ++row) {
       store_zero_row(out_row(row), problem_.head_dim_v);
-      if (Bf16Bits* error = out_error_row(row)) store_zero_row(error, problem_.head_dim_v);
+      if (Element* error = out_error_row(row)) store_zero_row(error, problem_.head_dim_v);
       *lse_row(row) = -kInfinity;
     }
   }
 
   // A row of query head batch_head.
-  const Bf16Bits* query_row_of(const StridedTensor& tensor, int64_t batch_head, int64_t row) const {
+  const Element* query_row_of(const StridedTensor& tensor, int64_t batch_head, int64_t row) const {
     const int64_t batch = batch_head / problem_.num_heads;
-    return row_ptr<const Bf16Bits>(tensor, batch, batch_head % problem_.num_heads, first_query_of(problem_, batch) + row);
+    return row_ptr<const Element>(tensor, batch, batch_head % problem_.num_heads, first_query_of(problem_, batch) + row);
   }
   void prefetch_keys(const StridedTensor& tensor, int64_t batch_head, int64_t key, int64_t keys, int64_t head_dim) {
     const int64_t batch = batch_head / problem_.num_heads, head = key_head(problem_, batch_head % problem_.num_heads);
-    prefetcher_.add_reads(row_ptr<const Bf16Bits>(tensor, batch, head, first_key_of(problem_, batch) + key), tensor.row * 2, keys,
-                          head_dim * 2);
+    prefetcher_.add_reads(row_ptr<const Element>(tensor, batch, head, first_key_of(problem_, batch) + key), tensor.row * kBytes, keys,
+                          head_dim * kBytes);
   }
 
   // Spreads prefetches for later steps over the ticks of this one: the next query rows and their output, and a share of the next keys and
@@ -422,10 +433,11 @@ class Bf16Forward {
     }
     if (key0 == 0 && next_row < problem_.seqlen_q) {
       const int64_t next_rows = min_of(kRows, problem_.seqlen_q - next_row);
-      prefetcher_.add_reads(query_row_of(problem_.query, next_head, next_row), problem_.query.row * 2, next_rows, problem_.head_dim_qk * 2);
+      prefetcher_.add_reads(query_row_of(problem_.query, next_head, next_row), problem_.query.row * kBytes, next_rows,
+                            problem_.head_dim_qk * kBytes);
       const auto writes = [&](const StridedTensor& result) {
         if (result.data)
-          prefetcher_.add_writes(query_row_of(result, next_head, next_row), result.row * 2, next_rows, problem_.head_dim_v * 2);
+          prefetcher_.add_writes(query_row_of(result, next_head, next_row), result.row * kBytes, next_rows, problem_.head_dim_v * kBytes);
       };
       writes(problem_.out), writes(problem_.out_error);
     }
@@ -455,7 +467,7 @@ class Bf16Forward {
   const Softcap softcap_;
   ScoreBias score_bias_;
 
-  Bf16Bits *packed_key_ = nullptr, *packed_value_ = nullptr, *packed_query_ = nullptr, *weights_ = nullptr;
+  Parts packed_key_, packed_value_, packed_query_, weights_;
   float *acc_ = nullptr, *row_max_ = nullptr, *row_sum_ = nullptr, *weight_sum_ = nullptr, *scores_ = nullptr;
   uint16_t *keep_bits_ = nullptr, *present_bits_ = nullptr;
   float *key_bias_ = nullptr, *bias_ = nullptr;  // (seqlen_k,) 0 or -inf; (block_keys,) for one row, or shared by all

@@ -11,52 +11,58 @@
 //   pairs along the head dim    32 dims x 16 rows (the transpose)     pack_pairs_along_head_dim        B, depth = head dim
 //   pairs along the sequence    32 rows x 16 dims                     pack_pairs_along_sequence        B, depth = sequence
 #pragma once
+#include "bf16_storage.h"
 #include "dropout.h"
 #include "matmul.h"
 
 namespace fused_attention::cpu::FA_ISA {
 
-using Bf16Bits = uint16_t;
 constexpr int64_t kTileElements = 512;  // bf16 values in one tile
 
 FA_INLINE int64_t divide_up(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
-FA_INLINE __mmask32 first_lanes32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0u : (1u << n) - 1; }
-
 // Rows of one head in memory. Rows at or past num_rows, and rows whose presence bit is 0, read as zeros, which keeps garbage in them out of
 // the products.
+template <class Storage>
 struct RowSource {
-  const Bf16Bits* rows;  // (num_rows, head_dim)
-  int64_t row_stride;    // in elements
+  using Element = typename Storage::Element;
+
+  const Element* rows;  // (num_rows, head_dim)
+  int64_t row_stride;   // in elements
   int64_t num_rows;
   int64_t head_dim;
   const uint16_t* present_bits;  // bit i % 16 of word i / 16 is 1 if row i is present; null: all are
 
   bool present(int64_t row) const { return row < num_rows && (!present_bits || (present_bits[row / 16] >> (row % 16) & 1)); }
-  __attribute__((always_inline)) __m512i load32(int64_t row, int64_t dim) const {  // 32 elements from column `dim` on, 0 past head_dim
-    return present(row) ? _mm512_maskz_loadu_epi16(first_lanes32(head_dim - dim), rows + row * row_stride + dim) : _mm512_setzero_si512();
+  const Element* at(int64_t row, int64_t dim) const { return rows + row * row_stride + dim; }
+  // A part of 32 elements from column `dim` on, 0 past head_dim.
+  FA_MEMBER_INLINE __m512i load32(int64_t row, int64_t dim, int part) const {
+    return present(row) ? Storage::load(at(row, dim), first_lanes32(head_dim - dim), part) : _mm512_setzero_si512();
   }
 };
 
 // Rows [row0, row0 + num_rows) of one head.
-FA_INLINE RowSource rows_of(const StridedTensor& tensor, int64_t b, int64_t h, int64_t row0, int64_t num_rows, int64_t head_dim,
-                            const uint16_t* present_bits = nullptr) {
-  return {row_ptr<const Bf16Bits>(tensor, b, h, row0), tensor.row, num_rows, head_dim, present_bits};
+template <class Storage>
+FA_INLINE RowSource<Storage> rows_of(const StridedTensor& tensor, int64_t b, int64_t h, int64_t row0, int64_t num_rows, int64_t head_dim,
+                                     const uint16_t* present_bits = nullptr) {
+  return {row_ptr<const typename Storage::Element>(tensor, b, h, row0), tensor.row, num_rows, head_dim, present_bits};
 }
 
 // packed (rows_padded, dim_padded)
-static inline void pack_rows(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
+template <class Storage>
+void pack_rows(const RowSource<Storage>& source, int part, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
   for (int64_t row = 0; row < rows_padded; ++row)
-    for (int64_t dim = 0; dim < dim_padded; dim += 32) _mm512_store_si512(packed + row * dim_padded + dim, source.load32(row, dim));
+    for (int64_t dim = 0; dim < dim_padded; dim += 32) _mm512_store_si512(packed + row * dim_padded + dim, source.load32(row, dim, part));
 }
 
 // packed (rows_padded / 16, dim_padded / 32) tiles
-static inline void pack_pairs_along_head_dim(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
+template <class Storage>
+void pack_pairs_along_head_dim(const RowSource<Storage>& source, int part, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
   for (int64_t row = 0; row < rows_padded; row += 16)
     for (int64_t dim = 0; dim < dim_padded; dim += 32, packed += kTileElements) {
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) r[i] = source.load32(row + i, dim);
+      for (int i = 0; i < 16; ++i) r[i] = source.load32(row + i, dim, part);
       transpose16(r);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_store_si512(packed + i * 32, r[i]);
@@ -78,11 +84,12 @@ struct Interleaver {
 };
 
 // packed (rows_padded / 32, dim_padded / 16) tiles
-static inline void pack_pairs_along_sequence(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
+template <class Storage>
+void pack_pairs_along_sequence(const RowSource<Storage>& source, int part, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed) {
   const Interleaver interleave;
   for (int64_t row = 0; row < rows_padded; row += 2)
     for (int64_t dim = 0; dim < dim_padded; dim += 32) {
-      const __m512i even = source.load32(row, dim), odd = source.load32(row + 1, dim);
+      const __m512i even = source.load32(row, dim, part), odd = source.load32(row + 1, dim, part);
       Bf16Bits* tile = packed + ((row / 32) * (dim_padded / 16) + dim / 16) * kTileElements + (row % 32 / 2) * 32;
       _mm512_store_si512(tile, _mm512_permutex2var_epi16(even, interleave.lower, odd));
       _mm512_store_si512(tile + kTileElements, _mm512_permutex2var_epi16(even, interleave.upper, odd));
@@ -90,8 +97,9 @@ static inline void pack_pairs_along_sequence(const RowSource& source, int64_t ro
 }
 
 // packed (dim_padded, stride) with stride >= rows_padded, a multiple of 32
-static inline void pack_transposed_rows(const RowSource& source, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed,
-                                        int64_t stride) {
+template <class Storage>
+void pack_transposed_rows(const RowSource<Storage>& source, int part, int64_t rows_padded, int64_t dim_padded, Bf16Bits* packed,
+                          int64_t stride) {
   alignas(64) uint16_t index[64];
   for (int i = 0; i < 32; ++i) {
     index[i] = static_cast<uint16_t>(2 * i);
@@ -102,10 +110,10 @@ static inline void pack_transposed_rows(const RowSource& source, int64_t rows_pa
     for (int64_t dim = 0; dim < dim_padded; dim += 32) {
       __m512i low[16], high[16];  // dword i holds dims (dim + 2 r, dim + 2 r + 1) of row i
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) low[i] = source.load32(row + i, dim);
+      for (int i = 0; i < 16; ++i) low[i] = source.load32(row + i, dim, part);
       transpose16(low);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) high[i] = source.load32(row + 16 + i, dim);
+      for (int i = 0; i < 16; ++i) high[i] = source.load32(row + 16 + i, dim, part);
       transpose16(high);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -116,40 +124,59 @@ static inline void pack_transposed_rows(const RowSource& source, int64_t rows_pa
     }
 }
 
+// The A operand of a matmul: rows of `stride` elements.
+struct TileRows {
+  Parts rows;
+  int64_t stride;
+};
+
 // B tiles of a matmul: 16 columns by 32 of depth each; column and depth indices count tiles.
 struct TileGrid {
-  const Bf16Bits* tiles;
+  Parts tiles;
   int64_t column_step, depth_step;  // in tiles
-  const Bf16Bits* at(int64_t column, int64_t depth) const { return tiles + (column * column_step + depth * depth_step) * kTileElements; }
+  const Bf16Bits* at(int64_t column, int64_t depth, int part) const {
+    return tiles.at(part) + (column * column_step + depth * depth_step) * kTileElements;
+  }
 };
+
+// The parts of A and B that multiply each other where numbers have two; where they have one, only the first pair.
+struct PartProduct {
+  int of_a, of_b;
+};
+constexpr PartProduct kPartProducts[] = {{0, 0}, {0, 1}, {1, 0}};
+template <class Storage>
+constexpr int kNumPartProducts = Storage::kParts == 1 ? 1 : 3;
 
 // NOTE: GCC's tile intrinsics do not tell the compiler which memory they read; this makes every earlier store visible to them.
 FA_INLINE void publish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // C (rows, columns) fp32 (+)= A (rows, depth) * B (depth, columns); rows and columns are multiples of 16, depth of 32.
 // Calls `tick` once per 32 x 32 block, to prefetch what comes next.
-template <class Tiles, class Tick>
-FA_INLINE void tile_matmul(int64_t rows, int64_t columns, int64_t depth, const Bf16Bits* a, int64_t a_stride, const TileGrid& b, float* c,
-                           int64_t c_stride, bool accumulate, Tick&& tick) {
+template <class Tiles, class Storage, class Tick>
+FA_INLINE void tile_matmul(int64_t rows, int64_t columns, int64_t depth, const TileRows& a, const TileGrid& b, float* c, int64_t c_stride,
+                           bool accumulate, Tick&& tick) {
+  constexpr int kProducts = kNumPartProducts<Storage>;
   publish_stores();
   int64_t i = 0;
   for (; i + 32 <= rows; i += 32) {
+    const Parts a_rows = a.rows + i * a.stride;
     int64_t j = 0;
     for (; j + 32 <= columns; j += 32) {
       tick();
-      Tiles::template matmul_block<2, 2>(depth, a + i * a_stride, a_stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
+      Tiles::template matmul_block<2, 2, kProducts>(depth, a_rows, a.stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
     }
     if (j < columns)
-      Tiles::template matmul_block<2, 1>(depth, a + i * a_stride, a_stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
+      Tiles::template matmul_block<2, 1, kProducts>(depth, a_rows, a.stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
   }
   if (i < rows) {
+    const Parts a_rows = a.rows + i * a.stride;
     int64_t j = 0;
     for (; j + 32 <= columns; j += 32) {
       tick();
-      Tiles::template matmul_block<1, 2>(depth, a + i * a_stride, a_stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
+      Tiles::template matmul_block<1, 2, kProducts>(depth, a_rows, a.stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
     }
     if (j < columns)
-      Tiles::template matmul_block<1, 1>(depth, a + i * a_stride, a_stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
+      Tiles::template matmul_block<1, 1, kProducts>(depth, a_rows, a.stride, b, j / 16, c + i * c_stride + j, c_stride, accumulate);
   }
 }
 
@@ -243,10 +270,6 @@ static void dropout_keep_bits_transposed(const AttentionProblem& problem, int64_
       }
     }
   }
-}
-
-FA_INLINE void store_zero_row(Bf16Bits* row, int64_t head_dim) {
-  for (int64_t d = 0; d < head_dim; d += 32) _mm512_mask_storeu_epi16(row + d, first_lanes32(head_dim - d), _mm512_setzero_si512());
 }
 
 }  // namespace fused_attention::cpu::FA_ISA

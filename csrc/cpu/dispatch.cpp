@@ -44,6 +44,13 @@ KernelTable with_bfloat16(const char* name, const Kernel& forward, const Kernel&
   kernels.backward[static_cast<int>(Dtype::bfloat16)] = backward;
   return kernels;
 }
+
+KernelTable amx_table() {
+  KernelTable kernels = with_bfloat16("amx", kAmxForward, kAmxBackward);
+  kernels.forward_bf16x3 = kAmxForwardBf16x3;
+  kernels.backward_bf16x3 = kAmxBackwardBf16x3;
+  return kernels;
+}
 #endif
 
 std::vector<const KernelTable*> find_tables() {
@@ -53,8 +60,7 @@ std::vector<const KernelTable*> find_tables() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  static const KernelTable amx = with_bfloat16("amx", kAmxForward, kAmxBackward),
-                           bf16 = with_bfloat16("avx512_bf16", kAvx512Bf16Forward, kAvx512Bf16Backward);
+  static const KernelTable amx = amx_table(), bf16 = with_bfloat16("avx512_bf16", kAvx512Bf16Forward, kAvx512Bf16Backward);
   // VDPBF16PS, twice the work of VFMADD231PS, runs at its rate on AMD's processors, but at a quarter of it on Intel's.
   const bool avx512_bf16 = avx512 && avx512_bf16_available(), fast_dot_products = __builtin_cpu_is("amd");
   if (avx512 && amx_available()) tables.push_back(&amx);
@@ -162,6 +168,15 @@ int64_t l2_of_this_machine() {
 #endif
 }
 
+const Kernel& forward_kernel(const KernelTable& table, const AttentionProblem& problem) {
+  if (problem.cache_dtype != CacheDtype::none) return table.quantized_forward[static_cast<int>(problem.cache_dtype)];
+  return problem.bf16x3 && table.forward_bf16x3.run ? table.forward_bf16x3 : table.forward[static_cast<int>(problem.dtype)];
+}
+
+const Kernel& backward_kernel(const KernelTable& table, const AttentionProblem& problem) {
+  return problem.bf16x3 && table.backward_bf16x3.run ? table.backward_bf16x3 : table.backward[static_cast<int>(problem.dtype)];
+}
+
 }  // namespace
 
 int64_t l2_bytes() {
@@ -188,19 +203,21 @@ const KernelTable& selected_table() {
                            offered);
 }
 
+bool has_bf16x3() {
+  const auto& tables = available_tables();
+  return std::any_of(tables.begin(), tables.end(), [](const KernelTable* table) { return table->forward_bf16x3.run; });
+}
+
 void forward(const AttentionProblem& problem, int num_threads) {
   advise_huge_pages(problem, problem.out, problem.num_heads, problem.seqlen_q, problem.head_dim_v);
-  const KernelTable& table = selected_table();
-  const bool quantized = problem.cache_dtype != CacheDtype::none;
-  run(quantized ? table.quantized_forward[static_cast<int>(problem.cache_dtype)] : table.forward[static_cast<int>(problem.dtype)], problem,
-      num_threads);
+  run(forward_kernel(selected_table(), problem), problem, num_threads);
 }
 
 void backward(const AttentionProblem& problem, int num_threads) {
   advise_huge_pages(problem, problem.dquery, problem.num_heads, problem.seqlen_q, problem.head_dim_qk);
   advise_huge_pages(problem, problem.dkey, problem.num_heads_kv, problem.seqlen_k, problem.head_dim_qk);
   advise_huge_pages(problem, problem.dvalue, problem.num_heads_kv, problem.seqlen_k, problem.head_dim_v);
-  run(selected_table().backward[static_cast<int>(problem.dtype)], problem, num_threads);
+  run(backward_kernel(selected_table(), problem), problem, num_threads);
 }
 
 void weights(const AttentionProblem& problem, int num_threads) {

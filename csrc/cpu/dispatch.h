@@ -14,6 +14,9 @@ const std::vector<const KernelTable*>& available_tables();
 // Throws std::runtime_error if that name is unknown or not available on this machine.
 const KernelTable& selected_table();
 
+// Whether some table has kernels for float32 problems with bf16x3; on others, they run as without it.
+bool has_bf16x3();
+
 // num_threads <= 1 runs on the calling thread, without a parallel region. Throws std::bad_alloc if scratch memory cannot be allocated.
 void forward(const AttentionProblem& problem, int num_threads);
 void backward(const AttentionProblem& problem, int num_threads);

@@ -23,11 +23,12 @@ class DotProductTiles {
   }
 
   // One block of C: kRowTiles x kColumnTiles tiles, each 1 or 2.
-  template <int kRowTiles, int kColumnTiles>
-  static FA_NOINLINE_MEMBER void matmul_block(int64_t depth, const Bf16Bits* a, int64_t a_stride, const TileGrid& b, int64_t column,
-                                              float* c, int64_t c_stride, bool accumulate) {
+  template <int kRowTiles, int kColumnTiles, int kProducts>
+  static FA_NOINLINE_MEMBER void matmul_block(int64_t depth, Parts a, int64_t a_stride, const TileGrid& b, int64_t column, float* c,
+                                              int64_t c_stride, bool accumulate) {
+    static_assert(kProducts == 1, "three products by VDPBF16PS take longer than one in float32");
     for (int64_t i = 0; i < 16 * kRowTiles; i += kRows)
-      matmul_rows<kColumnTiles>(depth, a + i * a_stride, a_stride, b, column, c + i * c_stride, c_stride, accumulate);
+      matmul_rows<kColumnTiles>(depth, a.high + i * a_stride, a_stride, b, column, c + i * c_stride, c_stride, accumulate);
   }
 
  private:
@@ -46,7 +47,7 @@ class DotProductTiles {
 #pragma GCC unroll 2
       for (int j = 0; j < kColumnTiles; ++j) sum[i][j] = accumulate ? _mm512_load_ps(c + i * c_stride + 16 * j) : _mm512_setzero_ps();
     for (int64_t k = 0; k < depth; k += 32) {
-      const Bf16Bits* const tiles[2] = {b.at(column, k / 32), b.at(column + kColumnTiles - 1, k / 32)};
+      const Bf16Bits* const tiles[2] = {b.at(column, k / 32, 0), b.at(column + kColumnTiles - 1, k / 32, 0)};
       for (int64_t pair = 0; pair < 32; pair += 2) {
         __m512bh b_pair[kColumnTiles];
 #pragma GCC unroll 2

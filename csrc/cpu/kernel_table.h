@@ -50,11 +50,14 @@ struct KernelTable {
   Kernel forward_with_weights;                 // float32
   Kernel quantized_forward[3];                 // of few query rows, indexed by CacheDtype
   void (*linear)(const Linear&, int64_t first_column, int64_t last_column);
+  // For float32 problems with bf16x3, where that is faster; null elsewhere.
+  Kernel forward_bf16x3 = {}, backward_bf16x3 = {};
 };
 
 extern const KernelTable kBaseKernels, kAvx2Kernels, kAvx512Kernels;  // x86-64 has all three, other machines only kBaseKernels
 // bfloat16 only; for the rest, these machines use kAvx512Kernels.
 extern const Kernel kAmxForward, kAmxBackward, kAvx512Bf16Forward, kAvx512Bf16Backward;
+extern const Kernel kAmxForwardBf16x3, kAmxBackwardBf16x3;  // float32
 
 bool amx_available();          // isa_amx.cpp: whether the processor has bf16 tiles and Linux lets this process use them; checked once
 bool avx512_bf16_available();  // isa_avx512_bf16.cpp

@@ -18,12 +18,15 @@ from ..problem import (
     with_contiguous_last_dim,
 )
 from ..replay import prepared
+from ..torch_internals import float32_precision
 from . import packed_problem
 from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
 MAX_QUERIES_OF_QUANTIZED = 2  # kFewRows in csrc/cpu/few_rows_forward.h
 KEEPS_OUT_ERROR = (torch.bfloat16, torch.float16)
+# How precise torch's CPU may multiply float32 matrices after set_float32_matmul_precision("high") or ("medium").
+REDUCED_PRECISION = ("tf32", "bf16")
 MAX_KEYS_WITH_WEIGHTS = 512  # for weights together with the output: one block of keys
 LEAST_MASK_TASKS, HEADS_OF_MASK_PART, MOST_MASK_PARTS = 2, 32, 16  # see _mask_parts
 
@@ -70,6 +73,7 @@ def prepare(problem: Problem) -> Call:
         plain.numbers, plain.out_shape, plain.out_strides, plain.lse_shape, plain.lse_strides,
     )  # fmt: skip
     dtype, float32, empty = problem.query.dtype, torch.float32, empty_strided(problem.query)
+    with_bf16x3 = _native.with_bf16x3(numbers) if _may_split(dtype) else None
     run, num_threads, as_read = _native.cpu_forward, torch.get_num_threads, packed_problem.as_read
     is_packed, converts = problem.cu_seqlens_q is not None, not packed_problem.are_as_read(problem.optional_tensors())
     places = packed_problem.given(problem.optional_tensors())
@@ -84,7 +88,7 @@ def prepare(problem: Problem) -> Call:
         if converts:
             optional = as_read(optional)
         run(
-            numbers,
+            numbers if with_bf16x3 is None or not _splits() else with_bf16x3,
             num_threads(),
             0 if out_error is None else out_error.data_ptr(),
             query.data_ptr(),
@@ -130,8 +134,9 @@ def backward(
         address(dalibi_slopes),
         address(dsinks),
     )
+    numbers = prepared(_plain, problem).numbers
     _native.cpu_backward(
-        prepared(_plain, problem).numbers,
+        _native.with_bf16x3(numbers) if _may_split(dout.dtype) and _splits() else numbers,
         num_threads,
         packed_problem.addresses(problem.query, problem.key, problem.value, optional, out, lse),
         gradient_addresses,
@@ -181,6 +186,16 @@ def attention_weights(problem: Problem, lse: Tensor, average_heads: bool) -> Ten
     addresses = packed_problem.addresses(problem.query, problem.key, problem.value, optional, weights, lse)
     _native.cpu_weights(numbers, torch.get_num_threads(), addresses, average_heads)
     return weights[:, 0] if average_heads else weights
+
+
+def _may_split(dtype: torch.dtype) -> bool:
+    """Whether this machine has kernels that split numbers of this dtype into two of bfloat16."""
+    return dtype is torch.float32 and _native.cpu_has_bf16x3()
+
+
+def _splits() -> bool:
+    """Whether torch's setting allows it now."""
+    return float32_precision("mkldnn", "matmul") in REDUCED_PRECISION
 
 
 def _mask_parts(gradient: Tensor | None, problem: Problem) -> tuple[int, int]:

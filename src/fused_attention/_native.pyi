@@ -33,6 +33,9 @@ def problem(
 ) -> bytes:
     """All of a problem but the addresses of its tensors."""
 
+def with_bf16x3(problem: bytes, /) -> bytes:
+    """The same problem, whose float32 numbers may be split into two of bfloat16, where cpu_has_bf16x3."""
+
 def address_names() -> list[str]:
     """The tensors of a forward call, in the order of their addresses."""
 
@@ -81,6 +84,7 @@ def cpu_backward(
     gradients: addresses in the order in which csrc/module.cpp places them, 0 = none.
     """
 
+def cpu_has_bf16x3() -> bool: ...
 def cpu_key_parts(seqlen_k: int, /) -> int: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
