@@ -37,7 +37,7 @@ def test_the_range_is_said_in_one_way() -> None:
 
 def test_the_tests_know_every_name() -> None:
     source = (ROOT / "kernels/torch_internals.py").read_text()
-    names = {f"torch.{name}" for name in re.findall(r'_found\("([^"]+)"', source)}
+    names = {f"torch.{name}" for name in re.findall(r'_found\(\s*"([^"]+)"', source)}
     names |= {f"torch._C._dynamo.guards._empty_strided_{device}" for device in ("cpu", "cuda")}
     names |= {f"torch.{name}" for name in re.findall(r'_found_where_built_for_gpus\(\s*"([^"]+)"', source)}
     assert names == set(without_torch_internals.NAMES)
