@@ -54,9 +54,10 @@ def register() -> str:
 
     AttentionInterface.register(NAME, fused_attention_forward)
     AttentionMaskInterface.register(NAME, fused_attention_mask)
-    check = PreTrainedModel.get_correct_attn_implementation
+    model: Any = PreTrainedModel
+    check = model.get_correct_attn_implementation
     if not hasattr(check, "__wrapped__"):
-        PreTrainedModel.get_correct_attn_implementation = _refusing(check)
+        model.get_correct_attn_implementation = _refusing(check)
     return NAME
 
 
@@ -99,8 +100,9 @@ def fused_attention_mask(
     """
     if isinstance(attention_mask, Masking):
         return attention_mask
-    from transformers.masking_utils import sdpa_mask
+    from transformers import masking_utils
 
+    sdpa_mask: Any = masking_utils.sdpa_mask  # whose annotations leave out that q_offset may be a tensor
     is_chunk = local_size is not None and local_size == getattr(kwargs.get("config"), "attention_chunk_size", None)
     plain = (allow_is_causal_skip or allow_is_bidirectional_skip) and not is_chunk
     if not plain or isinstance(q_offset, Tensor) or (attention_mask is not None and attention_mask.dim() != 2):
