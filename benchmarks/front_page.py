@@ -1,145 +1,114 @@
-"""The README's table and plot of speed, from the tables of a run that docs/results keeps.
+"""The README's table and plot of speed, from a recorded run that docs/results keeps.
 
-    python -m fused_attention.benchmarks.front_page docs/results/cpu-2026-11-28.txt docs/pictures
+    python -m fused_attention.benchmarks.front_page docs/results/RUN.jsonl docs/pictures
 
 prints the table, and writes speed-light.svg and speed-dark.svg.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cell import Cell, Run, read
 from .pictures import Style, log_ticks, new_figure, save, style_axes
 
+TORCH = "torch"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-LENGTHS = {  # batch, heads, Lq, Lk, D of self-attention -> Lq
-    "32, 8, 64, 64, 64": 64,
-    "8, 8, 128, 128, 64": 128,
-    "4, 8, 512, 512, 64": 512,
-    "1, 8, 2048, 2048, 64": 2048,
-    "1, 16, 4096, 4096, 128": 4096,
+MEASURES = ("forward", "forward + backward")
+ROWS: dict[str, Callable[[Cell], bool]] = {
+    "whole sequences, 64 to 4,096 tokens": lambda cell: cell.suite == "attention",
+    "sentences, padded": lambda cell: cell.suite == "short",
+    "padding and bool masks, 512 tokens": lambda cell: cell.suite == "masks" and cell.case["mask"].startswith(("padding", "bool")),
+    "a float bias": lambda cell: cell.suite == "masks" and cell.case["mask"].startswith("bias") and "gradient" not in cell.case["mask"],
+    "a bias with its gradient": lambda cell: cell.suite == "masks" and "gradient" in cell.case["mask"],
+    "dropout": lambda cell: cell.suite == "masks" and cell.case["mask"] == "dropout",
+    "decoding, one query": lambda cell: cell.suite == "decode",
+    "weights averaged over heads": lambda cell: cell.suite == "weights",
 }
 
 
-class Row(NamedTuple):
-    """A line of a table: its case, and milliseconds by measure, "forward" for example."""
-
-    case: dict[str, str]
-    ours: dict[str, float]
-    torch: dict[str, float]
-
-    def ratio(self) -> float:
-        """Times as fast as torch, all measures together."""
-        return sum(self.torch.values()) / sum(self.ours.values())
+def best(cell: Cell) -> float:
+    """How many times faster ours is than the fastest of all engines."""
+    return min(cell.ratios().values())
 
 
-def rows(text: str, title: str) -> list[Row]:
-    """Those of the first table with this title, down to the blank line that ends it."""
-    lines = text[text.index(f"\n{title}\n") :].strip("\n").split("\n\n")[0].splitlines()
-    measures = re.split(r"\s{2,}", lines[1].strip())
-    titles = re.split(r"\s{2,}", lines[2].strip())
-    titles = titles[: titles.index("ours ms")]
-    found = []
-    for line in lines[3:]:
-        cells = re.split(r"\s{2,}", line.strip())
-        of_measures = zip(measures, range(len(titles), len(cells), 3), strict=False)
-        times = {measure: (float(cells[at]), float(cells[at + 1])) for measure, at in of_measures if cells[at] != "-"}
-        ours, torch = ({measure: pair[place] for measure, pair in times.items()} for place in (0, 1))
-        found.append(Row(dict(zip(titles, cells, strict=False)), ours, torch))
-    return found
+def against_torch(cell: Cell) -> float:
+    return cell.ratio(TORCH)
 
 
-def table(text: str) -> str:
-    """Markdown: how many times as fast as torch, by dtype."""
-    fused = rows(text, "attention against torch.nn.functional.scaled_dot_product_attention")
-    unfused = rows(text, "attention against torch.nn.functional.scaled_dot_product_attention where it runs unfused")
-    modules = rows(text, "MultiHeadAttention against torch.nn.MultiheadAttention, 512 wide, 8 heads")
+def geometric_mean(cells: Iterable[Cell], ratio: Callable[[Cell], float]) -> str:
+    ratios = [ratio(cell) for cell in cells if TORCH in cell.times]
+    return f"{statistics.geometric_mean(ratios):.1f}" if ratios else "-"
 
-    def mean(dtype: str, measure: str) -> float:
-        ratios = [row.torch[measure] / row.ours[measure] for row in fused if row.case["dtype"] == dtype and measure in row.ours]
-        return statistics.geometric_mean(ratios)
 
-    def long(feature: str, dtype: str) -> float:
-        return one(row for row in unfused if list(row.case.values())[:3] == ["4, 8, 512, 512, 64", dtype, feature]).ratio()
-
-    def module(attention: str, dtype: str) -> float | None:
-        found = [row for row in modules if list(row.case.values()) == ["4, 512", dtype, attention]]
-        return one(found).ratio() if found else None
-
-    kinds: dict[str, Any] = {
-        "`attention`, forward, mean of 32 shapes and masks": lambda dtype: mean(dtype, "forward"),
-        "`attention`, backward": lambda dtype: mean(dtype, "backward"),
-        "... with dropout, both, 512 tokens": lambda dtype: long("dropout", dtype),
-        "... with a bias and its gradient, both, 512 tokens": lambda dtype: long("bias gradient", dtype),
-        "`MultiHeadAttention`, training, 512 tokens": lambda dtype: module("self", dtype),
-        "... with dropout": lambda dtype: module("self, dropout 0.1", dtype),
-    }
-    lines = [f"| times as fast as torch | {' | '.join(DTYPES.values())} |", "|---|" + "--:|" * len(DTYPES)]
-    for kind, ratio in kinds.items():
-        cells = ["-" if value is None else f"{value:.1f}" for value in map(ratio, DTYPES)]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+def table(run: Run) -> str:
+    """Markdown: geometric means of how many times as fast ours is."""
+    titles = [f"{name}, torch" for name in DTYPES.values()] + ["float32, fastest engine"]
+    lines = [f"| times as fast as | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
+    for row, belongs in ROWS.items():
+        for measure in MEASURES:
+            cells = [cell for cell in run.cells.values() if belongs(cell) and cell.measure == measure]
+            of_dtype = {dtype: [cell for cell in cells if cell.case["dtype"] == dtype] for dtype in DTYPES}
+            means = [geometric_mean(found, against_torch) for found in of_dtype.values()] + [geometric_mean(of_dtype["fp32"], best)]
+            if set(means) != {"-"}:
+                lines.append(f"| {row}: {measure} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 
-def one(found: Iterable[Row]) -> Row:
-    (row,) = found
-    return row
-
-
-THREADS, PANELS = "2", ("fp32", "bf16")  # of the plot
-LABELS = {"causal": "causal", "key padding": "padding", "float bias": "float bias", "none": "no mask"}
-
-
 class Curve(NamedTuple):
-    dtype: str
-    feature: str
+    measure: str
+    label: str
     ratios: dict[int, float]  # by sequence length
 
 
-def curves(text: str) -> list[Curve]:
-    """Forward and backward together against torch: a curve for each dtype and mask of the plot."""
-    fused = rows(text, "attention against torch.nn.functional.scaled_dot_product_attention")
-    found: dict[tuple[str, str], dict[int, float]] = {(dtype, feature): {} for dtype in PANELS for feature in LABELS}
-    for row in fused:
-        shape, dtype, feature, threads = row.case.values()
-        if (dtype, feature) in found and shape in LENGTHS and threads == THREADS:
-            found[dtype, feature][LENGTHS[shape]] = row.ratio()
+def curves(run: Run) -> list[Curve]:
+    """Of whole sequences in (B, L, H, D) memory on one thread, head_dim 64."""
+    plotted = {"mask": "full", "layout": "BLHD", "threads": "1", "head dim": "64"}
+    cells = [cell for cell in run.cells.values() if cell.suite == "attention" and plotted.items() <= cell.case.items() and TORCH in cell.times]
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for cell in sorted(cells, key=lambda cell: int(cell.case["tokens"])):
+        dtype, length = DTYPES[cell.case["dtype"]], int(cell.case["tokens"])
+        found.setdefault((cell.measure, f"{dtype}, torch"), {})[length] = cell.ratio(TORCH)
+        if len(cell.times) > 2 and dtype == "float32":
+            found.setdefault((cell.measure, f"{dtype}, fastest engine"), {})[length] = best(cell)
     return [Curve(*kind, ratios) for kind, ratios in found.items()]
 
 
-def plot(text: str, style: Style) -> Any:
-    """Times as fast as torch by sequence length, a panel for each dtype."""
-    figure = new_figure(9, 3.4)
-    panels = dict(zip(PANELS, figure.subplots(1, len(PANELS)), strict=True))
-    colors = dict(zip(LABELS, style.curves, strict=True))
-    for curve in curves(text):
+def plot(run: Run, style: Style) -> Any:
+    """Times as fast by sequence length, a panel for each measure."""
+    figure = new_figure(9, 3.6)
+    panels = dict(zip(MEASURES, figure.subplots(1, len(MEASURES)), strict=True))
+    drawn = curves(run)
+    labels = [*(f"{name}, torch" for name in DTYPES.values()), "float32, fastest engine"]
+    colors = dict(zip(labels, style.curves, strict=True))
+    for curve in drawn:
         lengths, ratios = list(curve.ratios), list(curve.ratios.values())
-        panels[curve.dtype].plot(lengths, ratios, color=colors[curve.feature], marker="o", markersize=4, label=LABELS[curve.feature])
-    for dtype, axes in panels.items():
+        panels[curve.measure].plot(lengths, ratios, color=colors[curve.label], marker="o", markersize=4, label=curve.label)
+    for measure, axes in panels.items():
+        lengths = sorted({length for curve in drawn if curve.measure == measure for length in curve.ratios})
         axes.axhline(1, color=style.text, linewidth=1, linestyle=(0, (4, 3)))
-        log_ticks(axes, list(LENGTHS.values()), list(map(str, LENGTHS.values())))
-        style_axes(axes, style, DTYPES[dtype], "sequence length")
-    panels["fp32"].set_ylabel("times as fast as torch", color=style.text)
-    panels["fp32"].legend(frameon=False, labelcolor=style.text, ncols=2, loc="lower right")
+        log_ticks(axes, [float(length) for length in lengths], [f"{length:,}" for length in lengths])
+        style_axes(axes, style, measure, "sequence length")
+        axes.legend(frameon=False, labelcolor=style.text, fontsize=9)
+    panels[MEASURES[0]].set_ylabel("times as fast", color=style.text)
     return figure
 
 
-def data_of(text: str) -> str:
+def data_of(run: Run) -> str:
     """What the plot shows, in words: the description that its picture carries."""
-    described = [f"{c.dtype} {c.feature}: {', '.join(f'{length} {ratio:.2f}' for length, ratio in c.ratios.items())}" for c in curves(text)]
-    return "Times as fast as torch by sequence length. " + "; ".join(described)
+    described = [f"{c.measure} {c.label}: {', '.join(f'{length} {ratio:.2f}' for length, ratio in c.ratios.items())}" for c in curves(run)]
+    return "Times as fast by sequence length. " + "; ".join(described)
 
 
 def main() -> None:
-    results, folder = map(Path, sys.argv[1:])
-    text = results.read_text()
-    print(table(text))
-    save(lambda style: plot(text, style), folder, "speed", data_of(text))
+    recorded, folder = map(Path, sys.argv[1:])
+    run = read(recorded)
+    print(table(run))
+    save(lambda style: plot(run, style), folder, "speed", data_of(run))
 
 
 if __name__ == "__main__":
