@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,44 +19,51 @@ from .pictures import Style, log_ticks, new_figure, save, style_axes
 TORCH = "torch"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MEASURES = ("forward", "forward + backward")
-ROWS: dict[str, Callable[[Cell], bool]] = {
-    "whole sequences, 64 to 4,096 tokens": lambda cell: cell.suite == "attention",
-    "sentences, padded": lambda cell: cell.suite == "short",
-    "padding and bool masks, 512 tokens": lambda cell: cell.suite == "masks" and cell.case["mask"].startswith(("padding", "bool")),
-    "a float bias": lambda cell: cell.suite == "masks" and cell.case["mask"].startswith("bias") and "gradient" not in cell.case["mask"],
-    "a bias with its gradient": lambda cell: cell.suite == "masks" and "gradient" in cell.case["mask"],
-    "dropout": lambda cell: cell.suite == "masks" and cell.case["mask"] == "dropout",
-    "decoding, one query": lambda cell: cell.suite == "decode",
-    "weights averaged over heads": lambda cell: cell.suite == "weights",
+
+
+def of(suite: str, dtype: str = "fp32", **case: tuple[str, ...]) -> Callable[[Cell], bool]:
+    """Whether a cell belongs to a row: its suite, dtype, and how the values of its case begin."""
+    return lambda cell: (
+        cell.suite == suite
+        and cell.case.get("dtype") == dtype
+        and all(cell.case.get(title, "").startswith(beginnings) for title, beginnings in case.items())
+    )
+
+
+ROWS = {
+    "whole sequences, 64 to 4,096 tokens, float32": of("attention"),
+    "... bfloat16": of("attention", "bf16"),
+    "... float16": of("attention", "fp16"),
+    "sentences, padded": of("short"),
+    "padding and bool masks, 512 tokens": of("masks", mask=("padding", "bool")),
+    "a float bias": of("masks", mask=("bias B", "bias 1", "bias of")),
+    "a float bias and its gradient": of("masks", mask=("bias gradient",)),
+    "dropout": of("masks", mask=("dropout",)),
+    "decoding, one query": of("decode"),
 }
+
+
+def geometric_mean(ratios: list[float]) -> str:
+    return f"{statistics.geometric_mean(ratios):.1f}" if ratios else "-"
+
+
+def table(run: Run) -> str:
+    """Markdown: geometric means of how many times as fast ours is. The fastest engine of a cell is not torch alone."""
+    lines = [
+        "| times as fast | " + " | ".join(f"{measure}: torch" for measure in MEASURES) + " | forward: fastest engine |",
+        "|---|--:|--:|--:|",
+    ]
+    for row, belongs in ROWS.items():
+        cells = {measure: [cell for cell in run.cells.values() if belongs(cell) and cell.measure == measure] for measure in MEASURES}
+        means = [geometric_mean([cell.ratio(TORCH) for cell in cells[measure] if TORCH in cell.times]) for measure in MEASURES]
+        means.append(geometric_mean([best(cell) for cell in cells["forward"] if len(cell.times) > 2]))
+        lines.append(f"| {row} | {' | '.join(means)} |")
+    return "\n".join(lines)
 
 
 def best(cell: Cell) -> float:
     """How many times faster ours is than the fastest of all engines."""
     return min(cell.ratios().values())
-
-
-def against_torch(cell: Cell) -> float:
-    return cell.ratio(TORCH)
-
-
-def geometric_mean(cells: Iterable[Cell], ratio: Callable[[Cell], float]) -> str:
-    ratios = [ratio(cell) for cell in cells if TORCH in cell.times]
-    return f"{statistics.geometric_mean(ratios):.1f}" if ratios else "-"
-
-
-def table(run: Run) -> str:
-    """Markdown: geometric means of how many times as fast ours is."""
-    titles = [f"{name}, torch" for name in DTYPES.values()] + ["float32, fastest engine"]
-    lines = [f"| times as fast as | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
-    for row, belongs in ROWS.items():
-        for measure in MEASURES:
-            cells = [cell for cell in run.cells.values() if belongs(cell) and cell.measure == measure]
-            of_dtype = {dtype: [cell for cell in cells if cell.case["dtype"] == dtype] for dtype in DTYPES}
-            means = [geometric_mean(found, against_torch) for found in of_dtype.values()] + [geometric_mean(of_dtype["fp32"], best)]
-            if set(means) != {"-"}:
-                lines.append(f"| {row}: {measure} | {' | '.join(means)} |")
-    return "\n".join(lines)
 
 
 class Curve(NamedTuple):
@@ -68,7 +75,9 @@ class Curve(NamedTuple):
 def curves(run: Run) -> list[Curve]:
     """Of whole sequences in (B, L, H, D) memory on one thread, head_dim 64."""
     plotted = {"mask": "full", "layout": "BLHD", "threads": "1", "head dim": "64"}
-    cells = [cell for cell in run.cells.values() if cell.suite == "attention" and plotted.items() <= cell.case.items() and TORCH in cell.times]
+    cells = [
+        cell for cell in run.cells.values() if cell.suite == "attention" and plotted.items() <= cell.case.items() and TORCH in cell.times
+    ]
     found: dict[tuple[str, str], dict[int, float]] = {}
     for cell in sorted(cells, key=lambda cell: int(cell.case["tokens"])):
         dtype, length = DTYPES[cell.case["dtype"]], int(cell.case["tokens"])
