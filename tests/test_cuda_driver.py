@@ -33,11 +33,11 @@ def problem(head_dim=64, seqlen_q=70, seqlen_k=70, dtype=1, **changed):
         dtype=dtype, sizes=(1, 1, 1, seqlen_q, seqlen_k, head_dim, head_dim), num_tokens=(0, 0), scale=1.0, diagonal=0, bottom_right=False,
         window=(2**30, 2**30), softcap=0.0, dropout_threshold=0, query=strides, key=strides, value=strides, out=strides,
         attn_mask=(0, 0, 0), attn_mask_key=0, attn_mask_dtype=0, key_mask=(0, 0), alibi_slopes=(0, 0), mask_bits=(0, 0, 0),
-        row_tiles=(0, 0, 0), num_tiles=0)
+        row_tiles=(0, 0, 0), num_tiles=0, cache_dtype=-1, key_scale=(0, 0, 0, 1), value_scale=(0, 0, 0, 1))
     return native.problem(**fields | changed)
 
 def forward(plain, *, device=0, workspace=0, query=4096, key=4096, value=4096, out=4096, lse=4096, key_mask=0, rng_state=0):
-    return native.cuda_forward(plain, device, 0, workspace, query, key, value, out, lse, [0, key_mask, *[0] * 4, rng_state, *[0] * 4])
+    return native.cuda_forward(plain, device, 0, workspace, query, key, value, out, lse, [0, key_mask, *[0] * 4, rng_state, *[0] * 6])
 
 def calls():
     numbers = (ctypes.c_int * 6)()
