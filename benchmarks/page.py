@@ -22,6 +22,7 @@ MOST_PANELS = 12  # of one kind of plot
 LENGTH, BATCH = "tokens", "batch"  # columns that a plot has along its x axis
 HEAT_STYLE = """<style>
 .scroll { overflow-x: auto; }
+@media (max-width: 600px) { figure > svg { width: 100%; } }
 .scroll table { font-size: 13px; font-variant-numeric: tabular-nums; width: auto; }
 .scroll th, .scroll td { display: table-cell; white-space: nowrap; width: auto; padding: 3px 10px 3px 0;
   border-top: 1px solid var(--line); }
