@@ -168,6 +168,8 @@ const Case kCases[] = {
     {1, 2, 150, 200, 40, 40, kTopLeft, true, true, false, true, true, gaps, 1, 60, kUnlimited, 0, true, false, 1, false, true},
     {3, 2, 37, 53, 24, 24, kBottomRight, false, true, false, true, true, rows_first, 2, 9, 3, 0, true, true, 1, false, false, true},
     {2, 2, 2, 45, 40, 24, kBottomRight, true, false, true, true, false, rows_first, 2, 20, kUnlimited, 2.0f, true, true, 3},
+    {8, 4, 2, 70, 24, 40, kBottomRight, true, false, false, true, true, rows_first, 2, 66, kUnlimited, 1.5f, true,
+     true},  // two key heads a task
     {1,          2, 70,         150,        40, 24,    kTopLeft, false, false, true,  false, true,
      rows_first, 1, kUnlimited, kUnlimited, 0,  false, false,    1,     false, false, false, MaskDtype::boolean},
     {2,    1, 33,         77,         24, 24,    kNone, true, false, true,  true,  false,

@@ -204,6 +204,24 @@ def test_memory_orders(memory: str, rows: int, dtype: torch.dtype, instruction_s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0, "alibi_slopes": True, "key_mask": True}, {"bool_mask": True, "prepare": True}], ids=str
+)
+def test_backward_of_few_rows(options: dict[str, Any], rows: int, dtype: torch.dtype, instruction_set: str) -> None:
+    """Heads that are adjacent in memory share a task, if the batch leaves enough tasks for the threads."""
+    tensors, plain = tensors_of(options, dtype, rows)
+    adjacent = tensors | {name: tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("query", "key", "value", "dout")}
+    with threads(8):
+        expected = results(tensors, **plain)
+    for num_threads in (1, 3, 8):
+        with threads(num_threads):
+            assert_same(results(adjacent, **plain), expected, f"{num_threads} threads")
+            alone = results(sequences(adjacent, 2, 1), **plain)
+        assert_same(alone, {name: tensor[2:3] for name, tensor in expected.items()}, f"alone on {num_threads} threads")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"window": (200, None)}, {"softcap": 2.0, "alibi_slopes": True, "key_mask": True}], ids=str)
 def test_decoding(options: dict[str, Any], rows: int, dtype: torch.dtype, instruction_set: str) -> None:

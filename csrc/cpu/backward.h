@@ -12,7 +12,7 @@
 // into delta: d lse / d S = P.
 #pragma once
 #include "backward_tasks.h"
-#include "few_rows_forward.h"
+#include "few_rows_backward.h"
 #include "softmax_gradient.h"
 
 namespace fused_attention::cpu::FA_ISA {
@@ -43,7 +43,8 @@ class BackwardPass {
         row_blocks_((problem.seqlen_q + kBackwardRows - 1) / kBackwardRows),
         blocks_together_(key_blocks_together(problem)),
         held_keys_(group_ > 1 ? tasks_.most_keys() : blocks_together_ * kBackwardKeys),
-        softmax_(problem, arena_) {
+        softmax_(problem, arena_),
+        few_rows_(problem, 1, arena_) {
     query_rows_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
     dout_rows_ = arena_.take<float>(problem.seqlen_q * dim_v_);
     dquery_sum_ = arena_.take<float>(problem.seqlen_q * dim_qk_);
@@ -72,6 +73,7 @@ class BackwardPass {
 
   void run_key_head(int64_t task, int64_t b, int64_t h_kv, bool more) {
     set_key_head(b, h_kv);
+    if (bounds_.seqlen_q <= kFewRows) return few_rows_.run_key_heads(task, b, h_kv);
     for (int64_t n = 0; n < held_keys_ / kBackwardKeys; ++n) keys_started_[n] = 0;
     const Range parts = tasks_.parts(task, bounds_.seqlen_k), all_keys = tasks_.keys(parts, bounds_.seqlen_k);
     if (parts.first == parts.last) return;
@@ -110,7 +112,6 @@ class BackwardPass {
     if (b == batch_) return;
     batch_ = b;
     bounds_ = sequence_bounds(problem_, b);
-    few_rows_ = bounds_.seqlen_q <= kFewRows;
     if (problem_.key_mask) has_holes_ = fill_key_bias(problem_, b, bounds_.seqlen_k, key_bias_, round_up(bounds_.seqlen_k, kBackwardKeys));
   }
 
@@ -149,8 +150,7 @@ class BackwardPass {
     const int64_t rows = bounds_.seqlen_q;
     pack_rows<T>(query_row(problem_.query, 0), problem_.query.row, rows, problem_.head_dim_qk, query_rows_, dim_qk_);
     pack_rows<T>(query_row(problem_.dout, 0), problem_.dout.row, rows, problem_.head_dim_v, dout_rows_, dim_v_);
-    const int64_t offset = lse_offset(problem_, bounds_, batch_, head_);
-    const float *lse = problem_.lse + offset, *dlse = problem_.dlse ? problem_.dlse + offset : nullptr;
+    const float* lse = problem_.lse + lse_offset(problem_, bounds_, batch_, head_);
     for (int64_t i = 0; i < rows; ++i) {
       float* dout = dout_rows_ + i * dim_v_;
       if (lse[i] == -kInfinity) {  // the row sees nothing, so it gets no gradient; it may hold garbage
@@ -159,19 +159,8 @@ class BackwardPass {
         for (int64_t d = 0; d < dim_qk_; d += kLanes) store(query_rows_ + i * dim_qk_ + d, broadcast(0.0f));
         continue;
       }
-      Vec sum = add_products(query_row(problem_.out, i), dout, broadcast(0.0f));
-      if (problem_.out_error.data) sum = add_products(query_row(problem_.out_error, i), dout, sum);
-      softmax_.enter_row(i, lse[i], reduce_add(sum) - (dlse ? dlse[i] : 0.0f));
+      softmax_.enter_row(i, lse[i], row_delta<T>(problem_, bounds_, batch_, head_, i, dout));
     }
-  }
-
-  // sum + a * b over the head dim of the values; lanes of partial sums.
-  FA_MEMBER_INLINE Vec add_products(const T* a, const float* b, Vec sum) const {
-    for (int64_t d = 0; d < problem_.head_dim_v; d += kLanes) {
-      const int64_t remaining = problem_.head_dim_v - d;
-      sum = fmadd(remaining >= kLanes ? load(a + d) : load_first(a + d, remaining), load(b + d), sum);
-    }
-    return sum;
   }
 
   // Packs a block of keys into the packed buffers, starting at key `place`.
@@ -179,12 +168,8 @@ class BackwardPass {
     const float* absent = has_holes_ ? key_bias_ + key0 : nullptr;
     const T *key = key_row(problem_.key, key0), *value = key_row(problem_.value, key0);
     pack_rows(key, problem_.key.row, keys, problem_.head_dim_qk, key_rows_ + place * dim_qk_, dim_qk_, absent);
-    if (few_rows_) {
-      pack_rows(value, problem_.value.row, keys, problem_.head_dim_v, value_t_ + place * dim_v_, dim_v_, absent);
-    } else {
-      pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, key_t_ + place * dim_qk_, absent);
-      pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, value_t_ + place * dim_v_, absent);
-    }
+    pack_transposed(key, problem_.key.row, keys, problem_.head_dim_qk, key_t_ + place * dim_qk_, absent);
+    pack_transposed(value, problem_.value.row, keys, problem_.head_dim_v, value_t_ + place * dim_v_, absent);
   }
 
   // Plans what to prefetch during this head's products: the lines of its gradients, then the next head's inputs.
@@ -228,13 +213,8 @@ class BackwardPass {
                 *keys_t = key_t_ + place * dim_qk_, *values_t = value_t_ + place * dim_v_;
     float *weights = softmax_.weights(), *dscores = softmax_.dscores();
     const int64_t columns = round_up(keys, kLanes), held = held_ + place;
-    if (few_rows_) {
-      matmul_few_rows(rows, keys, dim_qk_, q, dim_qk_, packed_keys, dim_qk_, weights, kScoreStride);
-      matmul_few_rows(rows, keys, dim_v_, dout, dim_v_, values_t, dim_v_, dscores, kScoreStride);
-    } else {
-      matmul(rows, columns, problem_.head_dim_qk, q, dim_qk_, 1, keys_t, kBackwardKeys, weights, kScoreStride, false, &prefetcher_);
-      matmul(rows, columns, problem_.head_dim_v, dout, dim_v_, 1, values_t, kBackwardKeys, dscores, kScoreStride, false, &prefetcher_);
-    }
+    matmul(rows, columns, problem_.head_dim_qk, q, dim_qk_, 1, keys_t, kBackwardKeys, weights, kScoreStride, false, &prefetcher_);
+    matmul(rows, columns, problem_.head_dim_v, dout, dim_v_, 1, values_t, kBackwardKeys, dscores, kScoreStride, false, &prefetcher_);
     softmax_.apply(row0, rows, key0, keys, mixed);
     uint8_t &keys_started = keys_started_[held / kBackwardKeys], &rows_started = rows_started_[row0 / kBackwardRows];
     matmul(keys, dim_v_, rows, weights, 1, kScoreStride, dout, dim_v_, dvalue_ + held * dim_v_, dim_v_, keys_started != 0, &prefetcher_);
@@ -290,12 +270,13 @@ class BackwardPass {
   const int64_t blocks_together_;  // see key_blocks_together
   const int64_t held_keys_;  // keys whose dK and dV are held at once: those blocks, or all of the task's if query heads share a key head
   SoftmaxGradient softmax_;
+  FewRowsBackward<T> few_rows_;
 
   float* query_rows_;                     // (seqlen_q, dim_qk)
   float *dquery_sum_, *dquery_part_;      // (seqlen_q, dim_qk), over the parts of the keys so far, and from one part
   float* dquery_ = nullptr;               // one of the two: what the current part's dQ goes to
   float* dout_rows_;                      // (seqlen_q, dim_v)
-  float *key_t_, *value_t_;               // (blocks_together, head_dim, kBackwardKeys), transposed; V is not for few rows
+  float *key_t_, *value_t_;               // (blocks_together, head_dim, kBackwardKeys), transposed
   float* key_rows_;                       // (blocks_together, kBackwardKeys, dim_qk)
   float* dkey_;                           // (held_keys, dim_qk)
   float* dvalue_;                         // (held_keys, dim_v)
@@ -307,17 +288,19 @@ class BackwardPass {
 
   int64_t batch_ = -1, head_ = 0, kv_head_ = 0, batch_head_ = 0, held_ = 0;
   SequenceBounds bounds_{};
-  bool has_holes_ = false, few_rows_ = false;
+  bool has_holes_ = false;
   RowPrefetcher prefetcher_;
 };
 
 template <class T>
-static Plan plan_backward(const AttentionProblem& problem, int /*num_threads*/) {
+static Plan plan_backward(const AttentionProblem& problem, int num_threads) {
+  if (problem.seqlen_q <= kFewRows) return FewRowsBackward<T>::plan(problem, num_threads);
   return {BackwardTasks(problem).count(), problem.seqlen_q, BackwardPass<T>(problem, nullptr).scratch_bytes()};
 }
 
 template <class T>
-static void run_backward(const AttentionProblem& problem, const Plan&, int64_t first_task, int64_t last_task, char* scratch) {
+static void run_backward(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
+  if (problem.seqlen_q <= kFewRows) return FewRowsBackward<T>::run(problem, plan, first_task, last_task, scratch);
   BackwardPass<T>(problem, scratch).run(first_task, last_task);
 }
 

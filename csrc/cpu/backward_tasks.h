@@ -15,12 +15,14 @@ struct Range {
 
 class BackwardTasks {
  public:
-  explicit BackwardTasks(const AttentionProblem& problem)
+  // heads_per_task: key heads that a task takes together, if the mask's gradient does not tie all of them.
+  explicit BackwardTasks(const AttentionProblem& problem, int64_t heads_per_task = 1)
       : problem_(problem),
         batches_apart_(!problem.dattn_mask || problem.dattn_mask_batch != 0),
         heads_apart_(!problem.dattn_mask || problem.dattn_mask_head != 0),
         batches_(batches_apart_ ? problem.batch : min_of(problem.batch, int64_t{1})),
-        heads_(heads_apart_ ? problem.num_heads_kv : min_of(problem.num_heads_kv, int64_t{1})),
+        heads_together_(heads_apart_ ? heads_per_task : 1),
+        heads_(heads_apart_ ? (problem.num_heads_kv + heads_per_task - 1) / heads_per_task : min_of(problem.num_heads_kv, int64_t{1})),
         tasks_per_head_(problem.dquery_parts ? problem.num_key_parts : 1) {}
 
   int64_t count() const { return batches_ * heads_ * problem_.num_mask_parts * tasks_per_head_; }
@@ -34,11 +36,14 @@ class BackwardTasks {
     return problem_.dattn_mask + place * problem_.dattn_mask_part;
   }
 
-  // Calls visit(b, h_kv, more) for each key head of a task; more: whether another one follows.
+  // How many key heads go together from one that for_each_head visits on.
+  int64_t heads_from(int64_t h_kv) const { return min_of(heads_together_, problem_.num_heads_kv - h_kv); }
+
+  // Calls visit(b, h_kv, more) for each key head of a task, or for the first of those that go together; more: whether another one follows.
   template <class Visit>
   void for_each_head(int64_t task, Visit&& visit) const {
     const int64_t unit = task / tasks_per_head_, parts = problem_.num_mask_parts, part = unit % parts;
-    const int64_t group_b = unit / parts / heads_, group_h = unit / parts % heads_;
+    const int64_t group_b = unit / parts / heads_, group_h = unit / parts % heads_ * heads_together_;
     const int64_t heads = heads_apart_ ? 1 : problem_.num_heads_kv, members = heads * (batches_apart_ ? 1 : problem_.batch);
     for (int64_t n = members * part / parts, end = members * (part + 1) / parts; n < end; ++n)
       visit(group_b + n / heads, group_h + n % heads, n + 1 < end);
@@ -77,7 +82,7 @@ class BackwardTasks {
  private:
   const AttentionProblem& problem_;
   const bool batches_apart_, heads_apart_;
-  const int64_t batches_, heads_;
+  const int64_t batches_, heads_together_, heads_;
   const int64_t tasks_per_head_;  // 1, or one for each part of the keys
 };
 

@@ -23,7 +23,7 @@ template <class Tiles, class Storage = Bf16Storage>
 class Bf16Backward {
  public:
   static Plan plan(const AttentionProblem& problem, int num_threads) {
-    if (!Tiles::pay(problem)) return widened().plan(problem, num_threads);
+    if (is_widened(problem)) return widened().plan(problem, num_threads);
     Plan plan{BackwardTasks(problem).count(), problem.seqlen_q, Bf16Backward(problem).carve(nullptr)};
     if (!Tiles::kAnySize) {
       const size_t other_bytes = widened().plan(problem, num_threads).scratch_bytes;
@@ -33,7 +33,7 @@ class Bf16Backward {
   }
 
   static void run(const AttentionProblem& problem, const Plan& plan, int64_t first_task, int64_t last_task, char* scratch) {
-    if (!Tiles::pay(problem)) return widened().run(problem, plan, first_task, last_task, scratch);
+    if (is_widened(problem)) return widened().run(problem, plan, first_task, last_task, scratch);
     if (first_task >= last_task) return;
     Bf16Backward backward(problem);
     backward.carve(scratch);
@@ -56,6 +56,11 @@ class Bf16Backward {
   static constexpr int64_t kBytes = sizeof(Element);
 
   static const Kernel& widened() { return kAvx512Kernels.backward[static_cast<int>(Storage::kDtype)]; }
+
+  // Whether a problem is left to the float32 kernels. Those of few rows are as a whole, because a task of theirs covers several heads.
+  static bool is_widened(const AttentionProblem& problem) {
+    return !Tiles::pay(problem) || (!Tiles::kAnySize && !problem.dattn_mask && problem.seqlen_q <= kFewRows);
+  }
 
   // Whether a task is left to the float32 kernels, by the lengths of its sequence. It may have several if the mask needs a gradient.
   bool is_widened(int64_t task) const {

@@ -19,6 +19,7 @@ class DotProductTiles {
   // less padding. NOTE: this must not depend on other sequences.
   static bool pay(const AttentionProblem& problem) { return head_dim_padding(problem) <= FA_MOST_PADDING; }
   static bool pay(const AttentionProblem& problem, const SequenceBounds& bounds) {
+    if (bounds.seqlen_q <= kFewRows) return false;
     return padding(bounds.seqlen_q) * padding(bounds.seqlen_k) * head_dim_padding(problem) <= FA_MOST_PADDING;
   }
 

@@ -18,7 +18,18 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
-constexpr int64_t kFewRows = 2, kBlockKeys = 512, kPartKeys = 2048;
+constexpr int64_t kBlockKeys = 512, kPartKeys = 2048;
+
+// How many key heads of a problem with few rows a task covers: as many as leave each thread four tasks, of at most kMostLines lines.
+static int64_t few_rows_heads_per_task(const AttentionProblem& problem, int num_threads) {
+  constexpr int64_t kMostLines = 32;
+  const int64_t lines_per_head = problem.num_heads / max_of(problem.num_heads_kv, int64_t{1}) * problem.seqlen_q,
+                wanted_tasks = 4 * int64_t{num_threads};
+  int64_t heads = max_of(problem.num_heads_kv, int64_t{1});
+  while (heads > 1 && (heads * lines_per_head > kMostLines || problem.batch * ((problem.num_heads_kv + heads - 1) / heads) < wanted_tasks))
+    heads = (heads + 1) / 2;
+  return heads;
+}
 
 // T: what keys and values are stored as; also queries and out, unless these are 8-bit numbers.
 template <class T>
@@ -56,11 +67,7 @@ class FewRowsForward {
   }
 
   static Plan plan(const AttentionProblem& problem, int num_threads) {
-    const int64_t lines_per_head = problem.num_heads / problem.num_heads_kv * problem.seqlen_q, wanted_tasks = 4 * int64_t{num_threads};
-    int64_t heads = problem.num_heads_kv;
-    while (heads > 1 &&
-           (heads * lines_per_head > kMostLines || problem.batch * ((problem.num_heads_kv + heads - 1) / heads) < wanted_tasks))
-      heads = (heads + 1) / 2;
+    const int64_t heads = few_rows_heads_per_task(problem, num_threads);
     const int64_t tasks = problem.batch * ((problem.num_heads_kv + heads - 1) / heads);
     const int64_t key_parts = tasks < num_threads ? max_of((problem.seqlen_k + kPartKeys - 1) / kPartKeys, int64_t{1}) : 1;
     const FewRowsForward pass(problem, heads, nullptr, key_parts);
@@ -99,7 +106,7 @@ class FewRowsForward {
   }
 
  private:
-  static constexpr int64_t kMostLines = 32, kKeepWords = kBlockKeys / 16, kRowsAhead = 32, kSize = sizeof(T);
+  static constexpr int64_t kKeepWords = kBlockKeys / 16, kRowsAhead = 32, kSize = sizeof(T);
   static constexpr bool kQuantized = sizeof(T) == 1;
 
   int64_t first_line(int64_t head) const { return head * lines_per_head_; }  // head: a query head of the task

@@ -6,6 +6,9 @@
 
 namespace fused_attention::cpu::FA_ISA {
 
+// Query rows of a sequence for which packing its keys would cost more than it saves.
+constexpr int64_t kFewRows = 2;
+
 // One sequence of a batch: its rows [0, seqlen_q) and keys [0, seqlen_k) are present. Row i sees keys j with
 // -left <= j - i - diagonal <= right.
 struct SequenceBounds {

@@ -170,16 +170,6 @@ static void dot_products(const float* a, const T* const b[4], int64_t depth, flo
   reduce_add4(sums, products);
 }
 
-// c[rows][columns] = a[rows][depth] * b[columns][depth]^T for so few rows that packing b^T would not pay off. Reads rows of b, and writes
-// products, up to the next multiple of 4.
-[[maybe_unused]] static void matmul_few_rows(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b,
-                                             int64_t b_row, float* c, int64_t c_row) {
-  for (int64_t j = 0; j < columns; j += 4) {
-    const float* b_rows[4] = {b + j * b_row, b + (j + 1) * b_row, b + (j + 2) * b_row, b + (j + 3) * b_row};
-    for (int64_t i = 0; i < rows; ++i) dot_products(a + i * a_row, b_rows, depth, c + i * c_row + j);
-  }
-}
-
 // Absent rows are packed as zeros, to keep garbage in them (even NaN) out of the products.
 FA_INLINE bool is_absent(const float* key_bias, int64_t row) { return key_bias && key_bias[row] != 0.0f; }
 

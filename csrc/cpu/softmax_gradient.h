@@ -17,21 +17,22 @@ class SoftmaxGradient {
  public:
   static constexpr int64_t kRows = 64, kScoreStride = kKeyTile + 16;
 
-  SoftmaxGradient(const AttentionProblem& problem, Arena& arena)
+  // lines: how many rows of blocks lie in scratch at once, of one or more heads.
+  SoftmaxGradient(const AttentionProblem& problem, Arena& arena, int64_t lines = kRows)
       : problem_(problem), score_scale_(problem.softmax_scale * kLog2e), softcap_(problem), score_bias_(problem) {
     row_shift_ = arena.take<float>(problem.seqlen_q);
     row_lse_ = arena.take<float>(problem.seqlen_q);
     row_factor_ = arena.take<float>(problem.seqlen_q);
     delta_ = arena.take<float>(problem.seqlen_q);
-    weights_ = arena.take<float>(kRows * kScoreStride);
-    dscores_ = arena.take<float>(kRows * kScoreStride);
+    weights_ = arena.take<float>(lines * kScoreStride);
+    dscores_ = arena.take<float>(lines * kScoreStride);
     bias_ = arena.take<float>(kScoreStride);
     keep_bits_ = arena.take<uint16_t>(kRows * kKeepWords);
   }
 
-  // (kRows, kScoreStride) in: S. Out: dropout(P) / dropout_scale.
+  // (lines, kScoreStride) in: S. Out: dropout(P) / dropout_scale.
   float* weights() const { return weights_; }
-  // (kRows, kScoreStride) in: dP. Out: dS.
+  // (lines, kScoreStride) in: dP. Out: dS.
   float* dscores() const { return dscores_; }
   const float* delta() const { return delta_; }  // (seqlen_q,)
 
@@ -54,7 +55,9 @@ class SoftmaxGradient {
   // The gradient of the head's slope, over the blocks so far.
   float dslope() const { return static_cast<float>(-slope_sum_); }
 
-  FA_NOINLINE_MEMBER void apply(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed) {
+  // line0: where the block's first row lies.
+  FA_NOINLINE_MEMBER void apply(int64_t row0, int64_t rows, int64_t key0, int64_t keys, bool mixed, int64_t line0 = 0) {
+    line0_ = line0;
     if (problem_.dropout_threshold) {
       dropout_keep_bits(problem_, batch_head_, row0, rows, key0, kKeepWords, keep_bits_, kKeepWords);
       apply_to_rows<true>(row0, rows, key0, keys, mixed);
@@ -88,7 +91,7 @@ class SoftmaxGradient {
   // Row i of the block: scores -> dropout(P) / dropout_scale in weights_, dP -> dS in dscores_; both 0 for keys the row does not see.
   template <bool kDropping>
   FA_MEMBER_INLINE void weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys) {
-    float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
+    float *weights = weights_ + (line0_ + i) * kScoreStride, *dscores = dscores_ + (line0_ + i) * kScoreStride;
     const bool empty = row_shift_[row] == kInfinity;
     const int64_t visible = empty ? 0 : min_of(visible_keys(*bounds_, row) - key0, keys);
     const Vec scale = broadcast(score_scale_), shift = broadcast(row_shift_[row]), factor = broadcast(row_factor_[row]),
@@ -111,7 +114,7 @@ class SoftmaxGradient {
   // The same with a soft cap or a bias, whose gradients are accumulated along the way.
   template <bool kDropping, class Added>
   void biased_weights_row(int64_t i, int64_t row, int64_t key0, int64_t keys, const Added& added, Vec& slope_sum) {
-    float *weights = weights_ + i * kScoreStride, *dscores = dscores_ + i * kScoreStride;
+    float *weights = weights_ + (line0_ + i) * kScoreStride, *dscores = dscores_ + (line0_ + i) * kScoreStride;
     const bool empty = row_shift_[row] == kInfinity;
     const WeightOfScore weight_of(row_lse_[row]);
     const Vec delta = broadcast(delta_[row]), dropout_scale = broadcast(problem_.dropout_scale()), zero = broadcast(0.0f);
@@ -153,14 +156,32 @@ class SoftmaxGradient {
   ScoreBias score_bias_;
 
   float *row_shift_, *row_factor_, *row_lse_, *delta_;  // (seqlen_q,); row_shift is +inf for a row that sees nothing
-  float *weights_, *dscores_;                           // (kRows, kScoreStride)
+  float *weights_, *dscores_;                           // (lines, kScoreStride)
   float* bias_;                                         // (kKeyTile,) for one row, or shared by all
   uint16_t* keep_bits_;                                 // (kRows, kKeepWords) dropout bits
 
   const SequenceBounds* bounds_ = nullptr;
-  int64_t batch_head_ = 0;
+  int64_t batch_head_ = 0, line0_ = 0;
   float* dmask_ = nullptr;
   double slope_sum_ = 0;
 };
+
+// sum + row * dout, over the head dim of the values; lanes of partial sums. dout: in float32, padded to whole vectors.
+template <class T>
+FA_INLINE Vec add_products(const T* row, const float* dout, int64_t head_dim, Vec sum) {
+  for (int64_t d = 0; d < head_dim; d += kLanes)
+    sum = fmadd(d + kLanes <= head_dim ? load(row + d) : load_first(row + d, head_dim - d), load(dout + d), sum);
+  return sum;
+}
+
+// rowsum(dout * (out + out_error)) - dlse of a row. dout: (head_dim_v,) in float32, padded to whole vectors.
+template <class T>
+static float row_delta(const AttentionProblem& problem, const SequenceBounds& bounds, int64_t b, int64_t h, int64_t row,
+                       const float* dout) {
+  const int64_t token = bounds.first_query + row;
+  Vec sum = add_products(row_ptr<const T>(problem.out, b, h, token), dout, problem.head_dim_v, broadcast(0.0f));
+  if (problem.out_error.data) sum = add_products(row_ptr<const T>(problem.out_error, b, h, token), dout, problem.head_dim_v, sum);
+  return reduce_add(sum) - (problem.dlse ? problem.dlse[lse_offset(problem, bounds, b, h) + row] : 0.0f);
+}
 
 }  // namespace fused_attention::cpu::FA_ISA

@@ -23,7 +23,7 @@ from . import packed_problem
 from .packed_problem import DTYPES, NO_ADDRESSES, NOT_BUILT, Plain, _native, address, optional_addresses
 
 MAX_HEAD_DIM = 256
-MAX_QUERIES_OF_QUANTIZED = 2  # kFewRows in csrc/cpu/few_rows_forward.h
+MAX_QUERIES_OF_QUANTIZED = 2  # kFewRows in csrc/cpu/mask.h
 KEEPS_OUT_ERROR = (torch.bfloat16, torch.float16)
 # How precise torch's CPU may multiply float32 matrices after set_float32_matmul_precision("high") or ("medium").
 REDUCED_PRECISION = ("tf32", "bf16")
