@@ -22,6 +22,7 @@ class FewRowsBackward {
       : problem_(problem),
         tasks_(problem, heads_per_task),
         group_(problem.num_heads / max_of(problem.num_heads_kv, int64_t{1})),
+        prefetching_(problem.key.row != problem.head_dim_qk),
         lines_(heads_per_task * group_ * min_of(problem.seqlen_q, kFewRows)),
         dim_qk_(round_up(problem.head_dim_qk, 16)),
         dim_v_(round_up(problem.head_dim_v, 16)),
@@ -78,7 +79,7 @@ class FewRowsBackward {
   }
 
  private:
-  static constexpr int64_t kRowsAhead = 32, kSize = sizeof(T);
+  static constexpr int64_t kRowsAhead = 32, kGradientsAhead = 16, kSize = sizeof(T), kStride = SoftmaxGradient::kScoreStride;
 
   int64_t query_head(int64_t head) const { return head0_ * group_ + head; }  // head: a query head of the task
   int64_t first_line(int64_t head) const { return head * rows_; }
@@ -128,21 +129,18 @@ class FewRowsBackward {
   // One block of keys, within a tile of 64.
   void attend(int64_t task, int64_t part, int64_t key0, int64_t keys) {
     if (!is_seen(key0)) return store_zeros(key0, key0 + keys);
-    const int64_t stride = SoftmaxGradient::kScoreStride;
     float *weights = softmax_.weights(), *dscores = softmax_.dscores();
     for (int64_t j = 0; j < keys; j += 4)
       for (int64_t head = 0; head < heads_; ++head) {
         const T *key[4], *value[4];
         for (int64_t n = 0; n < 4; ++n) {
-          prefetch(head, key0 + j + n);
+          if (prefetching_) prefetch(head, key0 + j + n);
           const bool present = is_present(key0, keys, j + n);
           key[n] = present ? key_row(problem_.key, head, key0 + j + n) : zero_row_;
           value[n] = present ? key_row(problem_.value, head, key0 + j + n) : zero_row_;
         }
-        for_each_line(head, [&](int64_t line) FA_LAMBDA_INLINE {
-          dot_products(query_rows_ + line * dim_qk_, key, problem_.head_dim_qk, weights + line * stride + j);
-          dot_products(dout_rows_ + line * dim_v_, value, problem_.head_dim_v, dscores + line * stride + j);
-        });
+        store_dot_products(lines_of(head), query_rows_, dim_qk_, key, problem_.head_dim_qk, weights + j);
+        store_dot_products(lines_of(head), dout_rows_, dim_v_, value, problem_.head_dim_v, dscores + j);
       }
     for (int64_t head = 0; head < heads_ * group_; ++head) apply_softmax(task, part, head, key0, keys);
     for (int64_t j = 0; j < keys; j += 4)
@@ -155,17 +153,23 @@ class FewRowsBackward {
           dkey[n] = present ? key_row(problem_.dkey, head, key0 + j + n) : unwanted_row_;
           dvalue[n] = present ? key_row(problem_.dvalue, head, key0 + j + n) : unwanted_row_;
           if (!present && j + n < keys) store_zeros_of_key(head, key0 + j + n);
+          prefetch_gradients(head, key0 + j + n);
         }
-        add_to_queries(head, dscores + j, key, dkey);
-        store_products(head, weights + j, dout_rows_, dim_v_, problem_.head_dim_v, problem_.dropout_scale(), dvalue);
+        add_to_queries(lines_of(head), dscores + j, key);
+        store_products(lines_of(head), dscores + j, query_rows_, dim_qk_, problem_.head_dim_qk, problem_.softmax_scale, dkey);
+        store_products(lines_of(head), weights + j, dout_rows_, dim_v_, problem_.head_dim_v, problem_.dropout_scale(), dvalue);
       }
   }
 
   bool is_present(int64_t key0, int64_t keys, int64_t j) const { return j < keys && !(has_holes_ && is_absent(key_bias_, key0 + j)); }
 
-  template <class Visit>  // head: a key head of the task
-  FA_MEMBER_INLINE void for_each_line(int64_t head, Visit&& visit) const {
-    for (int64_t line = first_line(head * group_), last = first_line((head + 1) * group_); line < last; ++line) visit(line);
+  Range lines_of(int64_t head) const { return {first_line(head * group_), first_line((head + 1) * group_)}; }  // head: a key head
+
+  // scores (lines, 4) = rows (lines, stride) . b[n]
+  static void store_dot_products(Range lines, const float* rows, int64_t stride, const T* const b[4], int64_t head_dim, float* scores) {
+    int64_t line = lines.first;
+    for (; line + 2 <= lines.last; line += 2) dot_products<2>(rows + line * stride, stride, b, head_dim, scores + line * kStride, kStride);
+    if (line < lines.last) dot_products<1>(rows + line * stride, stride, b, head_dim, scores + line * kStride, kStride);
   }
 
   // Prefetches a later key, which is too far from this one for the hardware prefetcher.
@@ -176,12 +180,20 @@ class FewRowsBackward {
     for (int64_t d = 0; d < problem_.head_dim_v; d += 64 / kSize) __builtin_prefetch(value_ahead + d, 0, 2);
   }
 
+  // Prefetches what later gradients overwrite.
+  void prefetch_gradients(int64_t head, int64_t key) const {
+    const int64_t ahead = min_of(key + kGradientsAhead, bounds_.seqlen_k - 1);
+    const T *dkey = key_row(problem_.dkey, head, ahead), *dvalue = key_row(problem_.dvalue, head, ahead);
+    for (int64_t d = 0; d < problem_.head_dim_qk; d += 64 / kSize) __builtin_prefetch(dkey + d, 1, 2);
+    for (int64_t d = 0; d < problem_.head_dim_v; d += 64 / kSize) __builtin_prefetch(dvalue + d, 1, 2);
+  }
+
   // Products of a query head's lines -> weights and dS, 0 in an empty tile.
   void apply_softmax(int64_t task, int64_t part, int64_t head, int64_t key0, int64_t keys) {
     const int64_t h = query_head(head), line0 = first_line(head);
     const uint8_t kind = tile_kind(head, key0);
     if (kind == kEmptyTile) {
-      for (int64_t i = line0 * SoftmaxGradient::kScoreStride; i < (line0 + rows_) * SoftmaxGradient::kScoreStride; i += kLanes) {
+      for (int64_t i = line0 * kStride; i < (line0 + rows_) * kStride; i += kLanes) {
         store(softmax_.weights() + i, broadcast(0.0f));
         store(softmax_.dscores() + i, broadcast(0.0f));
       }
@@ -199,31 +211,31 @@ class FewRowsBackward {
     slope_sums_[head] += softmax_.dslope();
   }
 
-  // dkey (4, head_dim) = scale * dS^T Q of one key head, dQ += dS K. dscores: (lines, 4).
-  void add_to_queries(int64_t head, const float* dscores, const T* const key[4], T* const dkey[4]) {
-    for (int64_t d = 0; d < problem_.head_dim_qk; d += kLanes) {
-      const int64_t remaining = problem_.head_dim_qk - d;
+  // dQ += dS K for four keys. dscores: (lines, 4).
+  void add_to_queries(Range lines, const float* dscores, const T* const key[4]) const {
+    const int64_t head_dim = problem_.head_dim_qk, stride = dim_qk_;
+    float* const dquery = dquery_;
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
       Vec from[4];
-      for (int n = 0; n < 4; ++n) from[n] = remaining >= kLanes ? load(key[n] + d) : load_first(key[n] + d, remaining);
-      for_each_line(head, [&](int64_t line) FA_LAMBDA_INLINE {
-        float* to = dquery_ + line * dim_qk_ + d;
+      for (int n = 0; n < 4; ++n) from[n] = d + kLanes <= head_dim ? load(key[n] + d) : load_first(key[n] + d, head_dim - d);
+      for (int64_t line = lines.first; line < lines.last; ++line) {
+        float* to = dquery + line * stride + d;
         Vec sum = load(to);
-        for (int n = 0; n < 4; ++n) sum = fmadd(broadcast(dscores[line * SoftmaxGradient::kScoreStride + n]), from[n], sum);
+        for (int n = 0; n < 4; ++n) sum = fmadd(broadcast(dscores[line * kStride + n]), from[n], sum);
         store(to, sum);
-      });
+      }
     }
-    store_products(head, dscores, query_rows_, dim_qk_, problem_.head_dim_qk, problem_.softmax_scale, dkey);
   }
 
-  // to (4, head_dim) = factor * scores^T rows, summed over the lines of one key head. scores: (lines, 4); rows: (lines, stride).
-  void store_products(int64_t head, const float* scores, const float* rows, int64_t stride, int64_t head_dim, float factor,
-                      T* const to[4]) const {
+  // to (4, head_dim) = factor * scores^T rows, summed over the lines. scores: (lines, 4); rows: (lines, stride).
+  static void store_products(Range lines, const float* scores, const float* rows, int64_t stride, int64_t head_dim, float factor,
+                             T* const to[4]) {
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
-      for_each_line(head, [&](int64_t line) FA_LAMBDA_INLINE {
+      for (int64_t line = lines.first; line < lines.last; ++line) {
         const Vec row = load(rows + line * stride + d);
-        for (int n = 0; n < 4; ++n) sums[n] = fmadd(broadcast(scores[line * SoftmaxGradient::kScoreStride + n]), row, sums[n]);
-      });
+        for (int n = 0; n < 4; ++n) sums[n] = fmadd(broadcast(scores[line * kStride + n]), row, sums[n]);
+      }
       for (int n = 0; n < 4; ++n) {
         const Vec gradient = mul(sums[n], broadcast(factor));
         if (d + kLanes <= head_dim)
@@ -263,7 +275,8 @@ class FewRowsBackward {
 
   const AttentionProblem& problem_;
   const BackwardTasks tasks_;
-  const int64_t group_;  // query heads per key head
+  const int64_t group_;     // query heads per key head
+  const bool prefetching_;  // whether the keys of a head lie apart
   const int64_t lines_, dim_qk_, dim_v_;
   SoftmaxGradient softmax_;
 

@@ -189,7 +189,7 @@ class FewRowsForward {
 
   void attend(int64_t key0, int64_t keys) {
     visit_keys(problem_.key, problem_.value, key0, keys, problem_.head_dim_qk, [&](int64_t line, int64_t j, const T* const rows[4]) {
-      dot_products(query_rows_ + line * dim_qk_, rows, problem_.head_dim_qk, scores_ + line * score_stride_ + j);
+      dot_products<1>(query_rows_ + line * dim_qk_, 0, rows, problem_.head_dim_qk, scores_ + line * score_stride_ + j, 0);
     });
     if constexpr (kQuantized) multiply_scores(problem_.key_scale, key0, keys);
     softmax(key0, keys);

@@ -158,16 +158,30 @@ constexpr int64_t kDepthBlock = 8192 / (kTileVecs * kLanes);
   }
 }
 
-// products[n] = a . b[n] for four rows of b at a time, with one load of a for all four and independent sums.
-template <class T>
-static void dot_products(const float* a, const T* const b[4], int64_t depth, float products[4]) {
-  Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
+// products[i][n] = a[i] . b[n] for kLines rows of a and four rows of b at a time, each loaded once, with independent sums.
+template <int kLines, class T>
+static void dot_products(const float* a, int64_t a_row, const T* const b[4], int64_t depth, float* products, int64_t products_row) {
+  Vec sums[kLines][4];
+#pragma GCC unroll 2
+  for (int i = 0; i < kLines; ++i)
+    for (int n = 0; n < 4; ++n) sums[i][n] = broadcast(0.0f);
+  const auto add_step = [&](int64_t d, const Vec b_d[4]) FA_LAMBDA_INLINE {
+#pragma GCC unroll 2
+    for (int i = 0; i < kLines; ++i)
+      for (int n = 0; n < 4; ++n) sums[i][n] = fmadd(load(a + i * a_row + d), b_d[n], sums[i][n]);
+  };
   int64_t d = 0;
-  for (; d + kLanes <= depth; d += kLanes)
-    for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(a + d), load(b[n] + d), sums[n]);
-  if (d < depth)
-    for (int n = 0; n < 4; ++n) sums[n] = fmadd(load(a + d), load_first(b[n] + d, depth - d), sums[n]);
-  reduce_add4(sums, products);
+  for (; d + kLanes <= depth; d += kLanes) {
+    const Vec b_d[4] = {load(b[0] + d), load(b[1] + d), load(b[2] + d), load(b[3] + d)};
+    add_step(d, b_d);
+  }
+  if (d < depth) {
+    const Vec b_d[4] = {load_first(b[0] + d, depth - d), load_first(b[1] + d, depth - d), load_first(b[2] + d, depth - d),
+                        load_first(b[3] + d, depth - d)};
+    add_step(d, b_d);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kLines; ++i) reduce_add4(sums[i], products + i * products_row);
 }
 
 // Absent rows are packed as zeros, to keep garbage in them (even NaN) out of the products.
