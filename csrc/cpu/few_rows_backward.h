@@ -106,11 +106,11 @@ class FewRowsBackward {
     for (int64_t i = 0; i < rows_; ++i) {
       const int64_t line = line0 + i;
       lse_[line] = problem_.lse[offset + i];
-      const int64_t seeing = lse_[line] == -kInfinity ? 0 : 1;  // a row that sees nothing may hold garbage: zeros in its place
-      const float unseen = seeing ? 0.0f : -kInfinity;
-      pack_rows<T>(query_row(problem_.query, head, i), 0, 1, problem_.head_dim_qk, query_rows_ + line * dim_qk_, dim_qk_, &unseen);
-      pack_rows<T>(query_row(problem_.dout, head, i), 0, 1, problem_.head_dim_v, dout_rows_ + line * dim_v_, dim_v_, &unseen);
-      delta_[line] = seeing ? row_delta<T>(problem_, bounds_, batch_, h, i, dout_rows_ + line * dim_v_) : 0.0f;
+      const bool sees_nothing = lse_[line] == -kInfinity;  // then it may hold garbage, and zeros take its place
+      const float absent = sees_nothing ? -kInfinity : 0.0f;
+      pack_rows<T>(query_row(problem_.query, head, i), 0, 1, problem_.head_dim_qk, query_rows_ + line * dim_qk_, dim_qk_, &absent);
+      pack_rows<T>(query_row(problem_.dout, head, i), 0, 1, problem_.head_dim_v, dout_rows_ + line * dim_v_, dim_v_, &absent);
+      delta_[line] = sees_nothing ? 0.0f : row_delta<T>(problem_, bounds_, batch_, h, i, dout_rows_ + line * dim_v_);
     }
   }
 
