@@ -19,6 +19,7 @@ from .cache import KVCache, LayerCache
 from .generate import evaluating
 from .memory import Memory, Padding
 from .model import Transformer
+from .quantize import check_float
 from .search import Constraints
 
 ProgramMemory = tuple[list[Tensor], Tensor, Tensor]
@@ -97,7 +98,8 @@ class GrowingLayerCache(LayerCache):
 
 
 def export_programs(model: Transformer) -> tuple[ExportedProgram, ExportedProgram]:
-    """The encoder and the decoder step, in eval mode. ValueError if the model has a shortlist, which they do not support."""
+    """The encoder and the decoder step, in eval mode. ValueError if the model has a shortlist or int8 weights: not supported."""
+    check_float(model, "export")
     if model.shortlist is not None:
         raise ValueError("model.shortlist must be None: a program holds the whole vocabulary")
     encoder, step = EncoderProgram(model), DecoderStepProgram(model)

@@ -21,6 +21,7 @@ from .layers import ACTIVATIONS, NORMS, Decoder, DecoderLayer, Encoder, EncoderL
 from .linear import Linear, linear
 from .memory import Candidates, Memory, Padding
 from .optional import optional_module
+from .quantize import check_float
 from .relative_positions import RelativeBias
 
 MEMORY_LAYERS = ("last", "each", "mixed")
@@ -244,7 +245,9 @@ class Transformer(Generation):
         """Writes a Hugging Face folder, config.json and model.safetensors, that transformers loads; returns its model_type.
 
         Raises ValueError: no family of models there has this model's options; the message names those in which the nearest differs.
+        Or the model's weights are int8.
         """
+        check_float(self, "save_pretrained")
         from .pretrained.huggingface import write_folder
 
         defaults = {name: parameter.default for name, parameter in inspect.signature(Transformer).parameters.items()}

@@ -16,6 +16,7 @@ from .kernels.scaled_dot_product_attention import scaled_dot_product_attention
 from .transformer.attention import MultiHeadAttention
 from .transformer.cache import KVCache
 from .transformer.model import Transformer
+from .transformer.quantize import quantize_int8
 from .transformer.replace import attention_calls, replace_attention, restore_attention
 from .transformer.vision import VisionTransformer
 
@@ -36,6 +37,7 @@ __all__ = [
     "dequantize_kv",
     "explain",
     "prepare_mask",
+    "quantize_int8",
     "quantize_kv",
     "replace_attention",
     "restore_attention",

@@ -5,6 +5,8 @@ Metadata: training configuration, model configuration and progress (step, second
 
 Of a sharded checkpoint, the model's and the optimizer's tensors are in a folder beside the file (shards.py), which progress["shards"]
 names. The folder is complete before the file names it, and an older one is removed after that.
+
+An int8 checkpoint (progress["int8"], the kind) has a model and tokenizers alone: matrices are int8, with their scales as `scale.*`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from ..model import Transformer
 from ..optional import optional_module
+from ..quantize import load_int8
 from .output_files import atomic_write
 from .shards import read_shards, shard_sizes
 from .tokenizer import Tokenizer
@@ -31,6 +34,7 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 KEPT_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 SHARDS_PREFIX = "checkpoint.shards-"
 FORMAT = "fused_attention checkpoint 1"
+INT8_KINDS = WEIGHTS_ONLY, DYNAMIC = "weights only", "dynamic"  # quantize_int8 says what they are
 
 
 class CheckpointError(ValueError):
@@ -62,6 +66,12 @@ class Checkpoint:
             except ValueError as error:
                 raise CheckpointError(f"corrupt checkpoint {self.path}: {error}") from error
         return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+    def num_bytes(self) -> tuple[int, int]:
+        """Of the model's tensors, and of all the files."""
+        tensors = [tensor for prefix in ("model", "scale") for tensor in self.group(prefix).values()]
+        files = [self.path, *(self.shards.iterdir() if self.shards is not None else ())]
+        return sum(tensor.nbytes for tensor in tensors), sum(file.stat().st_size for file in files)
 
     def trained_sizes(self) -> dict[str, torch.Size]:
         """The shapes of the model's and the optimizer's tensors, by name."""
@@ -179,7 +189,16 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
         model = Transformer(**checkpoint.model_config).to(device)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path} describes a model that cannot be built: {error}") from error
-    load_model_tensors(model, checkpoint.group("model"), checkpoint.path)
+    tensors, scales = checkpoint.group("model"), checkpoint.group("scale")
+    load_model_tensors(model, tensors, checkpoint.path)
+    kind = checkpoint.progress.get("int8")
+    if kind is not None or scales or any(tensor.dtype is torch.int8 for tensor in tensors.values()):
+        try:
+            if kind not in INT8_KINDS:
+                raise ValueError(f"the kind of int8 must be one of {', '.join(INT8_KINDS)}, got {kind!r}")
+            load_int8(model, tensors, scales, dynamic=kind == DYNAMIC)
+        except ValueError as error:
+            raise CheckpointError(f"corrupt checkpoint {checkpoint.path}: {error}") from error
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The command `fused-attention` (also `python -m fused_attention`): info, train, average, translate, score, export, demo, compare, bench.
+"""The command `fused-attention` (also `python -m fused_attention`): train, translate, quantize, demo, bench and others, which --help lists.
 
 A user's error is one line on stderr and exit status 2.
 """
@@ -150,6 +150,15 @@ def build_parser() -> argparse.ArgumentParser:
     average.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoint")
     average.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the folder")
     average.set_defaults(command=run_average)
+
+    quantize = commands.add_parser("quantize", help="write a checkpoint with 8-bit weights, and compare translations before and after")
+    quantize.add_argument("checkpoint", type=Path, help="checkpoint file, or a folder that `train`, `average` or `demo` wrote")
+    quantize.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the checkpoint")
+    quantize.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the folder")
+    quantize.add_argument("--dynamic", action="store_true", help="round the inputs of products to 8 bits as well")
+    quantize.add_argument("--data", help="corpus to translate a test set of: a folder or a name (default: that of the training)")
+    quantize.add_argument("--device", default="auto", help="for the translations: cpu, cuda, ... (default: a GPU if there is one)")
+    quantize.set_defaults(command=run_quantize)
 
     translate = commands.add_parser("translate", help="translate the lines of stdin to stdout")
     add_model_arguments(translate)
@@ -329,6 +338,25 @@ def run_average(options: argparse.Namespace) -> None:
     claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
     steps = average(options.folder, options.output, last=options.last, best=options.best)
     print(f"the mean of the weights after steps {', '.join(map(str, steps))}: {options.output}")
+
+
+def run_quantize(options: argparse.Namespace) -> None:
+    from ..quantize import torchao_quantization
+    from .checkpoint import CHECKPOINT_NAME, read_checkpoint
+    from .corpora import load_corpus
+    from .quantize_checkpoint import comparison, quantize_checkpoint
+
+    for name in ("sentencepiece", "safetensors", "sacrebleu"):
+        optional_module(name)
+    torchao_quantization()
+    checkpoint = read_checkpoint(options.checkpoint)
+    config = checkpoint.training_config()
+    languages = config.source_language, config.target_language
+    name, text = load_corpus(options.data or config.data, *languages, max_words=config.max_words).held_out()
+    claim_output_folder(options.output, (CHECKPOINT_NAME,), overwrite=options.overwrite)
+    quantize_checkpoint(checkpoint, options.output, dynamic=options.dynamic)
+    for line in comparison(checkpoint.path, options.output, text, options.device):
+        print(f"{name}: {line}", flush=True)
 
 
 def with_budget(config: TrainingConfig, budget: dict[str, Any]) -> TrainingConfig:
