@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import logging
 from functools import cache
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -126,9 +125,8 @@ def _matrix_type() -> Any:
     class Int8Matrix(torchao_quantization().Int8Tensor):  # type: ignore[misc]
         """torchao's tensor with what our layers do besides: split into ranges of rows, and look up rows without turning all to float."""
 
-        def rows(self, start: int, end: int) -> Int8Matrix:
-            options = {"act_quant_kwargs": self.act_quant_kwargs}
-            return Int8Matrix(self.qdata[start:end], self.scale[start:end], self.block_size, self.dtype, **options)
+        def part(self, values: Tensor, scale: Tensor) -> Int8Matrix:
+            return Int8Matrix(values, scale, self.block_size, self.dtype, act_quant_kwargs=self.act_quant_kwargs)
 
     aten = torch.ops.aten
 
@@ -137,13 +135,12 @@ def _matrix_type() -> Any:
         matrix, dim, start, end, step = (*args, *(0, 0, None, 1)[len(args) - 1 :])
         if dim != 0 or step != 1:
             raise NotImplementedError(f"an int8 matrix is only sliced into ranges of rows, not along dim {dim} with step {step}")
-        return matrix.rows(start, end)
+        return matrix.part(matrix.qdata[start:end], matrix.scale[start:end])
 
     @Int8Matrix.implements([aten.split.Tensor, aten.split_with_sizes.default])
     def split(func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
         matrix, sizes = args[:2]
-        starts = list(range(0, len(matrix), sizes) if isinstance(sizes, int) else accumulate(sizes[:-1], initial=0))
-        return [matrix.rows(start, end) for start, end in zip(starts, [*starts[1:], len(matrix)], strict=True)]
+        return [matrix.part(*parts) for parts in zip(matrix.qdata.split(sizes), matrix.scale.split(sizes), strict=True)]
 
     @Int8Matrix.implements(aten.embedding.default)
     def embedding(func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
