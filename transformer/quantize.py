@@ -132,7 +132,8 @@ def _matrix_type() -> Any:
 
     @Int8Matrix.implements(aten.slice.Tensor)
     def slice_rows(func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
-        matrix, dim, start, end, step = (*args, *(0, 0, None, 1)[len(args) - 1 :])
+        matrix, options = args[0], args[1:]
+        dim, start, end, step = options + (0, None, None, 1)[len(options) :]
         if dim != 0 or step != 1:
             raise NotImplementedError(f"an int8 matrix is only sliced into ranges of rows, not along dim {dim} with step {step}")
         return matrix.part(matrix.qdata[start:end], matrix.scale[start:end])
@@ -140,7 +141,8 @@ def _matrix_type() -> Any:
     @Int8Matrix.implements([aten.split.Tensor, aten.split_with_sizes.default])
     def split(func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
         matrix, sizes = args[:2]
-        return [matrix.part(*parts) for parts in zip(matrix.qdata.split(sizes), matrix.scale.split(sizes), strict=True)]
+        parts = zip(matrix.qdata.split(sizes), matrix.scale.split(sizes), strict=True)
+        return [matrix.part(values, scale) for values, scale in parts]
 
     @Int8Matrix.implements(aten.embedding.default)
     def embedding(func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
