@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", nargs="+", choices=suites(), default=[], metavar="SUITE", help=f"only these: {', '.join(suites())}")
     parser.add_argument("--isa", choices=INSTRUCTION_SETS, help="keep every engine to this instruction set")
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="only benchmarks of these")
-    parser.add_argument("--threads", nargs="+", type=int, help="only benchmarks on so many threads: 1, or all")
+    parser.add_argument("--threads", nargs="+", type=int, help="only benchmarks on so many threads: 1, or as many as there are cores")
     parser.add_argument("--results", type=Path, help="the .jsonl file of the run, begun or new (default: a new one in .benchmarks)")
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="an earlier run: exit status 1 where a ratio fell by more than its noise"
