@@ -22,12 +22,13 @@ constexpr int64_t kBackwardRows = SoftmaxGradient::kRows, kBackwardKeys = kKeyTi
 // How many blocks of keys each block of rows visits in turn. One if Q, dout and dQ of a head, which every block of keys reads, mostly stay
 // in L2, or if a diagonal limits which rows see which keys; otherwise as many as fit in part of L2, packed and with their gradients.
 static int64_t key_blocks_together(const AttentionProblem& problem) {
-  const int64_t rows_bytes = 2 * l2_bytes(), keys_bytes = l2_bytes() / 4;
+  const int64_t blocks = (problem.seqlen_k + kBackwardKeys - 1) / kBackwardKeys;
+  if (blocks <= 1 || has_diagonal(problem)) return 1;
   constexpr int64_t kSize = sizeof(float);
-  const int64_t dim_qk = round_up(problem.head_dim_qk, 16), dim_v = round_up(problem.head_dim_v, 16);
-  if (has_diagonal(problem) || problem.seqlen_q * (2 * dim_qk + dim_v) * kSize <= rows_bytes) return 1;
+  const int64_t dim_qk = round_up(problem.head_dim_qk, 16), dim_v = round_up(problem.head_dim_v, 16), l2 = l2_bytes();
+  if (problem.seqlen_q * (2 * dim_qk + dim_v) * kSize <= 2 * l2) return 1;
   const int64_t block_bytes = kBackwardKeys * (3 * dim_qk + 2 * dim_v) * kSize;
-  return max_of(min_of(keys_bytes / block_bytes, (problem.seqlen_k + kBackwardKeys - 1) / kBackwardKeys), int64_t{1});
+  return max_of(min_of(l2 / 4 / block_bytes, blocks), int64_t{1});
 }
 
 template <class T>

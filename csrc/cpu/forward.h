@@ -24,11 +24,14 @@ static int64_t forward_block_rows(const AttentionProblem& problem) {
   return causal && problem.seqlen_q <= 1024 ? 48 : 96;
 }
 
-// Keys in one block: as many as leave half of L2 to everything else when K^T and V are packed.
+// Keys in one block: as many as leave half of L2 to everything else when K^T and V are packed, but at least kLeastKeys.
 static int64_t forward_block_keys(const AttentionProblem& problem) {
-  const int64_t key_bytes = (problem.head_dim_qk + round_up(problem.head_dim_v, 16)) * static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kLeastKeys = 2 * kKeyTile;
+  if (problem.seqlen_k <= kLeastKeys) return kBlockKeys;  // one block in any case, and a short call need not ask for L2
+  const int64_t key_bytes = (problem.head_dim_qk + round_up(problem.head_dim_v, 16)) * static_cast<int64_t>(sizeof(float)),
+                most_bytes = l2_bytes() / 2;
   int64_t keys = kBlockKeys;
-  while (keys > 2 * kKeyTile && keys * key_bytes > l2_bytes() / 2) keys /= 2;
+  while (keys > kLeastKeys && keys * key_bytes > most_bytes) keys /= 2;
   return keys;
 }
 
